@@ -1,9 +1,17 @@
-"""Quantization kernels: number formats, the plain-torch reference, the fast backends, and the choice among them."""
+"""Quantization kernels: number formats, the plain-torch reference, the fast backends, and the choice among them.
+
+The three functions here look at the device of their tensors, let `backend.choose` pick the code, and call it. `backend`
+("triton", "numba", "torch") or the environment variable QTENSOR_KERNELS overrides the pick.
+"""
 
 from __future__ import annotations
 
+import torch
+
+from . import reference, traceable
+from .audit import Audit
+from .backend import UnsupportedBackend, choose, describe
 from .formats import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, SOURCE_DTYPES, NonFinite, WeightFormat
-from .reference import Audit, dequantize, quantize_activation, quantize_into
 
 __all__ = [
     "FORMATS",
@@ -13,8 +21,61 @@ __all__ = [
     "SOURCE_DTYPES",
     "Audit",
     "NonFinite",
+    "UnsupportedBackend",
     "WeightFormat",
+    "choose",
     "dequantize",
+    "describe",
     "quantize_activation",
     "quantize_into",
 ]
+
+
+def quantize_into(
+    source: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    audit: Audit | None = None,
+    origin: int = 0,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Quantize `source` `[..., N, K]` (any strides) into `qdata` (same shape) and `scale` (`fmt.scale_shape`).
+
+    All three are on one device, and the last two may be views of a larger weight. The rows must be whole units of
+    `fmt`: any rows per channel, a band that starts on a multiple of 128 per block, the entire matrix per tensor.
+    `origin` is the flat index of `source[0]` in the weight, for error messages.
+
+    Raises NonFinite(index, value) for NaN or infinity unless `audit` allows them; on a GPU that waits for
+    `audit.verify()`, so a call without an audit checks nothing there. Raises UnsupportedBackend as `choose` does.
+    """
+    choose(qdata.device, backend).quantize_into(source, qdata, scale, fmt, audit, origin)
+
+
+def dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """qdata `[..., N, K]` times its scale in fp32, rounded once to `dtype`. Traces under torch.compile."""
+    if traceable.must_trace(qdata, scale, out):
+        return traceable.dequantize(qdata, scale, fmt, dtype, out)
+    return choose(qdata.device, backend).dequantize(qdata, scale, fmt, dtype, out)
+
+
+def quantize_activation(
+    x: torch.Tensor, fmt: WeightFormat, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dynamic activation quantization: x `[M, K]` → fp8 `[M, K]` and fp32 scales.
+
+    Per token (`[M, 1]`), or per token and group of 128 (`[M, ceil(K/128)]`) for a per-block weight: the granularities
+    of vLLM's dynamic fp8 activations. max(amax / F, 1 / (F * 512)), divide, clamp, cast. Traces under torch.compile.
+    """
+    if traceable.must_trace(x):
+        return reference.quantize_activation(x, fmt)
+    return choose(x.device, backend).quantize_activation(x, fmt)

@@ -7,29 +7,14 @@ memory it needs does not grow with the weight. It runs on any device torch runs 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
+from .audit import Audit
 from .e4m3 import decode
 from .formats import NonFinite, WeightFormat, ceil_div
 
 CHUNK_ELEMENTS = 1 << 18
-
-
-@dataclass
-class Audit:
-    """What the quantizer of one weight saw besides the bytes.
-
-    refuse_nonfinite: raise `NonFinite` before the affected chunk is stored. Otherwise a NaN element is stored as NaN,
-    an infinite one saturates, and neither enters a scale.
-    measure_sqnr: accumulate `signal` = Σx² and `noise` = Σ(x - dequantized)², both in float64.
-    """
-
-    refuse_nonfinite: bool = True
-    measure_sqnr: bool = False
-    signal: float = 0.0
-    noise: float = 0.0
 
 
 def quantize_into(
