@@ -1,6 +1,6 @@
 """Quantization kernels: number formats, the plain-torch reference, the fast backends, and the choice among them.
 
-The three functions here look at the device of their tensors, let `backend.choose` pick the code, and call it. `backend`
+The functions here look at the device of their tensors, let `backend.choose` pick the code, and call it. `backend`
 ("triton", "numba", "torch") or the environment variable QTENSOR_KERNELS overrides the pick.
 """
 
@@ -12,6 +12,7 @@ from . import reference, traceable
 from .audit import Audit
 from .backend import UnsupportedBackend, choose, describe
 from .formats import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, SOURCE_DTYPES, NonFinite, WeightFormat
+from .reference import round_trip_activation
 
 __all__ = [
     "FORMATS",
@@ -26,8 +27,10 @@ __all__ = [
     "choose",
     "dequantize",
     "describe",
+    "linear",
     "quantize_activation",
     "quantize_into",
+    "round_trip_activation",
 ]
 
 
@@ -79,3 +82,22 @@ def quantize_activation(
     if traceable.must_trace(x):
         return reference.quantize_activation(x, fmt)
     return choose(x.device, backend).quantize_activation(x, fmt)
+
+
+def linear(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """x `[M, K]` times the dequantized weight `[N, K]` transposed, plus bias `[N]`: `[M, N]` in x's dtype.
+
+    Weight-only: x is used as it is. A backend without a fused product dequantizes first. Traces under torch.compile.
+    """
+    if traceable.must_trace(x, qdata, scale):
+        return torch.nn.functional.linear(x, traceable.dequantize(qdata, scale, fmt, x.dtype), bias)
+    module = choose(x.device, backend)
+    return getattr(module, "linear", reference.linear)(x, qdata, scale, fmt, bias)

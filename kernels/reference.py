@@ -64,13 +64,38 @@ def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tenso
     Per token (`[M, 1]`), or per token and group of 128 (`[M, K/128]`) for a per-block weight: the granularities of
     vLLM's dynamic fp8 activations. Formula as for the weight: amax / F with the per-channel floor, divide, clamp, cast.
     """
+    q, scale = _quantize_groups(x, fmt)
+    return q.flatten(1)[:, : x.shape[1]], scale
+
+
+def round_trip_activation(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """What `quantize_activation` leaves of x `[M, K]`, in x's dtype: for devices that have no fp8 product."""
+    q, scale = _quantize_groups(x, fmt)
+    return (q.float() * scale.unsqueeze(-1)).to(x.dtype).flatten(1)[:, : x.shape[1]]
+
+
+def linear(
+    x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x `[M, K]` times the weight `[N, K]` transposed, plus bias: dequantized in bands of rows that stay in cache."""
+    rows, cols = qdata.shape
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    unit = fmt.block[0]
+    for band in _row_chunks(rows, cols, unit, 4 * CHUNK_ELEMENTS):
+        band_scale = scale if fmt.granularity == "tensor" else scale[band.start // unit : ceil_div(band.stop, unit)]
+        weight = dequantize(qdata[band], band_scale, fmt, x.dtype)
+        out[:, band] = torch.nn.functional.linear(x, weight, None if bias is None else bias[band])
+    return out
+
+
+def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """x `[M, K]` → fp8 `[M, G, K/G]`, the last group padded with zeros, and fp32 scales `[M, G]`."""
     rows, cols = x.shape
     group = fmt.block[1] if fmt.granularity == "block" else max(cols, 1)
     groups = ceil_div(cols, group)
     x32 = torch.nn.functional.pad(x.float(), (0, groups * group - cols)).view(rows, groups, group)
     scale = (x32.abs().amax(-1) / fmt.max).clamp_min(1.0 / (fmt.max * 512.0))
-    q = x32.div_(scale.unsqueeze(-1)).clamp_(-fmt.max, fmt.max).to(fmt.dtype)
-    return q.view(rows, groups * group)[:, :cols], scale
+    return (x32 / scale.unsqueeze(-1)).clamp(-fmt.max, fmt.max).to(fmt.dtype), scale
 
 
 def _quantize_matrix(
@@ -96,9 +121,9 @@ def _quantize_matrix(
         _encode(x, chunk_scale, qdata[chunk], fmt, audit)
 
 
-def _row_chunks(rows: int, cols: int, unit: int) -> Iterator[slice]:
-    """Slices of whole units that hold about CHUNK_ELEMENTS elements each."""
-    step = unit * max(1, CHUNK_ELEMENTS // max(1, unit * cols))
+def _row_chunks(rows: int, cols: int, unit: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+    """Slices of whole units that hold about `elements` elements each."""
+    step = unit * max(1, elements // max(1, unit * cols))
     for start in range(0, rows if cols else 0, step):
         yield slice(start, min(start + step, rows))
 

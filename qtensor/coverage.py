@@ -1,0 +1,234 @@
+"""Coverage: the exact set of elements of an n-dimensional array that have been written.
+
+The set is a coordinate-compressed grid: per dimension a sorted list of cut positions, and one boolean per grid cell.
+A box inserts at most two cuts per dimension; cuts that no longer separate anything are removed at once, so loads that
+arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is added by its
+boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean per element.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+Box = tuple[tuple[int, int], ...]
+Region = Sequence[tuple[int, int] | slice]
+
+
+class Coverage:
+    """Which elements of an array of `shape` are covered. Not thread-safe: callers hold the weight's lock."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(int(n) for n in shape)
+        self.numel = prod(self.shape)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: no element is covered."""
+        self.covered = 0
+        self._cuts: list[list[int]] = [[0, n] for n in self.shape]
+        self._cells = np.zeros((1,) * len(self.shape), dtype=bool)
+
+    @property
+    def complete(self) -> bool:
+        return self.covered == self.numel
+
+    def add(self, region: Region) -> int:
+        """Cover a box, one `(start, stop)` or slice per dimension. Returns how many elements were not covered before."""
+        box = self._box(region)
+        if self.complete or _is_empty(box):
+            return 0
+        index = self._refine(box)
+        cells = self._cells[index]
+        newly = _volume(box) if not cells.any() else self._count(~cells, index)
+        if newly:
+            self._cells[index] = True
+            self.covered += newly
+        self._coalesce(index)
+        return newly
+
+    def discard(self, region: Region) -> int:
+        """Uncover a box. Returns how many elements were covered before."""
+        box = self._box(region)
+        if not self.covered or _is_empty(box):
+            return 0
+        index = self._refine(box)
+        removed = self._count(self._cells[index], index)
+        self._cells[index] = False
+        self.covered -= removed
+        self._coalesce(index)
+        return removed
+
+    def add_mask(self, mask: np.ndarray) -> int:
+        """Cover the elements where `mask` (bool, of this shape) is true: the exact fallback for any region."""
+        if mask.shape != self.shape:
+            raise ValueError(f"mask of shape {mask.shape} for coverage of shape {self.shape}")
+        if not self.numel:
+            return 0
+        if not self.shape:
+            return self.add(()) if mask else 0
+        cuts, source = [], []
+        for d, old in enumerate(self._cuts):
+            others = tuple(a for a in range(mask.ndim) if a != d)
+            changes = np.flatnonzero(np.diff(mask, axis=d).any(axis=others)) + 1
+            new = np.union1d(old, changes)
+            cuts.append(new.tolist())
+            source.append(np.searchsorted(old, new[:-1], side="right") - 1)
+        self._cuts, self._cells = cuts, self._cells[np.ix_(*source)]
+        sampled = mask[np.ix_(*[np.asarray(c[:-1]) for c in cuts])]
+        index = tuple(slice(0, n) for n in self._cells.shape)
+        newly = self._count(sampled & ~self._cells, index)
+        self._cells |= sampled
+        self.covered += newly
+        self._coalesce(index)
+        return newly
+
+    def covers(self, region: Region) -> bool:
+        """Is every element of the box covered? True for an empty box."""
+        box = self._box(region)
+        return self.complete or _is_empty(box) or bool(self._cells[self._touching(box)].all())
+
+    def overlaps(self, region: Region) -> bool:
+        """Is any element of the box covered?"""
+        box = self._box(region)
+        return bool(self.covered) and not _is_empty(box) and bool(self._cells[self._touching(box)].any())
+
+    def missing(self, within: Region | None = None) -> list[Box]:
+        """Disjoint boxes that hold exactly the uncovered elements (of the box `within`), in row-major order."""
+        if self.complete:
+            return []
+        box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
+        if _is_empty(box):
+            return []
+        return _clip(_boxes(~self._cells, self._cuts), box)
+
+    def covered_boxes(self, within: Region | None = None) -> list[Box]:
+        """Disjoint boxes that hold exactly the covered elements (of the box `within`)."""
+        box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
+        if not self.covered or _is_empty(box):
+            return []
+        return _clip(_boxes(self._cells, self._cuts), box)
+
+    def full_rows(self, lead: tuple[int, ...], start: int, stop: int) -> list[tuple[int, int]]:
+        """Maximal runs within rows `start:stop` of the matrix at `lead` whose every element is covered.
+
+        For shape `[*lead, N, K]`; `lead` is `()` for a matrix.
+        """
+        if self.complete:
+            return [(start, stop)] if start < stop else []
+        at = tuple(bisect_right(self._cuts[d], i) - 1 for d, i in enumerate(lead))
+        cuts = self._cuts[-2]
+        first, last = bisect_right(cuts, start) - 1, bisect_left(cuts, stop)
+        runs: list[tuple[int, int]] = []
+        for i, full in enumerate(self._cells[at][first:last].all(axis=-1).tolist(), first):
+            if not full:
+                continue
+            a, b = max(cuts[i], start), min(cuts[i + 1], stop)
+            if runs and runs[-1][1] == a:
+                runs[-1] = (runs[-1][0], b)
+            else:
+                runs.append((a, b))
+        return runs
+
+    def copy(self) -> Coverage:
+        other = Coverage(self.shape)
+        other.covered = self.covered
+        other._cuts = [list(c) for c in self._cuts]
+        other._cells = self._cells.copy()
+        return other
+
+    def __repr__(self) -> str:
+        return f"Coverage({list(self.shape)}, {self.covered} of {self.numel} elements)"
+
+    def _box(self, region: Region) -> Box:
+        if len(region) != len(self.shape):
+            raise ValueError(f"a region of {len(region)} dimensions for a shape of {len(self.shape)}: {self.shape}")
+        box = tuple(
+            r.indices(n)[:2] if isinstance(r, slice) else (int(r[0]), int(r[1]))
+            for r, n in zip(region, self.shape, strict=True)
+        )
+        for (start, stop), n in zip(box, self.shape, strict=True):
+            if not 0 <= start <= n or stop > n:
+                raise ValueError(f"region {box} is outside of shape {self.shape}")
+        return box
+
+    def _refine(self, box: Box) -> tuple[slice, ...]:
+        """Insert the cuts of `box`; the slice of cells that makes it up."""
+        return tuple(slice(self._cut(d, start), self._cut(d, stop)) for d, (start, stop) in enumerate(box))
+
+    def _cut(self, d: int, position: int) -> int:
+        cuts = self._cuts[d]
+        i = bisect_left(cuts, position)
+        if cuts[i] != position:
+            cuts.insert(i, position)
+            lead = (slice(None),) * d
+            cells = self._cells
+            self._cells = np.concatenate((cells[(*lead, slice(0, i))], cells[(*lead, slice(i - 1, None))]), axis=d)
+        return i
+
+    def _coalesce(self, index: tuple[slice, ...]) -> None:
+        """Remove the cuts in and around the cells `index` that separate equal slabs."""
+        if self.complete:
+            self._cuts = [[0, n] for n in self.shape]
+            self._cells = np.ones((1,) * len(self.shape), dtype=bool)
+            return
+        for d, part in enumerate(index):
+            first, last = max(part.start, 1), min(part.stop, len(self._cuts[d]) - 2)
+            if first > last:
+                continue
+            slabs = np.moveaxis(self._cells, d, 0)[first - 1 : last + 1].reshape(last - first + 2, -1)
+            same = (slabs[1:] == slabs[:-1]).all(axis=1)
+            if same.any():
+                dead = (np.flatnonzero(same) + first).tolist()
+                self._cells = np.delete(self._cells, dead, axis=d)
+                for i in reversed(dead):
+                    del self._cuts[d][i]
+
+    def _touching(self, box: Box) -> tuple[slice, ...]:
+        return tuple(
+            slice(bisect_right(cuts, start) - 1, bisect_left(cuts, stop))
+            for cuts, (start, stop) in zip(self._cuts, box, strict=True)
+        )
+
+    def _count(self, cells: np.ndarray, index: tuple[slice, ...]) -> int:
+        """Number of elements in the true cells of the sub-grid `index`."""
+        count = cells.astype(np.int64)
+        for cuts, part in zip(reversed(self._cuts), reversed(index), strict=True):
+            count = count @ np.diff(cuts[part.start : part.stop + 1])
+        return int(count)
+
+
+def _is_empty(box: Box) -> bool:
+    return any(start >= stop for start, stop in box)
+
+
+def _volume(box: Box) -> int:
+    return prod(stop - start for start, stop in box)
+
+
+def _boxes(cells: np.ndarray, cuts: Sequence[Sequence[int]]) -> list[Box]:
+    """True cells as boxes: equal neighbouring slabs of the first dimension are merged, then recursively inside."""
+    if not cells.any():
+        return []
+    if cells.ndim == 0:
+        return [()]
+    boxes: list[Box] = []
+    i = 0
+    while i < len(cells):
+        j = i + 1
+        while j < len(cells) and np.array_equal(cells[i], cells[j]):
+            j += 1
+        span = (cuts[0][i], cuts[0][j])
+        boxes += [(span, *rest) for rest in _boxes(cells[i], cuts[1:])]
+        i = j
+    return boxes
+
+
+def _clip(boxes: list[Box], limit: Box) -> list[Box]:
+    clipped = (
+        tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, limit, strict=True)) for box in boxes
+    )
+    return [box for box in clipped if not _is_empty(box)]

@@ -1,0 +1,34 @@
+"""Every error qtensor raises. All derive from `QTensorError`, name the weight, and say what to do."""
+
+from __future__ import annotations
+
+
+class QTensorError(RuntimeError):
+    """Base of all errors raised by qtensor."""
+
+
+class IncompleteLoadError(QTensorError):
+    """A session finished (or a weight was read) while some elements had never been written.
+
+    `missing` maps each weight's name to the boxes that were not written, one `(start, stop)` per dimension.
+    """
+
+    def __init__(self, message: str, missing: dict[str, list[tuple[tuple[int, int], ...]]] | None = None) -> None:
+        super().__init__(message)
+        self.missing = missing or {}
+
+
+class NonFiniteWeightError(QTensorError, ValueError):
+    """The source of a write holds NaN or infinity and on_nonfinite is "error"."""
+
+
+class LossyReadError(QTensorError):
+    """A loader read back elements that only exist in quantized form, and strict_reads is on."""
+
+
+class WeightShapeError(QTensorError, ValueError):
+    """A source tensor does not fit the weight, or the slice of it, that it was written to."""
+
+
+class WeightDtypeError(QTensorError, TypeError):
+    """A source tensor, or a weight, has a dtype that cannot be quantized or cast without guessing."""

@@ -1,0 +1,81 @@
+"""Geometry: which elements of a contiguous array a strided view touches. Integers only, no tensor.
+
+A view is (size, stride, offset) over an array of `shape`. Almost every view a loader takes (narrow, select, slice,
+chunk, split, transpose, permute, and any chain of them) is a box, perhaps with its dimensions in another order.
+Flattened views are runs of the flat array, which split into at most a few boxes. All else is left to a boolean mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from .coverage import Box
+
+
+@dataclass(frozen=True)
+class BoxView:
+    """A view that is the box `box`. `order[d]` is the view dimension that walks array dimension d, or None if the
+    view has none (the box is one element thick there)."""
+
+    box: Box
+    order: tuple[int | None, ...]
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def as_box(shape: Sequence[int], size: Sequence[int], stride: Sequence[int], offset: int) -> BoxView | None:
+    """The view as a box of the array, or None if it is not one (a step, a flattened range, an overlap)."""
+    strides = contiguous_strides(shape)
+    start, rest = [], offset
+    for step in strides:
+        start.append(rest // step)
+        rest %= step
+    extent = [1] * len(shape)
+    order: list[int | None] = [None] * len(shape)
+    for view_dim, (n, step) in enumerate(zip(size, stride, strict=True)):
+        if n == 1:
+            continue
+        for d, s in enumerate(strides):
+            if s == step and shape[d] > 1 and order[d] is None and start[d] + n <= shape[d]:
+                extent[d], order[d] = n, view_dim
+                break
+        else:
+            return None
+    return BoxView(tuple((a, a + n) for a, n in zip(start, extent, strict=True)), tuple(order))
+
+
+def is_flat_run(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Does the view walk one gapless run of the flat array in order?"""
+    return all(n == 1 or s == c for n, s, c in zip(size, stride, contiguous_strides(size), strict=True))
+
+
+def split_run(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The flat range `start:stop` of an array of `shape` as boxes in order: partial, whole and partial slabs."""
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [((start, stop),)] if shape else [()]
+    slab = prod(shape[1:])
+    first, last = start // slab, (stop - 1) // slab
+    if first == last and not (start == first * slab and stop == (first + 1) * slab):
+        inner = split_run(shape[1:], start - first * slab, stop - first * slab)
+        return [((first, first + 1), *box) for box in inner]
+    boxes: list[Box] = []
+    if start > first * slab:
+        boxes += split_run(shape, start, (first + 1) * slab)
+        first += 1
+    tail = stop < (last + 1) * slab
+    whole_stop = last if tail else last + 1
+    if first < whole_stop:
+        boxes.append(((first, whole_stop), *((0, n) for n in shape[1:])))
+    if tail:
+        boxes += split_run(shape, last * slab, stop)
+    return boxes

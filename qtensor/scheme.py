@@ -1,0 +1,57 @@
+"""Schemes: what a weight becomes (number format, granularity) and how activations meet it. One frozen value each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .kernels import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, WeightFormat
+
+Activation = Literal["dynamic", "none"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is quantized and multiplied.
+
+    format: element dtype, granularity and scale formula (see `qtensor.kernels.WeightFormat`).
+    activation: "dynamic" quantizes activations to fp8 per token (per token and group of 128 for per-block weights)
+        before each multiplication; "none" keeps them (weight-only).
+    numerics: "vllm", byte-exact with vLLM's online quantization.
+    """
+
+    format: WeightFormat
+    activation: Activation = "dynamic"
+    numerics: Literal["vllm"] = "vllm"
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    def weight_only(self) -> Scheme:
+        """The same weights with unquantized activations."""
+        return replace(self, activation="none")
+
+    def __str__(self) -> str:
+        return self.name if self.activation == "dynamic" else f"{self.name} (weight-only)"
+
+
+fp8_per_tensor = Scheme(FP8_PER_TENSOR)
+fp8_per_channel = Scheme(FP8_PER_CHANNEL)
+fp8_per_block = Scheme(FP8_PER_BLOCK)
+fp8 = fp8_per_channel
+
+SCHEMES: dict[str, Scheme] = {s.name: s for s in (fp8_per_tensor, fp8_per_channel, fp8_per_block)} | {"fp8": fp8}
+
+SchemeLike = Scheme | str
+Targets = Sequence[str] | Mapping[str, SchemeLike]
+
+
+def as_scheme(value: SchemeLike) -> Scheme:
+    """A `Scheme`, or its name as a string ("fp8_per_block"), as a `Scheme`."""
+    if isinstance(value, Scheme):
+        return value
+    if isinstance(value, str) and value in SCHEMES:
+        return SCHEMES[value]
+    raise ValueError(f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, or a qtensor.Scheme")
