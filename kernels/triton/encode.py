@@ -1,0 +1,97 @@
+"""Numbers in and out of fp32 inside a kernel: e4m3fn codes, bf16, and an exact division.
+
+`CAST`, a constexpr, says how fp32 becomes e4m3fn on the target:
+
+satfinite    NVIDIA from compute capability 8.9: cvt.rn.satfinite.e4m3x2.f32, two elements an instruction
+clamp        AMD gfx950 and gfx12: the hardware converts to OCP e4m3fn, but saturating is left to us
+integer      everything else: sm_80 has no fp8; gfx942 only the fnuz format, whose bytes differ (bias 8, no -0)
+interpreter  as integer; and since Triton's CPU interpreter truncates fp32 → bf16, that rounding is done on integers too
+
+All four give the same byte for every finite input: that of torch's round-to-nearest-even cast after a clamp to ±448.
+NaN becomes a NaN byte; its sign is not promised.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INF_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def widen(x):
+    """bf16, fp16 or fp32 → fp32, subnormals kept."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, CAST: tl.constexpr):
+    """fp32 → `dtype` (bf16, fp16 or fp32), round to nearest even."""
+    if CAST == "interpreter" and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x != x, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def encode(x, CAST: tl.constexpr):
+    """fp32 → e4m3fn code as uint8."""
+    if CAST == "satfinite":
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    if CAST == "clamp":
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Round the 23 mantissa bits to 3 and move the exponent bias from 127 to 7, in one addition and one shift.
+    normal = (magnitude + (0x7FFFF - (120 << 23)) + ((magnitude >> 20) & 1)) >> 20
+    # Below 2^-6 the codes count steps of 2^-9, which is the last place of an fp32 near 2^14.
+    shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
+    subnormal = shifted.to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7E))
+    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def decode(code, CAST: tl.constexpr):
+    """e4m3fn code as uint8 → fp32."""
+    if CAST == "satfinite" or CAST == "clamp":
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    wide = code.to(tl.int32)
+    magnitude = wide & 0x7F
+    bits = (magnitude << 20) | ((wide & 0x80) << 24)
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120 restores the exponent bias
+    return tl.where(magnitude == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def divide(x, y, FUSED: tl.constexpr):
+    """x / y rounded to nearest even, for x of any shape and few distinct y > 0.
+
+    One reciprocal per y and five multiply-adds per x, in place of a dozen instructions and a branch per x: the
+    quotient is corrected by its exact remainder twice, and by Markstein's theorem the second correction rounds as
+    IEEE division does, for quotients that are normal numbers; a smaller one is far below the last e4m3 step.
+    """
+    if not FUSED:
+        return tl.math.div_rn(x, y)
+    reciprocal = tl.math.div_rn(1.0, y)
+    # x / inf is 0, not the NaN that inf * 0 would make of the remainder.
+    divisor = tl.where(y == float("inf"), 0.0, y)
+    estimate = x * reciprocal
+    quotient = tl.fma(tl.fma(-estimate, divisor, x), reciprocal, estimate)
+    quotient = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+    return tl.where(tl.abs(estimate) == float("inf"), estimate, quotient)
+
+
+@triton.jit
+def reciprocal_or_zero(scale):
+    """1 / scale; 0 where that is not finite."""
+    inverse = tl.math.div_rn(1.0, scale)
+    return tl.where(inverse < float("inf"), inverse, 0.0)

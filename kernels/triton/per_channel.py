@@ -1,0 +1,102 @@
+"""One scale per row: scale = max(amax / 448, 1 / (448 * 512)), data = x / scale.
+
+Roofline: a row is read once and stays in registers, so per element 2 bytes read (bf16) + 1 written = 3, and 4 bytes of
+scale per row. Rows longer than ONE_PASS_COLS do not fit; they are read twice: 2 * 2 + 1 = 5.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..audit import Audit
+from . import launch
+from .encode import divide, encode, widen
+from .findings import add_sums, finite_amax
+
+ONE_PASS_COLS = 32768
+
+
+@triton.jit
+def channel_scale(amax):
+    return tl.maximum(tl.math.div_rn(amax, 448.0), 1.0 / (448.0 * 512.0))
+
+
+@triton.jit(do_not_specialize=["rows", "origin"])
+def one_pass(
+    x, q, s, found, sums, rows, cols, origin,
+    x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
+    CHECK: tl.constexpr, MEASURE: tl.constexpr,
+):  # fmt: skip
+    """Program (i, e): ROWS rows of matrix e, each whole in BLOCK >= cols columns."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
+    inside = (row < rows) & (col < cols)
+    value = widen(tl.load(x + expert * x_e + row * x_n + col * x_k, mask=inside, other=0.0))
+    amax = finite_amax(value, origin + (expert * rows + row) * cols, col, inside, found, CHECK)
+    scale = channel_scale(amax)
+    tl.store(s + expert * s_e + row * s_n, scale, mask=row < rows)
+    scaled = divide(value, scale, FUSED)
+    code = encode(scaled, CAST)
+    tl.store(q + expert * q_e + row * q_n + col * q_k, code, mask=inside)
+    if MEASURE:
+        add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
+
+
+@triton.jit(do_not_specialize=["rows", "origin"])
+def two_reads(
+    x, q, s, found, sums, rows, cols, origin,
+    x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
+    BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
+    CHECK: tl.constexpr, MEASURE: tl.constexpr,
+):  # fmt: skip
+    """Program (i, e): row i of matrix e, BLOCK columns at a time, once for its amax and once to store it."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
+    x += expert * x_e + row * x_n
+    q += expert * q_e + row * q_n
+    amax = tl.zeros((1, 1), tl.float32)
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        value = widen(tl.load(x + col * x_k, mask=col < cols, other=0.0))
+        first = origin + (expert * rows + row) * cols
+        amax = tl.maximum(amax, finite_amax(value, first, col, col < cols, found, CHECK))
+    scale = channel_scale(amax)
+    tl.store(s + expert * s_e + row * s_n, scale)
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        value = widen(tl.load(x + col * x_k, mask=col < cols, other=0.0))
+        scaled = divide(value, scale, FUSED)
+        code = encode(scaled, CAST)
+        tl.store(q + col * q_k, code, mask=col < cols)
+        if MEASURE:
+            add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
+
+
+def quantize(
+    source: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    audit: Audit,
+    origin: int,
+    one_pass_cols: int = ONE_PASS_COLS,
+) -> None:
+    """source `[..., N, K]` → qdata `[..., N, K]`, scale `[..., N, 1]`."""
+    experts, rows, cols = launch.geometry(source)
+    target = launch.target(qdata.device)
+    found, sums = launch.findings(audit, qdata)
+    strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale)[:2])
+    args = (source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides)
+    flags = {"CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
+    with launch.on(qdata.device):
+        if cols > one_pass_cols:
+            two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=8, **flags)
+        else:
+            tile_rows, block, warps = launch.row_tile(cols)
+            one_pass[(triton.cdiv(rows, tile_rows), experts)](
+                *args, ROWS=tile_rows, BLOCK=block, num_warps=warps, **flags
+            )
