@@ -73,7 +73,7 @@ def decode(code, CAST: tl.constexpr):
 
 @triton.jit
 def divide(x, y, FUSED: tl.constexpr):
-    """x / y rounded to nearest even, for x of any shape and few distinct y > 0.
+    """x / y rounded to nearest even, for x of any shape and few distinct y > 0; x is infinite only where y is.
 
     One reciprocal per y and five multiply-adds per x, in place of a dozen instructions and a branch per x: the
     quotient is corrected by its exact remainder twice, and by Markstein's theorem the second correction rounds as
@@ -84,10 +84,16 @@ def divide(x, y, FUSED: tl.constexpr):
     reciprocal = tl.math.div_rn(1.0, y)
     # x / inf is 0, not the NaN that inf * 0 would make of the remainder.
     divisor = tl.where(y == float("inf"), 0.0, y)
-    estimate = x * reciprocal
-    quotient = tl.fma(tl.fma(-estimate, divisor, x), reciprocal, estimate)
+    quotient = x * reciprocal
     quotient = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
-    return tl.where(tl.abs(estimate) == float("inf"), estimate, quotient)
+    return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+
+
+@triton.jit
+def bring_within(x, scale):
+    """Make infinities finite, yet large enough that their quotient by `scale` still saturates. NaN stays."""
+    limit = tl.minimum(scale * 460.0, 3.4028234663852886e38)
+    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """What a kernel notices in passing: the largest finite magnitude, the first non-finite element, the sums behind SQNR.
 
 Finding nothing costs one integer maximum per element: as integers, magnitudes order like the numbers, with infinity
-and NaN above them all, so the maximum that gives the scale also tells whether the tile is clean. Only a tile that is
-not pays for a second look. The buffer these functions write to is described in kernels/audit.py.
+and NaN above them all, so the maximum that gives the scale also tells whether the tile is clean. A tile that is not is
+read a second time, a few columns at a time: done on the tile in registers, the rare case would cost every kernel half
+its registers. The buffer these functions write to is described in kernels/audit.py.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -12,29 +13,42 @@ import triton
 import triton.language as tl
 
 from ..audit import NO_FINDING, SLOTS
-from .encode import INF_BITS, decode
+from .encode import INF_BITS, decode, widen
 
 _NO_FINDING = tl.constexpr(NO_FINDING)
 _SLOTS = tl.constexpr(SLOTS)
 
 
 @triton.jit
-def finite_amax(x, row_start, col, inside, found, CHECK: tl.constexpr):
-    """Largest finite magnitude in each row of fp32 `x` `[R, C]` → `[R, 1]`, 0 for a row without any.
+def finite_amax(tile, x, x_k, start, stop, row_start, row_inside, found, CHECK: tl.constexpr):
+    """Largest finite magnitude in each row of an fp32 tile `[R, C]` → (fp32 `[R, 1]`, whether it has a non-finite one).
 
-    With CHECK, the first element that is not finite is noted in `found`. `row_start` `[R, 1]` holds the flat index of
-    each row's column 0 and `col` `[1, C]` the columns, both int64. Elements outside `inside` must be loaded as 0.
+    `tile` holds columns start to stop of R rows, and 0 outside the matrix. `x` `[R, 1]` points at each row's column 0,
+    `row_start` `[R, 1]` is the flat index of that element. With CHECK the first non-finite element goes to `found`.
     """
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(bits, axis=1, keep_dims=True)
-    if tl.max(largest) >= INF_BITS:
+    largest = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    dirty = tl.max(largest) >= INF_BITS
+    if dirty:
+        largest = _second_look(x, x_k, start, stop, row_start, row_inside, found, CHECK)
+    return largest.to(tl.float32, bitcast=True), dirty
+
+
+@triton.jit
+def _second_look(x, x_k, start, stop, row_start, row_inside, found, CHECK: tl.constexpr):
+    ROWS: tl.constexpr = x.shape[0]
+    STEP: tl.constexpr = 4 if ROWS >= 128 else 512 // ROWS
+    largest = tl.zeros((ROWS, 1), tl.int32)
+    for first in range(start, stop, STEP):
+        col = first + tl.arange(0, STEP)[None, :].to(tl.int64)
+        value = widen(tl.load(x + col * x_k, mask=row_inside & (col < stop), other=0.0))
+        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        finite = bits < INF_BITS
+        largest = tl.maximum(largest, tl.max(tl.where(finite, bits, 0), axis=1, keep_dims=True))
         if CHECK:
-            kind = tl.where(x != x, 0, tl.where(x > 0, 1, 2))
-            key = _NO_FINDING - ((row_start + col) * 4 + kind)
-            key = tl.where(inside & (bits >= INF_BITS), key, 0)
+            kind = tl.where(value != value, 0, tl.where(value > 0, 1, 2))
+            key = tl.where(finite, 0, _NO_FINDING - ((row_start + col) * 4 + kind))
             tl.atomic_max(found, tl.max(tl.max(key, axis=1)), sem="relaxed")
-        largest = tl.max(tl.where(bits < INF_BITS, bits, 0), axis=1, keep_dims=True)
-    return largest.to(tl.float32, bitcast=True)
+    return largest
 
 
 @triton.jit

@@ -32,9 +32,13 @@ def per_block(
     row = band * DOWN + tl.arange(0, DOWN)[:, None]
     col = strip * ACROSS + tl.arange(0, ACROSS)[None, :]
     inside = (row < rows) & (col < cols)
-    value = widen(tl.load(x + expert * x_e + row * x_n + col * x_k, mask=inside, other=0.0))
-    amax = tl.max(finite_amax(value, origin + (expert * rows + row) * cols, col, inside, found, CHECK))
-    scale = tl.math.div_rn(tl.maximum(amax, 1e-4), 448.0)
+    x += expert * x_e + row * x_n
+    value = widen(tl.load(x + col * x_k, mask=inside, other=0.0))
+    first = origin + (expert * rows + row) * cols
+    start = (strip * ACROSS).to(tl.int32)
+    stop = tl.minimum(start + ACROSS, cols)
+    amax, _ = finite_amax(value, x, x_k, start, stop, first, row < rows, found, CHECK)
+    scale = tl.math.div_rn(tl.maximum(tl.max(amax), 1e-4), 448.0)
     tl.store(s + expert * s_e + band * s_n + strip * s_k, scale)
     scaled = value * reciprocal_or_zero(scale)
     code = encode(scaled, CAST)

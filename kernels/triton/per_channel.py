@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..audit import Audit
 from . import launch
-from .encode import divide, encode, widen
+from .encode import bring_within, divide, encode, widen
 from .findings import add_sums, finite_amax
 
 ONE_PASS_COLS = 32768
@@ -36,9 +36,13 @@ def one_pass(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     inside = (row < rows) & (col < cols)
-    value = widen(tl.load(x + expert * x_e + row * x_n + col * x_k, mask=inside, other=0.0))
-    amax = finite_amax(value, origin + (expert * rows + row) * cols, col, inside, found, CHECK)
+    x += expert * x_e + row * x_n
+    value = widen(tl.load(x + col * x_k, mask=inside, other=0.0))
+    first = origin + (expert * rows + row) * cols
+    amax, dirty = finite_amax(value, x, x_k, 0, cols, first, row < rows, found, CHECK)
     scale = channel_scale(amax)
+    if dirty:
+        value = bring_within(value, scale)
     tl.store(s + expert * s_e + row * s_n, scale, mask=row < rows)
     scaled = divide(value, scale, FUSED)
     code = encode(scaled, CAST)
@@ -60,16 +64,22 @@ def two_reads(
     x += expert * x_e + row * x_n
     q += expert * q_e + row * q_n
     amax = tl.zeros((1, 1), tl.float32)
+    dirty = False
+    first = origin + (expert * rows + row) * cols
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         value = widen(tl.load(x + col * x_k, mask=col < cols, other=0.0))
-        first = origin + (expert * rows + row) * cols
-        amax = tl.maximum(amax, finite_amax(value, first, col, col < cols, found, CHECK))
+        stop = tl.minimum(start + BLOCK, cols)
+        largest, dirt = finite_amax(value, x, x_k, start, stop, first, row < rows, found, CHECK)
+        amax = tl.maximum(amax, largest)
+        dirty = dirty | dirt
     scale = channel_scale(amax)
     tl.store(s + expert * s_e + row * s_n, scale)
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         value = widen(tl.load(x + col * x_k, mask=col < cols, other=0.0))
+        if dirty:
+            value = bring_within(value, scale)
         scaled = divide(value, scale, FUSED)
         code = encode(scaled, CAST)
         tl.store(q + col * q_k, code, mask=col < cols)

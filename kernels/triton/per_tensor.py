@@ -28,13 +28,16 @@ def amax_kernel(
     """Program (i, e): ROWS rows of matrix e, BLOCK columns at a time. `amax` holds fp32 bits, one word per matrix."""
     expert = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    x += expert * x_e + row * x_n
+    first = origin + (expert * rows + row) * cols
     largest = tl.zeros((ROWS, 1), tl.float32)
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         inside = (row < rows) & (col < cols)
-        value = widen(tl.load(x + expert * x_e + row * x_n + col * x_k, mask=inside, other=0.0))
-        first = origin + (expert * rows + row) * cols
-        largest = tl.maximum(largest, finite_amax(value, first, col, inside, found, CHECK))
+        value = widen(tl.load(x + col * x_k, mask=inside, other=0.0))
+        stop = tl.minimum(start + BLOCK, cols)
+        amount, _ = finite_amax(value, x, x_k, start, stop, first, row < rows, found, CHECK)
+        largest = tl.maximum(largest, amount)
     bits = tl.max(largest.to(tl.int32, bitcast=True))
     # Most programs find nothing larger than what is there already, and need not queue for the word.
     if bits > tl.load(amax + expert):
