@@ -1,0 +1,452 @@
+"""Stores: where the elements of one weight go while it is being loaded, and how they come back when read.
+
+`QuantStore` quantizes whole units the moment they arrive and stages the parts of units that are not complete yet.
+`PlainStore` keeps a weight that is not quantized in an ordinary tensor. Both answer in terms of views (size, stride,
+offset over the contiguous weight) and share the weight's `Coverage`. Callers hold the weight's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import kernels
+from .coverage import Box, Coverage
+from .errors import WeightDtypeError
+from .geometry import as_box, contiguous_strides, is_flat_run, split_run
+from .kernels import Audit, NonFinite
+from .kernels.formats import ceil_div
+from .quantized import QTensor, empty
+from .scheme import Scheme
+
+CHUNK_BYTES = 32 << 20
+_STAGING_GROUP_BYTES = 256 << 10
+
+# What a unit's bytes are: quantized in qdata, present in staging, and (while staged) waiting for more elements.
+_QUANTIZED, _STAGED, _OPEN = 1, 2, 4
+
+
+class View(NamedTuple):
+    """A strided view of a contiguous weight, in elements."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class NeverWritten(Exception):
+    """A read touched elements that were never written. `boxes` holds them, in the weight's dimensions."""
+
+    def __init__(self, boxes: list[Box]) -> None:
+        super().__init__(boxes)
+        self.boxes = boxes
+
+
+def whole(shape: tuple[int, ...]) -> View:
+    return View(shape, contiguous_strides(shape), 0)
+
+
+def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[[torch.Tensor], torch.Tensor]]]:
+    """The boxes that make up a view, each with a function that cuts its part out of a tensor of the view's size.
+
+    The part has the box's extents. It aliases the tensor unless a flattened view has to be copied to be split.
+    """
+    if 0 in view.size:
+        return
+    found = as_box(shape, *view)
+    if found is not None:
+        dims = [d for d in found.order if d is not None]
+        dims += [d for d in range(len(view.size)) if d not in dims]
+        extents = [b - a for a, b in found.box]
+        yield found.box, lambda src: src.permute(dims).reshape(extents)
+        return
+    if is_flat_run(view.size, view.stride):
+        at = 0
+        for box in split_run(shape, view.offset, view.offset + prod(view.size)):
+            extents = [b - a for a, b in box]
+            count = prod(extents)
+            yield box, lambda src, at=at, n=count, ext=extents: src.reshape(-1)[at : at + n].reshape(ext)
+            at += count
+        return
+    touched = Coverage(shape)
+    touched.add_mask(view_mask(shape, view))
+
+    def scattered(src: torch.Tensor, box: Box) -> torch.Tensor:
+        dense = torch.empty(shape, dtype=src.dtype, device=src.device)
+        dense.as_strided(*view).copy_(src)
+        return dense[tuple(slice(*span) for span in box)]
+
+    for box in touched.covered_boxes():
+        yield box, lambda src, box=box: scattered(src, box)
+
+
+def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
+    """True where the view touches the weight."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.as_strided(*view).fill_(True)
+    return mask.numpy()
+
+
+class PlainStore:
+    """A weight that stays in high precision: a real tensor of the weight's shape."""
+
+    def __init__(self, tensor: torch.Tensor, coverage: Coverage) -> None:
+        self.tensor = tensor
+        self.coverage = coverage
+
+    def write(self, view: View, source: torch.Tensor) -> None:
+        self.tensor.as_strided(*view).copy_(source)
+        self.cover(view)
+
+    def cover(self, view: View) -> None:
+        shape = self.coverage.shape
+        found = as_box(shape, *view)
+        if found is not None and 0 not in view.size:
+            self.coverage.add(found.box)
+            return
+        for box, _ in regions(shape, view):
+            self.coverage.add(box)
+
+    def read(self, view: View) -> tuple[torch.Tensor, bool]:
+        """The elements (a live view of the store) and whether they are lossy, which they never are."""
+        require_covered(self.coverage, view)
+        return self.tensor.as_strided(*view), False
+
+
+def require_covered(coverage: Coverage, view: View) -> None:
+    if coverage.complete:
+        return
+    boxes = [gap for box, _ in regions(coverage.shape, view) for gap in coverage.missing(box)]
+    if boxes:
+        raise NeverWritten(boxes)
+
+
+class _Group:
+    """High-precision rows of some neighbouring units of one matrix."""
+
+    __slots__ = ("first_row", "retained_since", "rows")
+
+    def __init__(self, first_row: int, rows: torch.Tensor) -> None:
+        self.first_row = first_row
+        self.rows = rows
+        self.retained_since: int | None = None
+
+
+class QuantStore:
+    """A weight `[N, K]` or `[E, N, K]` that is quantized as its units complete.
+
+    Whole units in a write are quantized straight from the source. Parts of units are staged, in groups of a few
+    hundred kilobytes, until the unit is complete. A completed group is retained until the writer moves on (see
+    `release`), so that a loader that reads back or rewrites what it just wrote meets exact values.
+
+    on_staged: called with the change in staged bytes.
+    whole_weight: stage everything until the entire weight is there (needed to decide by SQNR).
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        device: torch.device,
+        coverage: Coverage,
+        audit: Audit,
+        on_staged: Callable[[int], None],
+        whole_weight: bool = False,
+    ) -> None:
+        self.scheme, self.dtype, self.device = scheme, dtype, device
+        self.coverage, self.audit, self._on_staged = coverage, audit, on_staged
+        self.whole_weight = whole_weight
+        *lead, self._n, self._k = coverage.shape
+        self._lead = bool(lead)
+        self._e = lead[0] if lead else 1
+        self._unit = scheme.format.unit_rows(self._n)
+        row_bytes = max(1, self._k * dtype.itemsize)
+        self._group_rows = self._unit * max(1, _STAGING_GROUP_BYTES // (self._unit * row_bytes))
+        self._state = np.zeros((self._e, ceil_div(self._n, self._unit)), dtype=np.uint8)
+        self._groups: dict[tuple[int, int], _Group] = {}
+        self._staged_whole: torch.Tensor | None = None
+        self._clock = 0
+        self.result: QTensor = empty(coverage.shape, scheme, dtype, device)
+
+    # Writing
+
+    def write(self, view: View, source: torch.Tensor) -> None:
+        """Take `source` (of the view's size) into the view. Raises NonFinite before the offending chunk is stored."""
+        self._clock += 1
+        for box, part in regions(self.coverage.shape, view):
+            (e0, e1), rows, cols = box if self._lead else ((0, 1), *box)
+            values = part(source)
+            for e in range(e0, e1):
+                self._write_matrix(e, rows, cols, values[e - e0] if self._lead else values)
+        self._trim()
+
+    def _write_matrix(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
+        start, stop = rows
+        first, last = stop, stop
+        if cols == (0, self._k) and not self.whole_weight:
+            first = min(ceil_div(start, self._unit) * self._unit, stop)
+            last = stop if stop == self._n else max(stop // self._unit * self._unit, first)
+        if first < last:
+            self._quantize_source(e, first, last, source[first - start : last - start])
+        else:
+            first = last = stop
+        for a, b in ((start, first), (last, stop)):
+            if a < b:
+                self._stage(e, (a, b), cols, source[a - start : b - start])
+
+    def _quantize_source(self, e: int, start: int, stop: int, source: torch.Tensor) -> None:
+        """Rows start:stop, whole units, from the source itself, one bounded chunk at a time."""
+        step = max(1, CHUNK_BYTES // max(1, self._unit * self._k * self.dtype.itemsize)) * self._unit
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            chunk = source[a - start : b - start].to(device=self.device, dtype=self.dtype)
+            self._quantize_rows(e, a, b, chunk)
+            self.coverage.add(self._box(e, (a, b), (0, self._k)))
+            units = self._state[e, a // self._unit : ceil_div(b, self._unit)]
+            was_staged = units.any() and bool((units & _STAGED).any())
+            units[...] = _QUANTIZED
+            if was_staged:
+                self._free_unused(e, a, b)
+
+    def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
+        fmt = self.scheme.format
+        qdata, scale = self.result.qdata, self.result.scale
+        if self._lead:
+            qdata, scale = qdata[e], scale[e]
+        if fmt.granularity != "tensor":
+            scale = scale[start // self._unit : ceil_div(stop, self._unit)]
+        origin = (e * self._n + start) * self._k
+        kernels.quantize_into(rows, qdata[start:stop], scale, fmt, self.audit, origin)
+
+    def _stage(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
+        self._refuse_nonfinite(e, rows, cols, source)
+        lo, hi = rows[0] // self._unit * self._unit, min(ceil_div(rows[1], self._unit) * self._unit, self._n)
+        for key, a, b in self._group_spans(e, lo, hi):
+            group = self._groups.get(key) or self._new_group(key)
+            group.retained_since = None
+            self._open_units(e, a, b, group)
+            a, b = max(a, rows[0]), min(b, rows[1])
+            target = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
+            target.copy_(source[a - rows[0] : b - rows[0]])
+        self.coverage.add(self._box(e, rows, cols))
+        if not self.whole_weight:
+            self._settle(e, lo, hi)
+
+    def _open_units(self, e: int, start: int, stop: int, group: _Group) -> None:
+        """Mark units as staged. One that was quantized and no longer staged is re-opened: its other elements have to
+        be written again, and until then they read as their dequantized values."""
+        first, last = start // self._unit, ceil_div(stop, self._unit)
+        units = self._state[e, first:last]
+        for u in (np.flatnonzero((units & _STAGED) == 0) + first).tolist():
+            if self._state[e, u] & _QUANTIZED:
+                a, b = u * self._unit, min((u + 1) * self._unit, self._n)
+                group.rows[a - group.first_row : b - group.first_row] = self._dequantized(e, a, b)
+                self.coverage.discard(self._box(e, (a, b), (0, self._k)))
+        units |= _STAGED | _OPEN
+
+    def _settle(self, e: int, start: int, stop: int) -> None:
+        """Quantize the staged units within rows start:stop that are complete by now."""
+        for a, b in self.coverage.full_rows((e,) if self._lead else (), start, stop):
+            a = ceil_div(a, self._unit) * self._unit
+            b = b if b == self._n else b // self._unit * self._unit
+            for key, first, last in self._group_spans(e, a, b):
+                group = self._groups[key]
+                self._quantize_rows(e, first, last, group.rows[first - group.first_row : last - group.first_row])
+                units = self._state[e, first // self._unit : ceil_div(last, self._unit)]
+                units |= _QUANTIZED
+                units &= ~np.uint8(_OPEN)
+                if not self._open_in(key):
+                    group.retained_since = self._clock
+
+    def _refuse_nonfinite(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
+        """Staged values are checked as they arrive, on the host; on a GPU the kernel checks when the unit completes."""
+        if not self.audit.refuse_nonfinite or source.device.type != "cpu" or torch.isfinite(source).all():
+            return
+        r, c = (~torch.isfinite(source)).nonzero()[0].tolist()
+        raise NonFinite((e * self._n + rows[0] + r) * self._k + cols[0] + c, float(source[r, c]))
+
+    # Staging
+
+    def _group_spans(self, e: int, start: int, stop: int) -> Iterator[tuple[tuple[int, int], int, int]]:
+        """Rows start:stop of matrix e cut at the borders of the staging groups."""
+        while start < stop:
+            g = start // self._group_rows
+            end = min((g + 1) * self._group_rows, stop)
+            yield (e, g), start, end
+            start = end
+
+    def _new_group(self, key: tuple[int, int]) -> _Group:
+        e, g = key
+        first = g * self._group_rows
+        last = min(first + self._group_rows, self._n)
+        if self.whole_weight:
+            if self._staged_whole is None:
+                self._staged_whole = torch.empty(self._e, self._n, self._k, dtype=self.dtype, device=self.device)
+            rows = self._staged_whole[e, first:last]
+        else:
+            rows = torch.empty(last - first, self._k, dtype=self.dtype, device=self.device)
+        self._groups[key] = group = _Group(first, rows)
+        self._on_staged(rows.nbytes)
+        return group
+
+    def _open_in(self, key: tuple[int, int]) -> bool:
+        return bool((self._units_of(key) & _OPEN).any())
+
+    def _units_of(self, key: tuple[int, int]) -> np.ndarray:
+        e, g = key
+        per_group = self._group_rows // self._unit
+        return self._state[e, g * per_group : (g + 1) * per_group]
+
+    def _free(self, key: tuple[int, int]) -> None:
+        self._on_staged(-self._groups.pop(key).rows.nbytes)
+        units = self._units_of(key)
+        units &= ~np.uint8(_STAGED | _OPEN)
+
+    def _free_unused(self, e: int, start: int, stop: int) -> None:
+        """Free the groups of rows start:stop that hold nothing any more."""
+        for key, _, _ in self._group_spans(e, start, stop):
+            if key in self._groups and not (self._units_of(key) & _STAGED).any():
+                self._free(key)
+
+    def _trim(self) -> None:
+        """Retained groups beyond one chunk go, oldest first; those of the last write stay."""
+        if not self._groups:
+            return
+        retained = [(g.retained_since, key) for key, g in self._groups.items() if g.retained_since is not None]
+        held = sum(self._groups[key].rows.nbytes for _, key in retained)
+        for since, key in sorted(retained):
+            if held <= CHUNK_BYTES or since == self._clock:
+                return
+            held -= self._groups[key].rows.nbytes
+            self._free(key)
+
+    def release(self) -> None:
+        """Free what was retained: the writer has moved on."""
+        for key in [key for key, group in self._groups.items() if group.retained_since is not None]:
+            self._free(key)
+
+    def discard_staging(self) -> None:
+        """Free all staging, complete or not: the session was aborted."""
+        for key in list(self._groups):
+            self._free(key)
+        self._staged_whole = None
+
+    @property
+    def retains(self) -> bool:
+        return bool(self._groups)
+
+    # Completing
+
+    def quantize_whole(self) -> None:
+        """Quantize a weight that was staged as a whole; `staged_whole` keeps it until `discard_staging`."""
+        for e in range(self._e):
+            self._settle(e, 0, self._n)
+
+    def staged_whole(self) -> torch.Tensor:
+        assert self._staged_whole is not None
+        return self._staged_whole.view(self.coverage.shape)
+
+    def hold_values(self, values: torch.Tensor) -> None:
+        """Quantize the whole of `values` without covering anything: what unwritten units fall back to."""
+        for e in range(self._e):
+            matrix = values[e] if self._lead else values
+            self._quantize_rows(e, 0, self._n, matrix.to(device=self.device, dtype=self.dtype))
+        self._state[...] = _QUANTIZED
+
+    def keep_missing(self) -> bool:
+        """Let unwritten elements keep their earlier quantized values. False if some have none."""
+        if not bool((self._state & _QUANTIZED).all()):
+            return False
+        self.coverage.add([(0, n) for n in self.coverage.shape])
+        for e, g in list(self._groups):
+            start = g * self._group_rows
+            self._settle(e, start, min(start + self._group_rows, self._n))
+        return True
+
+    # Reading
+
+    def read(self, view: View) -> tuple[torch.Tensor, bool]:
+        """The elements of a view as a new tensor, and whether any of them had been quantized already."""
+        out = torch.empty(view.size, dtype=self.dtype, device=self.device)
+        lossy = False
+        found = list(regions(self.coverage.shape, view))
+        gaps = [gap for box, _ in found for gap in self._gaps(box)]
+        if gaps:
+            raise NeverWritten(gaps)
+        if len(found) > 1 or as_box(self.coverage.shape, *view) is None:
+            # Not one box: gather into a full-size tensor and take the view of that.
+            dense = torch.empty(self.coverage.shape, dtype=self.dtype, device=self.device)
+            for box, _ in found:
+                lossy |= self._read_box(box, dense[tuple(slice(*span) for span in box)])
+            return out.copy_(dense.as_strided(*view)), lossy
+        for box, part in found:
+            lossy |= self._read_box(box, part(out))
+        return out, lossy
+
+    def _read_box(self, box: Box, out: torch.Tensor) -> bool:
+        (e0, e1), (start, stop), cols = box if self._lead else ((0, 1), *box)
+        lossy = False
+        for e in range(e0, e1):
+            target = out[e - e0] if self._lead else out
+            first = start
+            while first < stop:
+                staged, last = self._state_run(e, first, stop)
+                if staged:
+                    for key, a, b in self._group_spans(e, first, last):
+                        group = self._groups[key]
+                        rows = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
+                        target[a - start : b - start] = rows
+                        lossy |= bool((self._state[e, a // self._unit] & (_QUANTIZED | _OPEN)) == _QUANTIZED | _OPEN)
+                else:
+                    target[first - start : last - start] = self._dequantized(e, first, last)[:, cols[0] : cols[1]]
+                    lossy = True
+                first = last
+        return lossy
+
+    def _state_run(self, e: int, start: int, stop: int) -> tuple[bool, int]:
+        """Whether row `start` is staged, and where the run of rows that are the same in that ends (at most `stop`)."""
+        staged = (self._state[e, start // self._unit : ceil_div(stop, self._unit)] & _STAGED) != 0
+        others = np.flatnonzero(staged != staged[0])
+        if not len(others):
+            return bool(staged[0]), stop
+        return bool(staged[0]), min(stop, (start // self._unit + int(others[0])) * self._unit)
+
+    def _gaps(self, box: Box) -> list[Box]:
+        """The parts of a box that were never written, neither in this session nor (re-opened units) before."""
+        gaps = []
+        for gap in self.coverage.missing(box):
+            (e0, e1), (a, b), cols = gap if self._lead else ((0, 1), *gap)
+            for e in range(e0, e1):
+                units = (self._state[e, a // self._unit : ceil_div(b, self._unit)] & _QUANTIZED) == 0
+                edges = np.flatnonzero(np.diff(units, prepend=False, append=False)) + a // self._unit
+                for first, last in edges.reshape(-1, 2).tolist():
+                    rows = (max(a, first * self._unit), min(b, last * self._unit))
+                    gaps.append(self._box(e, rows, cols))
+        return gaps
+
+    def _dequantized(self, e: int, start: int, stop: int) -> torch.Tensor:
+        fmt = self.scheme.format
+        qdata, scale = self.result.qdata, self.result.scale
+        if self._lead:
+            qdata, scale = qdata[e], scale[e]
+        if fmt.granularity == "tensor":
+            return kernels.dequantize(qdata[start:stop], scale, fmt, self.dtype)
+        first = start // self._unit * self._unit
+        scale = scale[first // self._unit : ceil_div(stop, self._unit)]
+        return kernels.dequantize(qdata[first:stop], scale, fmt, self.dtype)[start - first :]
+
+    def _box(self, e: int, rows: tuple[int, int], cols: tuple[int, int]) -> Box:
+        return ((e, e + 1), rows, cols) if self._lead else (rows, cols)
+
+
+def check_source_dtype(source: torch.Tensor, name: str) -> None:
+    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
+    if not source.is_floating_point() or source.dtype.itemsize < 2:
+        raise WeightDtypeError(
+            f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
+            "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
+        )
