@@ -85,8 +85,9 @@ def divide(x, y, FUSED: tl.constexpr):
     # x / inf is 0, not the NaN that inf * 0 would make of the remainder.
     divisor = tl.where(y == float("inf"), 0.0, y)
     quotient = x * reciprocal
-    quotient = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
-    return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+    # The remainder is taken with its sign turned, so that a quotient of -0 plus a correction of 0 stays -0.
+    quotient = tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
+    return tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
 
 
 @triton.jit

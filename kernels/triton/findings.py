@@ -26,7 +26,11 @@ def finite_amax(tile, x, x_k, start, stop, row_start, row_inside, found, CHECK: 
     `tile` holds columns start to stop of R rows, and 0 outside the matrix. `x` `[R, 1]` points at each row's column 0,
     `row_start` `[R, 1]` is the flat index of that element. With CHECK the first non-finite element goes to `found`.
     """
-    largest = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    if tile.dtype == tl.float32:
+        largest = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    else:
+        short = tl.max(tile.to(tl.int16, bitcast=True) & 0x7FFF, axis=1, keep_dims=True)
+        largest = widen(short.to(tl.int16).to(tile.dtype, bitcast=True)).to(tl.int32, bitcast=True)
     dirty = tl.max(largest) >= INF_BITS
     if dirty:
         largest = _second_look(x, x_k, start, stop, row_start, row_inside, found, CHECK)

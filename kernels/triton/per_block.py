@@ -33,14 +33,14 @@ def per_block(
     col = strip * ACROSS + tl.arange(0, ACROSS)[None, :]
     inside = (row < rows) & (col < cols)
     x += expert * x_e + row * x_n
-    value = widen(tl.load(x + col * x_k, mask=inside, other=0.0))
+    raw = tl.load(x + col * x_k, mask=inside, other=0.0)
     first = origin + (expert * rows + row) * cols
     start = (strip * ACROSS).to(tl.int32)
     stop = tl.minimum(start + ACROSS, cols)
-    amax, _ = finite_amax(value, x, x_k, start, stop, first, row < rows, found, CHECK)
+    amax, _ = finite_amax(raw, x, x_k, start, stop, first, row < rows, found, CHECK)
     scale = tl.math.div_rn(tl.maximum(tl.max(amax), 1e-4), 448.0)
     tl.store(s + expert * s_e + band * s_n + strip * s_k, scale)
-    scaled = value * reciprocal_or_zero(scale)
+    scaled = widen(raw) * reciprocal_or_zero(scale)
     code = encode(scaled, CAST)
     tl.store(q + expert * q_e + row * q_n + col * q_k, code, mask=inside)
     if MEASURE:

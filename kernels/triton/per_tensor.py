@@ -34,9 +34,9 @@ def amax_kernel(
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         inside = (row < rows) & (col < cols)
-        value = widen(tl.load(x + col * x_k, mask=inside, other=0.0))
+        raw = tl.load(x + col * x_k, mask=inside, other=0.0)
         stop = tl.minimum(start + BLOCK, cols)
-        amount, _ = finite_amax(value, x, x_k, start, stop, first, row < rows, found, CHECK)
+        amount, _ = finite_amax(raw, x, x_k, start, stop, first, row < rows, found, CHECK)
         largest = tl.maximum(largest, amount)
     bits = tl.max(largest.to(tl.int32, bitcast=True))
     # Most programs find nothing larger than what is there already, and need not queue for the word.
