@@ -1,4 +1,6 @@
-"""The cases of test_triton_kernels.py; run them directly with TRITON_INTERPRET=1 pytest tests/triton_interpreter_cases.py.
+"""The cases of test_triton_kernels.py, to be run with TRITON_INTERPRET=1.
+
+Directly: TRITON_INTERPRET=1 pytest tests/triton_interpreter_cases.py
 
 Bytes are compared exactly, except that any NaN byte equals any other: the sign of a NaN is not promised.
 """
@@ -19,7 +21,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
-
 from qtensor.kernels import (
     FORMATS,
     FP8_PER_BLOCK,
