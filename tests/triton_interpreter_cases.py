@@ -246,6 +246,18 @@ def test_refuses_what_it_cannot_do() -> None:
 
 
 @triton.jit
+def loop_kernel(out, n):
+    for i in range(0, n):
+        tl.store(out, i)
+
+
+try:
+    loop_kernel[(1,)](torch.zeros(1, dtype=torch.int32), 2)
+except Exception as error:
+    pytest.skip(f"this Triton's interpreter does not work with NumPy {np.__version__}: {error}", allow_module_level=True)
+
+
+@triton.jit
 def encode_kernel(x, out, N: tl.constexpr, CAST: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + at, encode.encode(encode.widen(tl.load(x + at)), CAST))
