@@ -1,1 +1,48 @@
-"""qtensor."""
+"""qtensor: model weights that quantize themselves while any PyTorch loader fills them.
+
+    with online_quant(fp8):
+        model = AutoModelForCausalLM.from_pretrained(path)
+"""
+
+from __future__ import annotations
+
+from .coverage import Coverage
+from .errors import (
+    IncompleteLoadError,
+    LossyReadError,
+    NonFiniteWeightError,
+    QTensorError,
+    WeightDtypeError,
+    WeightShapeError,
+)
+from .lazy import LazyWeight
+from .quantized import QTensor, quantize
+from .report import LayerReport, LoadReport
+from .scheme import Scheme, fp8, fp8_per_block, fp8_per_channel, fp8_per_tensor
+from .selection import DEFAULT_IGNORE
+from .session import Session, online_quant
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_IGNORE",
+    "Coverage",
+    "IncompleteLoadError",
+    "LayerReport",
+    "LazyWeight",
+    "LoadReport",
+    "LossyReadError",
+    "NonFiniteWeightError",
+    "QTensor",
+    "QTensorError",
+    "Scheme",
+    "Session",
+    "WeightDtypeError",
+    "WeightShapeError",
+    "fp8",
+    "fp8_per_block",
+    "fp8_per_channel",
+    "fp8_per_tensor",
+    "online_quant",
+    "quantize",
+]

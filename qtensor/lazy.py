@@ -18,10 +18,9 @@ from torch.utils._pytree import tree_map_only
 
 from .armed import ArmedWeight
 from .errors import QTensorError, WeightShapeError
-from .geometry import contiguous_strides
 from .quantized import _OPS as _QUANTIZED_OPS
-from .quantized import QTensor, quantize
-from .store import View, view_mask
+from .quantized import QTensor
+from .store import View
 
 aten = torch.ops.aten
 _Handler = Callable[[Any, tuple, dict], Any]
@@ -159,11 +158,10 @@ def parameter(armed: ArmedWeight, requires_grad: bool) -> LazyWeight:
 
 def settle(param: Any, result: QTensor) -> None:
     """All elements are there: the object becomes a quantized weight that still follows late writes."""
-    param.become(result.qdata, result.scale, result.scheme) if isinstance(param, QTensor) else None
-    if not isinstance(param, QTensor):
+    if not isinstance(param, LiveQTensor):
         param.requires_grad_(False)
         param.__class__ = LiveQTensor
-        param.become(result.qdata, result.scale, result.scheme)
+    param.become(result.qdata, result.scale, result.scheme)
 
 
 def reopen(param: Any) -> None:
@@ -248,7 +246,7 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     if isinstance(src, _LAZY):
         src = _materialize(src)
     elif isinstance(src, QTensor):
-        src = _quantized_source(dst, src)
+        src = src.dequantize(dst.dtype)
     if not isinstance(dst, _LAZY):
         return func(dst, src, *args[2:], **kwargs)
     if sys._getframe(2).f_globals.get("__name__") == "torch.nn.init":
@@ -256,10 +254,6 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     else:
         dst._armed.write(view_of(dst), src)
     return dst
-
-
-def _quantized_source(dst: Any, src: QTensor) -> torch.Tensor:
-    return src.dequantize(dst.dtype)
 
 
 @_implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
@@ -447,7 +441,7 @@ def _collective(outputs: int, *, reads: bool) -> _Handler:
     """
 
     def handler(func: Any, args: tuple, kwargs: dict) -> Any:
-        lazies = [w for group in _flat(args[outputs]) for w in [group] if isinstance(w, _LAZY)]
+        lazies = [w for w in _flat(args[outputs]) if isinstance(w, _LAZY)]
         real: dict[int, torch.Tensor] = {}
         for w in lazies:
             readable = reads and w._armed.readable(view_of(w))

@@ -92,11 +92,18 @@ def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
 
 
 class PlainStore:
-    """A weight that stays in high precision: a real tensor of the weight's shape."""
+    """A weight that stays in high precision: a real tensor of the weight's shape.
 
-    def __init__(self, tensor: torch.Tensor, coverage: Coverage) -> None:
+    initialised: the tensor held meaningful values before any load, so that unwritten elements may be read.
+    """
+
+    def __init__(self, tensor: torch.Tensor, coverage: Coverage, initialised: bool = False) -> None:
         self.tensor = tensor
         self.coverage = coverage
+        self.initialised = initialised
+
+    def copy(self, coverage: Coverage) -> PlainStore:
+        return PlainStore(self.tensor.clone(), coverage, self.initialised)
 
     def write(self, view: View, source: torch.Tensor) -> None:
         self.tensor.as_strided(*view).copy_(source)
@@ -113,7 +120,8 @@ class PlainStore:
 
     def read(self, view: View) -> tuple[torch.Tensor, bool]:
         """The elements (a live view of the store) and whether they are lossy, which they never are."""
-        require_covered(self.coverage, view)
+        if not self.initialised:
+            require_covered(self.coverage, view)
         return self.tensor.as_strided(*view), False
 
 
@@ -253,14 +261,22 @@ class QuantStore:
         for a, b in self.coverage.full_rows((e,) if self._lead else (), start, stop):
             a = ceil_div(a, self._unit) * self._unit
             b = b if b == self._n else b // self._unit * self._unit
-            for key, first, last in self._group_spans(e, a, b):
+            for key, first, last in self._staged_spans(e, a, b):
                 group = self._groups[key]
                 self._quantize_rows(e, first, last, group.rows[first - group.first_row : last - group.first_row])
                 units = self._state[e, first // self._unit : ceil_div(last, self._unit)]
                 units |= _QUANTIZED
                 units &= ~np.uint8(_OPEN)
-                if not self._open_in(key):
+                if not (self._units_of(key) & _OPEN).any():
                     group.retained_since = self._clock
+
+    def _staged_spans(self, e: int, start: int, stop: int) -> Iterator[tuple[tuple[int, int], int, int]]:
+        """The staged rows within start:stop, cut at the borders of the staging groups."""
+        while start < stop:
+            staged, end = self._state_run(e, start, stop)
+            if staged:
+                yield from self._group_spans(e, start, end)
+            start = end
 
     def _refuse_nonfinite(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         """Staged values are checked as they arrive, on the host; on a GPU the kernel checks when the unit completes."""
@@ -292,9 +308,6 @@ class QuantStore:
         self._groups[key] = group = _Group(first, rows)
         self._on_staged(rows.nbytes)
         return group
-
-    def _open_in(self, key: tuple[int, int]) -> bool:
-        return bool((self._units_of(key) & _OPEN).any())
 
     def _units_of(self, key: tuple[int, int]) -> np.ndarray:
         e, g = key
@@ -335,20 +348,32 @@ class QuantStore:
             self._free(key)
         self._staged_whole = None
 
-    @property
-    def retains(self) -> bool:
-        return bool(self._groups)
-
     # Completing
 
-    def quantize_whole(self) -> None:
-        """Quantize a weight that was staged as a whole; `staged_whole` keeps it until `discard_staging`."""
+    def quantize_whole(self) -> torch.Tensor:
+        """Quantize a weight that was staged as a whole; from now on its writes stream. Returns the staged values."""
+        assert self._staged_whole is not None
+        self.whole_weight = False
         for e in range(self._e):
             self._settle(e, 0, self._n)
+        values = self._staged_whole.view(self.coverage.shape)
+        self._staged_whole = None
+        return values
 
-    def staged_whole(self) -> torch.Tensor:
-        assert self._staged_whole is not None
-        return self._staged_whole.view(self.coverage.shape)
+    def copy(self, coverage: Coverage) -> QuantStore:
+        """An independent store in the same state, sharing nothing but the audit's settings."""
+        audit = Audit(self.audit.refuse_nonfinite, self.audit.measure_sqnr)
+        other = QuantStore(
+            self.scheme, self.dtype, self.device, coverage, audit, self._on_staged, self.whole_weight
+        )
+        other.result.qdata.copy_(self.result.qdata)
+        other.result.scale.copy_(self.result.scale)
+        other._state, other._clock = self._state.copy(), self._clock
+        for key, group in self._groups.items():
+            twin = other._new_group(key)
+            twin.rows.copy_(group.rows)
+            twin.retained_since = group.retained_since
+        return other
 
     def hold_values(self, values: torch.Tensor) -> None:
         """Quantize the whole of `values` without covering anything: what unwritten units fall back to."""

@@ -1,0 +1,340 @@
+"""ArmedWeight: one weight of one session, from the first write to the last.
+
+It joins what the weight is (shape, logical dtype, device, the Parameter objects that stand for it) with what has
+arrived (coverage) and where it went (store), under one lock. The session decides; this file only asks it, through
+`Host`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from .coverage import Box, Coverage
+from .errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightShapeError
+from .geometry import as_box
+from .kernels import Audit, NonFinite
+from .quantized import nonfinite_message
+from .report import describe_boxes
+from .scheme import Scheme
+from .store import (
+    NeverWritten,
+    PlainStore,
+    QuantStore,
+    View,
+    check_source_dtype,
+    view_mask,
+    whole,
+)
+
+UNDECIDED = object()
+
+
+class Host(Protocol):
+    """What an armed weight asks of its session."""
+
+    on_missing: str
+    refuse_nonfinite: bool
+    min_sqnr: float | None
+    closed: str | None
+
+    def decide(self, weight: ArmedWeight) -> Scheme | None: ...
+    def name_of(self, weight: ArmedWeight) -> str: ...
+    def touch(self, weight: ArmedWeight) -> None: ...
+    def staged(self, delta: int) -> None: ...
+    def lossy_read(self, weight: ArmedWeight) -> None: ...
+    def completed(self, weight: ArmedWeight) -> None: ...
+    def reopened(self, weight: ArmedWeight) -> None: ...
+    def enroll(self, weight: ArmedWeight) -> None: ...
+
+
+class ArmedWeight:
+    """A weight that quantizes itself while it is written.
+
+    params: the Parameter objects that stand for it (one, unless a library re-wrapped it).
+    owner: the module and attribute name it was registered under first.
+    scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
+    initial: values to fall back to when elements stay unwritten (on_missing "keep" or "init").
+    """
+
+    def __init__(
+        self, host: Host, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: tuple[Any, str]
+    ) -> None:
+        self.host, self.shape, self.dtype, self.device, self.owner = host, shape, dtype, device, owner
+        self.coverage = Coverage(shape)
+        self.lock = threading.RLock()
+        self.params: list[torch.Tensor] = []
+        self.scheme: Any = UNDECIDED
+        self.store: QuantStore | PlainStore | None = None
+        self.initial: torch.Tensor | None = None
+        self.recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
+        self.error: QTensorError | None = None
+        self.settled = False
+        self.sqnr: float | None = None
+        host.enroll(self)
+
+    @property
+    def name(self) -> str:
+        return self.host.name_of(self)
+
+    @property
+    def target(self) -> str:
+        """For people: what the weight is becoming."""
+        if self.scheme is UNDECIDED:
+            return "not decided yet"
+        return f"to {self.scheme}" if self.scheme else "not quantized"
+
+    def adopt(self, param: torch.Tensor) -> None:
+        self.params.append(param)
+
+    # Writes
+
+    def write(self, view: View, source: torch.Tensor) -> None:
+        """A loader wrote `source` to a view. Nothing of the source is kept once this returns."""
+        self.host.touch(self)
+        with self.lock:
+            source = self._fit(view, source)
+            store = self._open_store()
+            try:
+                if isinstance(store, QuantStore):
+                    check_source_dtype(source, self.name)
+                store.write(view, source)
+            except NonFinite as error:
+                self._fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)))
+            except QTensorError as error:
+                self._fail(error)
+            self._after_write()
+
+    def write_masked(self, view: View, values: torch.Tensor, touched: torch.Tensor) -> None:
+        """Write those elements of `values` (of the view's size) where `touched` is true."""
+        with self.lock:
+            mask = torch.zeros(self.shape, dtype=torch.bool)
+            mask.as_strided(*view).copy_(touched)
+            dense = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
+            dense.as_strided(*view).copy_(values)
+            region = Coverage(self.shape)
+            region.add_mask(mask.numpy())
+            for box in region.covered_boxes():
+                part = dense[tuple(slice(*span) for span in box)]
+                self.write(self._view(box), part)
+
+    def initialize(self, view: View, fill: Callable[[torch.Tensor], None]) -> None:
+        """An initialiser, not a loader, fills the view: recorded (or done, for a weight that stays plain), and of no
+        consequence for coverage."""
+        with self.lock:
+            if isinstance(self.store, PlainStore):
+                fill(self.store.tensor.as_strided(*view))
+                self.store.initialised = True
+            elif not self.coverage.covered:
+                self.recorded.append((view, fill))
+
+    def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
+        if self.host.closed:
+            raise QTensorError(f"{self.name}: {self.host.closed}; nothing can be written to this handle any more.")
+        if source.is_meta:
+            raise QTensorError(f"{self.name}: the source is on the meta device and has no values to copy.")
+        if tuple(source.shape) == view.size:
+            return source
+        try:
+            return source.expand(view.size)
+        except RuntimeError:
+            where = "" if view.size == self.shape else f" into {self._describe(view)}"
+            self._fail(
+                WeightShapeError(
+                    f"{self.name}: a source of shape {list(source.shape)} does not fit{where} {list(view.size)} of a "
+                    f"weight of shape {list(self.shape)}. Is this checkpoint made for this model and parallel layout?"
+                )
+            )
+
+    def _fail(self, error: QTensorError) -> Any:
+        """Raise, and remember: a loader that swallows the error must not make it disappear."""
+        self.error = self.error or error
+        raise error from None
+
+    def _open_store(self) -> QuantStore | PlainStore:
+        if self.store is not None:
+            return self.store
+        if self.scheme is UNDECIDED:
+            self.scheme = self.host.decide(self)
+        if self.scheme is None:
+            self.store = self._plain_store()
+            return self.store
+        measure = self.host.min_sqnr is not None
+        audit = Audit(self.host.refuse_nonfinite, measure)
+        store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, measure)
+        self.store = store
+        if self.initial is not None:
+            store.audit = Audit(refuse_nonfinite=False)
+            store.hold_values(self.initial)
+            store.audit, self.initial = audit, None
+        return store
+
+    def _plain_store(self) -> PlainStore:
+        if self.initial is not None:
+            tensor, self.initial = self.initial.to(device=self.device, dtype=self.dtype), None
+            return PlainStore(tensor, self.coverage, initialised=True)
+        store = PlainStore(torch.empty(self.shape, dtype=self.dtype, device=self.device), self.coverage)
+        if self.host.on_missing == "init":
+            for view, fill in self.recorded:
+                fill(store.tensor.as_strided(*view))
+                store.initialised = True
+        self.recorded.clear()
+        return store
+
+    def _after_write(self) -> None:
+        if self.settled and not self.coverage.complete:
+            self.settled = False
+            self.host.reopened(self)
+        elif self.coverage.complete:
+            self.settle()
+
+    def settle(self) -> None:
+        """Every element is there."""
+        if self.settled:
+            return
+        self.settled, self.error = True, None
+        store = self.store
+        if isinstance(store, QuantStore):
+            if store.whole_weight:
+                self._judge(store)
+            self.recorded.clear()
+        self.host.completed(self)
+
+    def _judge(self, store: QuantStore) -> None:
+        """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
+        values = store.quantize_whole()
+        limit = self.host.min_sqnr
+        self.sqnr = sqnr_db(store.audit)
+        if limit is not None and self.sqnr is not None and self.sqnr < limit:
+            store.discard_staging()
+            self.scheme, self.store = None, PlainStore(values, self.coverage)
+
+    # Reads
+
+    def read(self, view: View) -> torch.Tensor:
+        """The elements of a view, as far as they were written. Raises IncompleteLoadError, LossyReadError."""
+        with self.lock:
+            if self.store is None and 0 not in view.size:
+                if self.host.closed:
+                    raise QTensorError(f"{self.name}: {self.host.closed}, and nothing is left to read.")
+                self._unwritten([self._bounds(view)])
+            try:
+                values, lossy = self._open_store().read(view)
+            except NeverWritten as error:
+                self._unwritten(error.boxes)
+            if lossy and not self.host.closed:
+                self.host.lossy_read(self)
+            return values
+
+    def readable(self, view: View) -> bool:
+        with self.lock:
+            try:
+                return self.store is not None and self.store.read(view) is not None
+            except NeverWritten:
+                return False
+
+    def _unwritten(self, boxes: list[Box]) -> Any:
+        message = f"{self.name}: read before it was written: {describe_boxes(self.shape, boxes)}."
+        raise IncompleteLoadError(message, {self.name: boxes}) from None
+
+    # Ending
+
+    def fill_missing(self, policy: str) -> bool:
+        """Apply on_missing "zero", "keep" or "init" to the unwritten elements. False if there is nothing to use."""
+        with self.lock:
+            store = self._open_store()
+            missing = self.coverage.missing()
+            if policy == "zero":
+                zero = torch.zeros((), dtype=self.dtype)
+                for box in missing:
+                    view = self._view(box)
+                    store.write(view, zero.expand(view.size))
+            elif isinstance(store, PlainStore):
+                if not store.initialised:
+                    return False
+                self.coverage.add([(0, n) for n in self.shape])
+            elif policy == "init" and self.recorded:
+                self._realise_init(store, missing)
+            elif not store.keep_missing():
+                return False
+            if self.coverage.complete:
+                self.settle()
+            return self.coverage.complete
+
+    def _realise_init(self, store: QuantStore, missing: list[Box]) -> None:
+        values = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for view, fill in self.recorded:
+            fill(values.as_strided(*view))
+        for box in missing:
+            store.write(self._view(box), values[tuple(slice(*span) for span in box)])
+
+    def verify(self) -> None:
+        """Raise what a device's kernels found and could not say while loading."""
+        if isinstance(self.store, QuantStore):
+            try:
+                self.store.audit.verify()
+            except NonFinite as error:
+                raise NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)) from None
+
+    def release(self) -> None:
+        """The writer moved on: what was retained for rereading goes."""
+        with self.lock:
+            if isinstance(self.store, QuantStore):
+                self.store.release()
+
+    def discard(self) -> None:
+        """Free everything: the session was aborted."""
+        with self.lock:
+            if isinstance(self.store, QuantStore):
+                self.store.discard_staging()
+            self.store, self.initial, self.settled = None, None, False
+            self.recorded.clear()
+            self.coverage.clear()
+
+    # Copies
+
+    def clone(self, memo: dict[int, Any]) -> ArmedWeight:
+        """For deepcopy: an independent weight of the same session, in the same state."""
+        with self.lock:
+            other = ArmedWeight(self.host, self.shape, self.dtype, self.device, self.owner)
+            other.scheme, other.initial, other.recorded = self.scheme, self.initial, list(self.recorded)
+            other.coverage, other.settled = self.coverage.copy(), self.settled
+            other.store = self.store.copy(other.coverage) if self.store is not None else None
+            return other
+
+    def retyped(self, dtype: torch.dtype, device: torch.device) -> ArmedWeight:
+        """For `.to(dtype)` and `.to(device)` before the first write: the same weight as another type."""
+        other = ArmedWeight(self.host, self.shape, dtype, device, self.owner)
+        other.scheme, other.recorded = self.scheme, list(self.recorded)
+        if self.initial is not None:
+            other.initial = self.initial.to(dtype)
+        if isinstance(self.store, PlainStore):
+            other.store = PlainStore(self.store.tensor.to(device, dtype), other.coverage, self.store.initialised)
+        return other
+
+    def _view(self, box: Box) -> View:
+        strides = whole(self.shape).stride
+        offset = sum(start * step for (start, _), step in zip(box, strides, strict=True))
+        return View(tuple(stop - start for start, stop in box), strides, offset)
+
+    def _bounds(self, view: View) -> Box:
+        found = as_box(self.shape, *view)
+        if found is not None:
+            return found.box
+        region = Coverage(self.shape)
+        region.add_mask(view_mask(self.shape, view))
+        boxes = region.covered_boxes()
+        return tuple((min(b[d][0] for b in boxes), max(b[d][1] for b in boxes)) for d in range(len(self.shape)))
+
+    def _describe(self, view: View) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in self._bounds(view)) + "]"
+
+
+def sqnr_db(audit: Audit) -> float | None:
+    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB; None for a weight of zeros."""
+    if audit.signal == 0:
+        return None
+    return 10 * torch.log10(torch.tensor(audit.signal / max(audit.noise, 1e-300), dtype=torch.float64)).item()

@@ -1,0 +1,117 @@
+"""LoadReport: what a session did, in exact numbers, for people (a table) and programs (JSON)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+
+from .coverage import Box
+
+_SHOWN_BOXES = 4
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized weight. bytes: values and scales. sqnr: dB, where it was measured. note: what was unusual."""
+
+    name: str
+    scheme: str
+    shape: tuple[int, ...]
+    bytes: int
+    source_bytes: int
+    sqnr: float | None = None
+    note: str = ""
+
+
+@dataclass
+class LoadReport:
+    """The outcome of a session so far.
+
+    layers: the quantized weights. quantized_bytes: their values and scales.
+    passthrough_bytes: parameters and buffers that stay as they are. passthrough: names of such parameters with the
+    reason, where there is one beyond not being selected.
+    untouched: weights nobody wrote to. missing: the unwritten boxes of every incomplete weight, one `(start, stop)`
+    per dimension.
+    peak_staged_bytes: the most high-precision bytes held at any time. lossy_reads: reads of already quantized elements.
+    seconds: from arming to the end of the session.
+    """
+
+    state: str = "open"
+    scheme: str = ""
+    layers: list[LayerReport] = field(default_factory=list)
+    quantized_bytes: int = 0
+    passthrough_bytes: int = 0
+    passthrough: dict[str, str] = field(default_factory=dict)
+    untouched: list[str] = field(default_factory=list)
+    missing: dict[str, list[Box]] = field(default_factory=dict)
+    peak_staged_bytes: int = 0
+    lossy_reads: int = 0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as a JSON text, also written to `path` if given."""
+        text = json.dumps(asdict(self), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    def __str__(self) -> str:
+        rows = [("weight", "shape", "scheme", "bytes", "ratio", "SQNR dB", "note")]
+        for layer in self.layers:
+            ratio = f"{layer.bytes / layer.source_bytes:.3f}" if layer.source_bytes else "-"
+            sqnr = "-" if layer.sqnr is None else f"{layer.sqnr:.1f}"
+            shape = "×".join(map(str, layer.shape))
+            rows.append((layer.name, shape, layer.scheme, f"{layer.bytes:,}", ratio, sqnr, layer.note))
+        if not any(layer.sqnr is not None for layer in self.layers):
+            rows = [(*row[:5], row[6]) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths).rstrip())
+        total = self.quantized_bytes + self.passthrough_bytes
+        share = f" ({self.quantized_bytes / total:.0%} of all bytes)" if total else ""
+        lines += [
+            "",
+            f"{len(self.layers)} weights quantized to {self.quantized_bytes:,} bytes{share}; "
+            f"{self.passthrough_bytes:,} bytes passed through",
+            f"peak staging {self.peak_staged_bytes:,} bytes; lossy reads {self.lossy_reads}; {self.seconds:.2f} s; "
+            f"session {self.state}",
+        ]
+        lines += [f"not quantized: {name}: {why}" for name, why in self.passthrough.items() if why]
+        lines += [f"never written: {name}" for name in self.untouched]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def describe_boxes(shape: Sequence[int], boxes: Sequence[Box]) -> str:
+    """ "11008 of 22016 rows never written: rows 11008:22016", or elements where the boxes are not whole rows."""
+    total = prod(shape)
+    if len(shape) == 2 and all(box[1] == (0, shape[1]) for box in boxes):
+        count = sum(stop - start for (start, stop), _ in boxes)
+        where = ", ".join(f"{start}:{stop}" for (start, stop), _ in boxes[:_SHOWN_BOXES])
+        return f"{count} of {shape[0]} rows never written: rows {where}{_more(boxes)}"
+    count = sum(prod(stop - start for start, stop in box) for box in boxes)
+    shown = "; ".join("[" + ", ".join(f"{a}:{b}" for a, b in box) + "]" for box in boxes[:_SHOWN_BOXES])
+    return f"{count} of {total} elements never written: {shown}{_more(boxes)}"
+
+
+def describe_missing(name: str, shape: Sequence[int], boxes: Sequence[Box]) -> str:
+    """One incomplete weight, for an error message, with a guess at the cause where its name allows one."""
+    text = f"{name}: {describe_boxes(shape, boxes)}"
+    hint = _fused_part(name, shape, boxes)
+    return f"{text} (the checkpoint may lack '{hint}')" if hint else text
+
+
+def _fused_part(name: str, shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
+    """The half of a fused gate_up_proj that is exactly what is missing."""
+    if "gate_up_proj" not in name or len(shape) != 2 or len(boxes) != 1:
+        return None
+    half = shape[0] // 2
+    return {(0, half): "gate_proj", (half, shape[0]): "up_proj"}.get(boxes[0][0])
+
+
+def _more(boxes: Sequence[Box]) -> str:
+    return f" and {len(boxes) - _SHOWN_BOXES} more" if len(boxes) > _SHOWN_BOXES else ""

@@ -1,0 +1,560 @@
+"""Sessions: from arming a model's weights to the verdict on its load.
+
+`online_quant` turns weights lazy (as a model is constructed, or a given model's), lets any loader fill them, and at
+the end sees to what the loader left: unwritten elements, weights assigned where no hook could see, tensors still on
+the meta device. Whatever happens, it leaves no hook behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from . import hooks
+from .armed import ArmedWeight
+from .coverage import Box
+from .errors import IncompleteLoadError, LossyReadError, NonFiniteWeightError, QTensorError
+from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle
+from .progress import Progress
+from .quantized import QTensor, quantize
+from .report import LayerReport, LoadReport, describe_missing
+from .scheme import Scheme, SchemeLike, Targets
+from .selection import DEFAULT_IGNORE, Owner, Selection
+from .store import PlainStore, QuantStore
+
+logger = logging.getLogger("qtensor")
+OnMissing = Literal["error", "zero", "keep", "init"]
+OnNonfinite = Literal["error", "keep"]
+_ARMED = (LazyWeight, LiveQTensor)
+# Attributes that make a tensor lazy or quantized; all others belong to the user and follow the Parameter.
+_OWN = {"_armed", "_meta", "_is_param", "qdata", "scale", "scheme", "transposed", "whole_units"}
+
+
+def online_quant(
+    scheme: SchemeLike,
+    model: nn.Module | None = None,
+    *,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    targets: Targets | None = None,
+    device: torch.device | str | None = None,
+    on_missing: OnMissing = "error",
+    on_nonfinite: OnNonfinite = "error",
+    strict_reads: bool = False,
+    min_sqnr: float | None = None,
+    progress: bool | None = None,
+) -> Session:
+    """Quantize weights while any loader fills them.
+
+    Used as a context manager. Without `model`, every matching weight registered inside the block by the calling thread
+    is armed as it is made. With `model`, its existing weights are armed now; it may be on the meta device, and
+    whatever values it had are given up.
+
+    scheme: a `Scheme` or its name. ignore, targets: patterns on the names a user sees (an exact name, "re:..." or a
+        glob); `targets` may map patterns to schemes and replaces the default choice (nn.Linear and 3-d experts).
+    device: where quantized weights live; by default where the weight was created, or the CPU if that was "meta".
+    on_missing: what becomes of elements nobody wrote: "error" raises IncompleteLoadError, "zero" fills them, "keep"
+        keeps the values the model had, "init" its random initialisation.
+    on_nonfinite: "error" refuses NaN and infinity by name and index; "keep" stores them.
+    strict_reads: raise LossyReadError when a loader reads back what is already quantized, instead of counting it.
+    min_sqnr: in dB; a weight whose signal-to-quantization-noise ratio falls below stays in high precision. Weights are
+        then staged whole.
+    progress: a progress bar; by default only on a terminal.
+    """
+    return Session(
+        Selection(scheme, ignore, targets), model, device, on_missing, on_nonfinite, strict_reads, min_sqnr, progress
+    )
+
+
+class Session:
+    """One load. `finish()` runs when the `with` block ends, `abort()` when it raises."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        model: nn.Module | None,
+        device: torch.device | str | None,
+        on_missing: OnMissing,
+        on_nonfinite: OnNonfinite,
+        strict_reads: bool,
+        min_sqnr: float | None,
+        progress: bool | None,
+    ) -> None:
+        if on_missing not in ("error", "zero", "keep", "init"):
+            raise ValueError(f'on_missing is "error", "zero", "keep" or "init", not {on_missing!r}')
+        if on_nonfinite not in ("error", "keep"):
+            raise ValueError(f'on_nonfinite is "error" or "keep", not {on_nonfinite!r}')
+        self.on_missing, self.strict_reads, self.min_sqnr = on_missing, strict_reads, min_sqnr
+        self.refuse_nonfinite = on_nonfinite == "error"
+        self.closed: str | None = None
+        self._selection, self._model = selection, model
+        self._device = torch.device(device) if device is not None else None
+        self._state = "new"
+        self._weights: WeakSet[ArmedWeight] = WeakSet()
+        self._modules: WeakSet[nn.Module] = WeakSet()
+        self._children: WeakSet[nn.Module] = WeakSet()
+        self._names: dict[ArmedWeight, list[Owner]] = {}
+        self._names_stale = True
+        self._staged, self._peak_staged, self._lossy_reads = 0, 0, 0
+        self._counters = threading.Lock()
+        self._writing: dict[int, ArmedWeight] = {}
+        self._layer_hooks: list[Callable[[str, nn.Module], None]] = []
+        self._notes: dict[str, str] = {}
+        self._filled: dict[str, list[Box]] = {}
+        self._report: LoadReport | None = None
+        self._progress = Progress(progress)
+        self._started = time.perf_counter()
+        if model is not None:
+            self._begin()
+            try:
+                self._arm_model(model)
+            except BaseException:
+                self.abort()
+                raise
+
+    def __enter__(self) -> Session:
+        if self._state == "new":
+            if hooks.listening() is not None:
+                raise QTensorError("online_quant is already active in this thread; sessions do not nest")
+            self._begin()
+            hooks.listen(self)
+        elif self._state != "open":
+            raise QTensorError(f"this session is {self._state}; start a new one with online_quant(...)")
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if self._state != "open":
+            return
+        if kind is None:
+            self.finish()
+        else:
+            self.abort()
+
+    def on_layer_quantized(self, hook: Callable[[str, nn.Module], None]) -> None:
+        """Call `hook(name, module)` each time all weights of a module that are to be quantized are there."""
+        self._layer_hooks.append(hook)
+
+    # Life
+
+    def _begin(self) -> None:
+        hooks.install()
+        self._state = "open"
+        self._started = time.perf_counter()
+
+    def finish(self) -> LoadReport:
+        """End the load: complete what `on_missing` allows, turn lazy weights into their final form, report.
+
+        Raises IncompleteLoadError naming every weight and range that is missing, or the error that an unfinished
+        weight met while loading. After an error the session is over, and the model can be armed again.
+        """
+        self._require_open()
+        hooks.listen(None)
+        try:
+            self._release_all()
+            self._quantize_unseen()
+            self._complete()
+        except BaseException:
+            self.abort()
+            raise
+        self._report = self._summary("finished")
+        self._realise()
+        self._close("finished", "the session has finished")
+        self._warn()
+        return self._report
+
+    def abort(self) -> None:
+        """Give up: staging and half-loaded weights are freed, hooks removed. The model can be armed again."""
+        if self._state != "open":
+            return
+        report = self._summary("aborted")
+        self._close("aborted", "its load was aborted")
+        for weight in list(self._weights):
+            kept = weight.store if isinstance(weight.store, PlainStore) and weight.store.initialised else None
+            if kept is None:
+                weight.discard()
+            for param in weight.params:
+                if isinstance(param, LiveQTensor):
+                    reopen(param)
+                elif kept is not None and isinstance(param, LazyWeight):
+                    self._replace(param, _plain_parameter(param, kept.tensor))
+        self._report = report
+
+    def report(self) -> LoadReport:
+        """What has happened so far; after the end, the final account."""
+        return self._report or self._summary(self._state)
+
+    def _require_open(self) -> None:
+        if self._state != "open":
+            raise QTensorError(f"this session is {self._state}, not open")
+
+    def _close(self, state: str, reason: str) -> None:
+        self._state, self.closed = state, reason
+        if hooks.listening() is self:
+            hooks.listen(None)
+        hooks.uninstall()
+        self._writing.clear()
+        self._progress.close()
+
+    # Arming
+
+    def constructed(self, module: nn.Module, name: str, param: nn.Parameter) -> torch.Tensor | None:
+        """A parameter was registered by the thread this session listens to: arm it if it is being created."""
+        self._note(module)
+        if not param.is_floating_point() or type(param) is not nn.Parameter or not hooks.is_constructing(module):
+            return None
+        return self._lazy(module, name, param, trusted=False)
+
+    def attached(self, parent: nn.Module, child: nn.Module | None) -> None:
+        self._note(parent)
+        if child is not None:
+            self._note(child)
+            self._children.add(child)
+
+    def _note(self, module: nn.Module) -> None:
+        self._modules.add(module)
+        self._names_stale = True
+
+    def _arm_model(self, model: nn.Module) -> None:
+        seen: dict[int, list[Owner]] = {}
+        tensors: dict[int, torch.Tensor] = {}
+        for module_name, module, name, param in _parameters(model):
+            if isinstance(param, QTensor):
+                raise QTensorError(
+                    f"{_join(module_name, name)} is quantized already. Load new values with "
+                    "`module.weight.copy_(...)`, or start from a high-precision model."
+                )
+            if isinstance(param, LazyWeight) and not param._armed.host.closed:
+                raise QTensorError(f"{_join(module_name, name)} is armed by another session that is still open")
+            if param.is_floating_point():
+                seen.setdefault(id(param), []).append((module_name, module, name))
+                tensors[id(param)] = param
+        for key, owners in seen.items():
+            self._arm_existing(tensors[key], owners)
+        for module_name, module in model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set:
+                    lazy = self._lazy(module, name, buffer, trusted=False, quantizable=False)
+                    del lazy._is_param  # type: ignore[attr-defined]
+                    module._buffers[name] = lazy
+        self._names_stale = True
+
+    def _arm_existing(self, param: torch.Tensor, owners: Sequence[Owner]) -> None:
+        scheme = self._selection.scheme_for(owners, param)
+        _, module, name = owners[0]
+        lazy = self._lazy(module, name, param, trusted=True, quantizable=scheme is not None)
+        weight = lazy._armed
+        weight.scheme = scheme
+        self._replace(param, lazy, owners)
+        weight.params = [cast(torch.Tensor, module._parameters[name])]
+
+    def _lazy(
+        self, module: nn.Module, name: str, param: torch.Tensor, *, trusted: bool, quantizable: bool | None = None
+    ) -> LazyWeight:
+        """A lazy stand-in for `param`, which is given up unless the weight stays plain or its values may be needed.
+
+        trusted: the values are a model's own, not whatever memory held when it was constructed.
+        """
+        target = self._device or torch.device("cpu" if param.is_meta else param.device)
+        weight = ArmedWeight(self, tuple(param.shape), param.dtype, target, (module, name))
+        has_values = not param.is_meta and not isinstance(param, LazyWeight)
+        values = param.detach() if has_values else None
+        if quantizable is None:
+            quantizable = self._selection.candidate(module, name, param)
+        if not quantizable:
+            weight.scheme = None
+            if values is not None:
+                weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted)
+        elif values is not None and self.on_missing in ("keep", "init"):
+            weight.initial = values
+        lazy = parameter(weight, param.requires_grad)
+        lazy.__dict__.update(_attributes(param))
+        return lazy
+
+    # What armed weights ask (armed.Host)
+
+    def enroll(self, weight: ArmedWeight) -> None:
+        self._weights.add(weight)
+        self._names_stale = True
+
+    def decide(self, weight: ArmedWeight) -> Scheme | None:
+        scheme = self._selection.scheme_for(self._owners(weight), weight.params[0])
+        if scheme is not None:
+            self._progress.expect(1)
+        return scheme
+
+    def name_of(self, weight: ArmedWeight) -> str:
+        module_name, _, name = self._owners(weight)[0]
+        return _join(module_name, name)
+
+    def touch(self, weight: ArmedWeight) -> None:
+        """The calling thread writes to `weight` now; what it wrote before is not going to be read back."""
+        thread = threading.get_ident()
+        last = self._writing.get(thread)
+        if last is not weight:
+            self._writing[thread] = weight
+            if last is not None:
+                last.release()
+
+    def staged(self, delta: int) -> None:
+        with self._counters:
+            self._staged += delta
+            self._peak_staged = max(self._peak_staged, self._staged)
+
+    def lossy_read(self, weight: ArmedWeight) -> None:
+        if self.strict_reads:
+            raise LossyReadError(
+                f"{weight.name}: the loader reads elements that are quantized already, and strict_reads is on. Read "
+                "them before their scale group is complete, or accept the loss with strict_reads=False."
+            )
+        with self._counters:
+            self._lossy_reads += 1
+
+    def completed(self, weight: ArmedWeight) -> None:
+        store = weight.store
+        if not isinstance(store, QuantStore):
+            return
+        for param in weight.params:
+            settle(param, store.result)
+        self._progress.advance(store.result.nbytes)
+        if self._layer_hooks:
+            self._run_layer_hooks(weight)
+
+    def reopened(self, weight: ArmedWeight) -> None:
+        for param in weight.params:
+            reopen(param)
+
+    def _run_layer_hooks(self, weight: ArmedWeight) -> None:
+        for module_name, module, _ in self._owners(weight):
+            armed = [p for p in module._parameters.values() if isinstance(p, LazyWeight)]
+            if not any(p._armed.scheme is not None for p in armed):
+                for hook in self._layer_hooks:
+                    hook(module_name, module)
+
+    # Names
+
+    def _roots(self) -> list[nn.Module]:
+        if self._model is not None:
+            return [self._model]
+        return [m for m in list(self._modules) if m not in self._children]
+
+    def _tree(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
+        """Every parameter of every model of this session: module name, module, name, parameter."""
+        roots = self._roots()
+        for root in roots:
+            yield from _parameters(root)
+
+    def _owners(self, weight: ArmedWeight) -> list[Owner]:
+        """The names of a weight in the module tree as it is now; tied weights have several."""
+        if self._names_stale and not self.closed:
+            self._names_stale = False
+            names: dict[ArmedWeight, list[Owner]] = {}
+            for module_name, module, name, param in self._tree():
+                if isinstance(param, _ARMED):
+                    names.setdefault(param._armed, []).append((module_name, module, name))
+            self._names = names
+        module, name = weight.owner
+        return self._names.get(weight) or [("", module, name)]
+
+    # Finishing
+
+    def _release_all(self) -> None:
+        for weight in list(self._weights):
+            weight.release()
+
+    def _quantize_unseen(self) -> None:
+        """Weights that were assigned where no hook could see them are quantized now."""
+        found: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
+        for module_name, module, name, param in self._tree():
+            if type(param) is nn.Parameter and not param.is_meta and param.is_floating_point():
+                found.setdefault(id(param), (param, []))[1].append((module_name, module, name))
+        for param, owners in found.values():
+            scheme = self._selection.scheme_for(owners, param)
+            if scheme is None:
+                continue
+            name = _join(owners[0][0], owners[0][2])
+            try:
+                result = quantize(param, scheme, on_nonfinite="error" if self.refuse_nonfinite else "keep")
+            except NonFiniteWeightError as error:
+                raise NonFiniteWeightError(str(error).replace("weight", name, 1)) from None
+            if self._device is not None:
+                result = result.to(self._device)  # type: ignore[assignment]
+            self._replace(param, nn.Parameter(result, requires_grad=False), owners)
+            self._notes[name] = "assigned out of sight; quantized at finish"
+
+    def _complete(self) -> None:
+        """Apply on_missing, then raise for whatever is still not there."""
+        missing: list[str] = []
+        boxes: dict[str, Any] = {}
+        for weight, owners in self._live().items():
+            name = _join(owners[0][0], owners[0][2])
+            if not weight.coverage.complete:
+                if weight.error is not None:
+                    raise weight.error
+                gaps = weight.coverage.missing()
+                self._notes[name] = f"unwritten elements: {self.on_missing}"
+                if self.on_missing == "error" or not weight.fill_missing(self.on_missing):
+                    boxes[name] = gaps
+                    missing.append(describe_missing(name, weight.shape, gaps))
+                else:
+                    self._filled[name] = gaps
+            weight.verify()
+        for name, tensor in self._on_meta():
+            boxes[name] = [tuple((0, n) for n in tensor.shape)]
+            missing.append(f"{name}: still on the meta device; no loader gave it values")
+        if missing:
+            advice = 'Pass on_missing="zero" to fill them.' if self.on_missing == "error" else (
+                f'on_missing="{self.on_missing}" has nothing to fill them with.'
+            )
+            raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
+
+    def _on_meta(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for module_name, _, name, param in self._tree():
+            if not isinstance(param, _ARMED) and param.is_meta:
+                yield _join(module_name, name), param
+        for root in self._roots():
+            for name, buffer in root.named_buffers():
+                if not isinstance(buffer, LazyWeight) and buffer.is_meta:
+                    yield name, buffer
+
+    def _live(self) -> dict[ArmedWeight, list[Owner]]:
+        """The armed weights that are part of a model now; others were replaced or dropped."""
+        self._names_stale = True
+        live: dict[ArmedWeight, list[Owner]] = {}
+        for module_name, module, name, param in self._tree():
+            if isinstance(param, _ARMED) and param._armed.host is self:
+                live.setdefault(param._armed, []).append((module_name, module, name))
+        for module_name, module, name, buffer in self._lazy_buffers():
+            live.setdefault(buffer._armed, []).append((module_name, module, name))
+        return live
+
+    def _lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
+        for root in self._roots():
+            for module_name, module in root.named_modules():
+                for name, buffer in module._buffers.items():
+                    if isinstance(buffer, LazyWeight):
+                        yield module_name, module, name, buffer
+
+    def _realise(self) -> None:
+        """Lazy weights take their final form: QTensor, or an ordinary Parameter."""
+        for _, module, name, buffer in list(self._lazy_buffers()):
+            store = buffer._armed.store
+            assert isinstance(store, PlainStore)
+            module._buffers[name] = store.tensor
+        for weight, owners in self._live().items():
+            for param in {id(m._parameters[n]): m._parameters[n] for _, m, n in owners}.values():
+                if isinstance(weight.store, PlainStore) and isinstance(param, LazyWeight):
+                    self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
+                else:
+                    close(param)
+
+    def _replace(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
+        """Make the Python object `param` be `new`, so that everyone who holds it sees the change.
+
+        Where PyTorch refuses to swap (someone holds a weak reference or a graph), the owners get the new object.
+        """
+        new.__dict__.update(_attributes(param))
+        try:
+            torch.utils.swap_tensors(param, new)
+        except RuntimeError:
+            for _, module, name in owners:
+                module._parameters[name] = new  # type: ignore[assignment]
+
+    # Reporting
+
+    def _summary(self, state: str) -> LoadReport:
+        report = LoadReport(state, str(self._selection.scheme), peak_staged_bytes=self._peak_staged)
+        report.lossy_reads, report.seconds = self._lossy_reads, time.perf_counter() - self._started
+        seen: set[int] = set()
+        live = self._live() if self._state == "open" else {}
+        for weight, owners in live.items():
+            name = _join(owners[0][0], owners[0][2])
+            if not weight.coverage.complete or name in self._filled:
+                report.missing[name] = self._filled.get(name) or weight.coverage.missing()
+                if report.missing[name] == [tuple((0, n) for n in weight.shape)]:
+                    report.untouched.append(name)
+            if weight.store is None:
+                continue
+            if isinstance(weight.store, QuantStore):
+                report.layers.append(_layer(name, weight.store.result, weight.sqnr, self._notes.get(name, "")))
+            else:
+                report.passthrough_bytes += weight.store.tensor.nbytes
+                report.passthrough[name] = _why_plain(weight, self.min_sqnr)
+        for module_name, _, name, param in self._tree():
+            if isinstance(param, _ARMED) or id(param) in seen:
+                continue
+            seen.add(id(param))
+            name = _join(module_name, name)
+            if isinstance(param, QTensor):
+                report.layers.append(_layer(name, param, None, self._notes.get(name, "")))
+            elif not param.is_meta:
+                report.passthrough_bytes += param.nbytes
+                report.passthrough[name] = ""
+        for root in self._roots():
+            for buffer in root.buffers():
+                if not isinstance(buffer, LazyWeight) and not buffer.is_meta and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    report.passthrough_bytes += buffer.nbytes
+        report.quantized_bytes = sum(layer.bytes for layer in report.layers)
+        return report
+
+    def _warn(self) -> None:
+        assert self._report is not None
+        unused = self._selection.unused_patterns()
+        if unused:
+            self._report.warnings.append(f"patterns that matched no weight: {', '.join(unused)}")
+        if not self._report.layers:
+            self._report.warnings.append(
+                "nothing was quantized: no weight inside the block matched (nn.Linear and 3-d experts by default)"
+            )
+        for warning in self._report.warnings:
+            warnings.warn(f"online_quant: {warning}", stacklevel=4)
+        logger.info(
+            "quantized %d weights to %d bytes in %.2f s",
+            len(self._report.layers),
+            self._report.quantized_bytes,
+            self._report.seconds,
+        )
+
+
+def _parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    for module_name, module in root.named_modules(remove_duplicate=False):
+        for name, param in list(module._parameters.items()):
+            if param is not None:
+                yield module_name, module, name, param
+
+
+def _attributes(param: torch.Tensor) -> dict[str, Any]:
+    return {k: v for k, v in param.__dict__.items() if k not in _OWN}
+
+
+def _plain_parameter(lazy: LazyWeight, tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=lazy.requires_grad)
+
+
+def _join(module_name: str, name: str) -> str:
+    return f"{module_name}.{name}" if module_name else name
+
+
+def _layer(name: str, w: QTensor, sqnr: float | None, note: str) -> LayerReport:
+    source_bytes = w.qdata.numel() * w.dtype.itemsize
+    return LayerReport(name, str(w.scheme), tuple(w.qdata.shape), w.nbytes, source_bytes, sqnr, note)
+
+
+def _why_plain(weight: ArmedWeight, min_sqnr: float | None) -> str:
+    if weight.sqnr is not None and min_sqnr is not None:
+        return f"SQNR {weight.sqnr:.1f} dB is below min_sqnr={min_sqnr:g}"
+    return ""
+
+
+def _bullets(lines: list[str]) -> str:
+    if len(lines) == 1:
+        return lines[0] + "."
+    shown = lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
+    return f"{len(lines)} weights are incomplete.\n  " + "\n  ".join(shown) + "\n "
