@@ -1,0 +1,356 @@
+"""The numba kernels against the plain-torch reference: equal bytes for every input, from any number of threads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
+
+from qtensor.kernels import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, NonFinite, cpu_numba, reference
+from qtensor.kernels.audit import Audit
+from qtensor.kernels.formats import SOURCE_DTYPES, WeightFormat
+
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+dtypes = pytest.mark.parametrize("dtype", SOURCE_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def quantized(backend, source, fmt, audit=None, origin=0):  # type: ignore[no-untyped-def]
+    qdata = torch.empty(source.shape, dtype=fmt.dtype)
+    scale = torch.empty(fmt.scale_shape(tuple(source.shape)), dtype=torch.float32)
+    backend.quantize_into(source, qdata, scale, fmt, audit, origin)
+    return qdata, scale
+
+
+def assert_same_bytes(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+def assert_same_values(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal bytes, except that one NaN is as good as another."""
+    assert got.dtype == want.dtype
+    assert torch.equal(got.isnan(), want.isnan())
+    nan = got.isnan()
+    assert_same_bytes(got.masked_fill(nan, 0.0), want.masked_fill(nan, 0.0))
+
+
+def assert_same_codes(got: torch.Tensor, want: torch.Tensor, source: torch.dtype) -> None:
+    """Equal bytes. The sign of a NaN does not count for fp16, where torch's own cast to fp32 sometimes drops it."""
+    if source == torch.float16:
+        got, want = (torch.where(q.float().isnan(), 0x7F, q.view(torch.uint8)) for q in (got, want))
+    assert_same_bytes(got, want)
+
+
+def assert_same_quantization(source: torch.Tensor, fmt: WeightFormat, refuse: bool = True) -> None:
+    got_audit, want_audit = Audit(refuse, measure_sqnr=True), Audit(refuse, measure_sqnr=True)
+    got, want = quantized(cpu_numba, source, fmt, got_audit), quantized(reference, source, fmt, want_audit)
+    assert_same_bytes(got[1], want[1])
+    assert_same_codes(got[0], want[0], source.dtype)
+    assert got_audit.signal == pytest.approx(want_audit.signal, rel=1e-9, nan_ok=True)
+    assert got_audit.noise == pytest.approx(want_audit.noise, rel=1e-9, nan_ok=True)
+
+
+# Values the rounding, the clamp and the scale floors turn on.
+EDGES = [0.0, -0.0, 1e-45, 1e-38, 5e-7, 2.0**-10, 2.0**-9, 2.0**-6, 1e-4, 1.0, 415.9, 447.9, 448.0, 464.0, 1e4, 3e38]
+
+
+@st.composite
+def matrices(draw: st.DrawFn, nonfinite: bool = False) -> torch.Tensor:
+    """2-D or 3-D sources of any dtype: plain, a slice of columns, every other row, or transposed."""
+    rows = draw(st.sampled_from([0, 1, 2, 3, 127, 128, 129, 200, 256]))
+    cols = draw(st.sampled_from([0, 1, 2, 15, 16, 17, 127, 128, 129, 300]))
+    experts = draw(st.sampled_from([None, None, 1, 3]))
+    dtype = draw(st.sampled_from(SOURCE_DTYPES))
+    layout = draw(st.sampled_from(["plain", "columns", "rows", "transposed"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    lead = () if experts is None else (experts,)
+    shape = {
+        "plain": (*lead, rows, cols),
+        "columns": (*lead, rows, cols + 5),
+        "rows": (*lead, 2 * rows, cols),
+        "transposed": (*lead, cols, rows),
+    }[layout]
+    magnitude = draw(st.sampled_from([0.0, 1e-42, 1e-5, 0.02, 1.0, 500.0, 1e30]))
+    values = torch.randn(shape, generator=generator) * magnitude
+    edges = draw(st.lists(st.sampled_from(EDGES), max_size=8))
+    if nonfinite:
+        edges += draw(st.lists(st.sampled_from([float("nan"), float("inf")]), min_size=1, max_size=3))
+    if values.numel():
+        flat = values.view(-1)
+        for value in edges:
+            where = int(torch.randint(values.numel(), (), generator=generator))
+            flat[where] = value if draw(st.booleans()) else -value
+    limit = torch.finfo(dtype).max
+    finite = values.clamp(-limit, limit)
+    values = torch.where(values.isfinite(), finite, values).to(dtype)
+    if layout == "columns":
+        return values[..., 3 : 3 + cols]
+    if layout == "rows":
+        return values[..., ::2, :]
+    return values.mT if layout == "transposed" else values
+
+
+@formats
+@relaxed
+@given(source=matrices())
+def test_quantize_equals_the_reference(fmt: WeightFormat, source: torch.Tensor) -> None:
+    assert_same_quantization(source, fmt)
+
+
+@formats
+@relaxed
+@given(source=matrices(nonfinite=True))
+def test_nonfinite_values_that_are_kept(fmt: WeightFormat, source: torch.Tensor) -> None:
+    assert_same_quantization(source, fmt, refuse=False)
+
+
+@formats
+@relaxed
+@given(source=matrices(nonfinite=True), origin=st.integers(0, 2**40))
+def test_nonfinite_values_are_refused_before_anything_is_stored(
+    fmt: WeightFormat, source: torch.Tensor, origin: int
+) -> None:
+    if source.isfinite().all():
+        return
+    qdata = torch.zeros(source.shape, dtype=fmt.dtype)
+    scale = torch.full(fmt.scale_shape(tuple(source.shape)), -1.0)
+    with pytest.raises(NonFinite) as refused:
+        cpu_numba.quantize_into(source, qdata, scale, fmt, Audit(), origin)
+    flat = source.flatten()
+    first = int((~flat.isfinite()).nonzero()[0])
+    assert refused.value.index == origin + first
+    assert str(refused.value.value) == str(float(flat[first]))
+    assert not qdata.view(torch.uint8).any()
+    assert (scale == -1.0).all()
+
+
+@formats
+@relaxed
+@given(source=matrices(), padding=st.integers(0, 3))
+def test_destinations_inside_a_larger_weight(fmt: WeightFormat, source: torch.Tensor, padding: int) -> None:
+    """qdata and scale may be views: rows of a bigger matrix, with columns left and right untouched."""
+    shape = (*source.shape[:-1], source.shape[-1] + 2 * padding)
+    weight = torch.zeros(shape, dtype=fmt.dtype)
+    scale_shape = fmt.scale_shape(tuple(source.shape))
+    scales = torch.full((*scale_shape[:-1], scale_shape[-1] + 2 * padding), -1.0)
+    qdata, scale = weight.narrow(-1, padding, source.shape[-1]), scales.narrow(-1, padding, scale_shape[-1])
+    cpu_numba.quantize_into(source, qdata, scale, fmt)
+    want_qdata, want_scale = quantized(reference, source, fmt)
+    assert_same_bytes(qdata, want_qdata)
+    assert_same_bytes(scale, want_scale)
+    outside = torch.ones(shape, dtype=torch.bool)
+    outside.narrow(-1, padding, source.shape[-1]).fill_(False)
+    assert not weight.view(torch.uint8)[outside].any()
+
+
+@formats
+@dtypes
+def test_a_large_weight_shared_among_threads(fmt: WeightFormat, dtype: torch.dtype) -> None:
+    source = (torch.randn(1000, 1111, generator=torch.Generator().manual_seed(0)) * 0.03).to(dtype)
+    assert_same_quantization(source, fmt)
+    assert_same_quantization(source.mT, fmt)
+    assert_same_quantization(source[:896].view(7, 128, 1111), fmt)
+
+
+@dtypes
+def test_encode_is_exact_for_every_value(dtype: torch.dtype) -> None:
+    """All 65,536 bf16 and fp16 values, a dense sample of fp32, at scales that put them everywhere in the range."""
+    if dtype == torch.float32:
+        sample = torch.arange(-(2**31), 2**31, 4093, dtype=torch.int64).to(torch.int32)
+        # Both sides of every rounding threshold: e4m3 codes and the midpoints between them, one step around each.
+        thresholds = torch.arange(0, 0x43F00000, 1 << 19, dtype=torch.int32)
+        around = torch.cat([thresholds - 1, thresholds, thresholds + 1])
+        values = torch.cat([sample, around, around | -(2**31)]).view(torch.float32)
+    else:
+        values = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+    for amax in (448.0, 7.0, 3e-3, 1e-38):
+        rows = values[values.abs() <= amax].unsqueeze(0)
+        rows = torch.cat([rows, torch.full((1, 1), amax, dtype=dtype)], 1)
+        for fmt in FORMATS.values():
+            assert_same_quantization(rows, fmt)
+    for fmt in FORMATS.values():
+        assert_same_quantization(values.unsqueeze(0), fmt, refuse=False)
+
+
+@formats
+@dtypes
+def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+    qdata = codes.repeat(300, 3)[:, :700]
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(fmt.scale_shape((300, 700)), generator=generator) * 3.0
+    scale.view(-1)[0] = 1e-41
+    for weight in (qdata, qdata.t().contiguous().t()):
+        assert_same_values(
+            cpu_numba.dequantize(weight, scale, fmt, dtype), reference.dequantize(weight, scale, fmt, dtype)
+        )
+    big = scale * 1e30
+    assert_same_values(cpu_numba.dequantize(qdata, big, fmt, dtype), reference.dequantize(qdata, big, fmt, dtype))
+
+
+@formats
+@dtypes
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (5, 1), (200, 130), (2, 129, 257)], ids=str)
+def test_dequantize_shapes(fmt: WeightFormat, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    qdata, scale = quantized(reference, torch.randn(shape), fmt)
+    want = reference.dequantize(qdata, scale, fmt, dtype)
+    assert_same_values(cpu_numba.dequantize(qdata, scale, fmt, dtype), want)
+    out = torch.zeros((*shape[:-1], shape[-1] + 2), dtype=dtype)[..., 1:-1]
+    assert cpu_numba.dequantize(qdata, scale, fmt, dtype, out) is out
+    assert_same_values(out, want)
+    transposed = torch.zeros(shape, dtype=dtype).mT.contiguous().mT
+    assert_same_values(cpu_numba.dequantize(qdata, scale, fmt, dtype, transposed), want)
+
+
+@formats
+@relaxed
+@given(x=matrices(), poison=st.sampled_from([None, float("nan"), float("inf"), float("-inf")]))
+def test_activations_equal_the_reference(fmt: WeightFormat, x: torch.Tensor, poison: float | None) -> None:
+    x = x.flatten(0, 1) if x.dim() == 3 else x
+    if poison is not None and x.numel():
+        x = x.clone()
+        x[x.shape[0] // 2, x.shape[1] // 2] = poison
+    got, want = cpu_numba.quantize_activation(x, fmt), reference.quantize_activation(x, fmt)
+    assert_same_values(got[1], want[1])
+    assert_same_codes(got[0], want[0], x.dtype)
+
+
+@formats
+@dtypes
+@pytest.mark.parametrize("batch", [0, 1, 2, 4, 5, 8, 9, 16, 17])
+def test_linear(fmt: WeightFormat, dtype: torch.dtype, batch: int) -> None:
+    """Within 2^-20 of Σ|w·x| (fp32 sums in another order), plus half a step of the output dtype.
+
+    Beyond LINEAR_BATCH the weight itself is rounded to x's dtype, which adds half a step of every product.
+    """
+    step = torch.finfo(dtype).eps
+    for rows, cols in ((1, 1), (7, 33), (128, 128), (257, 1000)):
+        generator = torch.Generator().manual_seed(rows * cols + batch)
+        weight, scale = quantized(reference, torch.randn((rows, cols), generator=generator) * 0.05, fmt)
+        x = torch.randn((batch, cols), generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator).to(dtype)
+        exact = reference.dequantize(weight, scale, fmt, torch.float32).double()
+        got = cpu_numba.linear(x, weight, scale, fmt, bias)
+        want = x.double() @ exact.T + bias.double()
+        assert got.dtype == dtype
+        terms = x.double().abs() @ exact.abs().T + bias.double().abs()
+        relative = 2.0**-20 + (step if batch > cpu_numba.LINEAR_BATCH else 0.0)
+        assert ((got.double() - want).abs() <= relative * terms + step * want.abs()).all()
+
+
+@formats
+def test_linear_of_strided_and_extreme_inputs(fmt: WeightFormat) -> None:
+    weight, scale = quantized(reference, torch.randn(130, 64), fmt)
+    exact = reference.dequantize(weight, scale, fmt, torch.float32)
+    for size in (1e-30, 1.0, 1e30):
+        x = (torch.randn(64, 3) * size).t()
+        torch.testing.assert_close(cpu_numba.linear(x, weight, scale, fmt), x @ exact.T, rtol=1e-4, atol=1e-5 * size)
+    wide = torch.empty(130, 80, dtype=fmt.dtype)
+    wide[:, 8:72].copy_(weight)
+    x = torch.randn(2, 64)
+    assert torch.equal(cpu_numba.linear(x, wide[:, 8:72], scale, fmt), cpu_numba.linear(x, weight, scale, fmt))
+    x = torch.randn(2, 64, requires_grad=True)
+    cpu_numba.linear(x, weight, scale, fmt).sum().backward()
+    assert x.grad is not None
+
+
+@formats
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_nan_in_the_weight_reaches_its_outputs(fmt: WeightFormat, batch: int) -> None:
+    source = torch.randn(129, 65)
+    source[17, 3] = float("nan")
+    weight, scale = quantized(cpu_numba, source, fmt, Audit(refuse_nonfinite=False))
+    out = cpu_numba.linear(torch.randn(batch, 65), weight, scale, fmt)
+    assert out[:, 17].isnan().all()
+    assert out.isnan().sum() == batch
+
+
+def test_wrong_arguments_are_named() -> None:
+    qdata, scale = torch.empty(2, 3, dtype=torch.float8_e4m3fn), torch.empty(2, 1)
+    with pytest.raises(ValueError, match=r"source is \[3, 2\] but qdata is \[2, 3\]"):
+        cpu_numba.quantize_into(torch.zeros(3, 2), qdata, scale, FP8_PER_CHANNEL)
+    with pytest.raises(TypeError, match="float64"):
+        cpu_numba.quantize_into(torch.zeros(2, 3, dtype=torch.float64), qdata, scale, FP8_PER_CHANNEL)
+    with pytest.raises(TypeError, match="store float8_e4m3fn"):
+        cpu_numba.quantize_into(torch.zeros(2, 3), qdata.view(torch.int8), scale, FP8_PER_CHANNEL)
+
+
+def test_unaligned_source() -> None:
+    """A file mapping may hand out elements at odd addresses."""
+    source = torch.randn(64, 64).bfloat16()
+    raw = bytearray(1 + source.numel() * 2)
+    raw[1:] = source.view(torch.uint8).numpy().tobytes()
+    odd = torch.frombuffer(raw, dtype=torch.bfloat16, offset=1, count=source.numel()).view(64, 64)
+    assert odd.data_ptr() % 2 == 1
+    assert_same_bytes(quantized(cpu_numba, odd, FP8_PER_CHANNEL)[0], quantized(reference, source, FP8_PER_CHANNEL)[0])
+
+
+def test_eight_threads_at_once() -> None:
+    work = []
+    for i in range(8):
+        fmt = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK)[i % 3]
+        source = torch.randn(512 + i, 700, generator=torch.Generator().manual_seed(i)).bfloat16()
+        work.append((source, fmt, *quantized(reference, source, fmt)))
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(work))
+
+    def run(source: torch.Tensor, fmt: WeightFormat, qdata: torch.Tensor, scale: torch.Tensor) -> None:
+        try:
+            start.wait()
+            for _ in range(20):
+                got = quantized(cpu_numba, source, fmt)
+                assert_same_bytes(got[0], qdata)
+                assert_same_bytes(got[1], scale)
+                cpu_numba.linear(source[:2], *got, fmt)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=item) for item in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_quantizes_too() -> None:
+    """The parent's pool is in use when the child starts; the child exits 0 when its bytes are right."""
+    source = torch.randn(1024, 1024).bfloat16()
+    qdata, _ = quantized(cpu_numba, source, FP8_PER_CHANNEL)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            again = quantized(cpu_numba, source, FP8_PER_CHANNEL)[0]
+            # Compared by numpy: torch's own parallel loops hang in a child forked after they were used.
+            code = 0 if (again.view(torch.uint8).numpy() == qdata.view(torch.uint8).numpy()).all() else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_without_a_folder_for_the_compiled_code(tmp_path: Path) -> None:
+    """Installed read-only, and no home to write to: it compiles in memory. A fresh process, started by spawn."""
+    assert importlib.util.find_spec("qtensor") is not None
+    code = (
+        "import torch, numba.core.caching as c\n"
+        "c.CacheImpl._locator_classes = []\n"
+        "from qtensor.kernels import cpu_numba, FP8_PER_CHANNEL as f\n"
+        "q, s = torch.empty(2, 8, dtype=f.dtype), torch.empty(2, 1)\n"
+        "cpu_numba.quantize_into(torch.full((2, 8), 3.0), q, s, f)\n"
+        "assert (q.float() == 448).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
