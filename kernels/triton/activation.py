@@ -78,10 +78,10 @@ def quantize(x: torch.Tensor, group: int, one_pass_cols: int = ONE_PASS_COLS) ->
     target = launch.target(x.device)
     with launch.on(x.device):
         if group > one_pass_cols:
-            two_reads[(rows,)](*args, *strides, BLOCK=8192, num_warps=8, **target)
+            two_reads[(rows,)](*args, *strides, BLOCK=8192, num_warps=launch.warps(256), **target)
         else:
-            tile_rows, block, warps = launch.row_tile(group)
+            tile_rows, block, threads = launch.row_tile(group)
             one_pass[(triton.cdiv(rows, tile_rows), groups)](
-                *args, group, *strides, ROWS=tile_rows, BLOCK=block, num_warps=warps, **target
+                *args, group, *strides, ROWS=tile_rows, BLOCK=block, num_warps=launch.warps(threads), **target
             )
     return q, scale

@@ -62,15 +62,15 @@ def dequantize(
             down, across = block
             per_block[(triton.cdiv(rows, down) * triton.cdiv(cols, across), experts)](
                 codes, scale, out, rows, cols, *q_strides, *launch.strides(scale), *out_strides,
-                DOWN=down, ACROSS=across, CAST=cast, num_warps=8,
+                DOWN=down, ACROSS=across, CAST=cast, num_warps=launch.warps(256),
             )  # fmt: skip
             return
         if granularity == "tensor":
             scale_strides = (scale.stride(0) if scale.dim() == 2 else 0, 0)
         else:
             scale_strides = launch.strides(scale)[:2]
-        tile_rows, tile_cols, warps = launch.loop_tile(cols)
+        tile_rows, tile_cols, threads = launch.loop_tile(cols)
         per_row[(triton.cdiv(rows, tile_rows), experts)](
             codes, scale, out, rows, cols, *q_strides, *scale_strides, *out_strides,
-            ROWS=tile_rows, BLOCK=tile_cols, CAST=cast, num_warps=warps,
+            ROWS=tile_rows, BLOCK=tile_cols, CAST=cast, num_warps=launch.warps(threads),
         )  # fmt: skip

@@ -29,15 +29,19 @@ def codes(qdata: torch.Tensor) -> torch.Tensor:
 
 
 def row_tile(cols: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile of whole rows: about TILE elements, 32 or more per thread."""
+    """(rows, columns, threads) of a tile of whole rows: 16 elements per thread, 32 where the rows are long."""
     block = max(16, triton.next_power_of_2(cols))
-    return max(1, TILE // block), block, min(16, max(4, block // 1024))
+    return max(1, TILE // 2 // block), block, min(512, max(128, block // 32))
 
 
 def loop_tile(cols: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile of TILE elements that walks along its rows."""
+    """(rows, columns, threads) of a tile of TILE elements that walks along its rows."""
     block = min(TILE, max(16, triton.next_power_of_2(cols)))
-    return TILE // block, block, 4
+    return TILE // block, block, 128
+
+
+def warps(threads: int) -> int:
+    return threads // (32 if torch.version.hip is None else 64)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -64,5 +64,5 @@ def quantize(
         per_block[(triton.cdiv(rows, down) * triton.cdiv(cols, across), experts)](
             source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides,
             DOWN=down, ACROSS=across, CAST=launch.target(qdata.device)["CAST"],
-            CHECK=audit.refuse_nonfinite, MEASURE=audit.measure_sqnr, num_warps=8,
+            CHECK=audit.refuse_nonfinite, MEASURE=audit.measure_sqnr, num_warps=launch.warps(256),
         )  # fmt: skip

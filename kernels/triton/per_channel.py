@@ -106,9 +106,9 @@ def quantize(
     flags = {"CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
     with launch.on(qdata.device):
         if cols > one_pass_cols:
-            two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=8, **flags)
+            two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=launch.warps(256), **flags)
         else:
-            tile_rows, block, warps = launch.row_tile(cols)
+            tile_rows, block, threads = launch.row_tile(cols)
             one_pass[(triton.cdiv(rows, tile_rows), experts)](
-                *args, ROWS=tile_rows, BLOCK=block, num_warps=warps, **flags
+                *args, ROWS=tile_rows, BLOCK=block, num_warps=launch.warps(threads), **flags
             )

@@ -72,11 +72,11 @@ def accumulate_amax(source: torch.Tensor, amax: torch.Tensor, audit: Audit, orig
     """Raise `amax` (fp32 `[E]`, `[1]` for a 2-D source; never negative) to the magnitudes in `source` `[..., N, K]`."""
     experts, rows, cols = launch.geometry(source)
     found, _ = launch.findings(audit, source)
-    tile_rows, block, warps = launch.loop_tile(cols)
+    tile_rows, block, threads = launch.loop_tile(cols)
     with launch.on(source.device):
         amax_kernel[(triton.cdiv(rows, tile_rows), experts)](
             source, amax.view(torch.int32), found, rows, cols, origin, *launch.strides(source),
-            ROWS=tile_rows, BLOCK=block, CHECK=audit.refuse_nonfinite, num_warps=warps,
+            ROWS=tile_rows, BLOCK=block, CHECK=audit.refuse_nonfinite, num_warps=launch.warps(threads),
         )  # fmt: skip
 
 
@@ -86,14 +86,14 @@ def scale_and_cast(
     """`source` `[..., N, K]` and its `amax` (fp32 `[E]`) → qdata `[..., N, K]` and scale `[..., 1]`."""
     experts, rows, cols = launch.geometry(source)
     _, sums = launch.findings(audit, qdata)
-    tile_rows, block, warps = launch.loop_tile(cols)
+    tile_rows, block, threads = launch.loop_tile(cols)
     scale_stride = scale.stride(0) if scale.dim() == 2 else 0
     with launch.on(qdata.device):
         cast_kernel[(triton.cdiv(rows, tile_rows), experts)](
             source, launch.codes(qdata), scale, amax, sums, rows, cols,
             *launch.strides(source), *launch.strides(qdata), scale_stride,
             ROWS=tile_rows, BLOCK=block, CAST=launch.target(qdata.device)["CAST"],
-            MEASURE=audit.measure_sqnr, num_warps=warps,
+            MEASURE=audit.measure_sqnr, num_warps=launch.warps(threads),
         )  # fmt: skip
 
 

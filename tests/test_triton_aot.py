@@ -1,0 +1,167 @@
+"""Every Triton kernel compiled ahead of time for every GPU it is meant for, on a machine without any.
+
+The machine code is then read: 16-byte accesses wherever the addresses allow it, nothing spilled, and the hardware's own
+fp8 conversion exactly where the target has one.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+NVIDIA = [GPUTarget("cuda", capability, 32) for capability in (80, 89, 90, 100)]
+AMD = [GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")]
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+}
+UNIT_STRIDES = {"x_k": 1, "q_k": 1, "s_k": 1, "o_k": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with the constexprs its launcher gives it. `wide` is the pointer to bf16 data: source, or output."""
+
+    name: str
+    kernel: Any
+    threads: int
+    constants: dict[str, Any]
+    wide: str = "x"
+    stores: bool = True
+
+
+def whole_rows(cols: int) -> tuple[int, dict[str, Any]]:
+    rows, block, threads = launch.row_tile(cols)
+    return threads, {"ROWS": rows, "BLOCK": block}
+
+
+def along_rows(cols: int) -> tuple[int, dict[str, Any]]:
+    rows, block, threads = launch.loop_tile(cols)
+    return threads, {"ROWS": rows, "BLOCK": block}
+
+
+def cases() -> Iterator[Case]:
+    block = {"DOWN": 128, "ACROSS": 128}
+    for measure in (False, True):
+        checks = {"CHECK": True, "MEASURE": measure, "FUSED": True}
+        mark = "-sqnr" if measure else ""
+        for cols in (256, 1408, 4096, per_channel.ONE_PASS_COLS):
+            threads, tile = whole_rows(cols)
+            yield Case(f"per_channel-{cols}{mark}", per_channel.one_pass, threads, {**tile, **checks})
+        yield Case(f"per_channel-two_reads{mark}", per_channel.two_reads, 256, {"BLOCK": 8192, **checks})
+        yield Case(f"per_block{mark}", per_block.per_block, 256, {**block, **checks})
+        threads, tile = along_rows(4096)
+        yield Case(f"per_tensor-cast{mark}", per_tensor.cast_kernel, threads, {**tile, **checks})
+    threads, tile = along_rows(4096)
+    yield Case("per_tensor-amax", per_tensor.amax_kernel, threads, {**tile, "CHECK": True}, stores=False)
+    for group in (128, 4096, activation.ONE_PASS_COLS):
+        threads, tile = whole_rows(group)
+        yield Case(f"activation-{group}", activation.one_pass, threads, {**tile, "FUSED": True})
+    yield Case("activation-two_reads", activation.two_reads, 256, {"BLOCK": 8192, "FUSED": True})
+    threads, tile = along_rows(4096)
+    yield Case("dequantize-per_row", dequant.per_row, threads, tile, wide="out")
+    yield Case("dequantize-per_block", dequant.per_block, 256, block, wide="out")
+
+
+CASES = list(cases())
+
+
+def compile_for(case: Case, target: GPUTarget, dtype: torch.dtype = torch.bfloat16, aligned: bool = True) -> Any:
+    """The compiled kernel; `aligned`: pointers, sizes and strides are multiples of 16 and the last strides are 1."""
+    kinds = {"q": "*u8", "s": "*fp32", "found": "*i64", "sums": "*fp64", "amax": "*i32", case.wide: POINTERS[dtype]}
+    if case.kernel is per_tensor.cast_kernel:
+        kinds["amax"] = "*fp32"
+    constants = {**case.constants, "CAST": launch.cast(target.backend, target.arch)}
+    if aligned:
+        constants |= UNIT_STRIDES
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(i,)] = constants[name]
+            continue
+        signature[name] = kinds.get(name, "i32")
+        if aligned and name not in ("rows", "origin"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, values, attributes)
+    return triton.compile(source, target=target, options={"num_warps": case.threads // target.warp_size})
+
+
+def local_bytes(compiled: Any) -> int:
+    """Bytes of local memory a thread of the NVIDIA kernel needs: what did not fit in its registers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    return int(found.group(1)) + int(found.group(2))
+
+
+def wide_accesses(assembly: str, access: str) -> int:
+    """16-byte global accesses ("load" or "store") in PTX or AMD assembly."""
+    short = {"load": "ld", "store": "st"}[access]
+    return len(re.findall(rf"{short}\.global\S*\.v4\.b32|(?:global|buffer)_{access}_dwordx4", assembly))
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("target", NVIDIA, ids=lambda t: f"sm_{t.arch}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_nvidia(case: Case, target: GPUTarget) -> None:
+    compiled = compile_for(case, target)
+    ptx = compiled.asm["ptx"]
+    assert wide_accesses(ptx, "load"), "no 16-byte load"
+    if case.stores:
+        assert wide_accesses(ptx, "store"), "no 16-byte store"
+    assert local_bytes(compiled) == 0
+    assert ".ftz" not in ptx, "subnormal numbers would be lost"
+    to_fp8, from_fp8 = "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.f16x2.e4m3x2"
+    encodes = case.kernel not in (per_tensor.amax_kernel, dequant.per_row, dequant.per_block)
+    assert (to_fp8 in ptx) == (encodes and target.arch >= 89)
+    if case.wide == "out":
+        assert (from_fp8 in ptx) == (target.arch >= 89)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("target", AMD, ids=lambda t: t.arch)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_amd(case: Case, target: GPUTarget) -> None:
+    assembly = compile_for(case, target).asm["amdgcn"]
+    assert wide_accesses(assembly, "load"), "no 16-byte load"
+    if case.stores:
+        assert wide_accesses(assembly, "store"), "no 16-byte store"
+    spills = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly)
+    assert spills
+    assert set(spills) == {"0"}
+    encodes = case.kernel not in (per_tensor.amax_kernel, dequant.per_row, dequant.per_block)
+    # gfx942's instructions of the same name convert to fnuz: it must use none of them.
+    assert bool(re.search(r"v_cvt_\w*pk_fp8_f32", assembly)) == (encodes and target.arch == "gfx950")
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("target", [NVIDIA[0], NVIDIA[2], AMD[0]], ids=["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("case", [c for c in CASES if "sqnr" not in c.name], ids=lambda c: c.name)
+def test_other_dtypes_and_layouts_compile(case: Case, target: GPUTarget) -> None:
+    for dtype in (torch.float16, torch.float32):
+        compiled = compile_for(case, target, dtype)
+        if target.backend == "cuda":
+            assert local_bytes(compiled) == 0
+    compile_for(case, target, aligned=False)
