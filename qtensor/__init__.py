@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from .counter import CopyCounter
 from .coverage import Coverage
 from .errors import (
     IncompleteLoadError,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_IGNORE",
+    "CopyCounter",
     "Coverage",
     "IncompleteLoadError",
     "LayerReport",

@@ -26,6 +26,7 @@ from .store import (
     QuantStore,
     View,
     check_source_dtype,
+    cover_mask,
     view_mask,
     whole,
 )
@@ -111,12 +112,10 @@ class ArmedWeight:
     def write_masked(self, view: View, values: torch.Tensor, touched: torch.Tensor) -> None:
         """Write those elements of `values` (of the view's size) where `touched` is true."""
         with self.lock:
-            mask = torch.zeros(self.shape, dtype=torch.bool)
-            mask.as_strided(*view).copy_(touched)
+            region = Coverage(self.shape)
+            cover_mask(region, view, touched)
             dense = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
             dense.as_strided(*view).copy_(values)
-            region = Coverage(self.shape)
-            region.add_mask(mask.numpy())
             for box in region.covered_boxes():
                 part = dense[tuple(slice(*span) for span in box)]
                 self.write(self._view(box), part)

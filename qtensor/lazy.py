@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .armed import ArmedWeight
 from .errors import QTensorError, WeightShapeError
+from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
 from .quantized import _OPS as _QUANTIZED_OPS
 from .quantized import QTensor
 from .store import View
@@ -291,40 +292,16 @@ def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     return lazy
 
 
-@_implements(
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-    aten.index_fill_.int_Scalar,
-    aten.index_fill_.int_Tensor,
-    aten.masked_fill_.Scalar,
-    aten.masked_fill_.Tensor,
-    aten.masked_scatter_.default,
-    aten.scatter_.src,
-    aten.scatter_.value,
-    aten.put_.default,
-)
 def _scattered_write(func: Any, args: tuple, kwargs: dict) -> Any:
     """Writes to elements that only the operation knows: run it once on values and once on a mask of what it touches."""
-    lazy = args[0]
-    if kwargs.get("accumulate") or (len(args) > 3 and args[3] is True):
+    if accumulates(func, args, kwargs):
         return _mutate(func, args, kwargs)
+    lazy = args[0]
+    rest, kwargs = tree_map_only(_LAZY, _materialize, (args[1:], kwargs))
     values = torch.zeros(lazy.shape, dtype=lazy.dtype, device=lazy.device)
-    func(values, *args[1:], **kwargs)
-    touched = torch.zeros(lazy.shape, dtype=torch.bool, device=lazy.device)
-    func(touched, *_marking(func, args), **kwargs)
-    lazy._armed.write_masked(view_of(lazy), values, touched)
+    func(values, *rest, **kwargs)
+    lazy._armed.write_masked(view_of(lazy), values, touched_elements(func, (lazy, *rest), kwargs))
     return lazy
-
-
-def _marking(func: Any, args: tuple) -> list[Any]:
-    """The arguments after self with every value that would be written replaced by True."""
-    written = {"values", "value", "source", "src"}
-    marked = []
-    for spec, arg in zip(func._schema.arguments[1:], args[1:], strict=False):
-        if spec.name in written:
-            arg = torch.ones_like(arg, dtype=torch.bool) if isinstance(arg, torch.Tensor) else True
-        marked.append(arg)
-    return marked
 
 
 def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -336,7 +313,7 @@ def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
     bound = dict(zip(specs, args, strict=False)) | kwargs
     written = [n for n, v in bound.items() if isinstance(v, _LAZY) and specs[n].alias_info and specs[n].alias_info.is_write]
     first = bound[written[0]]
-    if len(written) == 1 and args and args[0] is first and (func.overloadpacket in _RANDOM or _initialising()):
+    if len(written) == 1 and args and args[0] is first and (func.overloadpacket in RANDOM or _initialising()):
         rest = tree_map_only(_LAZY, _materialize, (args[1:], kwargs))
         first._armed.initialize(view_of(first), partial(_replay, func, *rest))
         return first
@@ -349,12 +326,6 @@ def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
     for n in written:
         bound[n]._armed.write(view_of(bound[n]), real[n])
     return bound[written[0]] if len(written) == 1 else out
-
-
-_RANDOM = {
-    getattr(aten, name)
-    for name in ("uniform_", "normal_", "exponential_", "bernoulli_", "random_", "cauchy_", "log_normal_", "geometric_")
-}
 
 
 def _replay(func: Any, args: Sequence[Any], kwargs: dict, target: torch.Tensor) -> None:
@@ -422,7 +393,7 @@ def _classify(func: Any) -> _Handler:
     """The handler of an operation that has no entry of its own, from its schema. The answer is cached in the table."""
     schema = func._schema
     name = schema.name.split("::")[-1]
-    if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+    if written_arguments(func):
         return _mutate
     if name.endswith("_like") or name.startswith("new_"):
         return _like
@@ -434,54 +405,21 @@ def _classify(func: Any) -> _Handler:
 # Collectives --------------------------------------------------------------------------------------------------------
 
 
-def _collective(outputs: int, *, reads: bool) -> _Handler:
-    """A c10d operation that writes into the tensors of argument `outputs`: run it on real tensors, then write those.
-
-    reads: the operation also reads its output tensors (all_reduce, the sending side of broadcast).
-    """
-
-    def handler(func: Any, args: tuple, kwargs: dict) -> Any:
-        lazies = [w for w in _flat(args[outputs]) if isinstance(w, _LAZY)]
-        real: dict[int, torch.Tensor] = {}
-        for w in lazies:
-            readable = reads and w._armed.readable(view_of(w))
-            real[id(w)] = _own(w) if readable else torch.empty(w.shape, dtype=w.dtype, device=w.device)
-        swapped = tree_map_only(_LAZY, lambda w: real[id(w)] if id(w) in real else _materialize(w), args)
-        result = func(*swapped, **kwargs)
-        work = result[-1] if isinstance(result, (tuple, list)) else result
-        work.wait()
-        for w in lazies:
-            w._armed.write(view_of(w), real[id(w)])
-        return result
-
-    return handler
+def _collective(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A c10d operation that writes into lazy weights: run it on real tensors and wait, then write those."""
+    lazies = [w for w in flatten(args[0]) if isinstance(w, _LAZY)]
+    real: dict[int, torch.Tensor] = {}
+    for w in lazies:
+        readable = _COLLECTIVES[func] and w._armed.readable(view_of(w))
+        real[id(w)] = _own(w) if readable else torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    swapped = tree_map_only(_LAZY, lambda w: real[id(w)] if id(w) in real else _materialize(w), args)
+    result = func(*swapped, **kwargs)
+    (result[-1] if isinstance(result, (tuple, list)) else result).wait()
+    for w in lazies:
+        w._armed.write(view_of(w), real[id(w)])
+    return result
 
 
-def _flat(value: Any) -> list[Any]:
-    return [x for item in value for x in _flat(item)] if isinstance(value, (list, tuple)) else [value]
-
-
-def _register_collectives() -> None:
-    if not torch.distributed.is_available():
-        return
-    c10d = torch.ops.c10d
-    for name, outputs, reads in (
-        ("broadcast_", 0, True),
-        ("allreduce_", 0, True),
-        ("reduce_", 0, True),
-        ("recv_", 0, False),
-        ("recv_any_source_", 0, False),
-        ("scatter_", 0, False),
-        ("allgather_", 0, False),
-        ("_allgather_base_", 0, False),
-        ("reduce_scatter_", 0, False),
-        ("_reduce_scatter_base_", 0, False),
-        ("alltoall_", 0, False),
-        ("alltoall_base_", 0, False),
-    ):
-        packet = getattr(c10d, name, None)
-        if packet is not None:
-            _OPS[packet.default] = _collective(outputs, reads=reads)
-
-
-_register_collectives()
+_COLLECTIVES = collectives()
+_OPS.update(dict.fromkeys(_COLLECTIVES, _collective))
+_OPS.update(dict.fromkeys(SCATTERED - set(_OPS), _scattered_write))

@@ -91,6 +91,19 @@ def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
     return mask.numpy()
 
 
+def cover(coverage: Coverage, view: View) -> None:
+    """Mark all elements of a view as covered."""
+    for box, _ in regions(coverage.shape, view):
+        coverage.add(box)
+
+
+def cover_mask(coverage: Coverage, view: View, touched: torch.Tensor) -> None:
+    """Mark those elements of a view as covered where `touched` (bool, of the view's size) is true."""
+    mask = torch.zeros(coverage.shape, dtype=torch.bool)
+    mask.as_strided(*view).copy_(touched)
+    coverage.add_mask(mask.numpy())
+
+
 class PlainStore:
     """A weight that stays in high precision: a real tensor of the weight's shape.
 
@@ -107,16 +120,7 @@ class PlainStore:
 
     def write(self, view: View, source: torch.Tensor) -> None:
         self.tensor.as_strided(*view).copy_(source)
-        self.cover(view)
-
-    def cover(self, view: View) -> None:
-        shape = self.coverage.shape
-        found = as_box(shape, *view)
-        if found is not None and 0 not in view.size:
-            self.coverage.add(found.box)
-            return
-        for box, _ in regions(shape, view):
-            self.coverage.add(box)
+        cover(self.coverage, view)
 
     def read(self, view: View) -> tuple[torch.Tensor, bool]:
         """The elements (a live view of the store) and whether they are lossy, which they never are."""

@@ -1,0 +1,7 @@
+"""`python -m qtensor`: the same as the `qtensor` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

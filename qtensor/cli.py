@@ -1,0 +1,64 @@
+"""The `qtensor` command: it parses arguments, calls `demo` or `doctor`, and turns their outcome into an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: all well. 1: a check failed or a command could not do its work. 2: wrong arguments."""
+    args = _parser().parse_args(argv)
+    return _doctor(args) if args.command == "doctor" else _demo(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qtensor", description="Model weights that quantize themselves while any PyTorch loader fills them."
+    )
+    parser.add_argument("--version", action="version", version=f"qtensor {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what is installed, which kernels run here, and do they work")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+    demo = commands.add_parser(
+        "demo", help="load a real model and a generated checkpoint straight into fp8, and show what it costs"
+    )
+    demo.add_argument("--size", type=_megabytes, default=300.0, help="generated checkpoint, MB (default 300)")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default demo-out)")
+    demo.add_argument("--part", choices=("all", "model", "memory"), default="all", help="run one part only")
+    return parser
+
+
+def _megabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 1 <= value <= 1_000_000:
+        raise argparse.ArgumentTypeError("give a size from 1 to 1000000 MB")
+    return value
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    findings = doctor.examine()
+    print(json.dumps(findings, indent=2) if args.json else doctor.describe(findings))
+    return 0 if findings["ok"] else 1
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    try:
+        return 0 if demo.run(args.size, args.out, args.part) else 1
+    except (demo.DemoError, OSError) as error:
+        print(f"qtensor demo: {error}", file=sys.stderr)
+        return 1

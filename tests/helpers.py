@@ -1,0 +1,47 @@
+"""What most tests need: a module around one weight, and equality with the oracle, byte for byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtensor import QTensor, hooks, quantize
+
+
+class Experts(nn.Module):
+    """A mixture's stack of expert matrices."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+def holder(weight: torch.Tensor) -> tuple[nn.Module, str]:
+    """A module whose one weight has the shape and dtype of `weight`, and that weight's name."""
+    if weight.dim() == 3:
+        return Experts(tuple(weight.shape), weight.dtype), "w"
+    rows, cols = weight.shape
+    return nn.Linear(cols, rows, bias=False, dtype=weight.dtype), "weight"
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def assert_oracle(param: Any, full: torch.Tensor, scheme: Any) -> None:
+    """The loaded weight is `quantize(full, scheme)`: the same bytes in data and scale."""
+    assert type(param) is QTensor, type(param)
+    expected = quantize(full, scheme)
+    assert param.shape == full.shape
+    assert param.dtype == full.dtype
+    assert same_bytes(param.scale, expected.scale)
+    assert same_bytes(param.qdata, expected.qdata)
+
+
+def assert_no_hooks() -> None:
+    """No session left anything installed in the process."""
+    assert hooks._open == 0
+    assert not hooks._handles
+    assert hooks.listening() is None
