@@ -17,7 +17,7 @@ from .coverage import Box, Coverage
 from .errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightShapeError
 from .geometry import as_box
 from .kernels import Audit, NonFinite
-from .quantized import nonfinite_message
+from .quantized import QTensor, nonfinite_message
 from .report import describe_boxes
 from .scheme import Scheme
 from .store import (
@@ -119,6 +119,23 @@ class ArmedWeight:
             for box in region.covered_boxes():
                 part = dense[tuple(slice(*span) for span in box)]
                 self.write(self._view(box), part)
+
+    def accept(self, source: QTensor) -> bool:
+        """Take values that are already in this weight's final form. False if they are of another form."""
+        self.host.touch(self)
+        with self.lock:
+            store = self._open_store()
+            if (
+                not isinstance(store, QuantStore)
+                or store.whole_weight
+                or source.scheme.format != store.scheme.format
+                or source.transposed
+                or tuple(source.shape) != self.shape
+            ):
+                return False
+            store.accept(source)
+            self._after_write()
+            return True
 
     def initialize(self, view: View, fill: Callable[[torch.Tensor], None]) -> None:
         """An initialiser, not a loader, fills the view: recorded (or done, for a weight that stays plain), and of no

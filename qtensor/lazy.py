@@ -247,6 +247,8 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     if isinstance(src, _LAZY):
         src = _materialize(src)
     elif isinstance(src, QTensor):
+        if isinstance(dst, _LAZY) and dst._meta.numel() == dst._armed.coverage.numel and dst._armed.accept(src):
+            return dst
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, _LAZY):
         return func(dst, src, *args[2:], **kwargs)

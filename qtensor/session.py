@@ -22,7 +22,7 @@ from . import hooks
 from .armed import ArmedWeight
 from .coverage import Box
 from .errors import IncompleteLoadError, LossyReadError, NonFiniteWeightError, QTensorError
-from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle
+from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle, view_of
 from .progress import Progress
 from .quantized import QTensor, quantize
 from .report import LayerReport, LoadReport, describe_missing
@@ -431,7 +431,8 @@ class Session:
             if isinstance(param, _ARMED) and param._armed.host is self:
                 live.setdefault(param._armed, []).append((module_name, module, name))
         for module_name, module, name, buffer in self._lazy_buffers():
-            live.setdefault(buffer._armed, []).append((module_name, module, name))
+            if buffer._armed not in live:
+                live[buffer._armed] = [(module_name, module, name)]
         return live
 
     def _lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
@@ -445,10 +446,12 @@ class Session:
         """Lazy weights take their final form: QTensor, or an ordinary Parameter."""
         for _, module, name, buffer in list(self._lazy_buffers()):
             store = buffer._armed.store
-            assert isinstance(store, PlainStore)
-            module._buffers[name] = store.tensor
+            if isinstance(store, PlainStore):
+                # A buffer may be a view of a parameter, and goes on aliasing it.
+                module._buffers[name] = store.tensor.as_strided(*view_of(buffer))
         for weight, owners in self._live().items():
-            for param in {id(m._parameters[n]): m._parameters[n] for _, m, n in owners}.values():
+            held = [m._parameters.get(n) for _, m, n in owners]
+            for param in {id(p): p for p in held if p is not None}.values():
                 if isinstance(weight.store, PlainStore) and isinstance(param, LazyWeight):
                     self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
                 else:

@@ -289,6 +289,14 @@ class QuantStore:
         r, c = (~torch.isfinite(source)).nonzero()[0].tolist()
         raise NonFinite((e * self._n + rows[0] + r) * self._k + cols[0] + c, float(source[r, c]))
 
+    def accept(self, values: QTensor) -> None:
+        """Take a whole weight that is quantized already, bytes unchanged."""
+        self.discard_staging()
+        self.result.qdata.copy_(values.qdata)
+        self.result.scale.copy_(values.scale)
+        self._state[...] = _QUANTIZED
+        self.coverage.add([(0, n) for n in self.coverage.shape])
+
     # Staging
 
     def _group_spans(self, e: int, start: int, stop: int) -> Iterator[tuple[tuple[int, int], int, int]]:
