@@ -1,0 +1,39 @@
+"""qtensor inside vLLM: `quantization="qtensor"`, and every loader and architecture quantizes itself while it loads.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every process (API server,
+engine core, workers), whether anybody asks for qtensor or not. So this file imports nothing of vLLM, and `register`
+only what vLLM has imported by then.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+__all__ = ["register", "reports"]
+
+
+def register() -> None:
+    """Make the names "qtensor", "qtensor_fp8_per_tensor", ... known to vLLM. Safe to call any number of times.
+
+    Silent where vLLM is absent. On a vLLM version this plugin was not made for, the names are not registered and one
+    warning says which versions work.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return
+    from . import compat
+
+    problem = compat.version_problem()
+    if problem is not None:
+        compat.logger().warning("%s", problem)
+        return
+    from .config import register_names
+
+    register_names()
+
+
+def reports(llm: Any) -> list[dict[str, Any]]:
+    """The load report of every worker of a `vllm.LLM`, one dictionary per worker: `LoadReport`'s fields, and "rank",
+    "model", "resident_peak_bytes" (see docs/vllm.md)."""
+    found: list[dict[str, Any]] = llm.collective_rpc("qtensor_report")
+    return found

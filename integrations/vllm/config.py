@@ -1,0 +1,170 @@
+"""The quantization names vLLM learns, and the configuration behind them: which layer gets which method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from qtensor.scheme import SCHEMES, Scheme, fp8
+
+from . import compat
+from .options import Choice, OptionsError, parse
+
+
+class QTensorConfig(QuantizationConfig):
+    """quantization="qtensor": every linear layer and routed expert becomes fp8 while it is loaded.
+
+    vLLM makes it without arguments, or through one of the `from_...` constructors where the user gave options, and
+    pickles it into its worker processes.
+    """
+
+    name = "qtensor"
+    scheme: Scheme = fp8
+
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.choice = Choice(parse(self.scheme, given or {}))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.choice.options})"
+
+    # What vLLM asks
+
+    @classmethod
+    def get_name(cls) -> Any:
+        return cls.name
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.half, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75  # Marlin, vLLM's weight-only kernel, needs that much; a CPU is not asked.
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QTensorConfig:
+        return cls(config)
+
+    @classmethod
+    def from_config_dict_json(cls, text: str) -> QTensorConfig:
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise OptionsError(f"qtensor: quantization_config_dict_json is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise OptionsError(f"qtensor: quantization_config_dict_json is an object of options, not {given!r}")
+        return cls(given)
+
+    @classmethod
+    def from_config_file(cls, path: str) -> QTensorConfig:
+        with open(path) as file:
+            return cls.from_config_dict_json(file.read())
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> Any:
+        """A checkpoint that is quantized already is left alone: it is loaded by its own method."""
+        own = str(hf_quant_cfg.get("quant_method", ""))
+        if user_quant != cls.name or not own or own in NAMES:
+            return None
+        compat.logger().warning(
+            "qtensor: the checkpoint is quantized already (%s) and is left as it is; quantization=%r does nothing.",
+            own,
+            user_quant,
+        )
+        return _builtin_method(hf_quant_cfg, hf_config)
+
+    @property
+    def online_quantization_config(self) -> None:
+        """vLLM composes its own online quantization with others' through this attribute."""
+        return
+
+    @online_quantization_config.setter
+    def online_quantization_config(self, value: Any) -> None:
+        if value is not None:
+            raise OptionsError(
+                "qtensor: --quantization-config is read by vLLM's own online quantization. Give qtensor its options by "
+                "hf_overrides={\"quantization_config\": {\"quant_method\": \"qtensor\", ...}} or QTENSOR_VLLM_... variables."
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        def rename(name: str) -> str:
+            renamed: list[str] = hf_to_vllm_mapper.apply_list([name])
+            return renamed[0] if renamed else name
+
+        self.choice.rename = rename
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method of one layer as the model is built. Raises OptionsError where the user's patterns clash."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from .linear import QTensorLinearMethod
+        from .moe import expert_method
+
+        if isinstance(layer, LinearBase):
+            scheme = self.choice.scheme(prefix, self._parts(prefix), experts=False)
+            return UnquantizedLinearMethod() if scheme is None else QTensorLinearMethod(self, prefix, scheme)
+        if isinstance(layer, compat.expert_layer()):
+            scheme = self.choice.scheme(prefix, self._parts(prefix), experts=True)
+            return compat.unquantized_experts(layer) if scheme is None else expert_method(self, prefix, scheme, layer)
+        if isinstance(layer, ParallelLMHead) and self.choice.options.lm_head:
+            return QTensorLinearMethod(self, prefix, self.choice.options.linear or self.scheme)
+        return None
+
+    def _parts(self, prefix: str) -> list[str]:
+        parent, _, last = prefix.rpartition(".")
+        dot = f"{parent}." if parent else ""
+        return [dot + part for part in self.packed_modules_mapping.get(last, (last,))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `rename` is a closure over vLLM's mapper; the worker that receives this makes its own.
+        state = self.__dict__.copy()
+        state["choice"] = Choice(self.choice.options)
+        return state
+
+
+def _builtin_method(hf_quant_cfg: Any, hf_config: Any) -> str:
+    """The method vLLM itself would pick for this checkpoint."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    for name in QUANTIZATION_METHODS:
+        if name in NAMES:
+            continue
+        try:
+            found = get_quantization_config(name).override_quantization_method(hf_quant_cfg, None, hf_config=hf_config)
+        except Exception:
+            continue  # A method whose own dependencies are missing has no say.
+        if found is not None:
+            return str(found)
+    return str(hf_quant_cfg["quant_method"])
+
+
+def _for_scheme(scheme: Scheme) -> type[QTensorConfig]:
+    """A class per name: vLLM constructs a configuration by its class alone, and pickles it by its class's name."""
+    label = "QTensorConfig_" + scheme.name
+    made = type(label, (QTensorConfig,), {"name": f"qtensor_{scheme.name}", "scheme": scheme, "__module__": __name__})
+    globals()[label] = made
+    return made
+
+
+NAMES: dict[str, type[QTensorConfig]] = {"qtensor": QTensorConfig}
+for _scheme in dict.fromkeys(SCHEMES.values()):
+    NAMES[f"qtensor_{_scheme.name}"] = _for_scheme(_scheme)
+
+
+def register_names() -> None:
+    """Tell vLLM all names, once per process."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    for name, config in NAMES.items():
+        if name not in QUANTIZATION_METHODS:
+            register_quantization_config(name)(config)

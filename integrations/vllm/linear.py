@@ -1,0 +1,98 @@
+"""Linear layers: weights that quantize themselves under vLLM's loaders, and the product with them.
+
+vLLM gives a method it does not know its first-generation weight loaders, on every layer class. They narrow
+`param.data` and copy into it, which is all a lazy weight needs; whatever else a model's own loader does to the
+parameter ends in copy_ too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from qtensor.errors import QTensorError
+from qtensor.lazy import LazyWeight, LiveQTensor
+from qtensor.quantized import QTensor, quantize
+from qtensor.scheme import Scheme
+
+from .compute import linear_compute
+from .load import Load, load_of
+
+if TYPE_CHECKING:
+    from .config import QTensorConfig
+
+
+class QTensorLinearMethod(LinearMethodBase):
+    """One linear layer `[N, K]`, fused ones (qkv_proj, gate_up_proj) as one matrix.
+
+    After loading the layer has what vLLM's own fp8 layers have: `weight` (fp8) and `weight_scale` (fp32; per-block:
+    `weight_scale_inv`), as ordinary Parameters in the layout the device's kernel wants.
+    """
+
+    def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme) -> None:
+        self.config, self.prefix, self.scheme = config, prefix, scheme
+        self.load: Load | None = None
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.logical_widths = output_partition_sizes
+        layer.input_size_per_partition = input_size_per_partition
+        layer.output_size_per_partition = shape[0]
+        layer.orig_dtype = params_dtype
+        layer.weight_block_size = list(self.scheme.format.block) if self.scheme.format.granularity == "block" else None
+        self.compute = linear_compute(self.scheme, self.config.choice.options, shape, params_dtype)
+        self.load = load_of(self.config.choice)
+        self.load.names.packed = self.config.packed_modules_mapping
+        attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
+        self.load.arm(self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes)
+
+    def publish(self, layer: nn.Module) -> None:
+        """Give the layer its finished weight in the kernel's format. `layer.weight` is complete and quantized."""
+        weight = layer.weight
+        assert isinstance(weight, QTensor)
+        del layer._parameters["weight"]
+        self.compute.publish(layer, weight)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Verify and publish. The weights were quantized while they were loaded, except on vLLM's reload, which hands
+        over a whole layer in high precision."""
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, (LazyWeight, LiveQTensor)):
+            assert self.load is not None
+            self.load.finish()
+        elif isinstance(weight, torch.Tensor) and weight.dtype.itemsize > 1:
+            layer.weight = nn.Parameter(_quantize_reloaded(self, weight, f"{self.prefix}.weight"), requires_grad=False)
+            self.publish(layer)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x `[..., K]` → `[..., N]`."""
+        return self.compute.apply(layer, x, bias)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        raise QTensorError(
+            f"{self.prefix}: this output head is tied to the embedding and cannot be quantized on its own; leave the "
+            "option lm_head out"
+        )
+
+    def dequantize_weight(self, layer: nn.Module) -> torch.Tensor:
+        """The weight in high precision `[N, K]`, for vLLM's code that absorbs or requantizes it."""
+        return self.compute.dequantize(layer)
+
+
+def _quantize_reloaded(method: Any, weight: torch.Tensor, name: str) -> QTensor:
+    try:
+        return quantize(weight, method.scheme, on_nonfinite=method.config.choice.options.on_nonfinite)
+    except QTensorError as error:
+        raise type(error)(str(error).replace("weight", name, 1)) from None

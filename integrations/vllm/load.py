@@ -1,0 +1,503 @@
+"""Load: one model being filled by one of vLLM's loaders, in one worker.
+
+It plays the session for the lazy weights of that model (see `qtensor.armed.Host`): it arms them when vLLM's layers
+create their weights, listens to `model.load_weights` for the names a checkpoint uses, and at the end verifies that
+everything arrived, has each layer publish its quantized weights, and keeps the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from qtensor.armed import ArmedWeight
+from qtensor.counter import CopyCounter
+from qtensor.coverage import Box
+from qtensor.errors import IncompleteLoadError, QTensorError, WeightShapeError
+from qtensor.lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle
+from qtensor.quantized import QTensor
+from qtensor.report import LayerReport, LoadReport
+from qtensor.scheme import Scheme
+from qtensor.store import QuantStore
+
+from . import compat
+from .names import Names
+from .options import Choice
+from .truncated import describe_truncated
+
+_ATTRIBUTE = "_qtensor_load"
+_SHOWN = 20
+
+
+@dataclass
+class Slot:
+    """Where an armed weight lives. publish: gives the layer the finished weight in the form its kernel wants."""
+
+    prefix: str
+    layer: nn.Module
+    name: str
+    publish: Callable[[nn.Module], None]
+    attributes: dict[str, Any]
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.prefix}.{self.name}"
+
+
+def load_of(choice: Choice) -> Load:
+    """The load of the model that is being constructed by the caller's callers; begun if this is its first layer.
+
+    vLLM gives a quantization method no handle on the model, so the model is taken from the stack: the outermost module
+    whose `__init__` is running.
+    """
+    root = _module_under_construction()
+    load: Load | None = root.__dict__.get(_ATTRIBUTE)
+    if load is None:
+        load = Load(root, choice)
+        compat.add_worker_method("qtensor_report", worker_report)
+        object.__setattr__(root, _ATTRIBUTE, load)
+    return load
+
+
+def find_load(model: nn.Module) -> Load | None:
+    """The load that filled `model`, if qtensor had any part in it."""
+    for module in model.modules():
+        load = module.__dict__.get(_ATTRIBUTE)
+        if isinstance(load, Load):
+            return load
+    return None
+
+
+def _module_under_construction() -> nn.Module:
+    outermost: nn.Module | None = None
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__init__" and code.co_argcount:
+            owner = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(owner, nn.Module):
+                outermost = owner
+        frame = frame.f_back  # type: ignore[assignment]
+    if outermost is None:
+        raise QTensorError("qtensor: vLLM created a layer outside of any model; the plugin does not know this route")
+    return outermost
+
+
+class Load:
+    """The armed weights of one model, from their creation to their publication. Implements `qtensor.armed.Host`."""
+
+    on_missing = "error"
+    min_sqnr: float | None = None
+
+    def __init__(self, root: nn.Module, choice: Choice) -> None:
+        self.root, self.choice = root, choice
+        self.refuse_nonfinite = choice.options.on_nonfinite == "error"
+        self.closed: str | None = None
+        self.names = Names()
+        self.slots: dict[ArmedWeight, Slot] = {}
+        self.report: LoadReport | None = None
+        self.resident_peak = 0
+        self._weights: WeakSet[ArmedWeight] = WeakSet()
+        self._writing: dict[int, ArmedWeight] = {}
+        self._counters = threading.Lock()
+        self._staged = self._peak_staged = self._lossy_reads = 0
+        self._started = time.perf_counter()
+        self._resident_before = resident_bytes()
+        self._context = _Context()
+        self._listen()
+
+    # Arming
+
+    def arm(
+        self,
+        prefix: str,
+        layer: nn.Module,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        scheme: Scheme,
+        publish: Callable[[nn.Module], None],
+        attributes: dict[str, Any],
+    ) -> ArmedWeight:
+        """Register a lazy parameter `name` on `layer`, with vLLM's `attributes` (weight_loader, input_dim, ...)."""
+        device = torch.get_default_device()
+        weight = ArmedWeight(self, shape, dtype, device, (layer, name))
+        weight.scheme = scheme
+        self.slots[weight] = Slot(prefix, layer, name, publish, dict(attributes))
+        param = parameter(weight, requires_grad=False)
+        loader = attributes.get("weight_loader")
+        param.__dict__.update(attributes)
+        if loader is not None:
+            param.weight_loader = self._guarded(weight, loader)
+        layer.register_parameter(name, param)  # type: ignore[arg-type]
+        return weight
+
+    def _guarded(self, weight: ArmedWeight, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """vLLM's weight loader, whose errors name the tensor of the checkpoint, the layer and the remedy."""
+
+        @functools.wraps(loader)
+        def weight_loader(*args: Any, **kwargs: Any) -> Any:
+            tensor = kwargs.get("loaded_weight", args[1] if len(args) > 1 else None)
+            slot = self.slots.get(weight)
+            if slot is None:
+                return loader(*args, **kwargs)
+            extra = {k: v for k, v in kwargs.items() if k in ("shard_id", "expert_id", "loaded_shard_id")}
+            shard = (extra.get("shard_id", extra.get("loaded_shard_id", args[2] if len(args) > 2 else None)))
+            self.names.saw(slot.prefix, slot.name, shard, extra.get("expert_id"), self._context.current)
+            try:
+                return loader(*args, **kwargs)
+            except QTensorError:
+                raise
+            except Exception as error:
+                found = f" {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else ""
+                raise WeightShapeError(
+                    f"{self._source(slot)}{found} does not fit {slot.full_name} {list(weight.shape)}: {error} Is this "
+                    "checkpoint made for this model's config.json and this parallel layout?"
+                ) from error
+
+        return weight_loader
+
+    def _source(self, slot: Slot) -> str:
+        current = self._context.current
+        return f"the checkpoint's tensor '{current}'" if current else "the tensor being loaded"
+
+    # What armed weights ask (armed.Host)
+
+    def enroll(self, weight: ArmedWeight) -> None:
+        self._weights.add(weight)
+
+    def decide(self, weight: ArmedWeight) -> Scheme | None:
+        scheme: Scheme | None = weight.scheme
+        return scheme
+
+    def name_of(self, weight: ArmedWeight) -> str:
+        """For messages: the checkpoint's name while one of its tensors is being written, and the layer's."""
+        slot = self.slots.get(weight)
+        name = slot.full_name if slot is not None else weight.owner[1]
+        current = self._context.current
+        return f"{name} (from the checkpoint's tensor '{current}')" if current else name
+
+    def touch(self, weight: ArmedWeight) -> None:
+        thread = threading.get_ident()
+        last = self._writing.get(thread)
+        if last is not weight:
+            if not self._writing:
+                self.choice_is_settled()
+            self._writing[thread] = weight
+            if last is not None:
+                last.release()
+
+    def staged(self, delta: int) -> None:
+        with self._counters:
+            self._staged += delta
+            self._peak_staged = max(self._peak_staged, self._staged)
+
+    def lossy_read(self, weight: ArmedWeight) -> None:
+        with self._counters:
+            self._lossy_reads += 1
+
+    def completed(self, weight: ArmedWeight) -> None:
+        store = weight.store
+        if isinstance(store, QuantStore):
+            for param in weight.params:
+                settle(param, store.result)
+        self.resident_peak = max(self.resident_peak, resident_bytes() - self._resident_before)
+
+    def reopened(self, weight: ArmedWeight) -> None:
+        for param in weight.params:
+            reopen(param)
+
+    # The loader's call
+
+    def _listen(self) -> None:
+        """See every (name, tensor) that a loader hands to the model. A wrapper on this one model, not on its class."""
+        inner = getattr(self.root, "load_weights", None)
+        if inner is None:
+            return
+
+        @functools.wraps(inner)
+        def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+            if self.closed or self._context.active:
+                return inner(weights, *args, **kwargs)
+            self.choice_is_settled()
+            with CopyCounter(self.root) as counter:
+                loaded = self._run(inner, weights, args, kwargs)
+            self._finish(self._plain_gaps(counter, set(loaded or ())))
+            return loaded
+
+        object.__setattr__(self.root, "load_weights", load_weights)
+
+    def _run(self, inner: Callable[..., Any], weights: Iterable[tuple[str, torch.Tensor]], args: Any, kwargs: Any) -> Any:
+        context = self._context
+        context.active = True
+        try:
+            return inner(context.follow(weights), *args, **kwargs)
+        except QTensorError:
+            self._abort()
+            raise
+        except Exception as error:
+            self._abort()
+            self._reraise(error)
+        finally:
+            context.active = False
+
+    def _reraise(self, error: Exception) -> NoReturn:
+        context = self._context
+        if context.reading is error or type(error).__name__ == "SafetensorError":
+            where = f" after '{context.last}'" if context.last else ""
+            files = describe_truncated(_checkpoint_folder())
+            raise QTensorError(
+                f"the checkpoint could not be read{where}: {error}. {files} Download the checkpoint again, or convert "
+                "it again."
+            ) from error
+        if context.current is None:
+            raise error
+        shape = list(context.shape) if context.shape is not None else ""
+        raise QTensorError(
+            f"the checkpoint's tensor '{context.current}' {shape} cannot be loaded into {type(self.root).__name__}: "
+            f"{error} Either the checkpoint is not made for this config.json, or this tensor does not belong in it."
+        ) from error
+
+    def choice_is_settled(self) -> None:
+        """All layers exist and no weight has been read: the moment to refuse patterns that match nothing."""
+        if not _has_all_layers():
+            return  # A pipeline stage or a draft model sees only some of the layers.
+        self.choice.require_all_used()
+
+    def _plain_gaps(self, counter: CopyCounter, loaded: set[str]) -> list[str]:
+        """One line per parameter outside of our care that the loader left unwritten, as vLLM checks for unquantized
+        models by name; here by element, so that a fused bias or an ignored layer with a part missing is found too."""
+        lines = []
+        armed = {name for name, p in self.root.named_parameters(remove_duplicate=False) if isinstance(p, _ARMED)}
+        params = dict(self.root.named_parameters(remove_duplicate=False))
+        tied: dict[int, list[str]] = {}
+        for name, param in params.items():
+            tied.setdefault(id(param), []).append(name)
+        for name, boxes in counter.missing().items():
+            param = params.get(name)
+            if param is None or name in armed or param.numel() == 0:
+                continue
+            twins = tied[id(param)]
+            if name != twins[0] or (loaded.intersection(twins) and boxes == [tuple((0, n) for n in param.shape)]):
+                continue  # Computed by the model's own load_weights, which reports it as loaded.
+            module_name, _, own = name.rpartition(".")
+            module = self.root.get_submodule(module_name)
+            lines += self.names.describe(module_name, module, own, tuple(param.shape), boxes)
+        return lines
+
+    # The end
+
+    def finish(self) -> None:
+        """Verify and publish, for loaders that do not go through `model.load_weights` (sharded_state, dummy).
+
+        Raises IncompleteLoadError naming the checkpoint's tensors that are missing.
+        """
+        if not self.closed:
+            self._finish([])
+
+    def _finish(self, gaps: list[str]) -> None:
+        try:
+            self._verify(gaps)
+        except BaseException:
+            self._abort()
+            raise
+        self.report = self._summary("finished")
+        slots, self.slots = self.slots, {}
+        self._close("its model has been loaded")
+        for weight, slot in slots.items():
+            compat.keep_plain_reload_record(slot.layer, slot.name, weight.shape, weight.dtype, slot.attributes)
+        for layer, publish in {id(s.layer): (s.layer, s.publish) for s in slots.values()}.values():
+            publish(layer)
+        for weight in slots:
+            for param in weight.params:
+                close(param)
+        self._announce()
+
+    def _verify(self, gaps: list[str]) -> None:
+        lines = []
+        boxes: dict[str, list[Box]] = {}
+        dummy = _is_dummy_load()
+        for weight, slot in self.slots.items():
+            weight.release()
+            if not weight.coverage.complete and dummy:
+                weight.fill_missing("init")
+            if not weight.coverage.complete:
+                if weight.error is not None:
+                    raise weight.error
+                boxes[slot.full_name] = weight.coverage.missing()
+                lines += self.names.describe(slot.prefix, slot.layer, slot.name, weight.shape, boxes[slot.full_name])
+            weight.verify()
+        lines += gaps
+        if lines:
+            shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
+            raise IncompleteLoadError(
+                "the checkpoint is incomplete, so the model was not loaded:\n  " + "\n  ".join(shown) + "\n"
+                "Check that all of its files are there and listed in its index, and that it was made for this "
+                "config.json; then load again.",
+                boxes,
+            )
+
+    def _abort(self) -> None:
+        self._close("its load failed")
+        for weight in list(self._weights):
+            weight.discard()
+
+    def _close(self, reason: str) -> None:
+        self.closed = reason
+        self._writing.clear()
+        self._context.current = None
+
+    # Reporting
+
+    def _summary(self, state: str) -> LoadReport:
+        schemes = sorted({str(w.scheme) for w in self.slots})
+        report = LoadReport(state, ", ".join(schemes), peak_staged_bytes=self._peak_staged)
+        report.lossy_reads, report.seconds = self._lossy_reads, time.perf_counter() - self._started
+        mine: set[int] = set()
+        for weight, slot in self.slots.items():
+            mine.update(map(id, weight.params))
+            if isinstance(weight.store, QuantStore):
+                report.layers.append(_layer_report(slot.full_name, weight.store.result))
+        for param in {id(p): p for p in self.root.parameters()}.values():
+            if id(param) not in mine and not param.is_meta and not isinstance(param, _ARMED):
+                report.passthrough_bytes += param.nbytes
+        report.quantized_bytes = sum(layer.bytes for layer in report.layers)
+        return report
+
+    def _announce(self) -> None:
+        report = self.report
+        assert report is not None
+        compat.logger().info(
+            "qtensor: %d weights quantized to %s while loading: %.1f MiB, and %.1f MiB left as they are; "
+            "peak staging %.1f MiB, peak rise of anonymous memory %.1f MiB; %.2f seconds",
+            len(report.layers),
+            report.scheme or "nothing",
+            report.quantized_bytes / 2**20,
+            report.passthrough_bytes / 2**20,
+            report.peak_staged_bytes / 2**20,
+            self.resident_peak / 2**20,
+            report.seconds,
+        )
+        if self.choice.options.report:
+            path = Path(self.choice.options.report.replace("{rank}", str(_rank())))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".html" and hasattr(report, "to_html"):
+                report.to_html(path)
+            else:
+                report.to_json(path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for other processes: plain data only."""
+        report = self.report or self._summary("open")
+        where = {"rank": _rank(), "model": type(self.root).__name__, "resident_peak_bytes": self.resident_peak}
+        return where | asdict(report)
+
+
+_ARMED = (LazyWeight, LiveQTensor)
+
+
+class _Context:
+    """Which tensor of the checkpoint is being loaded: the one the model asked for last and has not finished with."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.current: str | None = None
+        self.last: str | None = None
+        self.shape: torch.Size | None = None
+        self.reading: Exception | None = None
+
+    def follow(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        seen: set[str] = set()
+        source = iter(weights)
+        while True:
+            # While the iterator runs no tensor is current: what fails then is the reading of the checkpoint.
+            self.current = None
+            try:
+                item = next(source, None)
+            except Exception as error:
+                self.reading = error
+                raise
+            if item is None:
+                return
+            name, tensor = item
+            if name in seen:
+                raise QTensorError(
+                    f"the checkpoint holds the tensor '{name}' {list(tensor.shape)} more than once, in different files "
+                    "perhaps; which one is meant cannot be known. Remove stale files from the checkpoint's folder."
+                )
+            seen.add(name)
+            self.current = self.last = name
+            self.shape = tensor.shape
+            yield item
+
+
+def worker_report(worker: Any) -> dict[str, Any] | None:
+    """What `collective_rpc("qtensor_report")` answers in each worker; None if qtensor had no part in its model."""
+    load = find_load(worker.get_model() if hasattr(worker, "get_model") else worker.model_runner.get_model())
+    return load.as_dict() if load is not None else None
+
+
+def resident_bytes() -> int:
+    """Anonymous memory of this process: what it holds itself, file mappings left out. 0 where /proc is missing."""
+    try:
+        with open("/proc/self/statm") as file:
+            _, resident, shared, *_ = file.read().split()
+    except OSError:
+        return 0
+    return (int(resident) - int(shared)) * _PAGE
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def _layer_report(name: str, w: QTensor) -> LayerReport:
+    return LayerReport(name, str(w.scheme), tuple(w.qdata.shape), w.nbytes, w.qdata.numel() * w.dtype.itemsize)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+
+
+def _vllm_config() -> Any:
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()
+
+
+def _is_dummy_load() -> bool:
+    return _load_format() == "dummy"
+
+
+def _load_format() -> str:
+    try:
+        return str(_vllm_config().load_config.load_format)
+    except Exception:
+        return ""
+
+
+def _checkpoint_folder() -> str | None:
+    try:
+        return str(_vllm_config().model_config.model)
+    except Exception:
+        return None
+
+
+def _has_all_layers() -> bool:
+    try:
+        from vllm.distributed import get_pp_group
+
+        draft = getattr(_vllm_config().model_config, "runner_type", "") == "draft"
+        return get_pp_group().world_size == 1 and not draft
+    except Exception:
+        return True

@@ -1,0 +1,276 @@
+"""Mixture of experts: stacks of expert matrices that quantize themselves, and the routed product with them.
+
+w13_weight `[E, 2I, H]` holds gate and up projections (`[E, I, H]` where the activation has no gate), w2_weight
+`[E, H, I]` the down projections; E counts the experts of this rank. Every row of every expert is its own unit for
+per-channel scales, so gate and up may come in any order. On a CPU the product runs expert by expert on qtensor's
+kernels; on a GPU through vLLM's fused fp8 experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from qtensor import kernels
+from qtensor.errors import QTensorError
+from qtensor.kernels import FORMATS
+from qtensor.lazy import LazyWeight, LiveQTensor
+from qtensor.quantized import QTensor
+from qtensor.scheme import Scheme
+
+from . import compat
+from .compute import _define, frozen, scale_name
+from .linear import _quantize_reloaded
+from .load import Load, load_of
+
+if TYPE_CHECKING:
+    from .config import QTensorConfig
+
+_STACKS = ("w13_weight", "w2_weight")
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_no_mul", "relu2_no_mul")
+
+
+def expert_method(config: QTensorConfig, prefix: str, scheme: Scheme, layer: Any) -> Any:
+    """The method for a layer of routed experts, on the device that vLLM is building the model for."""
+    if torch.get_default_device().type == "cpu":
+        return _cpu_class()(config, prefix, scheme, layer.moe_config)
+    return _gpu_class(scheme.format.granularity)(config, prefix, scheme, layer.moe_config)
+
+
+class _Experts:
+    """What both devices share: arming, verification, publication."""
+
+    config: QTensorConfig
+    prefix: str
+    scheme: Scheme
+    load: Load | None
+    moe: Any
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        hidden, inner = hidden_size, intermediate_size_per_partition
+        rows = inner * (2 if self.moe.is_act_and_mul else 1)
+        layer.num_experts, layer.orig_dtype = num_experts, params_dtype
+        layer.weight_block_size = list(self.scheme.format.block) if self.scheme.format.granularity == "block" else None
+        layer.w13_input_scale = layer.w2_input_scale = None
+        self.load = load_of(self.config.choice)
+        self.load.names.packed = self.config.packed_modules_mapping
+        for name, shape in zip(_STACKS, ((num_experts, rows, hidden), (num_experts, hidden, inner)), strict=True):
+            weight = self.load.arm(
+                self.prefix, layer, name, shape, params_dtype, self.scheme, self.publish, extra_weight_attrs
+            )
+            self._cover_padding(layer, weight)
+        if self.moe.has_bias:
+            for name, shape2 in (("w13_bias", (num_experts, rows)), ("w2_bias", (num_experts, hidden))):
+                bias = frozen(torch.zeros(shape2, dtype=params_dtype))
+                bias.__dict__.update(extra_weight_attrs)
+                layer.register_parameter(name, bias)
+
+    def _cover_padding(self, layer: Any, weight: Any) -> None:
+        """Sizes that vLLM rounded up have columns and rows that no checkpoint fills: zeros."""
+        hidden = getattr(self.moe, "hidden_dim_unpadded", None)
+        inner = getattr(self.moe, "intermediate_size_per_partition_unpadded", None)
+        experts, rows, cols = weight.shape
+        true_rows, true_cols = (inner, hidden) if weight.owner[1] == "w13_weight" else (hidden, inner)
+        shards = 2 if weight.owner[1] == "w13_weight" and self.moe.is_act_and_mul else 1
+        param = weight.params[0]
+        zero = torch.zeros((), dtype=weight.dtype)
+        if true_cols is not None and true_cols < cols:
+            param.data[:, :, true_cols:].copy_(zero)
+        step = rows // shards
+        if true_rows is not None and true_rows < step:
+            for shard in range(shards):
+                param.data[:, shard * step + true_rows : (shard + 1) * step].copy_(zero)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Verify and publish; on vLLM's reload, which hands over whole layers in high precision, quantize first."""
+        stacks = [getattr(layer, name, None) for name in _STACKS]
+        if any(isinstance(w, (LazyWeight, LiveQTensor)) for w in stacks):
+            assert self.load is not None
+            self.load.finish()
+        elif all(isinstance(w, torch.Tensor) and w.dtype.itemsize > 1 for w in stacks):
+            for name, w in zip(_STACKS, stacks, strict=True):
+                setattr(layer, name, frozen(_quantize_reloaded(self, w, f"{self.prefix}.{name}")))
+            self.publish(layer)
+
+    def publish(self, layer: Any) -> None:
+        """Give the layer both finished stacks in the kernel's format."""
+        weights = [layer._parameters.pop(name) for name in _STACKS]
+        assert all(isinstance(w, QTensor) for w in weights)
+        self._publish(layer, *weights)
+
+    def _publish(self, layer: Any, w13: QTensor, w2: QTensor) -> None:
+        raise NotImplementedError
+
+
+@functools.cache
+def _cpu_class() -> type:
+    base: Any = compat.expert_method_base()
+
+    class QTensorExpertsCpu(_Experts, base):  # type: ignore[misc]
+        """Expert by expert, on the tokens routed to it."""
+
+        def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme, moe: Any) -> None:
+            base.__init__(self, moe)
+            self.config, self.prefix, self.scheme, self.load = config, prefix, scheme, None
+            self.scale = scale_name(scheme.format)
+            activation = _activation_name(moe.activation)
+            if activation not in _ACTIVATIONS:
+                raise QTensorError(
+                    f"{prefix}: the CPU path has no activation {activation!r} for experts (it has "
+                    f"{', '.join(_ACTIVATIONS)}); add \"{prefix}\" to the option `ignore`"
+                )
+
+        def _publish(self, layer: Any, w13: QTensor, w2: QTensor) -> None:
+            for name, weight in zip(_STACKS, (w13, w2), strict=True):
+                layer.register_parameter(name, frozen(weight.qdata))
+                layer.register_parameter(name.replace("weight", self.scale), frozen(weight.scale))
+
+        def get_fused_moe_quant_config(self, layer: Any) -> None:
+            return None
+
+        def apply(
+            self,
+            layer: Any,
+            x: torch.Tensor,
+            topk_weights: torch.Tensor,
+            topk_ids: torch.Tensor,
+            shared_experts: Any = None,
+            shared_experts_input: torch.Tensor | None = None,
+            **_: Any,
+        ) -> torch.Tensor:
+            """x `[T, H]`, topk_weights and topk_ids `[T, k]` (global expert numbers) → `[T, H]`."""
+            out: torch.Tensor = torch.ops.qtensor_vllm.experts(
+                x,
+                layer.w13_weight,
+                getattr(layer, f"w13_{self.scale}"),
+                layer.w2_weight,
+                getattr(layer, f"w2_{self.scale}"),
+                getattr(layer, "w13_bias", None),
+                getattr(layer, "w2_bias", None),
+                topk_weights,
+                topk_ids,
+                layer.expert_map,
+                self.scheme.format.name,
+                _activation_name(layer.activation),
+                bool(layer.apply_router_weight_on_input),
+                self.config.choice.options.activation == "dynamic",
+            )
+            return out
+
+    return QTensorExpertsCpu
+
+
+@functools.cache
+def _gpu_class(granularity: str) -> type:
+    native: Any = compat.native_expert_method(granularity)
+
+    class QTensorExpertsGpu(_Experts, native):  # type: ignore[misc]
+        """vLLM's fused fp8 experts: its choice of kernel and its set-up, from weights that are quantized already.
+
+        Not tested where this was written: no GPU was at hand.
+        """
+
+        uses_meta_device = False
+
+        def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme, moe: Any) -> None:
+            native.__init__(self, moe=moe)
+            self.config, self.prefix, self.scheme, self.load = config, prefix, scheme, None
+
+        def _publish(self, layer: Any, w13: QTensor, w2: QTensor) -> None:
+            scales = [w.scale.squeeze(-1) if granularity == "tensor" else w.scale for w in (w13, w2)]
+            for name, weight in zip(_STACKS, (w13, w2), strict=True):
+                layer.register_parameter(name, frozen(weight.qdata))
+            self._setup_kernel(layer, w13.qdata, w2.qdata, *scales, None, None)
+
+    return QTensorExpertsGpu
+
+
+def _activation_name(activation: Any) -> str:
+    return str(getattr(activation, "value", activation))
+
+
+# The product on a CPU -----------------------------------------------------------------------------------------------
+
+
+def _experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    fmt: str,
+    activation: str,
+    weight_on_input: bool,
+    round_x: bool,
+) -> torch.Tensor:
+    """Σ over a token's experts of weight · w2(act(w13(x))), summed in fp32. Experts of other ranks add nothing."""
+    form = FORMATS[fmt]
+    local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for e in torch.unique(local).tolist():
+        if e < 0:
+            continue
+        token, slot = (local == e).nonzero(as_tuple=True)
+        weight = topk_weights[token, slot].unsqueeze(1)
+        rows = x[token]
+        if weight_on_input:
+            rows = rows * weight.to(x.dtype)
+        hidden = _project(rows, w13[e], w13_scale[e], None if w13_bias is None else w13_bias[e], form, round_x)
+        hidden = _activate(hidden, activation)
+        down = _project(hidden, w2[e], w2_scale[e], None if w2_bias is None else w2_bias[e], form, round_x).float()
+        out.index_add_(0, token, down if weight_on_input else down * weight.float())
+    return out.to(x.dtype)
+
+
+def _project(
+    x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, form: Any, round_x: bool
+) -> torch.Tensor:
+    if round_x:
+        x = kernels.round_trip_activation(x, form)
+    return kernels.linear(x, w, scale, form, bias)
+
+
+def _activate(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The experts' activation, `[T, 2I]` → `[T, I]`; names ending in _no_mul have no gate and keep the width."""
+    if name == "swigluoai":
+        # GPT-OSS: gate and up interleaved, clamped, sigmoid slope 1.702.
+        gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+    if name.endswith("_no_mul"):
+        return _nonlinear(x, name.removesuffix("_no_mul"))
+    gate, up = x.chunk(2, dim=-1)
+    return _nonlinear(gate, name) * up
+
+
+def _nonlinear(x: torch.Tensor, name: str) -> torch.Tensor:
+    if name == "silu":
+        return F.silu(x)
+    if name == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+_define(
+    "experts",
+    "(Tensor x, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, Tensor? w13_bias, Tensor? w2_bias, "
+    "Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, str fmt, str activation, bool weight_on_input, "
+    "bool round_x) -> Tensor",
+    _experts,
+    lambda x, *_: torch.empty_like(x),
+)

@@ -1,0 +1,225 @@
+"""Options: what a user may set, where it may come from, and the choice of a scheme per layer.
+
+The keys follow vLLM's own online quantization: `linear`, `moe`, `ignore`, `targets`. They come as a dictionary (a
+checkpoint's or hf_overrides' `quantization_config`), as JSON (`hf_overrides={"quantization_config_dict_json": ...}`),
+or as environment variables QTENSOR_VLLM_<KEY>; a dictionary's keys win over variables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from qtensor.errors import QTensorError
+from qtensor.scheme import SCHEMES, Scheme
+from qtensor.selection import DEFAULT_IGNORE, matches
+
+PREFIX = "QTENSOR_VLLM_"
+_NOT_OPTIONS = {"quant_method"}
+
+
+class OptionsError(QTensorError, ValueError):
+    """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """linear, moe: the scheme of linear layers and of routed experts; None leaves them alone.
+    ignore: patterns of layers to leave alone, besides qtensor's defaults (heads, embeddings, norms, routers).
+    targets: pattern → scheme; when given, only these layers are quantized.
+    lm_head: quantize an untied output head too.
+    activation: "auto" quantizes activations where the device multiplies in fp8 (GPUs) and keeps them elsewhere;
+        "dynamic" and "none" force it.
+    on_nonfinite: "error" refuses NaN and infinity; "keep" stores them.
+    report: where each worker writes its report; "{rank}" in it is replaced. ".html" writes HTML, else JSON.
+    """
+
+    linear: Scheme | None
+    moe: Scheme | None
+    ignore: tuple[str, ...] = ()
+    targets: Mapping[str, Scheme] = field(default_factory=dict)
+    lm_head: bool = False
+    activation: str = "auto"
+    on_nonfinite: str = "error"
+    report: str | None = None
+
+
+def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Options:
+    """Options from a user's dictionary and the environment. `scheme`: the default, from the quantization's name.
+
+    Raises OptionsError for what it does not know, naming the key and the known ones.
+    """
+    known = {f.name for f in fields(Options)}
+    merged = _from_environment(environment, known)
+    for key, value in given.items():
+        if key in _NOT_OPTIONS:
+            continue
+        if key not in known:
+            raise OptionsError(f"qtensor: unknown option {key!r}; the options are {', '.join(sorted(known))}")
+        merged[key] = value
+    values: dict[str, Any] = {"linear": scheme, "moe": scheme}
+    for key, value in merged.items():
+        values[key] = _READERS[key](key, value)
+    if values.get("targets") and ("linear" in merged or "moe" in merged):
+        raise OptionsError("qtensor: `targets` names every layer to quantize, so `linear` and `moe` cannot be given with it")
+    return Options(**values)
+
+
+def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        key = variable[len(PREFIX) :].lower()
+        if key not in known:
+            names = ", ".join(PREFIX + name.upper() for name in sorted(known))
+            raise OptionsError(f"qtensor: unknown variable {variable}; the variables are {names}")
+        found[key] = json.loads(text) if text[:1] in "[{" and text else text
+    return found
+
+
+def _scheme(key: str, value: Any) -> Scheme | None:
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        return None
+    if isinstance(value, Mapping) and set(value) == {"weight"}:
+        value = value["weight"]  # vLLM's QuantSpec spelling
+    if not isinstance(value, str) or value not in SCHEMES:
+        raise OptionsError(f"qtensor: {key}={value!r} is no scheme; use one of {', '.join(sorted(SCHEMES))}, or none")
+    return SCHEMES[value]
+
+
+def _patterns(key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
+        raise OptionsError(f"qtensor: {key} is a list of patterns, not {value!r}")
+    _check_regexes(key, value)
+    return tuple(value)
+
+
+def _targets(key: str, value: Any) -> dict[str, Scheme]:
+    if not isinstance(value, Mapping) or not all(isinstance(p, str) for p in value):
+        raise OptionsError(f"qtensor: {key} maps patterns to schemes, not {value!r}")
+    _check_regexes(key, value)
+    schemes = {pattern: _scheme(f"{key}[{pattern!r}]", name) for pattern, name in value.items()}
+    empty = [pattern for pattern, scheme in schemes.items() if scheme is None]
+    if empty:
+        raise OptionsError(f"qtensor: {key}[{empty[0]!r}] names no scheme; put the pattern in `ignore` to leave layers alone")
+    return {pattern: scheme for pattern, scheme in schemes.items() if scheme is not None}
+
+
+def _check_regexes(key: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise OptionsError(f"qtensor: {key}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _flag(key: str, value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("1", "true", "yes", "0", "false", "no"):
+        return value.lower() in ("1", "true", "yes")
+    if not isinstance(value, bool):
+        raise OptionsError(f"qtensor: {key} is true or false, not {value!r}")
+    return value
+
+
+def _one_of(*allowed: str) -> Callable[[str, Any], str]:
+    def read(key: str, value: Any) -> str:
+        if value not in allowed:
+            raise OptionsError(f"qtensor: {key} is one of {', '.join(allowed)}, not {value!r}")
+        return str(value)
+
+    return read
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise OptionsError(f"qtensor: {key} is a path, not {value!r}")
+    return value
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "linear": _scheme,
+    "moe": _scheme,
+    "ignore": _patterns,
+    "targets": _targets,
+    "lm_head": _flag,
+    "activation": _one_of("auto", "dynamic", "none"),
+    "on_nonfinite": _one_of("error", "keep"),
+    "report": _text,
+}
+
+
+class Choice:
+    """Decides layer by layer, and remembers which of the user's patterns have matched.
+
+    rename: maps a checkpoint's module name to vLLM's, for models whose names differ.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.rename: Callable[[str], str] = str
+        self.unused = {*options.ignore, *options.targets}
+
+    def scheme(self, prefix: str, shards: Sequence[str], *, experts: bool) -> Scheme | None:
+        """The scheme of the layer vLLM calls `prefix`, whose parts a checkpoint calls `shards` ([prefix] if it is not
+        fused); None to leave it alone.
+
+        Raises OptionsError if patterns clash or split a fused layer.
+        """
+        ignored = self._agree(prefix, shards, self.options.ignore, "ignore")
+        targeted = self._agree(prefix, shards, tuple(self.options.targets), "targets")
+        if ignored and targeted:
+            raise OptionsError(
+                f"qtensor: {prefix} matches both ignore ({', '.join(ignored)}) and targets ({', '.join(targeted)}); "
+                "remove one of them"
+            )
+        schemes = {self.options.targets[pattern] for pattern in targeted}
+        if len(schemes) > 1:
+            raise OptionsError(
+                f"qtensor: {prefix} matches targets with different schemes ({', '.join(targeted)}); a layer, all parts "
+                "of a fused one included, has one scheme"
+            )
+        if ignored:
+            return None
+        if self.options.targets:
+            return schemes.pop() if schemes else None
+        if any(matches(pattern, name, f"{name}.weight") for pattern in DEFAULT_IGNORE for name in shards):
+            return None
+        return self.options.moe if experts else self.options.linear
+
+    def require_all_used(self) -> None:
+        """Raise OptionsError for patterns that matched no layer of the model."""
+        if self.unused:
+            raise OptionsError(
+                f"qtensor: these patterns match no layer of this model: {', '.join(sorted(self.unused))}. Patterns are "
+                "layer names (model.layers.0.mlp.down_proj), globs (*.down_proj) or re:<regular expression>."
+            )
+
+    def _agree(self, prefix: str, shards: Sequence[str], patterns: Sequence[str], option: str) -> list[str]:
+        """The patterns that select the layer. One that selects only some parts of a fused layer is an error, unless
+        others of the same option select the rest."""
+        found = {name: [p for p in patterns if self._matches(p, name)] for name in (prefix, *shards)}
+        hits = sorted({p for names in found.values() for p in names})
+        self.unused.difference_update(hits)
+        if hits and not found[prefix] and not all(found[name] for name in shards):
+            left = ", ".join(name for name in shards if not found[name])
+            raise OptionsError(
+                f"qtensor: {option} selects only a part of the fused layer {prefix}: {', '.join(hits)} leaves out {left}. "
+                "Select all of its parts or none."
+            )
+        return hits
+
+    def _matches(self, pattern: str, name: str) -> bool:
+        if matches(pattern, name, f"{name}.weight"):
+            return True
+        if pattern.startswith("re:") or any(c in pattern for c in "*?["):
+            return False
+        renamed = self.rename(pattern)
+        return renamed != pattern and matches(renamed, name, f"{name}.weight")
