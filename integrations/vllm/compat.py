@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -141,3 +142,18 @@ def add_worker_method(name: str, function: Any) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, name, function)
+
+
+def shield_llvmlite() -> None:
+    """Let a second engine start in a process that has loaded numba.
+
+    A CPU worker looks through the namespaces of all modules with `vars(value).get(...)`. llvmlite's handle on its C
+    library answers any attribute, `__dict__` included, with a C function, and the worker dies. An entry in the handle's
+    own cache of answers makes it an empty dictionary.
+    """
+    if importlib.util.find_spec("llvmlite") is None:
+        return
+    handle: Any = importlib.import_module("llvmlite.binding.ffi").lib
+    answers = getattr(type(handle), "_fntab", None) and handle._fntab
+    if isinstance(answers, dict):
+        answers.setdefault("__dict__", {})

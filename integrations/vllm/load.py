@@ -66,6 +66,7 @@ def load_of(choice: Choice) -> Load:
     if load is None:
         load = Load(root, choice)
         compat.add_worker_method("qtensor_report", worker_report)
+        compat.shield_llvmlite()
         object.__setattr__(root, _ATTRIBUTE, load)
     return load
 
