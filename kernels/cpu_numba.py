@@ -28,7 +28,7 @@ from .formats import SOURCE_DTYPES, NonFinite, WeightFormat, ceil_div
 
 LINEAR_BATCH = 16  # Beyond this many rows of x, dequantizing bands and multiplying those is faster.
 
-_PIECE = 1 << 16  # Elements below which handing work to another thread costs more than it saves.
+_PIECE = 1 << 18  # Elements below which handing work to another thread costs more than it saves.
 _PIECES_PER_THREAD = 4  # So that a thread which lost its core for a while does not hold up the others.
 _SLAB = 1 << 22  # Elements of a source copied at a time when its columns are not adjacent in memory.
 _TILE = 1 << 22  # Elements of weight dequantized at a time for a large batch.
