@@ -74,20 +74,26 @@ class LazyWeight(torch.Tensor):
         elif not (isinstance(value, LazyWeight) and value._meta.shape == self._meta.shape):
             _assign(self, value)
 
+    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
+        return _module_load(self, other)
+
     def storage(self) -> Any:
-        return self._meta.storage()
+        return _Storage(self)
 
     def untyped_storage(self) -> Any:
-        return self._meta.untyped_storage()
+        return _Storage(self)
 
     def data_ptr(self) -> int:
-        return 0
+        return self._armed.address + self._meta.storage_offset() * self._meta.itemsize
 
     def numpy(self, *, force: bool = False) -> Any:
         return _materialize(self).numpy(force=force)
 
     def tolist(self) -> Any:
         return _materialize(self).tolist()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _set_item(self, index, value)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         armed = self._armed
@@ -131,6 +137,21 @@ class LiveQTensor(QTensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         _assign(self, value)
+
+    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
+        return _module_load(self, other)
+
+    def storage(self) -> Any:
+        return _Storage(self)
+
+    def untyped_storage(self) -> Any:
+        return _Storage(self)
+
+    def data_ptr(self) -> int:
+        return self._armed.address
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _set_item(self, index, value)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,6 +213,43 @@ def _wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:
     )
     lazy._armed, lazy._meta = armed, meta
     return lazy
+
+
+class _Storage:
+    """What stands for the storage of a lazy weight. Tools that look for tied weights compare addresses and sizes; this
+    address is the weight's own, and no memory has it."""
+
+    def __init__(self, lazy: Any) -> None:
+        self._address = lazy._armed.address
+        self._meta = lazy._meta.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._meta, name)
+
+
+def _module_load(lazy: Any, other: torch.Tensor) -> torch.Tensor:
+    """What load_state_dict calls under `torch.__future__.set_swap_module_params_on_conversion`: take the values, and
+    return another object in the state this one is in now, to swap with."""
+    lazy.copy_(other)
+    twin = _wrap(lazy._armed, lazy._meta)
+    twin.__dict__.update(lazy.__dict__)
+    twin._is_param = True  # type: ignore[attr-defined]
+    twin.requires_grad_(lazy.requires_grad)
+    twin.__class__ = type(lazy)
+    return twin
+
+
+def _set_item(lazy: Any, index: Any, value: Any) -> None:
+    """PyTorch broadcasts the value before any dispatch, and its complaint knows no names."""
+    try:
+        torch.Tensor.__setitem__(lazy, index, value)
+    except RuntimeError as error:
+        if isinstance(error, QTensorError) or not ("expanded size" in str(error) or "shape mismatch" in str(error)):
+            raise
+        lazy._armed.fail(WeightShapeError(f"{lazy._armed.name}: {error}"))
 
 
 def view_of(lazy: Any) -> View:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -101,6 +101,7 @@ class Session:
         self._modules: WeakSet[nn.Module] = WeakSet()
         self._children: WeakSet[nn.Module] = WeakSet()
         self._names: dict[ArmedWeight, list[Owner]] = {}
+        self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._names_stale = True
         self._staged, self._peak_staged, self._lossy_reads = 0, 0, 0
         self._counters = threading.Lock()
@@ -271,7 +272,7 @@ class Session:
             weight.scheme = None
             if values is not None:
                 weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted)
-        elif values is not None and self.on_missing in ("keep", "init"):
+        elif values is not None and (self.on_missing == "init" or (self.on_missing == "keep" and trusted)):
             weight.initial = values
         lazy = parameter(weight, param.requires_grad)
         lazy.__dict__.update(_attributes(param))
@@ -342,7 +343,8 @@ class Session:
     def _roots(self) -> list[nn.Module]:
         if self._model is not None:
             return [self._model]
-        return [m for m in list(self._modules) if m not in self._children]
+        roots = [m for m in list(self._modules) if m not in self._children]
+        return [m for m in roots if not _is_prototype(m)]
 
     def _tree(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
         """Every parameter of every model of this session: module name, module, name, parameter."""
@@ -355,12 +357,15 @@ class Session:
         if self._names_stale and not self.closed:
             self._names_stale = False
             names: dict[ArmedWeight, list[Owner]] = {}
+            self._module_names = WeakKeyDictionary()
             for module_name, module, name, param in self._tree():
+                self._module_names.setdefault(module, module_name)
                 if isinstance(param, _ARMED):
+                    param._armed.adopt(param)
                     names.setdefault(param._armed, []).append((module_name, module, name))
             self._names = names
         module, name = weight.owner
-        return self._names.get(weight) or [("", module, name)]
+        return self._names.get(weight) or [(self._module_names.get(module, ""), module, name)]
 
     # Finishing
 
@@ -449,13 +454,21 @@ class Session:
             if isinstance(store, PlainStore):
                 # A buffer may be a view of a parameter, and goes on aliasing it.
                 module._buffers[name] = store.tensor.as_strided(*view_of(buffer))
-        for weight, owners in self._live().items():
+        live = self._live()
+        for weight, owners in live.items():
             held = [m._parameters.get(n) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
-                if isinstance(weight.store, PlainStore) and isinstance(param, LazyWeight):
-                    self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
-                else:
-                    close(param)
+                self._realise_parameter(weight, param, owners)
+        for weight in [w for w in self._weights if w not in live and w.coverage.complete]:
+            # Outside of every model: a deep copy, or a handle someone holds. It was loaded all the same.
+            for param in [p for p in weight.params if getattr(p, "_armed", None) is weight]:
+                self._realise_parameter(weight, param)
+
+    def _realise_parameter(self, weight: ArmedWeight, param: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
+        if isinstance(weight.store, PlainStore) and isinstance(param, LazyWeight):
+            self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
+        else:
+            close(param)
 
     def _replace(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
         """Make the Python object `param` be `new`, so that everyone who holds it sees the change.
@@ -531,6 +544,12 @@ def _parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
         for name, param in list(module._parameters.items()):
             if param is not None:
                 yield module_name, module, name, param
+
+
+def _is_prototype(root: nn.Module) -> bool:
+    """Was the module only built to be deep-copied, as the layer given to nn.TransformerEncoder is?"""
+    weights = [param._armed for *_, param in _parameters(root) if isinstance(param, _ARMED)]
+    return bool(weights) and all(w.copied and not w.coverage.covered for w in weights)
 
 
 def _attributes(param: torch.Tensor) -> dict[str, Any]:

@@ -215,7 +215,9 @@ class QuantStore:
         step = max(1, CHUNK_BYTES // max(1, self._unit * self._k * self.dtype.itemsize)) * self._unit
         for a in range(start, stop, step):
             b = min(a + step, stop)
-            chunk = source[a - start : b - start].to(device=self.device, dtype=self.dtype)
+            chunk = source if step >= stop - start else source[a - start : b - start]
+            if chunk.dtype != self.dtype or chunk.device != self.device:
+                chunk = chunk.to(device=self.device, dtype=self.dtype)
             self._quantize_rows(e, a, b, chunk)
             self.coverage.add(self._box(e, (a, b), (0, self._k)))
             units = self._state[e, a // self._unit : ceil_div(b, self._unit)]
@@ -386,13 +388,6 @@ class QuantStore:
             twin.rows.copy_(group.rows)
             twin.retained_since = group.retained_since
         return other
-
-    def hold_values(self, values: torch.Tensor) -> None:
-        """Quantize the whole of `values` without covering anything: what unwritten units fall back to."""
-        for e in range(self._e):
-            matrix = values[e] if self._lead else values
-            self._quantize_rows(e, 0, self._n, matrix.to(device=self.device, dtype=self.dtype))
-        self._state[...] = _QUANTIZED
 
     def keep_missing(self) -> bool:
         """Let unwritten elements keep their earlier quantized values. False if some have none."""
