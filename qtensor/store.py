@@ -182,6 +182,7 @@ class QuantStore:
         self._groups: dict[tuple[int, int], _Group] = {}
         self._staged_whole: torch.Tensor | None = None
         self._clock = 0
+        self._matrices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.result: QTensor = empty(coverage.shape, scheme, dtype, device)
 
     # Writing
@@ -189,11 +190,16 @@ class QuantStore:
     def write(self, view: View, source: torch.Tensor) -> None:
         """Take `source` (of the view's size) into the view. Raises NonFinite before the offending chunk is stored."""
         self._clock += 1
-        for box, part in regions(self.coverage.shape, view):
-            (e0, e1), rows, cols = box if self._lead else ((0, 1), *box)
-            values = part(source)
-            for e in range(e0, e1):
-                self._write_matrix(e, rows, cols, values[e - e0] if self._lead else values)
+        found = as_box(self.coverage.shape, *view)
+        if found is not None and len(view.size) == 2 and found.order[-2:] == (0, 1):
+            # A matrix, or rows and columns of one expert: what loaders write all day.
+            self._write_matrix(found.box[0][0] if self._lead else 0, *found.box[-2:], source)
+        else:
+            for box, part in regions(self.coverage.shape, view):
+                (e0, e1), rows, cols = box if self._lead else ((0, 1), *box)
+                values = part(source)
+                for e in range(e0, e1):
+                    self._write_matrix(e, rows, cols, values[e - e0] if self._lead else values)
         self._trim()
 
     def _write_matrix(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
@@ -220,21 +226,26 @@ class QuantStore:
                 chunk = chunk.to(device=self.device, dtype=self.dtype)
             self._quantize_rows(e, a, b, chunk)
             self.coverage.add(self._box(e, (a, b), (0, self._k)))
-            units = self._state[e, a // self._unit : ceil_div(b, self._unit)]
-            was_staged = units.any() and bool((units & _STAGED).any())
-            units[...] = _QUANTIZED
-            if was_staged:
+            self._state[e, a // self._unit : ceil_div(b, self._unit)] = _QUANTIZED
+            if self._groups:
                 self._free_unused(e, a, b)
 
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
-        fmt = self.scheme.format
-        qdata, scale = self.result.qdata, self.result.scale
-        if self._lead:
-            qdata, scale = qdata[e], scale[e]
-        if fmt.granularity != "tensor":
-            scale = scale[start // self._unit : ceil_div(stop, self._unit)]
+        qdata, scale = self._matrix(e)
+        if stop - start < self._n:
+            qdata = qdata[start:stop]
+            if self.scheme.format.granularity != "tensor":
+                scale = scale[start // self._unit : ceil_div(stop, self._unit)]
         origin = (e * self._n + start) * self._k
-        kernels.quantize_into(rows, qdata[start:stop], scale, fmt, self.audit, origin)
+        kernels.quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
+
+    def _matrix(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantized values and scales of matrix e."""
+        found = self._matrices.get(e)
+        if found is None:
+            qdata, scale = self.result.qdata, self.result.scale
+            found = self._matrices[e] = (qdata[e], scale[e]) if self._lead else (qdata, scale)
+        return found
 
     def _stage(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         self._refuse_nonfinite(e, rows, cols, source)
@@ -462,9 +473,7 @@ class QuantStore:
 
     def _dequantized(self, e: int, start: int, stop: int) -> torch.Tensor:
         fmt = self.scheme.format
-        qdata, scale = self.result.qdata, self.result.scale
-        if self._lead:
-            qdata, scale = qdata[e], scale[e]
+        qdata, scale = self._matrix(e)
         if fmt.granularity == "tensor":
             return kernels.dequantize(qdata[start:stop], scale, fmt, self.dtype)
         first = start // self._unit * self._unit
