@@ -103,6 +103,7 @@ class Session:
         self._names: dict[ArmedWeight, list[Owner]] = {}
         self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._names_stale = True
+        self._last_names: WeakKeyDictionary[ArmedWeight, str] = WeakKeyDictionary()
         self._staged, self._peak_staged, self._lossy_reads = 0, 0, 0
         self._counters = threading.Lock()
         self._writing: dict[int, ArmedWeight] = {}
@@ -196,7 +197,10 @@ class Session:
             raise QTensorError(f"this session is {self._state}, not open")
 
     def _close(self, state: str, reason: str) -> None:
+        # A session may outlive its model, for its report: it keeps names alone.
+        self._last_names = WeakKeyDictionary({weight: self.name_of(weight) for weight in self._weights})
         self._state, self.closed = state, reason
+        self._model, self._names = None, {}
         if hooks.listening() is self:
             hooks.listen(None)
         hooks.uninstall()
@@ -291,6 +295,8 @@ class Session:
         return scheme
 
     def name_of(self, weight: ArmedWeight) -> str:
+        if self.closed:
+            return self._last_names.get(weight, weight.owner[1])
         module_name, _, name = self._owners(weight)[0]
         return _join(module_name, name)
 
@@ -343,14 +349,16 @@ class Session:
     def _roots(self) -> list[nn.Module]:
         if self._model is not None:
             return [self._model]
-        roots = [m for m in list(self._modules) if m not in self._children]
-        return [m for m in roots if not _is_prototype(m)]
+        return [m for m in list(self._modules) if m not in self._children]
+
+    def _models(self) -> list[nn.Module]:
+        """The roots that are being loaded: not those that were only built to be copied."""
+        return [m for m in self._roots() if m is self._model or not _is_prototype(m)]
 
     def _tree(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
         """Every parameter of every model of this session: module name, module, name, parameter."""
-        roots = self._roots()
-        for root in roots:
-            yield from _parameters(root)
+        for model in self._models():
+            yield from _parameters(model)
 
     def _owners(self, weight: ArmedWeight) -> list[Owner]:
         """The names of a weight in the module tree as it is now; tied weights have several."""
@@ -358,11 +366,12 @@ class Session:
             self._names_stale = False
             names: dict[ArmedWeight, list[Owner]] = {}
             self._module_names = WeakKeyDictionary()
-            for module_name, module, name, param in self._tree():
-                self._module_names.setdefault(module, module_name)
-                if isinstance(param, _ARMED):
-                    param._armed.adopt(param)
-                    names.setdefault(param._armed, []).append((module_name, module, name))
+            for root in self._roots():
+                for module_name, module, name, param in _parameters(root):
+                    self._module_names.setdefault(module, module_name)
+                    if isinstance(param, _ARMED):
+                        param._armed.adopt(param)
+                        names.setdefault(param._armed, []).append((module_name, module, name))
             self._names = names
         module, name = weight.owner
         return self._names.get(weight) or [(self._module_names.get(module, ""), module, name)]
@@ -423,7 +432,7 @@ class Session:
         for module_name, _, name, param in self._tree():
             if not isinstance(param, _ARMED) and param.is_meta:
                 yield _join(module_name, name), param
-        for root in self._roots():
+        for root in self._models():
             for name, buffer in root.named_buffers():
                 if not isinstance(buffer, LazyWeight) and buffer.is_meta:
                     yield name, buffer
@@ -441,7 +450,7 @@ class Session:
         return live
 
     def _lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
-        for root in self._roots():
+        for root in self._models():
             for module_name, module in root.named_modules():
                 for name, buffer in module._buffers.items():
                     if isinstance(buffer, LazyWeight):
@@ -512,7 +521,7 @@ class Session:
             elif not param.is_meta:
                 report.passthrough_bytes += param.nbytes
                 report.passthrough[name] = ""
-        for root in self._roots():
+        for root in self._models():
             for buffer in root.buffers():
                 if not isinstance(buffer, LazyWeight) and not buffer.is_meta and id(buffer) not in seen:
                     seen.add(id(buffer))

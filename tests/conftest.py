@@ -1,9 +1,19 @@
-"""Test settings: a deterministic hypothesis profile; HYPOTHESIS_PROFILE=thorough searches longer, at random."""
+"""Test settings: a deterministic hypothesis profile; HYPOTHESIS_PROFILE=thorough searches longer, at random.
+And what holds for every test: no session and no hook outlives it."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
+from helpers import assert_no_hooks
 from hypothesis import settings
 
 settings.register_profile("default", max_examples=60, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    yield
+    assert_no_hooks()
