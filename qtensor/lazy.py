@@ -303,6 +303,8 @@ def _resize(func: Any, args: tuple, kwargs: dict) -> NoReturn:
 def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     dst, src = args[0], args[1]
     if isinstance(src, _LAZY):
+        if isinstance(dst, _LAZY) and src._armed is dst._armed and view_of(src) == view_of(dst):
+            return dst  # set_model_state_dict completes a partial state dict with the model's own weights
         src = _materialize(src)
     elif isinstance(src, QTensor):
         if isinstance(dst, _LAZY) and dst._meta.numel() == dst._armed.coverage.numel and dst._armed.accept(src):

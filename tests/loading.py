@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from helpers import assert_no_hooks, assert_oracle
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -118,6 +121,18 @@ def assert_equals_oracle(
         assert type(buffer) is torch.Tensor, f"{name} is a {type(buffer).__name__}"
         if name in state:
             assert torch.equal(buffer, state[name]), name
+
+
+def write_sharded(state: dict[str, torch.Tensor], folder: Path, shards: int = 3) -> None:
+    """A checkpoint as transformers writes it: several files and an index."""
+    names = sorted(state)
+    files = {n: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(names)}
+    for file in set(files.values()):
+        save_file(
+            {n: state[n].contiguous() for n in names if files[n] == file}, folder / file, metadata={"format": "pt"}
+        )
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def identities(model: nn.Module) -> dict[str, int]:

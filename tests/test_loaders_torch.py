@@ -7,7 +7,6 @@ import gc
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from loading import (
     assert_is,
     identities,
     weights_of,
+    write_sharded,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -297,18 +297,6 @@ def test_a_sharded_index_checkpoint_equals_the_oracle(form, state, tmp_path) -> 
             model.load_state_dict(load_file(tmp_path / shard), strict=False)
     assert_equals_oracle(model, state, TinyNet.QUANTIZED)
     assert session.report().peak_staged_bytes == 0
-
-
-def write_sharded(state: State, folder: Path, shards: int = 3) -> None:
-    """A checkpoint as transformers writes it: several files and an index."""
-    names = sorted(state)
-    files = {n: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(names)}
-    for file in set(files.values()):
-        save_file(
-            {n: state[n].contiguous() for n in names if files[n] == file}, folder / file, metadata={"format": "pt"}
-        )
-    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 # A user's own loop --------------------------------------------------------------------------------------------------
