@@ -7,6 +7,7 @@ arrived (coverage) and where it went (store), under one lock. The session decide
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from itertools import count
@@ -354,7 +355,8 @@ class ArmedWeight:
 
 
 def sqnr_db(audit: Audit) -> float | None:
-    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB; None for a weight of zeros."""
+    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB: infinite where nothing was lost, None for
+    a weight of zeros."""
     if audit.signal == 0:
         return None
-    return 10 * torch.log10(torch.tensor(audit.signal / max(audit.noise, 1e-300), dtype=torch.float64)).item()
+    return 10 * math.log10(audit.signal / audit.noise) if audit.noise else math.inf

@@ -256,6 +256,7 @@ class Session:
         lazy = self._lazy(module, name, param, trusted=True, quantizable=scheme is not None)
         weight = lazy._armed
         weight.scheme = scheme
+        self._progress.expect(scheme is not None)
         self._replace(param, lazy, owners)
         weight.params = [cast(torch.Tensor, module._parameters[name])]
 
