@@ -22,6 +22,7 @@ from . import hooks
 from .armed import ArmedWeight
 from .coverage import Box
 from .errors import IncompleteLoadError, LossyReadError, NonFiniteWeightError, QTensorError
+from .kernels import pipeline
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle, view_of
 from .progress import Progress
 from .quantized import QTensor, quantize
@@ -204,6 +205,7 @@ class Session:
         if hooks.listening() is self:
             hooks.listen(None)
         hooks.uninstall()
+        pipeline.release()
         self._writing.clear()
         self._progress.close()
 

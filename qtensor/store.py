@@ -20,6 +20,7 @@ from .errors import WeightDtypeError
 from .geometry import as_box, contiguous_strides, is_flat_run, split_run
 from .kernels import Audit, NonFinite
 from .kernels.formats import ceil_div
+from .kernels.pipeline import upload_rows
 from .quantized import QTensor, empty
 from .scheme import Scheme
 
@@ -218,17 +219,23 @@ class QuantStore:
 
     def _quantize_source(self, e: int, start: int, stop: int, source: torch.Tensor) -> None:
         """Rows start:stop, whole units, from the source itself, one bounded chunk at a time."""
+        if source.device.type == "cpu" and self.device.type == "cuda":
+            upload_rows(source, self.device, lambda rows, first: self._take_rows(e, start + first, rows), self._unit)
+            return
         step = max(1, CHUNK_BYTES // max(1, self._unit * self._k * self.dtype.itemsize)) * self._unit
-        for a in range(start, stop, step):
-            b = min(a + step, stop)
-            chunk = source if step >= stop - start else source[a - start : b - start]
-            if chunk.dtype != self.dtype or chunk.device != self.device:
-                chunk = chunk.to(device=self.device, dtype=self.dtype)
-            self._quantize_rows(e, a, b, chunk)
-            self.coverage.add(self._box(e, (a, b), (0, self._k)))
-            self._state[e, a // self._unit : ceil_div(b, self._unit)] = _QUANTIZED
-            if self._groups:
-                self._free_unused(e, a, b)
+        for first in range(0, stop - start, step):
+            self._take_rows(e, start + first, source if step >= stop - start else source[first : first + step])
+
+    def _take_rows(self, e: int, start: int, rows: torch.Tensor) -> None:
+        """Quantize whole units that begin at row `start`; whatever was staged of them is obsolete."""
+        stop = start + rows.shape[0]
+        if rows.dtype != self.dtype or rows.device != self.device:
+            rows = rows.to(device=self.device, dtype=self.dtype)
+        self._quantize_rows(e, start, stop, rows)
+        self.coverage.add(self._box(e, (start, stop), (0, self._k)))
+        self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
+        if self._groups:
+            self._free_unused(e, start, stop)
 
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
         qdata, scale = self._matrix(e)
