@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from .coverage import Box, Coverage
-from .errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightShapeError
+from .errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from .geometry import as_box
 from .kernels import Audit, NonFinite
 from .quantized import QTensor, nonfinite_message
@@ -27,7 +27,6 @@ from .store import (
     PlainStore,
     QuantStore,
     View,
-    check_source_dtype,
     cover_mask,
     view_mask,
     whole,
@@ -108,8 +107,8 @@ class ArmedWeight:
             source = self._fit(view, source)
             store = self._open_store()
             try:
-                if isinstance(store, QuantStore):
-                    check_source_dtype(source, self.name)
+                if isinstance(store, QuantStore) and not is_high_precision(source):
+                    raise WeightDtypeError(unusable_source(self.name, source))
                 store.write(view, source)
             except NonFinite as error:
                 self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)))
@@ -160,7 +159,7 @@ class ArmedWeight:
             raise QTensorError(f"{self.name}: {self.host.closed}; nothing can be written to this handle any more.")
         if source.is_meta:
             raise QTensorError(f"{self.name}: the source is on the meta device and has no values to copy.")
-        if tuple(source.shape) == view.size:
+        if source.shape == view.size:
             return source
         try:
             return source.expand(view.size)
@@ -352,6 +351,18 @@ class ArmedWeight:
 
     def _describe(self, view: View) -> str:
         return "[" + ", ".join(f"{a}:{b}" for a, b in self._bounds(view)) + "]"
+
+
+def is_high_precision(source: torch.Tensor) -> bool:
+    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
+    return source.dtype.is_floating_point and source.dtype.itemsize >= 2
+
+
+def unusable_source(name: str, source: torch.Tensor) -> str:
+    return (
+        f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
+        "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
+    )
 
 
 def sqnr_db(audit: Audit) -> float | None:

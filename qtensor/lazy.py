@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -36,11 +37,58 @@ def _implements(*ops: Any) -> Callable[[_Handler], _Handler]:
     return register
 
 
-class LazyWeight(torch.Tensor):
-    """A weight, or a view of one, whose elements are still arriving."""
+class _Handle:
+    """What LazyWeight and LiveQTensor answer alike: a loader's view of an armed weight.
 
+    A loader calls narrow, select, indexing and copy_ a few times per weight shard. Answering those here, before
+    PyTorch's dispatcher takes the arguments apart and puts them together again, halves the cost of a call.
+    """
+
+    __slots__ = ()
     _armed: ArmedWeight
     _meta: torch.Tensor
+
+    def narrow(self, dim: int, start: Any, length: Any) -> LazyWeight:
+        return _wrap(self._armed, self._meta.narrow(dim, start, length))
+
+    def select(self, dim: int, index: Any) -> LazyWeight:
+        return _wrap(self._armed, self._meta.select(dim, index))
+
+    def __getitem__(self, index: Any) -> Any:
+        if _is_basic(index):
+            return _wrap(self._armed, self._meta[index])
+        return torch.Tensor.__getitem__(self, index)  # type: ignore[arg-type]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """PyTorch broadcasts the value before any dispatch, and its complaint knows no names."""
+        try:
+            torch.Tensor.__setitem__(self, index, value)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if isinstance(error, QTensorError) or not ("expanded size" in str(error) or "shape mismatch" in str(error)):
+                raise
+            self._armed.fail(WeightShapeError(f"{self._armed.name}: {error}"))
+
+    def copy_(self, src: torch.Tensor, non_blocking: bool = False) -> Any:
+        if type(src) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or _called_by_init(1):
+            return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
+        self._armed.write(view_of(self), src)
+        return self
+
+    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
+        return _module_load(self, other)
+
+    def storage(self) -> Any:
+        return _Storage(self)
+
+    def untyped_storage(self) -> Any:
+        return _Storage(self)
+
+    def data_ptr(self) -> int:
+        return self._armed.address + self._meta.storage_offset() * self._meta.itemsize
+
+
+class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
+    """A weight, or a view of one, whose elements are still arriving."""
 
     # Loaders call tensor methods a few times per weight shard; skipping __torch_function__ halves their cost.
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -74,26 +122,11 @@ class LazyWeight(torch.Tensor):
         elif not (isinstance(value, LazyWeight) and value._meta.shape == self._meta.shape):
             _assign(self, value)
 
-    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
-        return _module_load(self, other)
-
-    def storage(self) -> Any:
-        return _Storage(self)
-
-    def untyped_storage(self) -> Any:
-        return _Storage(self)
-
-    def data_ptr(self) -> int:
-        return self._armed.address + self._meta.storage_offset() * self._meta.itemsize
-
     def numpy(self, *, force: bool = False) -> Any:
         return _materialize(self).numpy(force=force)
 
     def tolist(self) -> Any:
         return _materialize(self).tolist()
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        _set_item(self, index, value)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         armed = self._armed
@@ -123,12 +156,9 @@ class LazyWeight(torch.Tensor):
         return handler(func, args, kwargs or {})
 
 
-class LiveQTensor(QTensor):
+class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
     """A quantized weight whose session is still open: products run on the quantized values, and everything a loader
     might do goes the way of a LazyWeight, so that late writes are seen."""
-
-    _armed: ArmedWeight
-    _meta: torch.Tensor
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
@@ -137,21 +167,6 @@ class LiveQTensor(QTensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         _assign(self, value)
-
-    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
-        return _module_load(self, other)
-
-    def storage(self) -> Any:
-        return _Storage(self)
-
-    def untyped_storage(self) -> Any:
-        return _Storage(self)
-
-    def data_ptr(self) -> int:
-        return self._armed.address
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        _set_item(self, index, value)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -242,19 +257,24 @@ def _module_load(lazy: Any, other: torch.Tensor) -> torch.Tensor:
     return twin
 
 
-def _set_item(lazy: Any, index: Any, value: Any) -> None:
-    """PyTorch broadcasts the value before any dispatch, and its complaint knows no names."""
-    try:
-        torch.Tensor.__setitem__(lazy, index, value)
-    except RuntimeError as error:
-        if isinstance(error, QTensorError) or not ("expanded size" in str(error) or "shape mismatch" in str(error)):
-            raise
-        lazy._armed.fail(WeightShapeError(f"{lazy._armed.name}: {error}"))
-
-
 def view_of(lazy: Any) -> View:
     meta = lazy._meta
-    return View(tuple(meta.size()), meta.stride(), meta.storage_offset())
+    return View(meta.size(), meta.stride(), meta.storage_offset())
+
+
+def _is_basic(index: Any) -> bool:
+    """Does the index select a view, that is: integers, slices, None and ellipsis only?"""
+    if isinstance(index, tuple):
+        return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
+    return index is None or index is Ellipsis or type(index) in (int, slice)
+
+
+def _called_by_init(depth: int) -> bool:
+    """Is the frame `depth` above the caller one of torch.nn.init? Its copies are initialisation, not a load."""
+    frame: FrameType | None = sys._getframe()
+    for _ in range(depth + 1):
+        frame = frame and frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.init"
 
 
 def _materialize(lazy: Any) -> torch.Tensor:
@@ -312,7 +332,7 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, _LAZY):
         return func(dst, src, *args[2:], **kwargs)
-    if sys._getframe(2).f_globals.get("__name__") == "torch.nn.init":
+    if _called_by_init(2) or _called_by_init(3):
         dst._armed.initialize(view_of(dst), partial(_replay, func, (src.clone(),), {}))
     else:
         dst._armed.write(view_of(dst), src)

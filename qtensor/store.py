@@ -16,7 +16,6 @@ import torch
 
 from . import kernels
 from .coverage import Box, Coverage
-from .errors import WeightDtypeError
 from .geometry import as_box, contiguous_strides, is_flat_run, split_run
 from .kernels import Audit, NonFinite
 from .kernels.formats import ceil_div
@@ -240,9 +239,10 @@ class QuantStore:
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
         qdata, scale = self._matrix(e)
         if stop - start < self._n:
-            qdata = qdata[start:stop]
+            qdata = qdata.narrow(0, start, stop - start)
             if self.scheme.format.granularity != "tensor":
-                scale = scale[start // self._unit : ceil_div(stop, self._unit)]
+                first = start // self._unit
+                scale = scale.narrow(0, first, ceil_div(stop, self._unit) - first)
         origin = (e * self._n + start) * self._k
         kernels.quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
 
@@ -489,12 +489,3 @@ class QuantStore:
 
     def _box(self, e: int, rows: tuple[int, int], cols: tuple[int, int]) -> Box:
         return ((e, e + 1), rows, cols) if self._lead else (rows, cols)
-
-
-def check_source_dtype(source: torch.Tensor, name: str) -> None:
-    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
-    if not source.is_floating_point() or source.dtype.itemsize < 2:
-        raise WeightDtypeError(
-            f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
-            "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
-        )
