@@ -28,7 +28,7 @@ from .formats import SOURCE_DTYPES, NonFinite, WeightFormat, ceil_div
 
 LINEAR_BATCH = 16  # Beyond this many rows of x, dequantizing bands and multiplying those is faster.
 
-_PIECE = 1 << 16  # Elements below which handing work to another thread costs more than it saves.
+_PIECE = 1 << 18  # Elements below which handing work to another thread costs more than it saves.
 _PIECES_PER_THREAD = 4  # So that a thread which lost its core for a while does not hold up the others.
 _SLAB = 1 << 22  # Elements of a source copied at a time when its columns are not adjacent in memory.
 _TILE = 1 << 22  # Elements of weight dequantized at a time for a large batch.
@@ -97,7 +97,7 @@ def dequantize(
     across = fmt.block[1] if fmt.granularity == "block" else cols
     codes, codes_stride = _flat(qdata)
     values, values_stride = _flat(target)
-    scales = _flat(scale.reshape(1, -1))[0]
+    scales = _flat(scale.contiguous().view(1, -1))[0]
     run = _jit().dequantize_rows
     _share(
         rows,
@@ -145,7 +145,7 @@ def linear(
     sums, sums_stride = _flat(out)
     jit = _jit()
     if fmt.granularity == "block":
-        scales = _flat(scale.reshape(1, -1))[0]
+        scales = _flat(scale.contiguous().view(1, -1))[0]
         _share(
             ceil_div(rows, fmt.block[0]),
             qdata.numel(),
@@ -275,7 +275,7 @@ def _run_groups(
     values, stride = _flat(source)
     codes, codes_stride = _flat(qdata)
     rows, cols = source.shape
-    run, scales = _jit().quantize_groups, _flat(scale.reshape(1, -1))[0]
+    run, scales = _jit().quantize_groups, _flat(scale.contiguous().view(1, -1))[0]
     _share_and_sum(
         rows,
         source.numel(),
@@ -301,7 +301,7 @@ def _run_blocks(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, 
     values, stride = _flat(source)
     codes, codes_stride = _flat(qdata)
     rows, cols = source.shape
-    jit, scales = _jit(), _flat(scale.reshape(1, -1))[0]
+    jit, scales = _jit(), _flat(scale.contiguous().view(1, -1))[0]
     _share_and_sum(
         ceil_div(rows, jit.BLOCK),
         source.numel(),

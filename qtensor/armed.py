@@ -7,14 +7,16 @@ arrived (coverage) and where it went (store), under one lock. The session decide
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
+from itertools import count
 from typing import Any, Protocol
 
 import torch
 
 from .coverage import Box, Coverage
-from .errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightShapeError
+from .errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from .geometry import as_box
 from .kernels import Audit, NonFinite
 from .quantized import QTensor, nonfinite_message
@@ -25,13 +27,13 @@ from .store import (
     PlainStore,
     QuantStore,
     View,
-    check_source_dtype,
     cover_mask,
     view_mask,
     whole,
 )
 
 UNDECIDED = object()
+_serial = count()
 
 
 class Host(Protocol):
@@ -59,6 +61,7 @@ class ArmedWeight:
     owner: the module and attribute name it was registered under first.
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
     initial: values to fall back to when elements stay unwritten (on_missing "keep" or "init").
+    copied: it was deep-copied.
     """
 
     def __init__(
@@ -74,7 +77,10 @@ class ArmedWeight:
         self.recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
         self.error: QTensorError | None = None
         self.settled = False
+        self.copied = False
         self.sqnr: float | None = None
+        # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
+        self.address = (1 << 62) + (next(_serial) << 42)
         host.enroll(self)
 
     @property
@@ -89,7 +95,8 @@ class ArmedWeight:
         return f"to {self.scheme}" if self.scheme else "not quantized"
 
     def adopt(self, param: torch.Tensor) -> None:
-        self.params.append(param)
+        if not any(known is param for known in self.params):
+            self.params.append(param)
 
     # Writes
 
@@ -100,13 +107,13 @@ class ArmedWeight:
             source = self._fit(view, source)
             store = self._open_store()
             try:
-                if isinstance(store, QuantStore):
-                    check_source_dtype(source, self.name)
+                if isinstance(store, QuantStore) and not is_high_precision(source):
+                    raise WeightDtypeError(unusable_source(self.name, source))
                 store.write(view, source)
             except NonFinite as error:
-                self._fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)))
+                self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)))
             except QTensorError as error:
-                self._fail(error)
+                self.fail(error)
             self._after_write()
 
     def write_masked(self, view: View, values: torch.Tensor, touched: torch.Tensor) -> None:
@@ -152,20 +159,20 @@ class ArmedWeight:
             raise QTensorError(f"{self.name}: {self.host.closed}; nothing can be written to this handle any more.")
         if source.is_meta:
             raise QTensorError(f"{self.name}: the source is on the meta device and has no values to copy.")
-        if tuple(source.shape) == view.size:
+        if source.shape == view.size:
             return source
         try:
             return source.expand(view.size)
         except RuntimeError:
             where = "" if view.size == self.shape else f" into {self._describe(view)}"
-            self._fail(
+            self.fail(
                 WeightShapeError(
                     f"{self.name}: a source of shape {list(source.shape)} does not fit{where} {list(view.size)} of a "
                     f"weight of shape {list(self.shape)}. Is this checkpoint made for this model and parallel layout?"
                 )
             )
 
-    def _fail(self, error: QTensorError) -> Any:
+    def fail(self, error: QTensorError) -> Any:
         """Raise, and remember: a loader that swallows the error must not make it disappear."""
         self.error = self.error or error
         raise error from None
@@ -180,25 +187,26 @@ class ArmedWeight:
             return self.store
         measure = self.host.min_sqnr is not None
         audit = Audit(self.host.refuse_nonfinite, measure)
-        store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, measure)
-        self.store = store
-        if self.initial is not None:
-            store.audit = Audit(refuse_nonfinite=False)
-            store.hold_values(self.initial)
-            store.audit, self.initial = audit, None
-        return store
+        self.store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, measure)
+        return self.store
 
     def _plain_store(self) -> PlainStore:
-        if self.initial is not None:
-            tensor, self.initial = self.initial.to(device=self.device, dtype=self.dtype), None
-            return PlainStore(tensor, self.coverage, initialised=True)
-        store = PlainStore(torch.empty(self.shape, dtype=self.dtype, device=self.device), self.coverage)
-        if self.host.on_missing == "init":
-            for view, fill in self.recorded:
-                fill(store.tensor.as_strided(*view))
-                store.initialised = True
+        values = self._initial_values()
+        self.initial = None
         self.recorded.clear()
-        return store
+        if values is not None:
+            values = values.to(device=self.device, dtype=self.dtype)
+            return PlainStore(values, self.coverage, initialised=True)
+        return PlainStore(torch.empty(self.shape, dtype=self.dtype, device=self.device), self.coverage)
+
+    def _initial_values(self) -> torch.Tensor | None:
+        """What on_missing "keep" or "init" falls back to: the weight's own values, its initialisers done on top."""
+        values = self.initial
+        if self.host.on_missing == "init" and self.recorded:
+            values = torch.zeros(self.shape, dtype=self.dtype, device=self.device) if values is None else values
+            for view, fill in self.recorded:
+                fill(values.as_strided(*view))
+        return values
 
     def _after_write(self) -> None:
         if self.settled and not self.coverage.complete:
@@ -216,6 +224,7 @@ class ArmedWeight:
         if isinstance(store, QuantStore):
             if store.whole_weight:
                 self._judge(store)
+            self.initial = None
             self.recorded.clear()
         self.host.completed(self)
 
@@ -272,20 +281,14 @@ class ArmedWeight:
                 if not store.initialised:
                     return False
                 self.coverage.add([(0, n) for n in self.shape])
-            elif policy == "init" and self.recorded:
-                self._realise_init(store, missing)
+            elif (values := self._initial_values()) is not None:
+                for box in missing:
+                    store.write(self._view(box), values[tuple(slice(*span) for span in box)])
             elif not store.keep_missing():
                 return False
             if self.coverage.complete:
                 self.settle()
             return self.coverage.complete
-
-    def _realise_init(self, store: QuantStore, missing: list[Box]) -> None:
-        values = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for view, fill in self.recorded:
-            fill(values.as_strided(*view))
-        for box in missing:
-            store.write(self._view(box), values[tuple(slice(*span) for span in box)])
 
     def verify(self) -> None:
         """Raise what a device's kernels found and could not say while loading."""
@@ -316,6 +319,7 @@ class ArmedWeight:
         """For deepcopy: an independent weight of the same session, in the same state."""
         with self.lock:
             other = ArmedWeight(self.host, self.shape, self.dtype, self.device, self.owner)
+            self.copied = True
             other.scheme, other.initial, other.recorded = self.scheme, self.initial, list(self.recorded)
             other.coverage, other.settled = self.coverage.copy(), self.settled
             other.store = self.store.copy(other.coverage) if self.store is not None else None
@@ -349,8 +353,21 @@ class ArmedWeight:
         return "[" + ", ".join(f"{a}:{b}" for a, b in self._bounds(view)) + "]"
 
 
+def is_high_precision(source: torch.Tensor) -> bool:
+    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
+    return source.dtype.is_floating_point and source.dtype.itemsize >= 2
+
+
+def unusable_source(name: str, source: torch.Tensor) -> str:
+    return (
+        f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
+        "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
+    )
+
+
 def sqnr_db(audit: Audit) -> float | None:
-    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB; None for a weight of zeros."""
+    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB: infinite where nothing was lost, None for
+    a weight of zeros."""
     if audit.signal == 0:
         return None
-    return 10 * torch.log10(torch.tensor(audit.signal / max(audit.noise, 1e-300), dtype=torch.float64)).item()
+    return 10 * math.log10(audit.signal / audit.noise) if audit.noise else math.inf

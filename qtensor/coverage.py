@@ -1,8 +1,8 @@
 """Coverage: the exact set of elements of an n-dimensional array that have been written.
 
 The set is a coordinate-compressed grid: per dimension a sorted list of cut positions, and one boolean per grid cell.
-A box inserts at most two cuts per dimension; cuts that no longer separate anything are removed at once, so loads that
-arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is added by its
+A box inserts at most two cuts per dimension; cuts that no longer separate anything are removed as the grid grows, so
+loads that arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is added by its
 boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean per element.
 """
 
@@ -31,6 +31,7 @@ class Coverage:
         self.covered = 0
         self._cuts: list[list[int]] = [[0, n] for n in self.shape]
         self._cells = np.zeros((1,) * len(self.shape), dtype=bool)
+        self._tidy_above = 64
 
     @property
     def complete(self) -> bool:
@@ -42,12 +43,15 @@ class Coverage:
         if self.complete or _is_empty(box):
             return 0
         index = self._refine(box)
-        cells = self._cells[index]
-        newly = _volume(box) if not cells.any() else self._count(~cells, index)
-        if newly:
+        if all(part.stop - part.start == 1 for part in index):
+            cell = tuple(part.start for part in index)
+            newly = 0 if self._cells[cell] else _volume(box)
+            self._cells[cell] = True
+        else:
+            newly = self._count(~self._cells[index], index)
             self._cells[index] = True
-            self.covered += newly
-        self._coalesce(index)
+        self.covered += newly
+        self._tidy()
         return newly
 
     def discard(self, region: Region) -> int:
@@ -59,7 +63,7 @@ class Coverage:
         removed = self._count(self._cells[index], index)
         self._cells[index] = False
         self.covered -= removed
-        self._coalesce(index)
+        self._tidy()
         return removed
 
     def add_mask(self, mask: np.ndarray) -> int:
@@ -83,7 +87,7 @@ class Coverage:
         newly = self._count(sampled & ~self._cells, index)
         self._cells |= sampled
         self.covered += newly
-        self._coalesce(index)
+        self._tidy()
         return newly
 
     def covers(self, region: Region) -> bool:
@@ -146,10 +150,7 @@ class Coverage:
     def _box(self, region: Region) -> Box:
         if len(region) != len(self.shape):
             raise ValueError(f"a region of {len(region)} dimensions for a shape of {len(self.shape)}: {self.shape}")
-        box = tuple(
-            r.indices(n)[:2] if isinstance(r, slice) else (int(r[0]), int(r[1]))
-            for r, n in zip(region, self.shape, strict=True)
-        )
+        box = tuple([r.indices(n)[:2] if isinstance(r, slice) else r for r, n in zip(region, self.shape, strict=True)])
         for (start, stop), n in zip(box, self.shape, strict=True):
             if not 0 <= start <= n or stop > n:
                 raise ValueError(f"region {box} is outside of shape {self.shape}")
@@ -161,6 +162,10 @@ class Coverage:
 
     def _cut(self, d: int, position: int) -> int:
         cuts = self._cuts[d]
+        if position == 0:
+            return 0
+        if position == cuts[-1]:
+            return len(cuts) - 1
         i = bisect_left(cuts, position)
         if cuts[i] != position:
             cuts.insert(i, position)
@@ -169,23 +174,19 @@ class Coverage:
             self._cells = np.concatenate((cells[(*lead, slice(0, i))], cells[(*lead, slice(i - 1, None))]), axis=d)
         return i
 
-    def _coalesce(self, index: tuple[slice, ...]) -> None:
-        """Remove the cuts in and around the cells `index` that separate equal slabs."""
+    def _tidy(self) -> None:
+        """Remove cuts that separate equal slabs, each time the grid has doubled: a constant cost per region."""
         if self.complete:
             self._cuts = [[0, n] for n in self.shape]
             self._cells = np.ones((1,) * len(self.shape), dtype=bool)
-            return
-        for d, part in enumerate(index):
-            first, last = max(part.start, 1), min(part.stop, len(self._cuts[d]) - 2)
-            if first > last:
-                continue
-            slabs = np.moveaxis(self._cells, d, 0)[first - 1 : last + 1].reshape(last - first + 2, -1)
-            same = (slabs[1:] == slabs[:-1]).all(axis=1)
-            if same.any():
-                dead = (np.flatnonzero(same) + first).tolist()
-                self._cells = np.delete(self._cells, dead, axis=d)
-                for i in reversed(dead):
-                    del self._cuts[d][i]
+        elif self._cells.size > self._tidy_above:
+            for d in range(len(self.shape)):
+                slabs = np.moveaxis(self._cells, d, 0).reshape(self._cells.shape[d], -1)
+                dead = np.flatnonzero((slabs[1:] == slabs[:-1]).all(axis=1)) + 1
+                if len(dead):
+                    self._cells = np.delete(self._cells, dead, axis=d)
+                    self._cuts[d] = np.delete(self._cuts[d], dead).tolist()
+            self._tidy_above = max(64, 2 * self._cells.size)
 
     def _touching(self, box: Box) -> tuple[slice, ...]:
         return tuple(

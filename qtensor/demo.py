@@ -56,7 +56,7 @@ class DemoError(Exception):
 
 
 def run(megabytes: float, out: Path, part: str = "all") -> bool:
-    """Run the demo, print what happens, leave the numbers in `out`. False if something did not hold."""
+    """Run the demo, print what happens, leave the numbers in `out`. False if a byte differs from the oracle."""
     out.mkdir(parents=True, exist_ok=True)
     print(f"qtensor {__version__} demo, torch {torch.__version__}\n")
     good = True
@@ -64,7 +64,7 @@ def run(megabytes: float, out: Path, part: str = "all") -> bool:
         good &= show_model(out)
     if part in ("all", "memory"):
         good &= show_memory(megabytes, out)
-    print("Everything above held." if good else "SOMETHING ABOVE DID NOT HOLD.")
+    print("Every byte is as it should be." if good else "SOME BYTES DIFFER: see above.")
     return good
 
 
@@ -100,11 +100,11 @@ def show_model(out: Path) -> bool:
         differing += differences(model, dict(reference.named_parameters()))[1]
 
     print("   cosine similarity of the sentence embeddings, fp32 against fp8")
-    print("   every layer  attention only")
+    print("   every layer  without feed-forward")
     for sentence, full, part in zip(SENTENCES, *cosines, strict=True):
-        print(f"   {full:11.5f}  {part:14.5f}  {sentence}")
-    print(f"   {min(cosines[0]):11.5f}  {min(cosines[1]):14.5f}  the lowest\n")
-    for label, lowest, report in zip(("every layer", "attention only"), map(min, cosines), reports, strict=True):
+        print(f"   {full:11.5f}  {part:20.5f}  {sentence}")
+    print(f"   {min(cosines[0]):11.5f}  {min(cosines[1]):20.5f}  the lowest\n")
+    for label, lowest, report in zip(("every layer", "without feed-forward"), map(min, cosines), reports, strict=True):
         verdict = "reaches" if lowest >= MIN_COSINE else "does not reach"
         print(f"   {label}: {_summary(report)}; {verdict} {MIN_COSINE}")
     print("   An fp8 number has 4 significant bits: each weight moves by 2.6 % (rms), whoever quantizes it.")
@@ -112,10 +112,10 @@ def show_model(out: Path) -> bool:
         "   Compared with quantizing the loaded model, "
         + ("every byte is equal" if not differing else f"THESE DIFFER: {', '.join(differing)}")
     )
-    _write(out / "minilm.json", {"sentences": SENTENCES, "every_layer": cosines[0], "attention_only": cosines[1]})
+    _write(out / "minilm.json", {"sentences": SENTENCES, "every_layer": cosines[0], "without_feed_forward": cosines[1]})
     reports[0].to_json(out / "minilm-report.json")
     print(f"   written: {out / 'minilm.json'}, {out / 'minilm-report.json'} (every weight)\n")
-    return not differing and min(cosines[0]) > 0.99
+    return not differing
 
 
 def embed(model: nn.Module, tokens: Any) -> torch.Tensor:

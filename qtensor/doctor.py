@@ -1,4 +1,4 @@
-"""`qtensor doctor`: which versions and devices are here, which kernels serve them, and whether their bytes are right."""
+"""`qtensor doctor`: versions, devices, which kernels serve them, and whether their bytes are right."""
 
 from __future__ import annotations
 

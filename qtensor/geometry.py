@@ -8,14 +8,14 @@ Flattened views are runs of the flat array, which split into at most a few boxes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import NamedTuple
 
 from .coverage import Box
 
 
-@dataclass(frozen=True)
-class BoxView:
+class BoxView(NamedTuple):
     """A view that is the box `box`. `order[d]` is the view dimension that walks array dimension d, or None if the
     view has none (the box is one element thick there)."""
 
@@ -23,7 +23,8 @@ class BoxView:
     order: tuple[int | None, ...]
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@cache
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
@@ -31,7 +32,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def as_box(shape: Sequence[int], size: Sequence[int], stride: Sequence[int], offset: int) -> BoxView | None:
+def as_box(shape: tuple[int, ...], size: Sequence[int], stride: Sequence[int], offset: int) -> BoxView | None:
     """The view as a box of the array, or None if it is not one (a step, a flattened range, an overlap)."""
     strides = contiguous_strides(shape)
     start, rest = [], offset
@@ -49,10 +50,10 @@ def as_box(shape: Sequence[int], size: Sequence[int], stride: Sequence[int], off
                 break
         else:
             return None
-    return BoxView(tuple((a, a + n) for a, n in zip(start, extent, strict=True)), tuple(order))
+    return BoxView(tuple([(a, a + n) for a, n in zip(start, extent, strict=True)]), tuple(order))
 
 
-def is_flat_run(size: Sequence[int], stride: Sequence[int]) -> bool:
+def is_flat_run(size: tuple[int, ...], stride: Sequence[int]) -> bool:
     """Does the view walk one gapless run of the flat array in order?"""
     return all(n == 1 or s == c for n, s, c in zip(size, stride, contiguous_strides(size), strict=True))
 

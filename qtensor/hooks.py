@@ -79,6 +79,18 @@ def is_constructing(module: nn.Module) -> bool:
     return False
 
 
+def _is_placeholder() -> bool:
+    """Is transformers assigning an uninitialised tensor, to be initialised later, for a key its checkpoint lacks?"""
+    frame = sys._getframe(2)
+    for _ in range(5):
+        if frame is None:
+            break
+        if frame.f_code.co_name == "_move_missing_keys_from_meta_to_device":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> Any:
     if param is None or isinstance(param, (LazyWeight, QTensor)):
         return None
@@ -89,7 +101,7 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
         and existing.shape == param.shape
         and not is_constructing(module)
     ):
-        if not param.is_meta:
+        if not param.is_meta and not _is_placeholder():
             existing.data = param.detach()
             existing.__dict__.update({k: v for k, v in param.__dict__.items() if k not in existing.__dict__})
         return existing

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -36,11 +37,58 @@ def _implements(*ops: Any) -> Callable[[_Handler], _Handler]:
     return register
 
 
-class LazyWeight(torch.Tensor):
-    """A weight, or a view of one, whose elements are still arriving."""
+class _Handle:
+    """What LazyWeight and LiveQTensor answer alike: a loader's view of an armed weight.
 
+    A loader calls narrow, select, indexing and copy_ a few times per weight shard. Answering those here, before
+    PyTorch's dispatcher takes the arguments apart and puts them together again, halves the cost of a call.
+    """
+
+    __slots__ = ()
     _armed: ArmedWeight
     _meta: torch.Tensor
+
+    def narrow(self, dim: int, start: Any, length: Any) -> LazyWeight:
+        return _wrap(self._armed, self._meta.narrow(dim, start, length))
+
+    def select(self, dim: int, index: Any) -> LazyWeight:
+        return _wrap(self._armed, self._meta.select(dim, index))
+
+    def __getitem__(self, index: Any) -> Any:
+        if _is_basic(index):
+            return _wrap(self._armed, self._meta[index])
+        return torch.Tensor.__getitem__(self, index)  # type: ignore[arg-type]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """PyTorch broadcasts the value before any dispatch, and its complaint knows no names."""
+        try:
+            torch.Tensor.__setitem__(self, index, value)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if isinstance(error, QTensorError) or not ("expanded size" in str(error) or "shape mismatch" in str(error)):
+                raise
+            self._armed.fail(WeightShapeError(f"{self._armed.name}: {error}"))
+
+    def copy_(self, src: torch.Tensor, non_blocking: bool = False) -> Any:
+        if type(src) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or _called_by_init(1):
+            return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
+        self._armed.write(view_of(self), src)
+        return self
+
+    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
+        return _module_load(self, other)
+
+    def storage(self) -> Any:
+        return _Storage(self)
+
+    def untyped_storage(self) -> Any:
+        return _Storage(self)
+
+    def data_ptr(self) -> int:
+        return self._armed.address + self._meta.storage_offset() * self._meta.itemsize
+
+
+class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
+    """A weight, or a view of one, whose elements are still arriving."""
 
     # Loaders call tensor methods a few times per weight shard; skipping __torch_function__ halves their cost.
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -73,15 +121,6 @@ class LazyWeight(torch.Tensor):
             self._armed, self._meta = value._armed, value._meta
         elif not (isinstance(value, LazyWeight) and value._meta.shape == self._meta.shape):
             _assign(self, value)
-
-    def storage(self) -> Any:
-        return self._meta.storage()
-
-    def untyped_storage(self) -> Any:
-        return self._meta.untyped_storage()
-
-    def data_ptr(self) -> int:
-        return 0
 
     def numpy(self, *, force: bool = False) -> Any:
         return _materialize(self).numpy(force=force)
@@ -117,12 +156,9 @@ class LazyWeight(torch.Tensor):
         return handler(func, args, kwargs or {})
 
 
-class LiveQTensor(QTensor):
+class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
     """A quantized weight whose session is still open: products run on the quantized values, and everything a loader
     might do goes the way of a LazyWeight, so that late writes are seen."""
-
-    _armed: ArmedWeight
-    _meta: torch.Tensor
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
@@ -194,9 +230,51 @@ def _wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:
     return lazy
 
 
+class _Storage:
+    """What stands for the storage of a lazy weight. Tools that look for tied weights compare addresses and sizes; this
+    address is the weight's own, and no memory has it."""
+
+    def __init__(self, lazy: Any) -> None:
+        self._address = lazy._armed.address
+        self._meta = lazy._meta.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._meta, name)
+
+
+def _module_load(lazy: Any, other: torch.Tensor) -> torch.Tensor:
+    """What load_state_dict calls under `torch.__future__.set_swap_module_params_on_conversion`: take the values, and
+    return another object in the state this one is in now, to swap with."""
+    lazy.copy_(other)
+    twin = _wrap(lazy._armed, lazy._meta)
+    twin.__dict__.update(lazy.__dict__)
+    twin._is_param = True  # type: ignore[attr-defined]
+    twin.requires_grad_(lazy.requires_grad)
+    twin.__class__ = type(lazy)
+    return twin
+
+
 def view_of(lazy: Any) -> View:
     meta = lazy._meta
-    return View(tuple(meta.size()), meta.stride(), meta.storage_offset())
+    return View(meta.size(), meta.stride(), meta.storage_offset())
+
+
+def _is_basic(index: Any) -> bool:
+    """Does the index select a view, that is: integers, slices, None and ellipsis only?"""
+    if isinstance(index, tuple):
+        return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
+    return index is None or index is Ellipsis or type(index) in (int, slice)
+
+
+def _called_by_init(depth: int) -> bool:
+    """Is the frame `depth` above the caller one of torch.nn.init? Its copies are initialisation, not a load."""
+    frame: FrameType | None = sys._getframe()
+    for _ in range(depth + 1):
+        frame = frame and frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.init"
 
 
 def _materialize(lazy: Any) -> torch.Tensor:
@@ -245,6 +323,8 @@ def _resize(func: Any, args: tuple, kwargs: dict) -> NoReturn:
 def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     dst, src = args[0], args[1]
     if isinstance(src, _LAZY):
+        if isinstance(dst, _LAZY) and src._armed is dst._armed and view_of(src) == view_of(dst):
+            return dst  # set_model_state_dict completes a partial state dict with the model's own weights
         src = _materialize(src)
     elif isinstance(src, QTensor):
         if isinstance(dst, _LAZY) and dst._meta.numel() == dst._armed.coverage.numel and dst._armed.accept(src):
@@ -252,7 +332,7 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, _LAZY):
         return func(dst, src, *args[2:], **kwargs)
-    if sys._getframe(2).f_globals.get("__name__") == "torch.nn.init":
+    if _called_by_init(2) or _called_by_init(3):
         dst._armed.initialize(view_of(dst), partial(_replay, func, (src.clone(),), {}))
     else:
         dst._armed.write(view_of(dst), src)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -15,7 +16,7 @@ _SHOWN_BOXES = 4
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized weight. bytes: values and scales. sqnr: dB, where it was measured. note: what was unusual."""
+    """One quantized weight. bytes: values and scales. sqnr: in dB, where measured. note: what was unusual."""
 
     name: str
     scheme: str
@@ -53,8 +54,12 @@ class LoadReport:
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as a JSON text, also written to `path` if given."""
-        text = json.dumps(asdict(self), indent=2)
+        """The report as a JSON text, also written to `path` if given. An infinite SQNR (nothing was lost) is null."""
+        data = asdict(self)
+        for layer in data["layers"]:
+            if layer["sqnr"] is not None and math.isinf(layer["sqnr"]):
+                layer["sqnr"] = None
+        text = json.dumps(data, indent=2, allow_nan=False)
         if path is not None:
             Path(path).write_text(text + "\n")
         return text

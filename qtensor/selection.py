@@ -56,7 +56,8 @@ class Selection:
             return True
         if isinstance(module, nn.Linear):
             return name == "weight"
-        return param.dim() == 3 and not type(module).__module__.startswith("torch.nn.")
+        built_in = type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Module
+        return param.dim() == 3 and not built_in
 
     def scheme_for(self, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
         """The scheme of a weight known under these names; None to leave it alone.

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from . import hooks
 from .armed import ArmedWeight
 from .coverage import Box
 from .errors import IncompleteLoadError, LossyReadError, NonFiniteWeightError, QTensorError
+from .kernels import pipeline
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle, view_of
 from .progress import Progress
 from .quantized import QTensor, quantize
@@ -101,7 +102,9 @@ class Session:
         self._modules: WeakSet[nn.Module] = WeakSet()
         self._children: WeakSet[nn.Module] = WeakSet()
         self._names: dict[ArmedWeight, list[Owner]] = {}
+        self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._names_stale = True
+        self._last_names: WeakKeyDictionary[ArmedWeight, str] = WeakKeyDictionary()
         self._staged, self._peak_staged, self._lossy_reads = 0, 0, 0
         self._counters = threading.Lock()
         self._writing: dict[int, ArmedWeight] = {}
@@ -195,10 +198,14 @@ class Session:
             raise QTensorError(f"this session is {self._state}, not open")
 
     def _close(self, state: str, reason: str) -> None:
+        # A session may outlive its model, for its report: it keeps names alone.
+        self._last_names = WeakKeyDictionary({weight: self.name_of(weight) for weight in self._weights})
         self._state, self.closed = state, reason
+        self._model, self._names = None, {}
         if hooks.listening() is self:
             hooks.listen(None)
         hooks.uninstall()
+        pipeline.release()
         self._writing.clear()
         self._progress.close()
 
@@ -251,6 +258,7 @@ class Session:
         lazy = self._lazy(module, name, param, trusted=True, quantizable=scheme is not None)
         weight = lazy._armed
         weight.scheme = scheme
+        self._progress.expect(scheme is not None)
         self._replace(param, lazy, owners)
         weight.params = [cast(torch.Tensor, module._parameters[name])]
 
@@ -271,7 +279,7 @@ class Session:
             weight.scheme = None
             if values is not None:
                 weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted)
-        elif values is not None and self.on_missing in ("keep", "init"):
+        elif values is not None and (self.on_missing == "init" or (self.on_missing == "keep" and trusted)):
             weight.initial = values
         lazy = parameter(weight, param.requires_grad)
         lazy.__dict__.update(_attributes(param))
@@ -290,6 +298,8 @@ class Session:
         return scheme
 
     def name_of(self, weight: ArmedWeight) -> str:
+        if self.closed:
+            return self._last_names.get(weight, weight.owner[1])
         module_name, _, name = self._owners(weight)[0]
         return _join(module_name, name)
 
@@ -344,23 +354,30 @@ class Session:
             return [self._model]
         return [m for m in list(self._modules) if m not in self._children]
 
+    def _models(self) -> list[nn.Module]:
+        """The roots that are being loaded: not those that were only built to be copied."""
+        return [m for m in self._roots() if m is self._model or not _is_prototype(m)]
+
     def _tree(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
         """Every parameter of every model of this session: module name, module, name, parameter."""
-        roots = self._roots()
-        for root in roots:
-            yield from _parameters(root)
+        for model in self._models():
+            yield from _parameters(model)
 
     def _owners(self, weight: ArmedWeight) -> list[Owner]:
         """The names of a weight in the module tree as it is now; tied weights have several."""
         if self._names_stale and not self.closed:
             self._names_stale = False
             names: dict[ArmedWeight, list[Owner]] = {}
-            for module_name, module, name, param in self._tree():
-                if isinstance(param, _ARMED):
-                    names.setdefault(param._armed, []).append((module_name, module, name))
+            self._module_names = WeakKeyDictionary()
+            for root in self._roots():
+                for module_name, module, name, param in _parameters(root):
+                    self._module_names.setdefault(module, module_name)
+                    if isinstance(param, _ARMED):
+                        param._armed.adopt(param)
+                        names.setdefault(param._armed, []).append((module_name, module, name))
             self._names = names
         module, name = weight.owner
-        return self._names.get(weight) or [("", module, name)]
+        return self._names.get(weight) or [(self._module_names.get(module, ""), module, name)]
 
     # Finishing
 
@@ -418,7 +435,7 @@ class Session:
         for module_name, _, name, param in self._tree():
             if not isinstance(param, _ARMED) and param.is_meta:
                 yield _join(module_name, name), param
-        for root in self._roots():
+        for root in self._models():
             for name, buffer in root.named_buffers():
                 if not isinstance(buffer, LazyWeight) and buffer.is_meta:
                     yield name, buffer
@@ -436,7 +453,7 @@ class Session:
         return live
 
     def _lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
-        for root in self._roots():
+        for root in self._models():
             for module_name, module in root.named_modules():
                 for name, buffer in module._buffers.items():
                     if isinstance(buffer, LazyWeight):
@@ -449,13 +466,21 @@ class Session:
             if isinstance(store, PlainStore):
                 # A buffer may be a view of a parameter, and goes on aliasing it.
                 module._buffers[name] = store.tensor.as_strided(*view_of(buffer))
-        for weight, owners in self._live().items():
+        live = self._live()
+        for weight, owners in live.items():
             held = [m._parameters.get(n) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
-                if isinstance(weight.store, PlainStore) and isinstance(param, LazyWeight):
-                    self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
-                else:
-                    close(param)
+                self._realise_parameter(weight, param, owners)
+        for weight in [w for w in self._weights if w not in live and w.coverage.complete]:
+            # Outside of every model: a deep copy, or a handle someone holds. It was loaded all the same.
+            for param in [p for p in weight.params if getattr(p, "_armed", None) is weight]:
+                self._realise_parameter(weight, param)
+
+    def _realise_parameter(self, weight: ArmedWeight, param: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
+        if isinstance(weight.store, PlainStore) and isinstance(param, LazyWeight):
+            self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
+        else:
+            close(param)
 
     def _replace(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
         """Make the Python object `param` be `new`, so that everyone who holds it sees the change.
@@ -499,7 +524,7 @@ class Session:
             elif not param.is_meta:
                 report.passthrough_bytes += param.nbytes
                 report.passthrough[name] = ""
-        for root in self._roots():
+        for root in self._models():
             for buffer in root.buffers():
                 if not isinstance(buffer, LazyWeight) and not buffer.is_meta and id(buffer) not in seen:
                     seen.add(id(buffer))
@@ -531,6 +556,12 @@ def _parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
         for name, param in list(module._parameters.items()):
             if param is not None:
                 yield module_name, module, name, param
+
+
+def _is_prototype(root: nn.Module) -> bool:
+    """Was the module only built to be deep-copied, as the layer given to nn.TransformerEncoder is?"""
+    weights = [param._armed for *_, param in _parameters(root) if isinstance(param, _ARMED)]
+    return bool(weights) and all(w.copied and not w.coverage.covered for w in weights)
 
 
 def _attributes(param: torch.Tensor) -> dict[str, Any]:

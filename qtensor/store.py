@@ -16,10 +16,10 @@ import torch
 
 from . import kernels
 from .coverage import Box, Coverage
-from .errors import WeightDtypeError
 from .geometry import as_box, contiguous_strides, is_flat_run, split_run
 from .kernels import Audit, NonFinite
 from .kernels.formats import ceil_div
+from .kernels.pipeline import upload_rows
 from .quantized import QTensor, empty
 from .scheme import Scheme
 
@@ -182,6 +182,7 @@ class QuantStore:
         self._groups: dict[tuple[int, int], _Group] = {}
         self._staged_whole: torch.Tensor | None = None
         self._clock = 0
+        self._matrices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.result: QTensor = empty(coverage.shape, scheme, dtype, device)
 
     # Writing
@@ -189,11 +190,16 @@ class QuantStore:
     def write(self, view: View, source: torch.Tensor) -> None:
         """Take `source` (of the view's size) into the view. Raises NonFinite before the offending chunk is stored."""
         self._clock += 1
-        for box, part in regions(self.coverage.shape, view):
-            (e0, e1), rows, cols = box if self._lead else ((0, 1), *box)
-            values = part(source)
-            for e in range(e0, e1):
-                self._write_matrix(e, rows, cols, values[e - e0] if self._lead else values)
+        found = as_box(self.coverage.shape, *view)
+        if found is not None and len(view.size) == 2 and found.order[-2:] == (0, 1):
+            # A matrix, or rows and columns of one expert: what loaders write all day.
+            self._write_matrix(found.box[0][0] if self._lead else 0, *found.box[-2:], source)
+        else:
+            for box, part in regions(self.coverage.shape, view):
+                (e0, e1), rows, cols = box if self._lead else ((0, 1), *box)
+                values = part(source)
+                for e in range(e0, e1):
+                    self._write_matrix(e, rows, cols, values[e - e0] if self._lead else values)
         self._trim()
 
     def _write_matrix(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
@@ -212,27 +218,41 @@ class QuantStore:
 
     def _quantize_source(self, e: int, start: int, stop: int, source: torch.Tensor) -> None:
         """Rows start:stop, whole units, from the source itself, one bounded chunk at a time."""
+        if source.device.type == "cpu" and self.device.type == "cuda":
+            upload_rows(source, self.device, lambda rows, first: self._take_rows(e, start + first, rows), self._unit)
+            return
         step = max(1, CHUNK_BYTES // max(1, self._unit * self._k * self.dtype.itemsize)) * self._unit
-        for a in range(start, stop, step):
-            b = min(a + step, stop)
-            chunk = source[a - start : b - start].to(device=self.device, dtype=self.dtype)
-            self._quantize_rows(e, a, b, chunk)
-            self.coverage.add(self._box(e, (a, b), (0, self._k)))
-            units = self._state[e, a // self._unit : ceil_div(b, self._unit)]
-            was_staged = units.any() and bool((units & _STAGED).any())
-            units[...] = _QUANTIZED
-            if was_staged:
-                self._free_unused(e, a, b)
+        for first in range(0, stop - start, step):
+            self._take_rows(e, start + first, source if step >= stop - start else source[first : first + step])
+
+    def _take_rows(self, e: int, start: int, rows: torch.Tensor) -> None:
+        """Quantize whole units that begin at row `start`; whatever was staged of them is obsolete."""
+        stop = start + rows.shape[0]
+        if rows.dtype != self.dtype or rows.device != self.device:
+            rows = rows.to(device=self.device, dtype=self.dtype)
+        self._quantize_rows(e, start, stop, rows)
+        self.coverage.add(self._box(e, (start, stop), (0, self._k)))
+        self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
+        if self._groups:
+            self._free_unused(e, start, stop)
 
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
-        fmt = self.scheme.format
-        qdata, scale = self.result.qdata, self.result.scale
-        if self._lead:
-            qdata, scale = qdata[e], scale[e]
-        if fmt.granularity != "tensor":
-            scale = scale[start // self._unit : ceil_div(stop, self._unit)]
+        qdata, scale = self._matrix(e)
+        if stop - start < self._n:
+            qdata = qdata.narrow(0, start, stop - start)
+            if self.scheme.format.granularity != "tensor":
+                first = start // self._unit
+                scale = scale.narrow(0, first, ceil_div(stop, self._unit) - first)
         origin = (e * self._n + start) * self._k
-        kernels.quantize_into(rows, qdata[start:stop], scale, fmt, self.audit, origin)
+        kernels.quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
+
+    def _matrix(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantized values and scales of matrix e."""
+        found = self._matrices.get(e)
+        if found is None:
+            qdata, scale = self.result.qdata, self.result.scale
+            found = self._matrices[e] = (qdata[e], scale[e]) if self._lead else (qdata, scale)
+        return found
 
     def _stage(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         self._refuse_nonfinite(e, rows, cols, source)
@@ -387,13 +407,6 @@ class QuantStore:
             twin.retained_since = group.retained_since
         return other
 
-    def hold_values(self, values: torch.Tensor) -> None:
-        """Quantize the whole of `values` without covering anything: what unwritten units fall back to."""
-        for e in range(self._e):
-            matrix = values[e] if self._lead else values
-            self._quantize_rows(e, 0, self._n, matrix.to(device=self.device, dtype=self.dtype))
-        self._state[...] = _QUANTIZED
-
     def keep_missing(self) -> bool:
         """Let unwritten elements keep their earlier quantized values. False if some have none."""
         if not bool((self._state & _QUANTIZED).all()):
@@ -467,9 +480,7 @@ class QuantStore:
 
     def _dequantized(self, e: int, start: int, stop: int) -> torch.Tensor:
         fmt = self.scheme.format
-        qdata, scale = self.result.qdata, self.result.scale
-        if self._lead:
-            qdata, scale = qdata[e], scale[e]
+        qdata, scale = self._matrix(e)
         if fmt.granularity == "tensor":
             return kernels.dequantize(qdata[start:stop], scale, fmt, self.dtype)
         first = start // self._unit * self._unit
@@ -478,12 +489,3 @@ class QuantStore:
 
     def _box(self, e: int, rows: tuple[int, int], cols: tuple[int, int]) -> Box:
         return ((e, e + 1), rows, cols) if self._lead else (rows, cols)
-
-
-def check_source_dtype(source: torch.Tensor, name: str) -> None:
-    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
-    if not source.is_floating_point() or source.dtype.itemsize < 2:
-        raise WeightDtypeError(
-            f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
-            "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
-        )

@@ -1,17 +1,19 @@
-"""What holds for every test: no session and no hook outlives it."""
+"""Test settings: a deterministic hypothesis profile; HYPOTHESIS_PROFILE=thorough searches longer, at random.
+And what holds for every test: no session and no hook outlives it."""
 
-from __future__ import annotations
-
+import os
 from collections.abc import Iterator
 
 import pytest
-import torch
-from loading import assert_nothing_armed
+from helpers import assert_no_hooks
+from hypothesis import settings
+
+settings.register_profile("default", max_examples=60, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("thorough", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    swap = torch.__future__.get_swap_module_params_on_conversion()
     yield
-    torch.__future__.set_swap_module_params_on_conversion(swap)
-    assert_nothing_armed()
+    assert_no_hooks()

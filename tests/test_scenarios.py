@@ -474,3 +474,23 @@ def test_reading_back_quantized_rows_is_counted_or_refused() -> None:
         layer.weight.data.copy_(full)
         layer.weight.data.clone()
     assert_no_hooks()
+
+
+@every_scheme
+def test_keep_fills_what_was_not_loaded_with_the_models_own_values(scheme: object) -> None:
+    """25: a model that has values, a checkpoint that has only some of them, down to parts of rows."""
+    old, new = randn(140, 48), randn(140, 48)
+    layer = nn.Linear(48, 140, bias=False, dtype=torch.bfloat16)
+    layer.weight.data.copy_(old)
+    with online_quant(scheme, layer, on_missing="keep") as session:
+        layer.weight.data[10:60, :20].copy_(new[10:60, :20])
+    old[10:60, :20] = new[10:60, :20]
+    assert_oracle(layer.weight, old, scheme)
+    assert "weight" in session.report().missing
+    assert session.report().untouched == []
+
+
+def test_keep_has_nothing_to_keep_in_a_model_that_is_being_constructed() -> None:
+    with pytest.raises(IncompleteLoadError, match='on_missing="keep" has nothing to fill them with'):  # noqa: SIM117
+        with online_quant(fp8_per_channel, on_missing="keep"):
+            nn.Linear(4, 4, bias=False)

@@ -247,14 +247,15 @@ def test_refuses_what_it_cannot_do() -> None:
 
 @triton.jit
 def loop_kernel(out, n):
-    for i in range(0, n):
+    for i in range(n):
         tl.store(out, i)
 
 
 try:
     loop_kernel[(1,)](torch.zeros(1, dtype=torch.int32), 2)
 except Exception as error:
-    pytest.skip(f"this Triton's interpreter does not work with NumPy {np.__version__}: {error}", allow_module_level=True)
+    why = f"this Triton's interpreter does not work with NumPy {np.__version__}: {error}"
+    pytest.skip(why, allow_module_level=True)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def finite_amax(tile, x, x_k, start, stop, row_start, row_inside, found, CHECK: 
 @triton.jit
 def _second_look(x, x_k, start, stop, row_start, row_inside, found, CHECK: tl.constexpr):
     ROWS: tl.constexpr = x.shape[0]
-    STEP: tl.constexpr = 4 if ROWS >= 128 else 512 // ROWS
+    STEP: tl.constexpr = 4 if ROWS >= 64 else 256 // ROWS
     largest = tl.zeros((ROWS, 1), tl.int32)
     for first in range(start, stop, STEP):
         col = first + tl.arange(0, STEP)[None, :].to(tl.int64)

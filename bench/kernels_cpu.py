@@ -1,0 +1,269 @@
+"""CPU kernels beside what people do without them: quantize, dequantize and the small-batch linear, one run, one table.
+
+    python bench/kernels_cpu.py [--quick] [--threads N] [--out bench/results/kernels_cpu.json]
+
+GB/s counts bytes of the high-precision side: read when quantizing, written when dequantizing. "of memcpy" sets the time
+beside that of a torch copy which reads and writes as many bytes as the kernel must move at least, 3 per bf16 element.
+All figures are the best of many repetitions, the copy and all candidates taken in turns, so that a busy moment of the
+machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, cpu_numba, reference
+from qtensor.kernels.audit import Audit
+from qtensor.kernels.formats import WeightFormat
+from torch.nn import functional
+
+SHAPES = [(4096, 4096), (8192, 28672)]
+QUICK_SHAPES = [(2048, 4096)]
+BATCHES = (1, 2, 4, 8, 16)
+CHUNK_BYTES = 64 << 20
+MAX = 448.0
+
+Call = Callable[[], object]
+
+
+def best_of(calls: dict[str, Call], repeat: int) -> dict[str, float]:
+    """Seconds of the fastest run of each call. They take turns, the short ones in pairs: one to warm up, one to count."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(repeat):
+        for name, call in calls.items():
+            if not 0.1 < best[name] < float("inf"):
+                call()
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def naive(weight: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """The textbook: the whole weight in fp32, a temporary at every step."""
+    x = weight.float()
+    if fmt.granularity == "channel":
+        scale = (x.abs().amax(-1, keepdim=True) / MAX).clamp_min(1 / (MAX * 512))
+        return (x / scale).clamp(-MAX, MAX).to(fmt.dtype), scale
+    if fmt.granularity == "tensor":
+        scale = x.abs().amax() / MAX
+        return (x * (1 / scale)).clamp(-MAX, MAX).to(fmt.dtype), scale
+    rows, cols = x.shape
+    blocks = x.view(rows // 128, 128, cols // 128, 128)
+    scale = blocks.abs().amax((1, 3), keepdim=True).clamp_min(1e-4) / MAX
+    return (blocks * (1 / scale)).clamp(-MAX, MAX).to(fmt.dtype).view(rows, cols), scale
+
+
+def chunked(weight: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> None:
+    """vLLM's online per-channel formula in chunks of 64 MiB of fp32: amax, / 448, clamp_min, divide, clamp, cast."""
+    step = max(1, CHUNK_BYTES // 4 // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        x = weight[start : start + step].float()
+        s = (x.abs().amax(-1, keepdim=True) / MAX).clamp_min(1 / (MAX * 512))
+        qdata[start : start + step] = (x / s).clamp(-MAX, MAX).to(qdata.dtype)
+        scale[start : start + step] = s
+
+
+def naive_dequantize(qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (qdata.float() * scale).bfloat16()
+
+
+def dequantize_then_linear(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, cpu_numba.dequantize(qdata, scale, FP8_PER_CHANNEL, torch.bfloat16))
+
+
+def torchao_per_row(weight: torch.Tensor) -> dict[str, Call]:
+    try:
+        from torchao.quantization import Float8Tensor, PerRow
+    except ImportError:
+        return {}
+    return {"torchao Float8Tensor per row": partial(Float8Tensor.from_hp, weight, torch.float8_e4m3fn, PerRow())}
+
+
+def memcpy(elements: int) -> Call:
+    """A copy that reads and writes 3 bytes per element in all."""
+    source, target = torch.ones(elements * 3 // 2, dtype=torch.uint8), torch.zeros(elements * 3 // 2, dtype=torch.uint8)
+    return partial(target.copy_, source)
+
+
+def quantize_rows(shape: tuple[int, int], repeat: int) -> list[dict[str, Any]]:
+    weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+    table = []
+    for fmt in FORMATS.values():
+        qdata = torch.empty(shape, dtype=fmt.dtype)
+        scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
+        ours = partial(cpu_numba.quantize_into, weight, qdata, scale, fmt)
+        calls: dict[str, Call] = {
+            "qtensor numba": ours,
+            "qtensor numba, non-finite kept": partial(ours, Audit(refuse_nonfinite=False)),
+            "qtensor numba, SQNR measured": partial(ours, Audit(measure_sqnr=True)),
+            "qtensor torch reference": partial(reference.quantize_into, weight, qdata, scale, fmt),
+            "naive torch": partial(naive, weight, fmt),
+        }
+        if fmt is FP8_PER_CHANNEL:
+            calls["vLLM's formula, 64 MiB chunks"] = partial(chunked, weight, qdata, scale)
+            calls |= torchao_per_row(weight)
+        table += rows_of("quantize " + fmt.name, shape, calls, repeat)
+    return table
+
+
+def dequantize_rows(shape: tuple[int, int], repeat: int) -> list[dict[str, Any]]:
+    table = []
+    for fmt in FORMATS.values():
+        qdata = torch.empty(shape, dtype=fmt.dtype)
+        scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
+        cpu_numba.quantize_into(torch.randn(shape, dtype=torch.bfloat16), qdata, scale, fmt)
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        calls: dict[str, Call] = {
+            "qtensor numba": partial(cpu_numba.dequantize, qdata, scale, fmt, torch.bfloat16, out),
+            "qtensor torch reference": partial(reference.dequantize, qdata, scale, fmt, torch.bfloat16, out),
+        }
+        if fmt.granularity != "block":
+            calls["naive torch"] = partial(naive_dequantize, qdata, scale)
+        table += rows_of("dequantize " + fmt.name, shape, calls, repeat)
+    return table
+
+
+def rows_of(task: str, shape: tuple[int, int], calls: dict[str, Call], repeat: int) -> list[dict[str, Any]]:
+    """Measure `calls`, the first of them ours, together with a copy of as many bytes."""
+    elements = shape[0] * shape[1]
+    best = best_of({"memcpy": memcpy(elements), **calls}, repeat)
+    ours = best[next(iter(calls))]
+    return [
+        {
+            "task": task,
+            "shape": list(shape),
+            "who": name,
+            "ms": seconds * 1e3,
+            "gb_per_s": 2 * elements / seconds / 1e9,
+            "of_memcpy": best["memcpy"] / seconds,
+            "times_ours": seconds / ours,
+        }
+        for name, seconds in best.items()
+    ]
+
+
+def linear_rows(size: int, repeat: int) -> list[dict[str, Any]]:
+    table = []
+    dense = torch.randn(size, size, dtype=torch.bfloat16) * 0.02
+    weights = {}
+    for fmt in FORMATS.values():
+        qdata = torch.empty(dense.shape, dtype=fmt.dtype)
+        scale = torch.empty(fmt.scale_shape((size, size)), dtype=torch.float32)
+        cpu_numba.quantize_into(dense, qdata, scale, fmt)
+        weights[fmt] = (qdata, scale)
+    qdata, scale = weights[FP8_PER_CHANNEL]
+    for batch in BATCHES:
+        x = torch.randn(batch, size, dtype=torch.bfloat16)
+        x8, x_scale = cpu_numba.quantize_activation(x, FP8_PER_CHANNEL)
+        calls: dict[str, Call] = {"bf16 F.linear": partial(functional.linear, x, dense)}
+        for fmt, (q, s) in weights.items():
+            calls[f"qtensor numba {fmt.name}"] = partial(cpu_numba.linear, x, q, s, fmt)
+        calls["dequantize (numba) + F.linear"] = partial(dequantize_then_linear, x, qdata, scale)
+        calls["qtensor torch reference"] = partial(reference.linear, x, qdata, scale, FP8_PER_CHANNEL)
+        best = best_of(calls, repeat)
+        scaled_mm = partial(
+            torch._scaled_mm, x8, qdata.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=torch.bfloat16
+        )
+        best |= best_of({"torch._scaled_mm (x quantized beforehand)": scaled_mm}, min(repeat, 3))
+        for name, seconds in best.items():
+            speed = best["bf16 F.linear"] / seconds
+            shape = [batch, size, size]
+            table.append({"task": "linear", "shape": shape, "who": name, "ms": seconds * 1e3, "of_bf16_speed": speed})
+    return table
+
+
+def warm_up() -> dict[str, float]:
+    """Seconds of the first quantize, dequantize and linear of every format, compilation included, per source dtype."""
+    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        start = time.perf_counter()
+        weight = torch.ones(128, 128, dtype=dtype)
+        for fmt in FORMATS.values():
+            qdata = torch.empty(weight.shape, dtype=fmt.dtype)
+            scale = torch.empty(fmt.scale_shape((128, 128)))
+            cpu_numba.quantize_into(weight, qdata, scale, fmt)
+            cpu_numba.dequantize(qdata, scale, fmt, dtype)
+            cpu_numba.linear(weight[:1], qdata, scale, fmt)
+        seconds[str(dtype).removeprefix("torch.")] = time.perf_counter() - start
+    return seconds
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def print_table(table: list[dict[str, Any]]) -> None:
+    heading = None
+    for entry in table:
+        title = f"{entry['task']} {'x'.join(map(str, entry['shape']))}"
+        if title != heading:
+            heading = title
+            print(f"\n{title}")
+        figures = f"{entry['ms']:10.2f} ms"
+        if "gb_per_s" in entry:
+            figures += f" {entry['gb_per_s']:7.2f} GB/s {entry['of_memcpy']:5.0%} of memcpy"
+            figures += f"   x{entry['times_ours']:.1f} the time"
+        if "of_bf16_speed" in entry:
+            figures += f"   {entry['of_bf16_speed']:5.2f} of bf16's speed"
+        print(f"  {entry['who']:44s}{figures}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small shape, few repetitions")
+    parser.add_argument("--threads", type=int, help="torch threads, and so ours (default: torch's choice)")
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    first_call = warm_up()
+    table: list[dict[str, Any]] = []
+    for shape in QUICK_SHAPES if args.quick else SHAPES:
+        repeat = 3 if args.quick else max(3, min(30, (1 << 29) // (shape[0] * shape[1])))
+        table += quantize_rows(shape, repeat) + dequantize_rows(shape, repeat)
+    table += linear_rows(1024 if args.quick else 4096, 3 if args.quick else 30)
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in ("torch", "numba", "llvmlite", "numpy", "torchao")},
+        "first_call_seconds": first_call,
+        "rows": table,
+    }
+    print(f"{result['cpu']}, {result['threads']} threads, torch {torch.__version__}, numba {version('numba')}")
+    print("first calls, compilation included: " + ", ".join(f"{k} {v:.1f} s" for k, v in first_call.items()))
+    print_table(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

