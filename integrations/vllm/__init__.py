@@ -19,7 +19,8 @@ def register() -> None:
     Silent where vLLM is absent. On a vLLM version this plugin was not made for, the names are not registered and one
     warning says which versions work.
     """
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # Absent, or a mere folder of that name on the path.
         return
     from . import compat
 

@@ -154,8 +154,9 @@ class Load:
             if slot is None:
                 return loader(*args, **kwargs)
             extra = {k: v for k, v in kwargs.items() if k in ("shard_id", "expert_id", "loaded_shard_id")}
-            shard = (extra.get("shard_id", extra.get("loaded_shard_id", args[2] if len(args) > 2 else None)))
-            self.names.saw(slot.prefix, slot.name, shard, extra.get("expert_id"), self._context.current)
+            shard = extra.get("shard_id", extra.get("loaded_shard_id", args[2] if len(args) > 2 else None))
+            shape = self._context.shape
+            self.names.saw(slot.prefix, slot.name, shard, extra.get("expert_id"), self._context.current, shape)
             try:
                 return loader(*args, **kwargs)
             except QTensorError:
@@ -163,7 +164,7 @@ class Load:
             except Exception as error:
                 found = f" {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else ""
                 raise WeightShapeError(
-                    f"{self._source(slot)}{found} does not fit {slot.full_name} {list(weight.shape)}: {error} Is this "
+                    f"{self._source(slot)}{found} does not fit {slot.full_name} {list(weight.shape)}{_because(error)}. Is this "
                     "checkpoint made for this model's config.json and this parallel layout?"
                 ) from error
 
@@ -245,13 +246,13 @@ class Load:
         try:
             return inner(context.follow(weights), *args, **kwargs)
         except QTensorError:
-            self._abort()
             raise
         except Exception as error:
-            self._abort()
             self._reraise(error)
         finally:
             context.active = False
+            if sys.exc_info()[1] is not None:
+                self._abort()
 
     def _reraise(self, error: Exception) -> NoReturn:
         context = self._context
@@ -266,8 +267,8 @@ class Load:
             raise error
         shape = list(context.shape) if context.shape is not None else ""
         raise QTensorError(
-            f"the checkpoint's tensor '{context.current}' {shape} cannot be loaded into {type(self.root).__name__}: "
-            f"{error} Either the checkpoint is not made for this config.json, or this tensor does not belong in it."
+            f"the checkpoint's tensor '{context.current}' {shape} cannot be loaded into {type(self.root).__name__}"
+            f"{_because(error)}. Either the checkpoint is not made for this config.json, or this tensor does not belong in it."
         ) from error
 
     def choice_is_settled(self) -> None:
@@ -460,6 +461,11 @@ def resident_bytes() -> int:
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def _because(error: Exception) -> str:
+    text = str(error).rstrip(". ")
+    return f": {text}" if text else ""
 
 
 def _layer_report(name: str, w: QTensor) -> LayerReport:

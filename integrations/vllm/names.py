@@ -25,11 +25,16 @@ class Names:
     def __init__(self) -> None:
         self.packed: Mapping[str, Sequence[str]] = {}
         self._seen: dict[tuple[str, str, Any, Any], str] = {}
+        self._shapes: dict[str, list[int]] = {}
 
-    def saw(self, prefix: str, name: str, shard: Any, expert: Any, source: str | None) -> None:
-        """A tensor the checkpoint calls `source` is being loaded into the shard (and expert) of `prefix`.`name`."""
+    def saw(
+        self, prefix: str, name: str, shard: Any, expert: Any, source: str | None, shape: Sequence[int] | None = None
+    ) -> None:
+        """A tensor the checkpoint calls `source`, of this shape, is being loaded into the shard (and expert) of
+        `prefix`.`name`."""
         if source is not None:
             self._seen[prefix, name, _key(shard), expert] = source
+            self._shapes[source] = list(shape or ())
 
     def parts(self, prefix: str) -> list[str]:
         """The names of the layers that a checkpoint has for the layer vLLM calls `prefix`."""
@@ -52,8 +57,12 @@ class Names:
             local = [((a - start, b - start), *rest) for (a, b), *rest in inside]
             what = describe_boxes((stop - start, *shape[1:]), local)
             fused = "" if part == prefix else f" (of the fused {prefix}.{name})"
-            lines.append(f"'{source}'{fused}: {what}")
+            lines.append(f"'{source}'{fused}: {what}{self._seen_shape(source)}")
         return lines or [f"'{prefix}.{name}': {describe_boxes(shape, boxes)}"]
+
+    def _seen_shape(self, source: str) -> str:
+        shape = self._shapes.get(source)
+        return f" (the checkpoint's tensor is {shape})" if shape else ""
 
     def _shards(self, prefix: str, layer: nn.Module, shape: Sequence[int]) -> list[tuple[int, int, Any, str]]:
         """(first row, last row, vLLM's shard id, checkpoint's layer name) of the parts of a fused weight."""
@@ -97,7 +106,7 @@ class Names:
                 if inside:
                     source = self._missing_expert(prefix, name, shard, globals_of[e], tensor)
                     what = describe_boxes((stop - start, shape[2]), inside)
-                    lines.append(f"'{source}' (expert {globals_of[e]} of {prefix}.{name}): {what}")
+                    lines.append(f"'{source}' (expert {globals_of[e]} of {prefix}.{name}): {what}{self._seen_shape(source)}")
         return lines
 
     def _missing_expert(self, prefix: str, name: str, shard: str, expert: int, tensor: str) -> str:

@@ -95,11 +95,13 @@ def _deepseek_v3() -> Any:
         n_shared_experts=1,
         first_k_dense_replace=1,
         q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=32,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
         num_nextn_predict_layers=0,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
     )
 
 

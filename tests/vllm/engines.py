@@ -1,0 +1,112 @@
+"""Engines for the tests: real vLLM in this process, one after another, small and without a tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from checkpoints import VOCAB
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+_PROMPTS = [torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
+_TOKENS = 4
+
+
+@dataclass
+class Seen:
+    """What a test compares. tokens: greedy continuations of eight prompts. logprobs `[8, VOCAB]`: of the first new
+    token. weights: name → (shape as [N, K], sha256) of every fp8 weight and its scale. report: qtensor's, if any."""
+
+    tokens: list[list[int]]
+    logprobs: torch.Tensor
+    weights: dict[str, tuple[tuple[int, ...], str]]
+    report: dict[str, Any] | None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def distance(self, other: Seen) -> float:
+        """Mean |Δ log p| over prompts and vocabulary."""
+        return float((self.logprobs - other.logprobs).abs().mean())
+
+    def agreement(self, other: Seen) -> float:
+        """Share of prompts whose most likely next token is the same."""
+        return float((self.logprobs.argmax(-1) == other.logprobs.argmax(-1)).float().mean())
+
+
+@contextlib.contextmanager
+def engine(folder: Path, quantization: str | None, **options: Any) -> Iterator[LLM]:
+    settings = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 128, "max_num_seqs": 8} | options
+    llm = None
+    try:
+        llm = LLM(str(folder), quantization=quantization, skip_tokenizer_init=True, **settings)
+        yield llm
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def load_error(folder: Path, quantization: str = "qtensor", **options: Any) -> Exception:
+    """The error that loading ends with. Fails if it loads."""
+    try:
+        with engine(folder, quantization, **options):
+            pass
+    except Exception as error:
+        error.__traceback__ = None
+        return error
+    raise AssertionError("it loaded")
+
+
+def look(llm: LLM, *, keep_tensors: bool = False) -> Seen:
+    logits: list[torch.Tensor] = []
+    handles: list[Any] = []
+
+    def watch(model: torch.nn.Module) -> None:
+        handles.append(model.logits_processor.register_forward_hook(lambda _m, _i, out: logits.append(out.float().clone())))
+
+    llm.apply_model(watch)
+    tokens = []
+    first = []
+    for prompt in _PROMPTS:
+        del logits[:]
+        out = llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(max_tokens=_TOKENS, temperature=0, detokenize=False, ignore_eos=True),
+            use_tqdm=False,
+        )
+        tokens.append(list(out[0].outputs[0].token_ids))
+        first.append(logits[0][-1:, :VOCAB])
+    handles[0].remove()
+    reports = None
+    if hasattr(llm.llm_engine.vllm_config.quant_config, "choice"):
+        reports = llm.collective_rpc("qtensor_report")[0]
+    tensors = llm.apply_model(runtime_tensors)[0]
+    weights = {name: (tuple(t.shape), digest(t)) for name, t in tensors.items()}
+    return Seen(tokens, torch.cat(first).log_softmax(-1), weights, reports, tensors if keep_tensors else {})
+
+
+def runtime_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every fp8 weight as [..., N, K], whatever the kernel's layout, and every scale."""
+    found = {}
+    for name, param in model.named_parameters():
+        if param.dtype == torch.float8_e4m3fn:
+            found[name] = (param if param.is_contiguous() else param.mT).detach()
+        elif "weight_scale" in name:
+            found[name] = param.detach()
+    return found
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
