@@ -1,0 +1,49 @@
+"""What vLLM's fused weights are made of, by name, and what `quantize` makes of them: the oracle of these tests."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from qtensor import quantize
+
+_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def fused(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The high-precision values of the runtime weight `name`, from a Llama's or Qwen-MoE's checkpoint."""
+    name = name.replace(".routed_experts", "")
+    experts = re.match(r"(.*\.experts)\.(w13|w2)_weight$", name)
+    if experts:
+        prefix, stack = experts.groups()
+        count = len({n for n in tensors if re.match(re.escape(prefix) + r"\.\d+\.down_proj", n)})
+        parts = ("gate_proj", "up_proj") if stack == "w13" else ("down_proj",)
+        return torch.stack([torch.cat([tensors[f"{prefix}.{e}.{p}.weight"] for p in parts]) for e in range(count)])
+    prefix, _, last = name.removesuffix(".weight").rpartition(".")
+    return torch.cat([tensors[f"{prefix}.{part}.weight"] for part in _PARTS.get(last, (last,))])
+
+
+def runtime_state(tensors: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """A checkpoint in vLLM's own fused layout, as load_format="sharded_state" reads it. names: the fused weights'."""
+    fusing = {name: fused(tensors, name).contiguous() for name in names}
+    plain = {n: t for n, t in tensors.items() if "_proj." not in n}
+    return {**plain, **fusing}
+
+
+def mistakes(tensors: dict[str, torch.Tensor], runtime: dict[str, torch.Tensor], scheme: str) -> list[str]:
+    """Names of runtime weights whose bytes or scales are not the oracle's. An empty list is the aim."""
+    wrong = []
+    for name, data in runtime.items():
+        if data.dtype != torch.float8_e4m3fn:
+            continue
+        expected = quantize(fused(tensors, name), scheme)
+        scale = runtime.get(f"{name}_scale", runtime.get(f"{name}_scale_inv"))
+        if not torch.equal(data.view(torch.uint8), expected.qdata.view(torch.uint8)):
+            wrong.append(name)
+        elif scale is None or not torch.equal(scale, expected.scale):
+            wrong.append(f"{name} (scale)")
+    return wrong

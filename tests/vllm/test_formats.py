@@ -1,0 +1,150 @@
+"""Load format × {Llama, Qwen3-MoE}: whatever loader vLLM uses, the same tokens and the oracle's bytes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import checkpoint, root, tensors_of
+from engines import Seen, engine, look
+from oracle import mistakes, runtime_state
+from safetensors.torch import save_file
+
+MODELS = ("llama", "qwen3-moe")
+
+
+@functools.cache
+def by_auto(architecture: str) -> Seen:
+    with engine(checkpoint(architecture), "qtensor") as llm:
+        return look(llm, keep_tensors=True)
+
+
+def _copy(architecture: str, label: str) -> Path:
+    folder = root() / f"{architecture}-{label}"
+    shutil.copytree(checkpoint(architecture), folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def _safetensors(architecture: str) -> tuple[Path, dict[str, Any]]:
+    return checkpoint(architecture), {"load_format": "safetensors"}
+
+
+def _strategy(name: str) -> Any:
+    return lambda architecture: (checkpoint(architecture), {"safetensors_load_strategy": name})
+
+
+def _multithreaded(architecture: str) -> tuple[Path, dict[str, Any]]:
+    extra = {"enable_multithread_load": True, "num_threads": 2}
+    return _shards(architecture)[0], {"model_loader_extra_config": extra}
+
+
+def _shards(architecture: str) -> tuple[Path, dict[str, Any]]:
+    """Three files, the tensors of every layer scattered over them."""
+    folder = _copy(architecture, "shards")
+    tensors = tensors_of(checkpoint(architecture))
+    order = sorted(tensors, key=lambda name: name[::-1])
+    for i in range(3):
+        part = {name: tensors[name] for name in order[i::3]}
+        save_file(part, folder / f"model-0000{i + 1}-of-00003.safetensors", metadata={"format": "pt"})
+    return folder, {}
+
+
+def _pt(architecture: str) -> tuple[Path, dict[str, Any]]:
+    folder = _copy(architecture, "pt")
+    torch.save(tensors_of(checkpoint(architecture)), folder / "model.pt")
+    return folder, {"load_format": "pt"}
+
+
+def _hf(architecture: str) -> tuple[Path, dict[str, Any]]:
+    return checkpoint(architecture), {"load_format": "hf"}
+
+
+def _npcache(architecture: str) -> tuple[Path, dict[str, Any]]:
+    """numpy has no bfloat16, so the source is fp32; its values are those of the bf16 checkpoint."""
+    folder = _copy(architecture, "npcache")
+    torch.save({n: t.float() for n, t in tensors_of(checkpoint(architecture)).items()}, folder / "pytorch_model.bin")
+    return folder, {"load_format": "npcache"}
+
+
+def _mistral(architecture: str) -> tuple[Path, dict[str, Any]]:
+    folder = _copy(architecture, "mistral")
+    save_file(tensors_of(checkpoint(architecture)), folder / "consolidated.safetensors", metadata={"format": "pt"})
+    return folder, {"load_format": "mistral", "config_format": "hf", "tokenizer_mode": "auto"}
+
+
+def _runai(architecture: str) -> tuple[Path, dict[str, Any]]:
+    return checkpoint(architecture), {"load_format": "runai_streamer"}
+
+
+def _sharded(load_format: str) -> Any:
+    def make(architecture: str) -> tuple[Path, dict[str, Any]]:
+        folder = _copy(architecture, load_format)
+        names = [n for n, t in by_auto(architecture).tensors.items() if t.dtype == torch.float8_e4m3fn]
+        state = runtime_state(tensors_of(checkpoint(architecture)), names)
+        save_file(state, folder / "model-rank-0-part-0.safetensors", metadata={"format": "pt"})
+        return folder, {"load_format": load_format}
+
+    return make
+
+
+def _tensorizer(architecture: str) -> tuple[Path, dict[str, Any]]:
+    from tensorizer import TensorSerializer
+
+    folder = _copy(architecture, "tensorizer")
+    serializer = TensorSerializer(str(folder / "model.tensors"))
+    serializer.write_state_dict(tensors_of(checkpoint(architecture)))
+    serializer.close()
+    extra = {"tensorizer_uri": str(folder / "model.tensors")}
+    return folder, {"load_format": "tensorizer", "model_loader_extra_config": extra}
+
+
+FORMATS: dict[str, Any] = {
+    "safetensors": _safetensors,
+    "safetensors-eager": _strategy("eager"),
+    "safetensors-prefetch": _strategy("prefetch"),
+    "scattered-shards": _shards,
+    "multithreaded": _multithreaded,
+    "pt": _pt,
+    "npcache": _npcache,
+    "mistral": _mistral,
+    "hf": _hf,
+    "runai_streamer": _runai,
+    "sharded_state": _sharded("sharded_state"),
+    "runai_streamer_sharded": _sharded("runai_streamer_sharded"),
+    "tensorizer": _tensorizer,
+}
+_PACKAGES = {"runai_streamer": "runai_model_streamer", "runai_streamer_sharded": "runai_model_streamer", "tensorizer": "tensorizer"}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_auto_equals_the_oracle(architecture: str) -> None:
+    assert mistakes(tensors_of(checkpoint(architecture)), by_auto(architecture).tensors, "fp8_per_channel") == []
+
+
+@pytest.mark.parametrize("load_format", FORMATS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_load_format(architecture: str, load_format: str, request: pytest.FixtureRequest) -> None:
+    package = _PACKAGES.get(load_format)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"the package {package} is not installed")
+    folder, options = FORMATS[load_format](architecture)
+    with engine(folder, "qtensor", **options) as llm:
+        seen = look(llm)
+    assert seen.tokens == by_auto(architecture).tokens
+    assert seen.weights == by_auto(architecture).weights
+    assert seen.report is not None
+    assert seen.report["missing"] == {}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_dummy(architecture: str) -> None:
+    with engine(checkpoint(architecture), "qtensor", load_format="dummy") as llm:
+        seen = look(llm)
+    assert seen.weights.keys() == by_auto(architecture).weights.keys()
+    assert torch.isfinite(seen.logprobs).all()
