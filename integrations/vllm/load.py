@@ -98,7 +98,6 @@ def _module_under_construction() -> nn.Module:
 class Load:
     """The armed weights of one model, from their creation to their publication. Implements `qtensor.armed.Host`."""
 
-    on_missing = "error"
     min_sqnr: float | None = None
 
     def __init__(self, root: nn.Module, choice: Choice) -> None:
@@ -116,6 +115,9 @@ class Load:
         self._started = time.perf_counter()
         self._resident_before = resident_bytes()
         self._context = _Context()
+        self._setting = _Setting.current()
+        # vLLM's dummy loader "loads" random initial values.
+        self.on_missing = "init" if self._setting.load_format == "dummy" else "error"
         self._listen()
 
     # Arming
@@ -258,7 +260,7 @@ class Load:
         context = self._context
         if context.reading is error or type(error).__name__ == "SafetensorError":
             where = f" after '{context.last}'" if context.last else ""
-            files = describe_truncated(_checkpoint_folder())
+            files = describe_truncated(self._setting.folder)
             raise QTensorError(
                 f"the checkpoint could not be read{where}: {error}. {files} Download the checkpoint again, or convert "
                 "it again."
@@ -273,9 +275,8 @@ class Load:
 
     def choice_is_settled(self) -> None:
         """All layers exist and no weight has been read: the moment to refuse patterns that match nothing."""
-        if not _has_all_layers():
-            return  # A pipeline stage or a draft model sees only some of the layers.
-        self.choice.require_all_used()
+        if self._setting.all_layers:
+            self.choice.require_all_used()
 
     def _plain_gaps(self, counter: CopyCounter, loaded: set[str]) -> list[str]:
         """One line per parameter outside of our care that the loader left unwritten, as vLLM checks for unquantized
@@ -329,12 +330,9 @@ class Load:
     def _verify(self, gaps: list[str]) -> None:
         lines = []
         boxes: dict[str, list[Box]] = {}
-        dummy = _is_dummy_load()
         for weight, slot in self.slots.items():
             weight.release()
-            if not weight.coverage.complete and dummy:
-                weight.fill_missing("init")
-            if not weight.coverage.complete:
+            if not weight.coverage.complete and not (self.on_missing == "init" and weight.fill_missing("init")):
                 if weight.error is not None:
                     raise weight.error
                 boxes[slot.full_name] = weight.coverage.missing()
@@ -409,6 +407,32 @@ class Load:
 _ARMED = (LazyWeight, LiveQTensor)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What the plugin needs of vLLM's configuration, which can be asked for only while a model is built.
+
+    all_layers: the model has every layer, so that a pattern without a match is a mistake; a pipeline stage or a draft
+    model has some of them.
+    """
+
+    load_format: str
+    folder: str | None
+    all_layers: bool
+
+    @classmethod
+    def current(cls) -> _Setting:
+        from vllm.config import get_current_vllm_config
+        from vllm.distributed import get_pp_group
+
+        config = get_current_vllm_config()
+        model = config.model_config
+        if model is None:
+            return cls("", None, False)
+        draft = getattr(model, "runner_type", "") == "draft"
+        load_format = config.load_config.load_format
+        return cls(str(getattr(load_format, "value", load_format)), str(model.model), get_pp_group().world_size == 1 and not draft)
+
+
 class _Context:
     """Which tensor of the checkpoint is being loaded: the one the model asked for last and has not finished with."""
 
@@ -474,37 +498,3 @@ def _layer_report(name: str, w: QTensor) -> LayerReport:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-
-
-def _vllm_config() -> Any:
-    from vllm.config import get_current_vllm_config
-
-    return get_current_vllm_config()
-
-
-def _is_dummy_load() -> bool:
-    return _load_format() == "dummy"
-
-
-def _load_format() -> str:
-    try:
-        return str(_vllm_config().load_config.load_format)
-    except Exception:
-        return ""
-
-
-def _checkpoint_folder() -> str | None:
-    try:
-        return str(_vllm_config().model_config.model)
-    except Exception:
-        return None
-
-
-def _has_all_layers() -> bool:
-    try:
-        from vllm.distributed import get_pp_group
-
-        draft = getattr(_vllm_config().model_config, "runner_type", "") == "draft"
-        return get_pp_group().world_size == 1 and not draft
-    except Exception:
-        return True

@@ -35,6 +35,7 @@ class Seen:
     weights: dict[str, tuple[tuple[int, ...], str]]
     report: dict[str, Any] | None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def distance(self, other: Seen) -> float:
         """Mean |Δ log p| over prompts and vocabulary."""
@@ -94,7 +95,11 @@ def look(llm: LLM, *, keep_tensors: bool = False) -> Seen:
         reports = llm.collective_rpc("qtensor_report")[0]
     tensors = llm.apply_model(runtime_tensors)[0]
     weights = {name: (tuple(t.shape), digest(t)) for name, t in tensors.items()}
-    return Seen(tokens, torch.cat(first).log_softmax(-1), weights, reports, tensors if keep_tensors else {})
+    seen = Seen(tokens, torch.cat(first).log_softmax(-1), weights, reports)
+    if keep_tensors:
+        seen.tensors = tensors
+        seen.state = llm.apply_model(lambda model: {n: t.detach().clone() for n, t in model.state_dict().items()})[0]
+    return seen
 
 
 def runtime_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -27,11 +27,14 @@ def fused(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return torch.cat([tensors[f"{prefix}.{part}.weight"] for part in _PARTS.get(last, (last,))])
 
 
-def runtime_state(tensors: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
-    """A checkpoint in vLLM's own fused layout, as load_format="sharded_state" reads it. names: the fused weights'."""
-    fusing = {name: fused(tensors, name).contiguous() for name in names}
-    plain = {n: t for n, t in tensors.items() if "_proj." not in n}
-    return {**plain, **fusing}
+def runtime_state(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint in vLLM's own fused layout, as load_format="sharded_state" reads it: the state of a running model
+    with every quantized weight in high precision again."""
+    made = {}
+    for name, value in state.items():
+        if "weight_scale" not in name:
+            made[name] = (fused(tensors, name) if value.dtype == torch.float8_e4m3fn else value).contiguous()
+    return made
 
 
 def mistakes(tensors: dict[str, torch.Tensor], runtime: dict[str, torch.Tensor], scheme: str) -> list[str]:

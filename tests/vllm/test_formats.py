@@ -85,8 +85,7 @@ def _runai(architecture: str) -> tuple[Path, dict[str, Any]]:
 def _sharded(load_format: str) -> Any:
     def make(architecture: str) -> tuple[Path, dict[str, Any]]:
         folder = _copy(architecture, load_format)
-        names = [n for n, t in by_auto(architecture).tensors.items() if t.dtype == torch.float8_e4m3fn]
-        state = runtime_state(tensors_of(checkpoint(architecture)), names)
+        state = runtime_state(tensors_of(checkpoint(architecture)), by_auto(architecture).state)
         save_file(state, folder / "model-rank-0-part-0.safetensors", metadata={"format": "pt"})
         return folder, {"load_format": load_format}
 

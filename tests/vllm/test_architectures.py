@@ -1,0 +1,101 @@
+"""Scheme × architecture: loads, generates, and stays as close to unquantized vLLM as eight bits allow.
+
+The core grid (every architecture with fp8_per_channel, every scheme with Llama and Qwen3-MoE) always runs; the rest is
+marked slow. Random weights make flat distributions, so closeness is judged by log probabilities; how often the most
+likely token agrees is printed with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+
+import pytest
+import torch
+from checkpoints import ARCHITECTURES, MIXTURES, checkpoint, tensors_of
+from engines import Seen, engine, look
+from oracle import mistakes
+
+SCHEMES = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")
+_CORE_SCHEMES_FOR = ("llama", "qwen3-moe")
+_DISTANCE = 0.12
+_ORACLE_KNOWS = ("llama", "qwen3-tied", "gemma", "qwen3-moe")
+_rows: list[str] = []
+
+
+@functools.cache
+def unquantized(architecture: str) -> Seen:
+    with engine(checkpoint(architecture), None) as llm:
+        return look(llm)
+
+
+def _grid() -> list:
+    return [
+        pytest.param(a, s, marks=[] if s == "fp8_per_channel" or a in _CORE_SCHEMES_FOR else [pytest.mark.slow])
+        for a in ARCHITECTURES
+        for s in SCHEMES
+    ]
+
+
+@pytest.mark.parametrize(("architecture", "scheme"), _grid())
+def test_grid(architecture: str, scheme: str) -> None:
+    plain = unquantized(architecture)
+    with engine(checkpoint(architecture), f"qtensor_{scheme}") as llm:
+        seen = look(llm, keep_tensors=architecture in _ORACLE_KNOWS)
+    distance = seen.distance(plain)
+    _rows.append(f"| {architecture} | {scheme} | {distance:.3f} | {seen.agreement(plain):.2f} | {len(seen.weights) // 2} |")
+    assert torch.isfinite(seen.logprobs).all()
+    assert distance < _DISTANCE
+    assert seen.report is not None
+    assert len(seen.report["layers"]) == len(seen.weights) // 2 > 0
+    if architecture in _ORACLE_KNOWS:
+        assert mistakes(tensors_of(checkpoint(architecture)), seen.tensors, scheme) == []
+
+
+def test_mla_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    with engine(checkpoint("deepseek-v3"), None) as llm:
+        plain = look(llm)
+    with engine(checkpoint("deepseek-v3"), "qtensor") as llm:
+        seen = look(llm)
+    assert seen.distance(plain) < _DISTANCE
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a == "llama" else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES if a not in MIXTURES],
+)
+def test_same_bytes_as_native(architecture: str) -> None:
+    """vLLM's own fp8_per_channel keeps weights transposed; apart from that the bytes and scales are the same."""
+    with engine(checkpoint(architecture), "fp8_per_channel") as llm:
+        native = look(llm)
+    with engine(checkpoint(architecture), "qtensor_fp8_per_channel") as llm:
+        assert look(llm).weights == native.weights
+
+
+def test_reload_gives_a_fresh_loads_bytes() -> None:
+    """vLLM's own reload, which hands whole layers over in high precision."""
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        before = look(llm)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint("llama"))})
+        after = look(llm)
+    assert (after.weights, after.tokens) == (before.weights, before.tokens)
+
+
+def test_compiled() -> None:
+    """Without enforce_eager the model is compiled; the products are custom operators there. Same tokens."""
+    with engine(checkpoint("qwen3-moe"), "qtensor") as llm:
+        eager = look(llm)
+    with engine(checkpoint("qwen3-moe"), "qtensor", enforce_eager=False) as llm:
+        assert look(llm).distance(eager) < 0.02
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _matrix(request: pytest.FixtureRequest) -> object:
+    yield
+    gc.collect()
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and _rows:
+        reporter.write_line("\n| architecture | scheme | mean |Δ log p| | top token agrees | weights |\n| --- | --- | --- | --- | --- |")
+        for row in _rows:
+            reporter.write_line(row)

@@ -1,0 +1,127 @@
+"""Options: where they come from, what is refused before any weight is read, and the versions that work."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import checkpoint
+from engines import engine, load_error, look
+
+from qtensor import fp8_per_block, fp8_per_channel
+from qtensor.integrations.vllm import compat, register
+from qtensor.integrations.vllm.config import NAMES, QTensorConfig
+from qtensor.integrations.vllm.options import OptionsError, parse
+
+
+def test_names() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    register()
+    register()
+    for name, config in NAMES.items():
+        assert QUANTIZATION_METHODS.count(name) == 1
+        assert get_quantization_config(name) is config
+        assert type(pickle.loads(pickle.dumps(config()))) is config
+    assert NAMES["qtensor_fp8_per_block"]().choice.options.linear == fp8_per_block
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"lienar": "fp8"}, "lienar"),
+        ({"linear": "fp9"}, "fp9"),
+        ({"targets": {"*": "none"}}, "names no scheme"),
+        ({"targets": {"re:(": "fp8"}}, "not a regular expression"),
+        ({"targets": {"*": "fp8"}, "linear": "fp8"}, "targets"),
+        ({"ignore": 3}, "list of patterns"),
+        ({"activation": "static"}, "static"),
+    ],
+)
+def test_refused_values(given: dict, word: str) -> None:
+    with pytest.raises(OptionsError, match=word.replace("(", r"\(")):
+        parse(fp8_per_channel, given, {})
+
+
+def test_variables() -> None:
+    options = parse(fp8_per_channel, {"ignore": ["a"]}, {"QTENSOR_VLLM_MOE": "none", "QTENSOR_VLLM_IGNORE": "b,c", "HOME": "/"})
+    assert (options.linear, options.moe, options.ignore) == (fp8_per_channel, None, ("a",))
+    with pytest.raises(OptionsError, match="QTENSOR_VLLM_LINAR"):
+        parse(fp8_per_channel, {}, {"QTENSOR_VLLM_LINAR": "fp8"})
+
+
+def _by_json(**options: object) -> dict:
+    return {"hf_overrides": {"quantization_config_dict_json": json.dumps(options)}}
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"ignore": ["model.layers.7.mlp"]}, "match no layer"),
+        ({"ignore": ["*.q_proj"]}, "leaves out"),
+        ({"targets": {"*.down_proj": "fp8"}, "ignore": ["model.layers.0.mlp.down_proj"]}, "both ignore"),
+        ({"targets": {"*.down_proj": "fp8", "re:.*layers.0.mlp.down": "fp8_per_block"}}, "different schemes"),
+        ({"linears": "fp8"}, "linears"),
+    ],
+)
+def test_refused_before_any_weight_is_read(options: dict, word: str) -> None:
+    assert word in str(load_error(checkpoint("llama"), **_by_json(**options)))
+
+
+def test_targets_by_json() -> None:
+    chosen = {"targets": {"re:.*mlp.*": "fp8_per_block", "*.qkv_proj": "fp8_per_channel"}}
+    with engine(checkpoint("llama"), "qtensor", **_by_json(**chosen)) as llm:
+        seen = look(llm)
+    assert seen.report is not None
+    schemes = {layer["name"]: layer["scheme"] for layer in seen.report["layers"]}
+    assert {name.split(".")[-2]: scheme for name, scheme in schemes.items()} == {
+        "qkv_proj": "fp8_per_channel",
+        "gate_up_proj": "fp8_per_block",
+        "down_proj": "fp8_per_block",
+    }
+
+
+def test_config_route_and_quantized_head(tmp_path: Path) -> None:
+    """hf_overrides may carry a whole quantization_config; then no quantization= is needed. The report lands in a file."""
+    config = {"quant_method": "qtensor", "lm_head": True, "report": str(tmp_path / "report-{rank}.json")}
+    with engine(checkpoint("llama"), None, hf_overrides={"quantization_config": config}) as llm:
+        seen = look(llm)
+    assert "lm_head.weight" in seen.weights
+    assert json.loads((tmp_path / "report-0.json").read_text())["quantized_bytes"] > 0
+
+
+def test_vllms_own_quantization_config_is_refused() -> None:
+    with pytest.raises(OptionsError, match="QTENSOR_VLLM"):
+        QTensorConfig().online_quantization_config = object()
+
+
+def test_quantized_checkpoints_keep_their_method() -> None:
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    assert QTensorConfig.override_quantization_method(config, "qtensor") == "compressed-tensors"
+    assert QTensorConfig.override_quantization_method(config, None) is None
+    assert QTensorConfig.override_quantization_method({"quant_method": "qtensor"}, "qtensor") is None
+
+
+def test_versions() -> None:
+    for good in ("0.28.0", "0.32.0", "0.33.1+cpu"):
+        assert compat.version_problem(good) is None
+    for bad in ("0.27.1", "0.34.0", "1.0.0"):
+        problem = compat.version_problem(bad)
+        assert problem is not None
+        assert "0.28 to 0.33" in problem
+
+
+def test_cheap_when_unused() -> None:
+    """Registering loads no kernels: numba and the model code stay out of processes that do not quantize."""
+    code = (
+        "import sys, vllm.model_executor.layers.quantization\n"
+        "import qtensor.integrations.vllm as q\n"
+        "q.register()\n"
+        "print([m for m in ('numba', 'qtensor.integrations.vllm.load', 'qtensor.integrations.vllm.moe') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().splitlines()[-1] == "[]"
