@@ -52,7 +52,7 @@ def dequantize(
         for e in range(qdata.shape[0]):
             dequantize(qdata[e], scale[e], fmt, dtype, out[e])
         return out
-    for rows in _row_chunks(*qdata.shape, 1 if fmt.granularity != "block" else fmt.block[0]):
+    for rows in _row_chunks(qdata.shape[0], qdata.shape[1], 1 if fmt.granularity != "block" else fmt.block[0]):
         values = decode(qdata[rows], torch.float32)
         out[rows] = values.mul_(_expand_scale(scale, fmt, rows, qdata.shape[1]))
     return out

@@ -107,7 +107,7 @@ class CopyCounter(TorchDispatchMode):
             self._by_weight[tensor._armed] = entry
         else:
             storage = tensor.untyped_storage()._cdata
-            entry = _Entry(tensor, storage, coverage, tensor.storage_offset())
+            entry = _Entry(tensor, storage, coverage, int(tensor.storage_offset()))
             self._by_storage.setdefault(storage, []).append(entry)
         return entry
 
@@ -119,7 +119,7 @@ class CopyCounter(TorchDispatchMode):
             entries, view = [entry] if entry else [], view_of(target)
         else:
             entries = self._by_storage.get(target.untyped_storage()._cdata, [])
-            view = View(tuple(target.shape), target.stride(), target.storage_offset())
+            view = View(tuple(target.shape), target.stride(), int(target.storage_offset()))
         for entry in entries:
             self._cover(entry, func, target, view._replace(offset=view.offset - entry.offset), args, kwargs)
 

@@ -84,14 +84,14 @@ class _Handle:
         return _Storage(self)
 
     def data_ptr(self) -> int:
-        return self._armed.address + self._meta.storage_offset() * self._meta.itemsize
+        return self._armed.address + int(self._meta.storage_offset()) * self._meta.itemsize
 
 
 class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
     """A weight, or a view of one, whose elements are still arriving."""
 
     # Loaders call tensor methods a few times per weight shard; skipping __torch_function__ halves their cost.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False, **attributes: Any) -> Any:
@@ -209,7 +209,7 @@ def reopen(param: Any) -> None:
 def close(param: Any) -> None:
     """The session is over: a plain QTensor."""
     if isinstance(param, LiveQTensor):
-        param.__class__ = QTensor
+        param.__class__ = QTensor  # type: ignore[assignment]
         del param._armed, param._meta
 
 

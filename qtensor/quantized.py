@@ -48,7 +48,7 @@ class QTensor(torch.Tensor):
     transposed: bool
     whole_units: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -133,7 +133,7 @@ class QTensor(torch.Tensor):
         return _on_dequantized(func, *args, **(kwargs or {}))
 
     def _with(self, qdata: torch.Tensor, scale: torch.Tensor, **changes: Any) -> QTensor:
-        parts = {"dtype": self.dtype, "transposed": self.transposed, "whole_units": self.whole_units} | changes
+        parts: dict[str, Any] = {"dtype": self.dtype, "transposed": self.transposed, "whole_units": self.whole_units} | changes
         if torch.is_inference_mode_enabled() and not self.is_inference():
             # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
             with torch.inference_mode(False):

@@ -342,7 +342,7 @@ class Session:
 
     def _run_layer_hooks(self, weight: ArmedWeight) -> None:
         for module_name, module, _ in self._owners(weight):
-            armed = [p for p in module._parameters.values() if isinstance(p, LazyWeight)]
+            armed: list[Any] = [p for p in module._parameters.values() if isinstance(p, LazyWeight)]
             if not any(p._armed.scheme is not None for p in armed):
                 for hook in self._layer_hooks:
                     hook(module_name, module)
