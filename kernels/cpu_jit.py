@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import extending, types
+from numba import carray, extending, types  # type: ignore[attr-defined]
 
 from .formats import E4M3_MAX
 
@@ -339,9 +339,9 @@ def quantize_piece(kind, source_at, stride, like, codes_at, codes_stride, scale_
     `like` is any array of the source's element type, `scales` the number of scales. Returns the row-major index of the
     first NaN or infinity, with nothing stored, or -1.
     """
-    source = numba.carray(_pointer(source_at, like), (rows - 1) * stride + cols)
-    codes = numba.carray(_pointer(codes_at, np.empty(0, np.uint8)), (rows - 1) * codes_stride + cols)
-    scale = numba.carray(_pointer(scale_at, np.empty(0, np.float32)), scales)
+    source = carray(_pointer(source_at, like), (rows - 1) * stride + cols)
+    codes = carray(_pointer(codes_at, np.empty(0, np.uint8)), (rows - 1) * codes_stride + cols)
+    scale = carray(_pointer(scale_at, np.empty(0, np.float32)), scales)
     bad = first_nonfinite(source, stride, rows, cols)
     if bad >= 0:
         return bad

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -39,7 +39,9 @@ _serial = count()
 class Host(Protocol):
     """What an armed weight asks of its session."""
 
-    on_missing: str
+    @property
+    def on_missing(self) -> str: ...
+
     refuse_nonfinite: bool
     min_sqnr: float | None
     closed: str | None
@@ -172,7 +174,7 @@ class ArmedWeight:
                 )
             )
 
-    def fail(self, error: QTensorError) -> Any:
+    def fail(self, error: QTensorError) -> NoReturn:
         """Raise, and remember: a loader that swallows the error must not make it disappear."""
         self.error = self.error or error
         raise error from None

@@ -57,12 +57,12 @@ class _Handle:
     def __getitem__(self, index: Any) -> Any:
         if _is_basic(index):
             return _wrap(self._armed, self._meta[index])
-        return torch.Tensor.__getitem__(self, index)  # type: ignore[arg-type]
+        return torch.Tensor.__getitem__(self, index)  # type: ignore[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """PyTorch broadcasts the value before any dispatch, and its complaint knows no names."""
         try:
-            torch.Tensor.__setitem__(self, index, value)  # type: ignore[arg-type]
+            torch.Tensor.__setitem__(self, index, value)  # type: ignore[index]
         except RuntimeError as error:
             if isinstance(error, QTensorError) or not ("expanded size" in str(error) or "shape mismatch" in str(error)):
                 raise
