@@ -32,6 +32,7 @@ class Coverage:
         self._cuts: list[list[int]] = [[0, n] for n in self.shape]
         self._cells = np.zeros((1,) * len(self.shape), dtype=bool)
         self._tidy_above = 64
+        self._run: Box | None = None
 
     @property
     def complete(self) -> bool:
@@ -42,16 +43,22 @@ class Coverage:
         box = self._box(region)
         if self.complete or _is_empty(box):
             return 0
-        index = self._refine(box)
-        if all(part.stop - part.start == 1 for part in index):
-            cell = tuple(part.start for part in index)
-            newly = 0 if self._cells[cell] else _volume(box)
-            self._cells[cell] = True
+        grown = _joined(self._run, box) if self._run is not None else None
+        if grown is None:
+            self._settle_run()
+        if not self._in_grid(box):
+            # Most boxes continue the last one. Those wait as one run, which enters the grid when something else comes.
+            self._run = grown or box
+            newly = _volume(box)
         else:
+            self._settle_run()
+            index = self._refine(box)
             newly = self._count(~self._cells[index], index)
             self._cells[index] = True
         self.covered += newly
-        self._tidy()
+        if self.complete:
+            self._settle_run()
+            self._tidy()
         return newly
 
     def discard(self, region: Region) -> int:
@@ -59,6 +66,7 @@ class Coverage:
         box = self._box(region)
         if not self.covered or _is_empty(box):
             return 0
+        self._settle_run()
         index = self._refine(box)
         removed = self._count(self._cells[index], index)
         self._cells[index] = False
@@ -74,6 +82,7 @@ class Coverage:
             return 0
         if not self.shape:
             return self.add(()) if mask else 0
+        self._settle_run()
         cuts, source = [], []
         for d, old in enumerate(self._cuts):
             others = tuple(a for a in range(mask.ndim) if a != d)
@@ -93,12 +102,16 @@ class Coverage:
     def covers(self, region: Region) -> bool:
         """Is every element of the box covered? True for an empty box."""
         box = self._box(region)
-        return self.complete or _is_empty(box) or bool(self._cells[self._touching(box)].all())
+        if self.complete or _is_empty(box):
+            return True
+        self._settle_run()
+        return bool(self._cells[self._touching(box)].all())
 
     def overlaps(self, region: Region) -> bool:
         """Is any element of the box covered?"""
         box = self._box(region)
-        return bool(self.covered) and not _is_empty(box) and bool(self._cells[self._touching(box)].any())
+        self._settle_run()
+        return not _is_empty(box) and self._in_grid(box)
 
     def missing(self, within: Region | None = None) -> list[Box]:
         """Disjoint boxes that hold exactly the uncovered elements (of the box `within`), in row-major order."""
@@ -107,6 +120,7 @@ class Coverage:
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
         if _is_empty(box):
             return []
+        self._settle_run()
         return _clip(_boxes(~self._cells, self._cuts), box)
 
     def covered_boxes(self, within: Region | None = None) -> list[Box]:
@@ -114,6 +128,7 @@ class Coverage:
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
         if not self.covered or _is_empty(box):
             return []
+        self._settle_run()
         return _clip(_boxes(self._cells, self._cuts), box)
 
     def full_rows(self, lead: tuple[int, ...], start: int, stop: int) -> list[tuple[int, int]]:
@@ -123,6 +138,7 @@ class Coverage:
         """
         if self.complete:
             return [(start, stop)] if start < stop else []
+        self._settle_run()
         at = tuple(bisect_right(self._cuts[d], i) - 1 for d, i in enumerate(lead))
         cuts = self._cuts[-2]
         first, last = bisect_right(cuts, start) - 1, bisect_left(cuts, stop)
@@ -138,6 +154,7 @@ class Coverage:
         return runs
 
     def copy(self) -> Coverage:
+        self._settle_run()
         other = Coverage(self.shape)
         other.covered = self.covered
         other._cuts = [list(c) for c in self._cuts]
@@ -188,6 +205,17 @@ class Coverage:
                     self._cuts[d] = np.delete(self._cuts[d], dead).tolist()
             self._tidy_above = max(64, 2 * self._cells.size)
 
+    def _settle_run(self) -> None:
+        """Enter the waiting run into the grid."""
+        if self._run is not None:
+            index = self._refine(self._run)  # replaces self._cells, so it has to come first
+            self._cells[index] = True
+            self._run = None
+            self._tidy()
+
+    def _in_grid(self, box: Box) -> bool:
+        return bool(self._cells[self._touching(box)].any())
+
     def _touching(self, box: Box) -> tuple[slice, ...]:
         return tuple(
             slice(bisect_right(cuts, start) - 1, bisect_left(cuts, stop))
@@ -200,6 +228,20 @@ class Coverage:
         for cuts, part in zip(reversed(self._cuts), reversed(index), strict=True):
             count = count @ np.diff(cuts[part.start : part.stop + 1])
         return int(count)
+
+
+def _joined(a: Box, b: Box) -> Box | None:
+    """The box that two boxes make up if one continues the other along one dimension, else None."""
+    found = -1
+    for d, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x != y:
+            if found >= 0 or (x[1] != y[0] and y[1] != x[0]):
+                return None
+            found = d
+    if found < 0:
+        return None
+    span = (min(a[found][0], b[found][0]), max(a[found][1], b[found][1]))
+    return (*a[:found], span, *a[found + 1 :])
 
 
 def _is_empty(box: Box) -> bool:

@@ -499,9 +499,17 @@ def _collective(func: Any, args: tuple, kwargs: dict) -> Any:
     (result[-1] if isinstance(result, (tuple, list)) else result).wait()
     for w in lazies:
         w._armed.write(view_of(w), real[id(w)])
-    return result
+    return _done() if func in _RECEIVES else result
+
+
+def _done() -> Any:
+    """A finished Work: the caller waits again, and gloo's receives never return from a second wait."""
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result([])
+    return torch._C._distributed_c10d._create_work_from_future(future).boxed()
 
 
 _COLLECTIVES = collectives()
+_RECEIVES = {op for op in _COLLECTIVES if "recv" in str(op)}
 _OPS.update(dict.fromkeys(_COLLECTIVES, _collective))
 _OPS.update(dict.fromkeys(SCATTERED - set(_OPS), _scattered_write))

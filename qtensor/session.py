@@ -246,7 +246,9 @@ class Session:
             self._arm_existing(tensors[key], owners)
         for module_name, module in model.named_modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set:
+                left = isinstance(buffer, LazyWeight) and buffer._armed.owner == (module, name)  # by an aborted session
+                on_meta = buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set
+                if buffer is not None and (left or on_meta):
                     lazy = self._lazy(module, name, buffer, trusted=False, quantizable=False)
                     del lazy._is_param  # type: ignore[attr-defined]
                     module._buffers[name] = lazy
@@ -468,7 +470,7 @@ class Session:
                 module._buffers[name] = store.tensor.as_strided(*view_of(buffer))
         live = self._live()
         for weight, owners in live.items():
-            held = [m._parameters.get(n) for _, m, n in owners]
+            held: list[torch.Tensor | None] = [m._parameters.get(n) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
                 self._realise_parameter(weight, param, owners)
         for weight in [w for w in self._weights if w not in live and w.coverage.complete]:

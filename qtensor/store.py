@@ -7,6 +7,7 @@ offset over the contiguous weight) and share the weight's `Coverage`. Callers ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import NamedTuple
@@ -172,6 +173,7 @@ class QuantStore:
         self.scheme, self.dtype, self.device = scheme, dtype, device
         self.coverage, self.audit, self._on_staged = coverage, audit, on_staged
         self.whole_weight = whole_weight
+        self._on_cpu = device.type == "cpu"
         *lead, self._n, self._k = coverage.shape
         self._lead = bool(lead)
         self._e = lead[0] if lead else 1
@@ -208,6 +210,9 @@ class QuantStore:
         if cols == (0, self._k) and not self.whole_weight:
             first = min(ceil_div(start, self._unit) * self._unit, stop)
             last = stop if stop == self._n else max(stop // self._unit * self._unit, first)
+        if (first, last) == rows:
+            self._quantize_source(e, first, last, source)
+            return
         if first < last:
             self._quantize_source(e, first, last, source[first - start : last - start])
         else:
@@ -218,7 +223,7 @@ class QuantStore:
 
     def _quantize_source(self, e: int, start: int, stop: int, source: torch.Tensor) -> None:
         """Rows start:stop, whole units, from the source itself, one bounded chunk at a time."""
-        if source.device.type == "cpu" and self.device.type == "cuda":
+        if not self._on_cpu and source.is_cpu and self.device.type == "cuda":
             upload_rows(source, self.device, lambda rows, first: self._take_rows(e, start + first, rows), self._unit)
             return
         step = max(1, CHUNK_BYTES // max(1, self._unit * self._k * self.dtype.itemsize)) * self._unit
@@ -228,7 +233,7 @@ class QuantStore:
     def _take_rows(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start`; whatever was staged of them is obsolete."""
         stop = start + rows.shape[0]
-        if rows.dtype != self.dtype or rows.device != self.device:
+        if rows.dtype != self.dtype or not (rows.is_cpu and self._on_cpu):
             rows = rows.to(device=self.device, dtype=self.dtype)
         self._quantize_rows(e, start, stop, rows)
         self.coverage.add(self._box(e, (start, stop), (0, self._k)))
@@ -273,8 +278,9 @@ class QuantStore:
         be written again, and until then they read as their dequantized values."""
         first, last = start // self._unit, ceil_div(stop, self._unit)
         units = self._state[e, first:last]
-        for u in (np.flatnonzero((units & _STAGED) == 0) + first).tolist():
-            if self._state[e, u] & _QUANTIZED:
+        finished = (units & (_QUANTIZED | _STAGED)) == _QUANTIZED
+        if finished.any():
+            for u in (np.flatnonzero(finished) + first).tolist():
                 a, b = u * self._unit, min((u + 1) * self._unit, self._n)
                 group.rows[a - group.first_row : b - group.first_row] = self._dequantized(e, a, b)
                 self.coverage.discard(self._box(e, (a, b), (0, self._k)))
@@ -304,7 +310,10 @@ class QuantStore:
 
     def _refuse_nonfinite(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         """Staged values are checked as they arrive, on the host; on a GPU the kernel checks when the unit completes."""
-        if not self.audit.refuse_nonfinite or source.device.type != "cpu" or torch.isfinite(source).all():
+        if not self.audit.refuse_nonfinite or not source.is_cpu:
+            return
+        # One pass without temporaries; the sum of finite values may overflow, so only a finite sum is an answer.
+        if math.isfinite(source.sum(dtype=torch.float32).item()) or torch.isfinite(source).all():
             return
         r, c = (~torch.isfinite(source)).nonzero()[0].tolist()
         raise NonFinite((e * self._n + rows[0] + r) * self._k + cols[0] + c, float(source[r, c]))
