@@ -33,6 +33,7 @@ class Coverage:
         self._cells = np.zeros((1,) * len(self.shape), dtype=bool)
         self._tidy_above = 64
         self._run: Box | None = None
+        self._gridded = False
 
     @property
     def complete(self) -> bool:
@@ -41,12 +42,17 @@ class Coverage:
     def add(self, region: Region) -> int:
         """Cover a box, one `(start, stop)` or slice per dimension. Returns how many elements were not covered before."""
         box = self._box(region)
-        if self.complete or _is_empty(box):
+        return 0 if _is_empty(box) else self.add_box(box)
+
+    def add_box(self, box: Box) -> int:
+        """`add` for a box that is known to be inside of the shape and not empty."""
+        if self.covered == self.numel:
             return 0
-        grown = _joined(self._run, box) if self._run is not None else None
+        run = self._run
+        grown = _joined(run, box) if run is not None else None
         if grown is None:
             self._settle_run()
-        if not self._in_grid(box):
+        if not (self._gridded and self._in_grid(box)):
             # Most boxes continue the last one. Those wait as one run, which enters the grid when something else comes.
             self._run = grown or box
             newly = _volume(box)
@@ -56,7 +62,7 @@ class Coverage:
             newly = self._count(~self._cells[index], index)
             self._cells[index] = True
         self.covered += newly
-        if self.complete:
+        if self.covered == self.numel:
             self._settle_run()
             self._tidy()
         return newly
@@ -83,6 +89,7 @@ class Coverage:
         if not self.shape:
             return self.add(()) if mask else 0
         self._settle_run()
+        self._gridded = True
         cuts, source = [], []
         for d, old in enumerate(self._cuts):
             others = tuple(a for a in range(mask.ndim) if a != d)
@@ -156,7 +163,7 @@ class Coverage:
     def copy(self) -> Coverage:
         self._settle_run()
         other = Coverage(self.shape)
-        other.covered = self.covered
+        other.covered, other._gridded = self.covered, True
         other._cuts = [list(c) for c in self._cuts]
         other._cells = self._cells.copy()
         return other
@@ -210,16 +217,21 @@ class Coverage:
         if self._run is not None:
             index = self._refine(self._run)  # replaces self._cells, so it has to come first
             self._cells[index] = True
-            self._run = None
+            self._run, self._gridded = None, True
             self._tidy()
 
     def _in_grid(self, box: Box) -> bool:
-        return bool(self._cells[self._touching(box)].any())
+        touching = self._touching(box)
+        if all([part.stop - part.start == 1 for part in touching]):
+            return self._cells.item(*[part.start for part in touching])
+        return bool(self._cells[touching].any())
 
     def _touching(self, box: Box) -> tuple[slice, ...]:
         return tuple(
-            slice(bisect_right(cuts, start) - 1, bisect_left(cuts, stop))
-            for cuts, (start, stop) in zip(self._cuts, box, strict=True)
+            [
+                slice(bisect_right(cuts, start) - 1, bisect_left(cuts, stop))
+                for cuts, (start, stop) in zip(self._cuts, box, strict=True)
+            ]
         )
 
     def _count(self, cells: np.ndarray, index: tuple[slice, ...]) -> int:
@@ -233,15 +245,17 @@ class Coverage:
 def _joined(a: Box, b: Box) -> Box | None:
     """The box that two boxes make up if one continues the other along one dimension, else None."""
     found = -1
-    for d, (x, y) in enumerate(zip(a, b, strict=True)):
-        if x != y:
-            if found >= 0 or (x[1] != y[0] and y[1] != x[0]):
+    for d, span in enumerate(a):
+        if span != b[d]:
+            if found >= 0:
                 return None
             found = d
     if found < 0:
         return None
-    span = (min(a[found][0], b[found][0]), max(a[found][1], b[found][1]))
-    return (*a[:found], span, *a[found + 1 :])
+    (start, stop), (first, last) = a[found], b[found]
+    if stop == first:
+        return (*a[:found], (start, last), *a[found + 1 :])
+    return (*a[:found], (first, stop), *a[found + 1 :]) if last == start else None
 
 
 def _is_empty(box: Box) -> bool:
@@ -249,7 +263,10 @@ def _is_empty(box: Box) -> bool:
 
 
 def _volume(box: Box) -> int:
-    return prod(stop - start for start, stop in box)
+    volume = 1
+    for start, stop in box:
+        volume *= stop - start
+    return volume
 
 
 def _boxes(cells: np.ndarray, cuts: Sequence[Sequence[int]]) -> list[Box]:

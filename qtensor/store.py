@@ -25,7 +25,7 @@ from .quantized import QTensor, empty
 from .scheme import Scheme
 
 CHUNK_BYTES = 32 << 20
-_STAGING_GROUP_BYTES = 256 << 10
+_STAGING_GROUP_BYTES = 1 << 20
 
 # What a unit's bytes are: quantized in qdata, present in staging, and (while staged) waiting for more elements.
 _QUANTIZED, _STAGED, _OPEN = 1, 2, 4
@@ -95,7 +95,7 @@ def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
 def cover(coverage: Coverage, view: View) -> None:
     """Mark all elements of a view as covered."""
     for box, _ in regions(coverage.shape, view):
-        coverage.add(box)
+        coverage.add_box(box)
 
 
 def cover_mask(coverage: Coverage, view: View, touched: torch.Tensor) -> None:
@@ -152,8 +152,8 @@ class _Group:
 class QuantStore:
     """A weight `[N, K]` or `[E, N, K]` that is quantized as its units complete.
 
-    Whole units in a write are quantized straight from the source. Parts of units are staged, in groups of a few
-    hundred kilobytes, until the unit is complete. A completed group is retained until the writer moves on (see
+    Whole units in a write are quantized straight from the source. Parts of units are staged, in groups of about a
+    megabyte, until the unit is complete. A completed group is retained until the writer moves on (see
     `release`), so that a loader that reads back or rewrites what it just wrote meets exact values.
 
     on_staged: called with the change in staged bytes.
@@ -236,7 +236,7 @@ class QuantStore:
         if rows.dtype != self.dtype or not (rows.is_cpu and self._on_cpu):
             rows = rows.to(device=self.device, dtype=self.dtype)
         self._quantize_rows(e, start, stop, rows)
-        self.coverage.add(self._box(e, (start, stop), (0, self._k)))
+        self.coverage.add_box(self._box(e, (start, stop), (0, self._k)))
         self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
         if self._groups:
             self._free_unused(e, start, stop)
@@ -269,7 +269,7 @@ class QuantStore:
             a, b = max(a, rows[0]), min(b, rows[1])
             target = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
             target.copy_(source[a - rows[0] : b - rows[0]])
-        self.coverage.add(self._box(e, rows, cols))
+        self.coverage.add_box(self._box(e, rows, cols))
         if not self.whole_weight:
             self._settle(e, lo, hi)
 
