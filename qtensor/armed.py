@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from itertools import count
 from typing import Any, NoReturn, Protocol
@@ -64,6 +65,7 @@ class ArmedWeight:
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
     initial: values to fall back to when elements stay unwritten (on_missing "keep" or "init").
     copied: it was deep-copied.
+    assigned: the Parameter that was last assigned in its place, if someone else holds it still.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class ArmedWeight:
         self.settled = False
         self.copied = False
         self.sqnr: float | None = None
+        self.assigned: weakref.ref[torch.Tensor] | None = None
         # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
         self.address = (1 << 62) + (next(_serial) << 42)
         host.enroll(self)
@@ -107,6 +110,8 @@ class ArmedWeight:
         self.host.touch(self)
         with self.lock:
             source = self._fit(view, source)
+            if 0 in view.size:
+                return
             store = self._open_store()
             try:
                 if isinstance(store, QuantStore) and not is_high_precision(source):

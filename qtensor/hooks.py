@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +104,7 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
     ):
         if not param.is_meta and not _is_placeholder():
             existing.data = param.detach()
+            existing._armed.assigned = weakref.ref(param)
             existing.__dict__.update({k: v for k, v in param.__dict__.items() if k not in existing.__dict__})
         return existing
     listener = listening()

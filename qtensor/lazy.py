@@ -69,7 +69,11 @@ class _Handle:
             self._armed.fail(WeightShapeError(f"{self._armed.name}: {error}"))
 
     def copy_(self, src: torch.Tensor, non_blocking: bool = False) -> Any:
-        if type(src) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or _called_by_init(1):
+        if (
+            type(src) is not torch.Tensor
+            or torch._C._len_torch_dispatch_stack()
+            or sys._getframe(1).f_globals.get("__name__") == "torch.nn.init"
+        ):
             return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
         self._armed.write(view_of(self), src)
         return self

@@ -161,6 +161,7 @@ class Session:
         hooks.listen(None)
         try:
             self._release_all()
+            self._retie()
             self._quantize_unseen()
             self._complete()
         except BaseException:
@@ -386,6 +387,16 @@ class Session:
     def _release_all(self) -> None:
         for weight in list(self._weights):
             weight.release()
+
+    def _retie(self) -> None:
+        """A Parameter put out of sight under one name and assigned to an armed weight under another is a tie, which
+        accelerate makes this way: both names get the armed weight."""
+        armed = {id(w.assigned()): w for w in self._weights if w.assigned is not None and w.assigned() is not None}
+        for _, module, name, param in list(self._tree()) if armed else ():
+            weight = armed.get(id(param))
+            if weight is not None and type(param) is nn.Parameter:
+                standing = [p for p in weight.params if getattr(p, "_armed", None) is weight]
+                module._parameters[name] = cast(nn.Parameter, standing[0])
 
     def _quantize_unseen(self) -> None:
         """Weights that were assigned where no hook could see them are quantized now."""

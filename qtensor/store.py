@@ -174,12 +174,14 @@ class QuantStore:
         self.coverage, self.audit, self._on_staged = coverage, audit, on_staged
         self.whole_weight = whole_weight
         self._on_cpu = device.type == "cpu"
+        self._quantize_into = kernels.choose(device).quantize_into
         *lead, self._n, self._k = coverage.shape
         self._lead = bool(lead)
         self._e = lead[0] if lead else 1
         self._unit = scheme.format.unit_rows(self._n)
         row_bytes = max(1, self._k * dtype.itemsize)
         self._group_rows = self._unit * max(1, _STAGING_GROUP_BYTES // (self._unit * row_bytes))
+        self._chunk_rows = self._unit * max(1, CHUNK_BYTES // (self._unit * row_bytes))
         self._state = np.zeros((self._e, ceil_div(self._n, self._unit)), dtype=np.uint8)
         self._groups: dict[tuple[int, int], _Group] = {}
         self._staged_whole: torch.Tensor | None = None
@@ -226,9 +228,11 @@ class QuantStore:
         if not self._on_cpu and source.is_cpu and self.device.type == "cuda":
             upload_rows(source, self.device, lambda rows, first: self._take_rows(e, start + first, rows), self._unit)
             return
-        step = max(1, CHUNK_BYTES // max(1, self._unit * self._k * self.dtype.itemsize)) * self._unit
-        for first in range(0, stop - start, step):
-            self._take_rows(e, start + first, source if step >= stop - start else source[first : first + step])
+        if stop - start <= self._chunk_rows:
+            self._take_rows(e, start, source)
+            return
+        for first in range(0, stop - start, self._chunk_rows):
+            self._take_rows(e, start + first, source[first : first + self._chunk_rows])
 
     def _take_rows(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start`; whatever was staged of them is obsolete."""
@@ -249,7 +253,7 @@ class QuantStore:
                 first = start // self._unit
                 scale = scale.narrow(0, first, ceil_div(stop, self._unit) - first)
         origin = (e * self._n + start) * self._k
-        kernels.quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
+        self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
 
     def _matrix(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantized values and scales of matrix e."""
