@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
+
 from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, cpu_numba, reference
 from qtensor.kernels.audit import Audit
 from qtensor.kernels.formats import WeightFormat
-from torch.nn import functional
 
 SHAPES = [(4096, 4096), (8192, 28672)]
 QUICK_SHAPES = [(2048, 4096)]
