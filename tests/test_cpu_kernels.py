@@ -301,7 +301,7 @@ def test_eight_threads_at_once() -> None:
     work = []
     for i in range(8):
         fmt = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK)[i % 3]
-        source = torch.randn(512 + i, 700, generator=torch.Generator().manual_seed(i)).bfloat16()
+        source = torch.randn(1024 + i, 700, generator=torch.Generator().manual_seed(i)).bfloat16()
         work.append((source, fmt, *quantized(reference, source, fmt)))
     errors: list[BaseException] = []
     start = threading.Barrier(len(work))
