@@ -399,9 +399,9 @@ def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
     bound = dict(zip(specs, args, strict=False)) | kwargs
     written = [n for n, v in bound.items() if isinstance(v, _LAZY) and specs[n].alias_info and specs[n].alias_info.is_write]
     first = bound[written[0]]
-    if len(written) == 1 and args and args[0] is first and (func.overloadpacket in RANDOM or _initialising()):
-        rest = tree_map_only(_LAZY, _materialize, (args[1:], kwargs))
-        first._armed.initialize(view_of(first), partial(_replay, func, *rest))
+    if len(written) == 1 and (func.overloadpacket in RANDOM or _initialising()):
+        rest = {n: tree_map_only(_LAZY, _materialize, v) for n, v in bound.items() if n != written[0]}
+        first._armed.initialize(view_of(first), lambda target: func(**rest, **{written[0]: target}))
         return first
     pure_output = {n for n in written if specs[n].is_out}
     real = {
