@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -273,12 +272,16 @@ def _is_basic(index: Any) -> bool:
     return index is None or index is Ellipsis or type(index) in (int, slice)
 
 
-def _called_by_init(depth: int) -> bool:
-    """Is the frame `depth` above the caller one of torch.nn.init? Its copies are initialisation, not a load."""
-    frame: FrameType | None = sys._getframe()
-    for _ in range(depth + 1):
-        frame = frame and frame.f_back
-    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.init"
+def _copied_by_init() -> bool:
+    """Did torch.nn.init call the copy_ being dispatched? Its copies are initialisation, not a load."""
+    frame = sys._getframe(1)
+    for _ in range(5):  # the handler, two dispatches at most, the handle's own copy_, its caller
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == "torch.nn.init":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _materialize(lazy: Any) -> torch.Tensor:
@@ -336,7 +339,7 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, _LAZY):
         return func(dst, src, *args[2:], **kwargs)
-    if _called_by_init(2) or _called_by_init(3):
+    if _copied_by_init():
         dst._armed.initialize(view_of(dst), partial(_replay, func, (src.clone(),), {}))
     else:
         dst._armed.write(view_of(dst), src)
@@ -510,7 +513,7 @@ def _done() -> Any:
     """A finished Work: the caller waits again, and gloo's receives never return from a second wait."""
     future: torch.futures.Future = torch.futures.Future()
     future.set_result([])
-    return torch._C._distributed_c10d._create_work_from_future(future).boxed()
+    return torch._C._distributed_c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]
 
 
 _COLLECTIVES = collectives()
