@@ -71,7 +71,10 @@ def test_a_key_the_dcp_checkpoint_lacks_is_its_own_error_and_nothing_stays_armed
             super().__init__()
             self.extra = nn.Linear(48, 48)
 
-    with pytest.raises(dcp.CheckpointException, match=r"Missing key.*extra\.bias"), armed("constructed", make=Wider) as (model, _):
+    with (
+        pytest.raises(dcp.CheckpointException, match=r"Missing key.*extra\.bias"),
+        armed("constructed", make=Wider) as (model, _),
+    ):
         dcp.load(model.state_dict(), checkpoint_id=path, no_dist=True)
     with armed("constructed") as (model, _):
         dcp.load(model.state_dict(), checkpoint_id=path, no_dist=True)
