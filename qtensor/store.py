@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[
         for box in split_run(shape, view.offset, view.offset + prod(view.size)):
             extents = [b - a for a, b in box]
             count = prod(extents)
-            yield box, lambda src, at=at, n=count, ext=extents: src.reshape(-1)[at : at + n].reshape(ext)
+            yield box, lambda src, at=at, n=count, ext=extents: src.reshape(-1)[at : at + n].reshape(ext)  # type: ignore[misc]
             at += count
         return
     touched = Coverage(shape)
@@ -82,7 +83,7 @@ def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[
         return dense[tuple(slice(*span) for span in box)]
 
     for box in touched.covered_boxes():
-        yield box, lambda src, box=box: scattered(src, box)
+        yield box, partial(scattered, box=box)
 
 
 def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
@@ -197,7 +198,8 @@ class QuantStore:
         found = as_box(self.coverage.shape, *view)
         if found is not None and len(view.size) == 2 and found.order[-2:] == (0, 1):
             # A matrix, or rows and columns of one expert: what loaders write all day.
-            self._write_matrix(found.box[0][0] if self._lead else 0, *found.box[-2:], source)
+            rows, cols = found.box[-2:]
+            self._write_matrix(found.box[0][0] if self._lead else 0, rows, cols, source)
         else:
             for box, part in regions(self.coverage.shape, view):
                 (e0, e1), rows, cols = box if self._lead else ((0, 1), *box)
@@ -408,9 +410,7 @@ class QuantStore:
     def copy(self, coverage: Coverage) -> QuantStore:
         """An independent store in the same state, sharing nothing but the audit's settings."""
         audit = Audit(self.audit.refuse_nonfinite, self.audit.measure_sqnr)
-        other = QuantStore(
-            self.scheme, self.dtype, self.device, coverage, audit, self._on_staged, self.whole_weight
-        )
+        other = QuantStore(self.scheme, self.dtype, self.device, coverage, audit, self._on_staged, self.whole_weight)
         other.result.qdata.copy_(self.result.qdata)
         other.result.scale.copy_(self.result.scale)
         other._state, other._clock = self._state.copy(), self._clock

@@ -20,10 +20,11 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_tensor
 
 NVIDIA = [GPUTarget("cuda", capability, 32) for capability in (80, 89, 90, 100)]
 AMD = [GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")]

@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
+
 from qtensor.kernels import (
     FORMATS,
     FP8_PER_BLOCK,
