@@ -288,7 +288,5 @@ def _boxes(cells: np.ndarray, cuts: Sequence[Sequence[int]]) -> list[Box]:
 
 
 def _clip(boxes: list[Box], limit: Box) -> list[Box]:
-    clipped = (
-        tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, limit, strict=True)) for box in boxes
-    )
+    clipped = (tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, limit, strict=True)) for box in boxes)
     return [box for box in clipped if not _is_empty(box)]

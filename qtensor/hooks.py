@@ -70,11 +70,7 @@ def is_constructing(module: nn.Module) -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if (
-            code.co_name == "__init__"
-            and code.co_argcount
-            and frame.f_locals.get(code.co_varnames[0]) is module
-        ):
+        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

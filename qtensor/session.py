@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from . import hooks
+from . import hooks, lazy_ops  # noqa: F401  lazy_ops fills the table of operations
 from .armed import ArmedWeight
 from .coverage import Box
 from .errors import IncompleteLoadError, LossyReadError, NonFiniteWeightError, QTensorError
@@ -439,8 +439,10 @@ class Session:
             boxes[name] = [tuple((0, n) for n in tensor.shape)]
             missing.append(f"{name}: still on the meta device; no loader gave it values")
         if missing:
-            advice = 'Pass on_missing="zero" to fill them.' if self.on_missing == "error" else (
-                f'on_missing="{self.on_missing}" has nothing to fill them with.'
+            advice = (
+                'Pass on_missing="zero" to fill them.'
+                if self.on_missing == "error"
+                else (f'on_missing="{self.on_missing}" has nothing to fill them with.')
             )
             raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
 

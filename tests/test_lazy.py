@@ -25,7 +25,7 @@ from qtensor import (
     online_quant,
     quantize,
 )
-from qtensor.lazy import _OPS
+from qtensor.lazy import OPS
 
 FULL = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 
@@ -139,10 +139,10 @@ def test_forward_works_before_the_session_ends() -> None:
 
 def test_operations_are_classified_once() -> None:
     torch_op = torch.ops.aten.unfold.default
-    _OPS.pop(torch_op, None)
+    OPS.pop(torch_op, None)
     with online_quant(fp8_per_channel, on_missing="zero"):
         linear().weight.unfold(0, 2, 1)
-    handler = _OPS[torch_op]
+    handler = OPS[torch_op]
     with online_quant(fp8_per_channel, on_missing="zero"):
         linear().weight.unfold(0, 2, 1)
-    assert _OPS[torch_op] is handler
+    assert OPS[torch_op] is handler
