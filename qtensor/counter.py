@@ -139,7 +139,7 @@ class CopyCounter(TorchDispatchMode):
             self._cover_shared(entry, view, last)
 
     def _cover_shared(self, entry: _Entry, view: View, last: int) -> None:
-        """A write to memory that is not laid out as the tensor: a flat buffer of several weights, or a transposed one."""
+        """A write to memory laid out unlike the tensor: a flat buffer of several weights, or a transposed one."""
         first = min(view.offset, 0)
         flat = torch.zeros(max(last, entry.coverage.numel - 1) - first + 1, dtype=torch.bool)
         flat.as_strided(view.size, view.stride, view.offset - first).fill_(True)

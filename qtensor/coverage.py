@@ -2,8 +2,8 @@
 
 The set is a coordinate-compressed grid: per dimension a sorted list of cut positions, and one boolean per grid cell.
 A box inserts at most two cuts per dimension; cuts that no longer separate anything are removed as the grid grows, so
-loads that arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is added by its
-boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean per element.
+loads that arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is
+added by its boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean per element.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Coverage:
         return self.covered == self.numel
 
     def add(self, region: Region) -> int:
-        """Cover a box, one `(start, stop)` or slice per dimension. Returns how many elements were not covered before."""
+        """Cover a box, one `(start, stop)` or slice per dimension. Returns how many elements were new."""
         box = self._box(region)
         return 0 if _is_empty(box) else self.add_box(box)
 
@@ -222,7 +222,7 @@ class Coverage:
 
     def _in_grid(self, box: Box) -> bool:
         touching = self._touching(box)
-        if all([part.stop - part.start == 1 for part in touching]):
+        if all([part.stop - part.start == 1 for part in touching]):  # noqa: C419  a list is faster
             return self._cells.item(*[part.start for part in touching])
         return bool(self._cells[touching].any())
 

@@ -1,7 +1,7 @@
 """The operations of lazy weights: views, writes, reads, collectives, and the rule for all that have no entry here.
 
-A handler takes (func, args, kwargs) as PyTorch dispatches them. Views replay on the meta tensor; whatever writes ends in
-`ArmedWeight.write`, or, when an initialiser does it, in `ArmedWeight.initialize`; whatever reads gets real tensors.
+A handler takes (func, args, kwargs) as PyTorch dispatches them. Views replay on the meta tensor; whatever writes ends
+in `ArmedWeight.write`, or, when an initialiser does it, in `ArmedWeight.initialize`; whatever reads gets real tensors.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ _INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "in
 
 
 def _initialising() -> bool:
-    """Is a fill being done by an initialiser rather than a loader? A module's __init__, or torch.nn.init, is calling."""
+    """Is an initialiser filling, rather than a loader? A module's __init__, or torch.nn.init, is calling."""
     frame = sys._getframe(2)
     for _ in range(40):
         if frame is None:

@@ -440,7 +440,7 @@ def _require_whole_units(dst: QTensor) -> None:
     if not dst.whole_units:
         raise QTensorError(
             f"QTensor slice {list(dst.shape)}: these elements share a {dst.scheme.name} scale with others, so they "
-            "cannot be written alone. Write whole rows (per_channel), bands of 128 rows (per_block) or the whole weight."
+            "cannot be written alone. Write whole rows (per_channel), bands of 128 rows (per_block) or all of it."
         )
 
 

@@ -245,7 +245,7 @@ class Session:
                 tensors[id(param)] = param
         for key, owners in seen.items():
             self._arm_existing(tensors[key], owners)
-        for module_name, module in model.named_modules():
+        for module in model.modules():
             for name, buffer in module._buffers.items():
                 left = isinstance(buffer, LazyWeight) and buffer._armed.owner == (module, name)  # by an aborted session
                 on_meta = buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set
