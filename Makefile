@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TYPECHECK := build/typecheck/qtensor
 
 .PHONY: demo test lint docs wheel clean
@@ -34,7 +34,7 @@ lint: $(VENV)/.dev
 	@echo "Checking types (mypy)"
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
 	@ln -s $(CURDIR)/qtensor/*.py $(CURDIR)/qtensor/py.typed $(CURDIR)/kernels $(TYPECHECK)
-	@MYPYPATH=build/typecheck $(BIN)/mypy -p qtensor
+	@cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p qtensor
 
 docs: $(VENV)/.docs
 	@echo "Building the documentation into site/"

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import gpu
-import qtensor.kernels as kernels
 import torch
+
+import qtensor.kernels as kernels
 from qtensor.kernels import FORMATS, Audit, WeightFormat, reference
 
 SHAPES = {

@@ -1,11 +1,11 @@
 """CPU kernels beside what people do without them: quantize, dequantize and the small-batch linear, one run, one table.
 
-    python bench/kernels_cpu.py [--quick] [--threads N] [--out bench/results/kernels_cpu.json]
+    python bench/kernels_cpu.py [--quick] [--shapes 4096x4096 ...] [--out bench/results/kernels_cpu.json]
 
 GB/s counts bytes of the high-precision side: read when quantizing, written when dequantizing. "of memcpy" sets the time
 beside that of a torch copy which reads and writes as many bytes as the kernel must move at least, 3 per bf16 element.
 All figures are the best of many repetitions, the copy and all candidates taken in turns, so that a busy moment of the
-machine hits them alike.
+machine hits them alike. Even so they mean something on an idle machine only: the load average is recorded with them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
+
 from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, cpu_numba, reference
 from qtensor.kernels.audit import Audit
 from qtensor.kernels.formats import WeightFormat
-from torch.nn import functional
 
 SHAPES = [(4096, 4096), (8192, 28672)]
 QUICK_SHAPES = [(2048, 4096)]
@@ -38,17 +39,21 @@ MAX = 448.0
 Call = Callable[[], object]
 
 
-def best_of(calls: dict[str, Call], repeat: int) -> dict[str, float]:
-    """Seconds of the fastest run of each call. They take turns, the short ones in pairs: one to warm up, one to count."""
+def best_of(calls: dict[str, Call], budget: float) -> dict[str, float]:
+    """Seconds of the fastest run of each call. They take turns for about `budget` seconds, each at least once."""
     best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeat):
+    end = time.perf_counter() + budget
+    while True:
         for name, call in calls.items():
-            if not 0.1 < best[name] < float("inf"):
-                call()
+            if best[name] == float("inf") or best[name] < budget / 40:
+                call()  # Warm up; what takes long is run once, without.
+            elif best[name] > budget / 10:
+                continue
             start = time.perf_counter()
             call()
             best[name] = min(best[name], time.perf_counter() - start)
-    return best
+        if time.perf_counter() > end:
+            return best
 
 
 def naive(weight: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +103,7 @@ def memcpy(elements: int) -> Call:
     return partial(target.copy_, source)
 
 
-def quantize_rows(shape: tuple[int, int], repeat: int) -> list[dict[str, Any]]:
+def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
     table = []
     for fmt in FORMATS.values():
@@ -115,11 +120,11 @@ def quantize_rows(shape: tuple[int, int], repeat: int) -> list[dict[str, Any]]:
         if fmt is FP8_PER_CHANNEL:
             calls["vLLM's formula, 64 MiB chunks"] = partial(chunked, weight, qdata, scale)
             calls |= torchao_per_row(weight)
-        table += rows_of("quantize " + fmt.name, shape, calls, repeat)
+        table += rows_of("quantize " + fmt.name, shape, calls, budget)
     return table
 
 
-def dequantize_rows(shape: tuple[int, int], repeat: int) -> list[dict[str, Any]]:
+def dequantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     table = []
     for fmt in FORMATS.values():
         qdata = torch.empty(shape, dtype=fmt.dtype)
@@ -132,14 +137,14 @@ def dequantize_rows(shape: tuple[int, int], repeat: int) -> list[dict[str, Any]]
         }
         if fmt.granularity != "block":
             calls["naive torch"] = partial(naive_dequantize, qdata, scale)
-        table += rows_of("dequantize " + fmt.name, shape, calls, repeat)
+        table += rows_of("dequantize " + fmt.name, shape, calls, budget)
     return table
 
 
-def rows_of(task: str, shape: tuple[int, int], calls: dict[str, Call], repeat: int) -> list[dict[str, Any]]:
+def rows_of(task: str, shape: tuple[int, int], calls: dict[str, Call], budget: float) -> list[dict[str, Any]]:
     """Measure `calls`, the first of them ours, together with a copy of as many bytes."""
     elements = shape[0] * shape[1]
-    best = best_of({"memcpy": memcpy(elements), **calls}, repeat)
+    best = best_of({"memcpy": memcpy(elements), **calls}, budget)
     ours = best[next(iter(calls))]
     return [
         {
@@ -155,7 +160,7 @@ def rows_of(task: str, shape: tuple[int, int], calls: dict[str, Call], repeat: i
     ]
 
 
-def linear_rows(size: int, repeat: int) -> list[dict[str, Any]]:
+def linear_rows(size: int, budget: float) -> list[dict[str, Any]]:
     table = []
     dense = torch.randn(size, size, dtype=torch.bfloat16) * 0.02
     weights = {}
@@ -173,11 +178,11 @@ def linear_rows(size: int, repeat: int) -> list[dict[str, Any]]:
             calls[f"qtensor numba {fmt.name}"] = partial(cpu_numba.linear, x, q, s, fmt)
         calls["dequantize (numba) + F.linear"] = partial(dequantize_then_linear, x, qdata, scale)
         calls["qtensor torch reference"] = partial(reference.linear, x, qdata, scale, FP8_PER_CHANNEL)
-        best = best_of(calls, repeat)
+        best = best_of(calls, budget)
         scaled_mm = partial(
             torch._scaled_mm, x8, qdata.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=torch.bfloat16
         )
-        best |= best_of({"torch._scaled_mm (x quantized beforehand)": scaled_mm}, min(repeat, 3))
+        best |= best_of({"torch._scaled_mm (x quantized beforehand)": scaled_mm}, budget / 4)
         for name, seconds in best.items():
             speed = best["bf16 F.linear"] / seconds
             shape = [batch, size, size]
@@ -217,6 +222,11 @@ def version(package: str) -> str | None:
         return None
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    rows, cols = map(int, text.split("x"))
+    return rows, cols
+
+
 def print_table(table: list[dict[str, Any]]) -> None:
     heading = None
     for entry in table:
@@ -237,27 +247,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small shape, few repetitions")
     parser.add_argument("--threads", type=int, help="torch threads, and so ours (default: torch's choice)")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds per group of candidates")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="weights to quantize")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    budget = 0.5 if args.quick else args.budget
+    load_before = os.getloadavg()[0]
     first_call = warm_up()
     table: list[dict[str, Any]] = []
-    for shape in QUICK_SHAPES if args.quick else SHAPES:
-        repeat = 3 if args.quick else max(3, min(30, (1 << 29) // (shape[0] * shape[1])))
-        table += quantize_rows(shape, repeat) + dequantize_rows(shape, repeat)
-    table += linear_rows(1024 if args.quick else 4096, 3 if args.quick else 30)
+    for shape in args.shapes or (QUICK_SHAPES if args.quick else SHAPES):
+        table += quantize_rows(shape, budget) + dequantize_rows(shape, budget)
+    table += linear_rows(1024 if args.quick else 4096, budget)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "load_before_and_after": [load_before, os.getloadavg()[0]],
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "numba", "llvmlite", "numpy", "torchao")},
         "first_call_seconds": first_call,
         "rows": table,
     }
     print(f"{result['cpu']}, {result['threads']} threads, torch {torch.__version__}, numba {version('numba')}")
+    print("load average before and after: {:.1f} {:.1f}".format(*result["load_before_and_after"]))
     print("first calls, compilation included: " + ", ".join(f"{k} {v:.1f} s" for k, v in first_call.items()))
     print_table(table)
     if args.out:

@@ -8,7 +8,8 @@ quantization of the slice, and "kernel" is the part of that spent in quantize_in
 online quantization does before it quantizes anything: the call runs on a meta tensor under a TorchDispatchMode that
 adds up what copy_ moves, and runs again on the real tensor once the layer is full. It is written here from that
 description, without vLLM's own bookkeeping of buffered calls, which comes on top. Each figure is the best round, in CPU
-time of all threads; the candidates take turns. The goal is at most 50 µs over plain, and less than count + copy.
+time of all threads; the candidates take turns. The goal is at most 50 µs over plain, and that what is not kernel costs
+less than count + copy, which quantizes nothing.
 """
 
 from __future__ import annotations
@@ -165,14 +166,14 @@ def main() -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| µs per loader call | plain | qtensor | of it kernel | over plain | count + copy | goal met |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| µs per loader call | plain | qtensor | of it kernel | count + copy | over plain | ≤ 50 | rest < counting |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for row in rows:
-        met = row["over_plain"] <= GOAL and row["qtensor"] < row["count_and_copy"]
-        numbers = (row["plain"], row["qtensor"], row["kernel"], row["over_plain"], row["count_and_copy"])
+        numbers = (row["plain"], row["qtensor"], row["kernel"], row["count_and_copy"], row["over_plain"])
         cells = " | ".join(f"{value:.1f}" for value in numbers)
-        lines.append(f"| `{row['case']}` | {cells} | {'yes' if met else 'no'} |")
+        near, less = row["over_plain"] <= GOAL, row["qtensor"] - row["kernel"] < row["count_and_copy"]
+        lines.append(f"| `{row['case']}` | {cells} | {'yes' if near else 'no'} | {'yes' if less else 'no'} |")
     return "\n".join(lines)
 
 

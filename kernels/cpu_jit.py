@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import extending, types
+from numba import carray, extending, types  # type: ignore[attr-defined]
 
 from .formats import E4M3_MAX
 
@@ -316,6 +316,45 @@ def quantize_rows(source, stride, codes, codes_stride, cols, scale, start, stop,
         _encode_times(row, factor, out)
         if measure:
             _add_sums(row, out, scale[0], lost, sums)
+
+
+@_intrinsic
+def _pointer(context, address, like):
+    """An address as a pointer to elements of the array `like`."""
+    pointer = types.CPointer(like.dtype)
+
+    def emit(emit_context, llvm, _signature, args):
+        return llvm.inttoptr(args[0], emit_context.get_value_type(pointer))
+
+    return pointer(address, like), emit
+
+
+TENSOR, CHANNEL, BLOCKS = range(3)
+
+
+@_jit()
+def quantize_piece(kind, source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols):
+    """A whole matrix, from addresses: for pieces so small that making arrays takes longer than quantizing.
+
+    `like` is any array of the source's element type, `scales` the number of scales. Returns the row-major index of the
+    first NaN or infinity, with nothing stored, or -1.
+    """
+    source = carray(_pointer(source_at, like), (rows - 1) * stride + cols)
+    codes = carray(_pointer(codes_at, np.empty(0, np.uint8)), (rows - 1) * codes_stride + cols)
+    scale = carray(_pointer(scale_at, np.empty(0, np.float32)), scales)
+    bad = first_nonfinite(source, stride, rows, cols)
+    if bad >= 0:
+        return bad
+    sums = np.empty(2)
+    if kind == CHANNEL:
+        quantize_groups(source, stride, codes, codes_stride, cols, cols, scale, 0, rows, False, False, sums)
+    elif kind == BLOCKS:
+        bands = (rows + BLOCK - 1) // BLOCK
+        quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, 0, bands, False, sums)
+    else:
+        scale[0] = _float(amax_rows(source, stride, cols, 0, rows, False)) / _MAX
+        quantize_rows(source, stride, codes, codes_stride, cols, scale, 0, rows, False, sums)
+    return -1
 
 
 @_jit()

@@ -39,6 +39,11 @@ _INFINITY_BITS = 0x7F800000
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 
 Array = np.ndarray[Any, Any]
+_LIKE: dict[torch.dtype, Array] = {
+    torch.bfloat16: np.empty(0, np.uint16),
+    torch.float16: np.empty(0, np.int16),
+    torch.float32: np.empty(0, np.float32),
+}
 
 
 @functools.cache
@@ -65,6 +70,10 @@ def quantize_into(
     if source.numel() == 0:
         reference.quantize_into(source, qdata, scale, fmt, audit, origin)
         return
+    if source.numel() <= _PIECE and audit.refuse_nonfinite and not audit.measure_sqnr:
+        if source.dim() == 2 and _adjacent(source) and _adjacent(qdata) and scale.is_contiguous():
+            _quantize_piece(source, qdata, scale, fmt, origin)
+            return
     matrices = _matrices(source, qdata, scale, fmt)
     amax = [0] * len(matrices)
     if audit.refuse_nonfinite or fmt.granularity == "tensor":
@@ -196,6 +205,29 @@ def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None
         raise TypeError(f"cannot quantize {source.dtype}; supported: {', '.join(map(str, SOURCE_DTYPES))}")
     if fmt.dtype != torch.float8_e4m3fn or qdata.dtype != fmt.dtype:
         raise TypeError(f"the numba kernels store float8_e4m3fn, not {qdata.dtype} ({fmt.name})")
+
+
+def _quantize_piece(
+    source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, origin: int
+) -> None:
+    """A small matrix in one call: loaders that deliver a weight in many slices spend their time between the calls."""
+    jit = _jit()
+    kind = {"tensor": jit.TENSOR, "channel": jit.CHANNEL, "block": jit.BLOCKS}[fmt.granularity]
+    rows, cols = source.shape
+    bad = jit.quantize_piece(
+        kind,
+        source.data_ptr(),
+        source.stride(0),
+        _LIKE[source.dtype],
+        qdata.data_ptr(),
+        qdata.stride(0),
+        scale.data_ptr(),
+        scale.numel(),
+        rows,
+        cols,
+    )
+    if bad >= 0:
+        raise NonFinite(origin + bad, float(source[bad // cols, bad % cols]))
 
 
 def _matrices(

@@ -12,7 +12,7 @@ import torch
 
 from .audit import Audit
 from .e4m3 import decode
-from .formats import NonFinite, WeightFormat, ceil_div
+from .formats import FP8_PER_CHANNEL, NonFinite, WeightFormat, ceil_div
 
 CHUNK_ELEMENTS = 1 << 18
 
@@ -52,7 +52,7 @@ def dequantize(
         for e in range(qdata.shape[0]):
             dequantize(qdata[e], scale[e], fmt, dtype, out[e])
         return out
-    for rows in _row_chunks(*qdata.shape, 1 if fmt.granularity != "block" else fmt.block[0]):
+    for rows in _row_chunks(qdata.shape[0], qdata.shape[1], 1 if fmt.granularity != "block" else fmt.block[0]):
         values = decode(qdata[rows], torch.float32)
         out[rows] = values.mul_(_expand_scale(scale, fmt, rows, qdata.shape[1]))
     return out
@@ -94,7 +94,7 @@ def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, 
     group = fmt.block[1] if fmt.granularity == "block" else max(cols, 1)
     groups = ceil_div(cols, group)
     x32 = torch.nn.functional.pad(x.float(), (0, groups * group - cols)).view(rows, groups, group)
-    scale = (x32.abs().amax(-1) / fmt.max).clamp_min(1.0 / (fmt.max * 512.0))
+    scale = FP8_PER_CHANNEL.scale_from_amax(x32.abs().amax(-1))
     return (x32 / scale.unsqueeze(-1)).clamp(-fmt.max, fmt.max).to(fmt.dtype), scale
 
 

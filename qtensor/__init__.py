@@ -1,7 +1,7 @@
 """qtensor: model weights that quantize themselves while any PyTorch loader fills them.
 
-    with online_quant(fp8):
-        model = AutoModelForCausalLM.from_pretrained(path)
+with online_quant(fp8):
+    model = AutoModelForCausalLM.from_pretrained(path)
 """
 
 from __future__ import annotations

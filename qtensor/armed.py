@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -39,7 +40,9 @@ _serial = count()
 class Host(Protocol):
     """What an armed weight asks of its session."""
 
-    on_missing: str
+    @property
+    def on_missing(self) -> str: ...
+
     refuse_nonfinite: bool
     min_sqnr: float | None
     closed: str | None
@@ -62,6 +65,7 @@ class ArmedWeight:
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
     initial: values to fall back to when elements stay unwritten (on_missing "keep" or "init").
     copied: it was deep-copied.
+    assigned: the Parameter that was last assigned in its place, if someone else holds it still.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class ArmedWeight:
         self.settled = False
         self.copied = False
         self.sqnr: float | None = None
+        self.assigned: weakref.ref[torch.Tensor] | None = None
         # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
         self.address = (1 << 62) + (next(_serial) << 42)
         host.enroll(self)
@@ -105,6 +110,8 @@ class ArmedWeight:
         self.host.touch(self)
         with self.lock:
             source = self._fit(view, source)
+            if 0 in view.size:
+                return
             store = self._open_store()
             try:
                 if isinstance(store, QuantStore) and not is_high_precision(source):
@@ -172,7 +179,7 @@ class ArmedWeight:
                 )
             )
 
-    def fail(self, error: QTensorError) -> Any:
+    def fail(self, error: QTensorError) -> NoReturn:
         """Raise, and remember: a loader that swallows the error must not make it disappear."""
         self.error = self.error or error
         raise error from None

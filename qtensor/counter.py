@@ -107,7 +107,7 @@ class CopyCounter(TorchDispatchMode):
             self._by_weight[tensor._armed] = entry
         else:
             storage = tensor.untyped_storage()._cdata
-            entry = _Entry(tensor, storage, coverage, tensor.storage_offset())
+            entry = _Entry(tensor, storage, coverage, int(tensor.storage_offset()))
             self._by_storage.setdefault(storage, []).append(entry)
         return entry
 
@@ -119,7 +119,7 @@ class CopyCounter(TorchDispatchMode):
             entries, view = [entry] if entry else [], view_of(target)
         else:
             entries = self._by_storage.get(target.untyped_storage()._cdata, [])
-            view = View(tuple(target.shape), target.stride(), target.storage_offset())
+            view = View(tuple(target.shape), target.stride(), int(target.storage_offset()))
         for entry in entries:
             self._cover(entry, func, target, view._replace(offset=view.offset - entry.offset), args, kwargs)
 
@@ -139,7 +139,7 @@ class CopyCounter(TorchDispatchMode):
             self._cover_shared(entry, view, last)
 
     def _cover_shared(self, entry: _Entry, view: View, last: int) -> None:
-        """A write to memory that is not laid out as the tensor: a flat buffer of several weights, or a transposed one."""
+        """A write to memory laid out unlike the tensor: a flat buffer of several weights, or a transposed one."""
         first = min(view.offset, 0)
         flat = torch.zeros(max(last, entry.coverage.numel - 1) - first + 1, dtype=torch.bool)
         flat.as_strided(view.size, view.stride, view.offset - first).fill_(True)

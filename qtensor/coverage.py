@@ -2,8 +2,8 @@
 
 The set is a coordinate-compressed grid: per dimension a sorted list of cut positions, and one boolean per grid cell.
 A box inserts at most two cuts per dimension; cuts that no longer separate anything are removed as the grid grows, so
-loads that arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is added by its
-boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean per element.
+loads that arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is
+added by its boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean per element.
 """
 
 from __future__ import annotations
@@ -32,26 +32,39 @@ class Coverage:
         self._cuts: list[list[int]] = [[0, n] for n in self.shape]
         self._cells = np.zeros((1,) * len(self.shape), dtype=bool)
         self._tidy_above = 64
+        self._run: Box | None = None
+        self._gridded = False
 
     @property
     def complete(self) -> bool:
         return self.covered == self.numel
 
     def add(self, region: Region) -> int:
-        """Cover a box, one `(start, stop)` or slice per dimension. Returns how many elements were not covered before."""
+        """Cover a box, one `(start, stop)` or slice per dimension. Returns how many elements were new."""
         box = self._box(region)
-        if self.complete or _is_empty(box):
+        return 0 if _is_empty(box) else self.add_box(box)
+
+    def add_box(self, box: Box) -> int:
+        """`add` for a box that is known to be inside of the shape and not empty."""
+        if self.covered == self.numel:
             return 0
-        index = self._refine(box)
-        if all(part.stop - part.start == 1 for part in index):
-            cell = tuple(part.start for part in index)
-            newly = 0 if self._cells[cell] else _volume(box)
-            self._cells[cell] = True
+        run = self._run
+        grown = _joined(run, box) if run is not None else None
+        if grown is None:
+            self._settle_run()
+        if not (self._gridded and self._in_grid(box)):
+            # Most boxes continue the last one. Those wait as one run, which enters the grid when something else comes.
+            self._run = grown or box
+            newly = _volume(box)
         else:
+            self._settle_run()
+            index = self._refine(box)
             newly = self._count(~self._cells[index], index)
             self._cells[index] = True
         self.covered += newly
-        self._tidy()
+        if self.covered == self.numel:
+            self._settle_run()
+            self._tidy()
         return newly
 
     def discard(self, region: Region) -> int:
@@ -59,6 +72,7 @@ class Coverage:
         box = self._box(region)
         if not self.covered or _is_empty(box):
             return 0
+        self._settle_run()
         index = self._refine(box)
         removed = self._count(self._cells[index], index)
         self._cells[index] = False
@@ -74,6 +88,8 @@ class Coverage:
             return 0
         if not self.shape:
             return self.add(()) if mask else 0
+        self._settle_run()
+        self._gridded = True
         cuts, source = [], []
         for d, old in enumerate(self._cuts):
             others = tuple(a for a in range(mask.ndim) if a != d)
@@ -93,12 +109,16 @@ class Coverage:
     def covers(self, region: Region) -> bool:
         """Is every element of the box covered? True for an empty box."""
         box = self._box(region)
-        return self.complete or _is_empty(box) or bool(self._cells[self._touching(box)].all())
+        if self.complete or _is_empty(box):
+            return True
+        self._settle_run()
+        return bool(self._cells[self._touching(box)].all())
 
     def overlaps(self, region: Region) -> bool:
         """Is any element of the box covered?"""
         box = self._box(region)
-        return bool(self.covered) and not _is_empty(box) and bool(self._cells[self._touching(box)].any())
+        self._settle_run()
+        return not _is_empty(box) and self._in_grid(box)
 
     def missing(self, within: Region | None = None) -> list[Box]:
         """Disjoint boxes that hold exactly the uncovered elements (of the box `within`), in row-major order."""
@@ -107,6 +127,7 @@ class Coverage:
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
         if _is_empty(box):
             return []
+        self._settle_run()
         return _clip(_boxes(~self._cells, self._cuts), box)
 
     def covered_boxes(self, within: Region | None = None) -> list[Box]:
@@ -114,6 +135,7 @@ class Coverage:
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
         if not self.covered or _is_empty(box):
             return []
+        self._settle_run()
         return _clip(_boxes(self._cells, self._cuts), box)
 
     def full_rows(self, lead: tuple[int, ...], start: int, stop: int) -> list[tuple[int, int]]:
@@ -123,6 +145,7 @@ class Coverage:
         """
         if self.complete:
             return [(start, stop)] if start < stop else []
+        self._settle_run()
         at = tuple(bisect_right(self._cuts[d], i) - 1 for d, i in enumerate(lead))
         cuts = self._cuts[-2]
         first, last = bisect_right(cuts, start) - 1, bisect_left(cuts, stop)
@@ -138,8 +161,9 @@ class Coverage:
         return runs
 
     def copy(self) -> Coverage:
+        self._settle_run()
         other = Coverage(self.shape)
-        other.covered = self.covered
+        other.covered, other._gridded = self.covered, True
         other._cuts = [list(c) for c in self._cuts]
         other._cells = self._cells.copy()
         return other
@@ -188,10 +212,26 @@ class Coverage:
                     self._cuts[d] = np.delete(self._cuts[d], dead).tolist()
             self._tidy_above = max(64, 2 * self._cells.size)
 
+    def _settle_run(self) -> None:
+        """Enter the waiting run into the grid."""
+        if self._run is not None:
+            index = self._refine(self._run)  # replaces self._cells, so it has to come first
+            self._cells[index] = True
+            self._run, self._gridded = None, True
+            self._tidy()
+
+    def _in_grid(self, box: Box) -> bool:
+        touching = self._touching(box)
+        if all([part.stop - part.start == 1 for part in touching]):  # noqa: C419  a list is faster
+            return self._cells.item(*[part.start for part in touching])
+        return bool(self._cells[touching].any())
+
     def _touching(self, box: Box) -> tuple[slice, ...]:
         return tuple(
-            slice(bisect_right(cuts, start) - 1, bisect_left(cuts, stop))
-            for cuts, (start, stop) in zip(self._cuts, box, strict=True)
+            [
+                slice(bisect_right(cuts, start) - 1, bisect_left(cuts, stop))
+                for cuts, (start, stop) in zip(self._cuts, box, strict=True)
+            ]
         )
 
     def _count(self, cells: np.ndarray, index: tuple[slice, ...]) -> int:
@@ -202,12 +242,31 @@ class Coverage:
         return int(count)
 
 
+def _joined(a: Box, b: Box) -> Box | None:
+    """The box that two boxes make up if one continues the other along one dimension, else None."""
+    found = -1
+    for d, span in enumerate(a):
+        if span != b[d]:
+            if found >= 0:
+                return None
+            found = d
+    if found < 0:
+        return None
+    (start, stop), (first, last) = a[found], b[found]
+    if stop == first:
+        return (*a[:found], (start, last), *a[found + 1 :])
+    return (*a[:found], (first, stop), *a[found + 1 :]) if last == start else None
+
+
 def _is_empty(box: Box) -> bool:
     return any(start >= stop for start, stop in box)
 
 
 def _volume(box: Box) -> int:
-    return prod(stop - start for start, stop in box)
+    volume = 1
+    for start, stop in box:
+        volume *= stop - start
+    return volume
 
 
 def _boxes(cells: np.ndarray, cuts: Sequence[Sequence[int]]) -> list[Box]:
@@ -229,7 +288,5 @@ def _boxes(cells: np.ndarray, cuts: Sequence[Sequence[int]]) -> list[Box]:
 
 
 def _clip(boxes: list[Box], limit: Box) -> list[Box]:
-    clipped = (
-        tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, limit, strict=True)) for box in boxes
-    )
+    clipped = (tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, limit, strict=True)) for box in boxes)
     return [box for box in clipped if not _is_empty(box)]

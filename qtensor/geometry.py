@@ -8,7 +8,7 @@ Flattened views are runs of the flat array, which split into at most a few boxes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -32,25 +32,38 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def as_box(shape: tuple[int, ...], size: Sequence[int], stride: Sequence[int], offset: int) -> BoxView | None:
+def as_box(shape: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> BoxView | None:
     """The view as a box of the array, or None if it is not one (a step, a flattened range, an overlap)."""
-    strides = contiguous_strides(shape)
-    start, rest = [], offset
-    for step in strides:
-        start.append(rest // step)
-        rest %= step
-    extent = [1] * len(shape)
+    matched = _match(shape, size, stride)
+    if matched is None:
+        return None
+    order, extents = matched
+    box = []
+    for n, step, extent in zip(shape, contiguous_strides(shape), extents, strict=True):
+        start, offset = divmod(offset, step)
+        if start + extent > n:
+            return None
+        box.append((start, start + extent))
+    return BoxView(tuple(box), order)
+
+
+@lru_cache(4096)
+def _match(
+    shape: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[tuple[int | None, ...], tuple[int, ...]] | None:
+    """Which view dimension walks each array dimension, and how far, wherever the view begins."""
+    extents = [1] * len(shape)
     order: list[int | None] = [None] * len(shape)
     for view_dim, (n, step) in enumerate(zip(size, stride, strict=True)):
         if n == 1:
             continue
-        for d, s in enumerate(strides):
-            if s == step and shape[d] > 1 and order[d] is None and start[d] + n <= shape[d]:
-                extent[d], order[d] = n, view_dim
+        for d, s in enumerate(contiguous_strides(shape)):
+            if s == step and shape[d] > 1 and order[d] is None and n <= shape[d]:
+                extents[d], order[d] = n, view_dim
                 break
         else:
             return None
-    return BoxView(tuple([(a, a + n) for a, n in zip(start, extent, strict=True)]), tuple(order))
+    return tuple(order), tuple(extents)
 
 
 def is_flat_run(size: tuple[int, ...], stride: Sequence[int]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -69,11 +70,7 @@ def is_constructing(module: nn.Module) -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if (
-            code.co_name == "__init__"
-            and code.co_argcount
-            and frame.f_locals.get(code.co_varnames[0]) is module
-        ):
+        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -103,6 +100,7 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
     ):
         if not param.is_meta and not _is_placeholder():
             existing.data = param.detach()
+            existing._armed.assigned = weakref.ref(param)
             existing.__dict__.update({k: v for k, v in param.__dict__.items() if k not in existing.__dict__})
         return existing
     listener = listening()

@@ -48,7 +48,7 @@ class QTensor(torch.Tensor):
     transposed: bool
     whole_units: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -117,7 +117,9 @@ class QTensor(torch.Tensor):
         return ["qdata", "scale"], (self.scheme, self.dtype, self.transposed, self.whole_units)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any) -> QTensor:
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> QTensor:
         return QTensor(inner["qdata"], inner["scale"], *context)
 
     def _stable_hash_for_caching(self) -> str:
@@ -133,7 +135,11 @@ class QTensor(torch.Tensor):
         return _on_dequantized(func, *args, **(kwargs or {}))
 
     def _with(self, qdata: torch.Tensor, scale: torch.Tensor, **changes: Any) -> QTensor:
-        parts = {"dtype": self.dtype, "transposed": self.transposed, "whole_units": self.whole_units} | changes
+        parts: dict[str, Any] = {
+            "dtype": self.dtype,
+            "transposed": self.transposed,
+            "whole_units": self.whole_units,
+        } | changes
         if torch.is_inference_mode_enabled() and not self.is_inference():
             # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
             with torch.inference_mode(False):
@@ -215,7 +221,9 @@ def _clone(func: Any, w: QTensor, *, memory_format: Any = None) -> QTensor:
 
 
 @_implements(aten._to_copy.default)
-def _to_copy(func: Any, w: QTensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Any:
+def _to_copy(
+    func: Any, w: QTensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any
+) -> Any:
     if dtype is not None and dtype not in SOURCE_DTYPES:
         return func(w.dequantize(), dtype=dtype, device=device)
     move = {"device": device, "non_blocking": non_blocking, "copy": True}
@@ -432,7 +440,7 @@ def _require_whole_units(dst: QTensor) -> None:
     if not dst.whole_units:
         raise QTensorError(
             f"QTensor slice {list(dst.shape)}: these elements share a {dst.scheme.name} scale with others, so they "
-            "cannot be written alone. Write whole rows (per_channel), bands of 128 rows (per_block) or the whole weight."
+            "cannot be written alone. Write whole rows (per_channel), bands of 128 rows (per_block) or all of it."
         )
 
 

@@ -65,7 +65,7 @@ class LoadReport:
         return text
 
     def __str__(self) -> str:
-        rows = [("weight", "shape", "scheme", "bytes", "ratio", "SQNR dB", "note")]
+        rows: list[tuple[str, ...]] = [("weight", "shape", "scheme", "bytes", "ratio", "SQNR dB", "note")]
         for layer in self.layers:
             ratio = f"{layer.bytes / layer.source_bytes:.3f}" if layer.source_bytes else "-"
             sqnr = "-" if layer.sqnr is None else f"{layer.sqnr:.1f}"

@@ -24,7 +24,18 @@ DEFAULT_IGNORE: tuple[str, ...] = (
     r"re:(.*\.)?\w*(norm|ln)(_?\w)?$",
     r"re:(.*\.)?(\w*router|gate|wg|shared_expert_gate)$",
 )
-_EXPERT_PARAMETERS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "w13", "w13_weight", "w2_weight"}
+_EXPERT_PARAMETERS = {
+    "gate_up_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+    "w13",
+    "w13_weight",
+    "w2_weight",
+}
 
 Owner = tuple[str, nn.Module, str]
 """A module's name, the module, and the parameter's name in it."""

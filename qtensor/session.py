@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from . import hooks
+from . import hooks, lazy_ops  # noqa: F401  lazy_ops fills the table of operations
 from .armed import ArmedWeight
 from .coverage import Box
 from .errors import IncompleteLoadError, LossyReadError, NonFiniteWeightError, QTensorError
@@ -161,6 +161,7 @@ class Session:
         hooks.listen(None)
         try:
             self._release_all()
+            self._retie()
             self._quantize_unseen()
             self._complete()
         except BaseException:
@@ -244,9 +245,11 @@ class Session:
                 tensors[id(param)] = param
         for key, owners in seen.items():
             self._arm_existing(tensors[key], owners)
-        for module_name, module in model.named_modules():
+        for module in model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set:
+                left = isinstance(buffer, LazyWeight) and buffer._armed.owner == (module, name)  # by an aborted session
+                on_meta = buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set
+                if buffer is not None and (left or on_meta):
                     lazy = self._lazy(module, name, buffer, trusted=False, quantizable=False)
                     del lazy._is_param  # type: ignore[attr-defined]
                     module._buffers[name] = lazy
@@ -342,7 +345,7 @@ class Session:
 
     def _run_layer_hooks(self, weight: ArmedWeight) -> None:
         for module_name, module, _ in self._owners(weight):
-            armed = [p for p in module._parameters.values() if isinstance(p, LazyWeight)]
+            armed: list[Any] = [p for p in module._parameters.values() if isinstance(p, LazyWeight)]
             if not any(p._armed.scheme is not None for p in armed):
                 for hook in self._layer_hooks:
                     hook(module_name, module)
@@ -385,6 +388,16 @@ class Session:
         for weight in list(self._weights):
             weight.release()
 
+    def _retie(self) -> None:
+        """A Parameter put out of sight under one name and assigned to an armed weight under another is a tie, which
+        accelerate makes this way: both names get the armed weight."""
+        armed = {id(w.assigned()): w for w in self._weights if w.assigned is not None and w.assigned() is not None}
+        for _, module, name, param in list(self._tree()) if armed else ():
+            weight = armed.get(id(param))
+            if weight is not None and type(param) is nn.Parameter:
+                standing = [p for p in weight.params if getattr(p, "_armed", None) is weight]
+                module._parameters[name] = cast(nn.Parameter, standing[0])
+
     def _quantize_unseen(self) -> None:
         """Weights that were assigned where no hook could see them are quantized now."""
         found: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
@@ -426,8 +439,10 @@ class Session:
             boxes[name] = [tuple((0, n) for n in tensor.shape)]
             missing.append(f"{name}: still on the meta device; no loader gave it values")
         if missing:
-            advice = 'Pass on_missing="zero" to fill them.' if self.on_missing == "error" else (
-                f'on_missing="{self.on_missing}" has nothing to fill them with.'
+            advice = (
+                'Pass on_missing="zero" to fill them.'
+                if self.on_missing == "error"
+                else (f'on_missing="{self.on_missing}" has nothing to fill them with.')
             )
             raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
 
@@ -468,7 +483,7 @@ class Session:
                 module._buffers[name] = store.tensor.as_strided(*view_of(buffer))
         live = self._live()
         for weight, owners in live.items():
-            held = [m._parameters.get(n) for _, m, n in owners]
+            held: list[torch.Tensor | None] = [m._parameters.get(n) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
                 self._realise_parameter(weight, param, owners)
         for weight in [w for w in self._weights if w not in live and w.coverage.complete]:

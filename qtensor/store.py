@@ -7,7 +7,9 @@ offset over the contiguous weight) and share the weight's `Coverage`. Callers ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from .quantized import QTensor, empty
 from .scheme import Scheme
 
 CHUNK_BYTES = 32 << 20
-_STAGING_GROUP_BYTES = 256 << 10
+_STAGING_GROUP_BYTES = 1 << 20
 
 # What a unit's bytes are: quantized in qdata, present in staging, and (while staged) waiting for more elements.
 _QUANTIZED, _STAGED, _OPEN = 1, 2, 4
@@ -69,7 +71,7 @@ def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[
         for box in split_run(shape, view.offset, view.offset + prod(view.size)):
             extents = [b - a for a, b in box]
             count = prod(extents)
-            yield box, lambda src, at=at, n=count, ext=extents: src.reshape(-1)[at : at + n].reshape(ext)
+            yield box, lambda src, at=at, n=count, ext=extents: src.reshape(-1)[at : at + n].reshape(ext)  # type: ignore[misc]
             at += count
         return
     touched = Coverage(shape)
@@ -81,7 +83,7 @@ def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[
         return dense[tuple(slice(*span) for span in box)]
 
     for box in touched.covered_boxes():
-        yield box, lambda src, box=box: scattered(src, box)
+        yield box, partial(scattered, box=box)
 
 
 def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
@@ -94,7 +96,7 @@ def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
 def cover(coverage: Coverage, view: View) -> None:
     """Mark all elements of a view as covered."""
     for box, _ in regions(coverage.shape, view):
-        coverage.add(box)
+        coverage.add_box(box)
 
 
 def cover_mask(coverage: Coverage, view: View, touched: torch.Tensor) -> None:
@@ -151,8 +153,8 @@ class _Group:
 class QuantStore:
     """A weight `[N, K]` or `[E, N, K]` that is quantized as its units complete.
 
-    Whole units in a write are quantized straight from the source. Parts of units are staged, in groups of a few
-    hundred kilobytes, until the unit is complete. A completed group is retained until the writer moves on (see
+    Whole units in a write are quantized straight from the source. Parts of units are staged, in groups of about a
+    megabyte, until the unit is complete. A completed group is retained until the writer moves on (see
     `release`), so that a loader that reads back or rewrites what it just wrote meets exact values.
 
     on_staged: called with the change in staged bytes.
@@ -172,12 +174,15 @@ class QuantStore:
         self.scheme, self.dtype, self.device = scheme, dtype, device
         self.coverage, self.audit, self._on_staged = coverage, audit, on_staged
         self.whole_weight = whole_weight
+        self._on_cpu = device.type == "cpu"
+        self._quantize_into = kernels.choose(device).quantize_into
         *lead, self._n, self._k = coverage.shape
         self._lead = bool(lead)
         self._e = lead[0] if lead else 1
         self._unit = scheme.format.unit_rows(self._n)
         row_bytes = max(1, self._k * dtype.itemsize)
         self._group_rows = self._unit * max(1, _STAGING_GROUP_BYTES // (self._unit * row_bytes))
+        self._chunk_rows = self._unit * max(1, CHUNK_BYTES // (self._unit * row_bytes))
         self._state = np.zeros((self._e, ceil_div(self._n, self._unit)), dtype=np.uint8)
         self._groups: dict[tuple[int, int], _Group] = {}
         self._staged_whole: torch.Tensor | None = None
@@ -193,7 +198,8 @@ class QuantStore:
         found = as_box(self.coverage.shape, *view)
         if found is not None and len(view.size) == 2 and found.order[-2:] == (0, 1):
             # A matrix, or rows and columns of one expert: what loaders write all day.
-            self._write_matrix(found.box[0][0] if self._lead else 0, *found.box[-2:], source)
+            rows, cols = found.box[-2:]
+            self._write_matrix(found.box[0][0] if self._lead else 0, rows, cols, source)
         else:
             for box, part in regions(self.coverage.shape, view):
                 (e0, e1), rows, cols = box if self._lead else ((0, 1), *box)
@@ -208,6 +214,9 @@ class QuantStore:
         if cols == (0, self._k) and not self.whole_weight:
             first = min(ceil_div(start, self._unit) * self._unit, stop)
             last = stop if stop == self._n else max(stop // self._unit * self._unit, first)
+        if (first, last) == rows:
+            self._quantize_source(e, first, last, source)
+            return
         if first < last:
             self._quantize_source(e, first, last, source[first - start : last - start])
         else:
@@ -218,20 +227,22 @@ class QuantStore:
 
     def _quantize_source(self, e: int, start: int, stop: int, source: torch.Tensor) -> None:
         """Rows start:stop, whole units, from the source itself, one bounded chunk at a time."""
-        if source.device.type == "cpu" and self.device.type == "cuda":
+        if not self._on_cpu and source.is_cpu and self.device.type == "cuda":
             upload_rows(source, self.device, lambda rows, first: self._take_rows(e, start + first, rows), self._unit)
             return
-        step = max(1, CHUNK_BYTES // max(1, self._unit * self._k * self.dtype.itemsize)) * self._unit
-        for first in range(0, stop - start, step):
-            self._take_rows(e, start + first, source if step >= stop - start else source[first : first + step])
+        if stop - start <= self._chunk_rows:
+            self._take_rows(e, start, source)
+            return
+        for first in range(0, stop - start, self._chunk_rows):
+            self._take_rows(e, start + first, source[first : first + self._chunk_rows])
 
     def _take_rows(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start`; whatever was staged of them is obsolete."""
         stop = start + rows.shape[0]
-        if rows.dtype != self.dtype or rows.device != self.device:
+        if rows.dtype != self.dtype or not (rows.is_cpu and self._on_cpu):
             rows = rows.to(device=self.device, dtype=self.dtype)
         self._quantize_rows(e, start, stop, rows)
-        self.coverage.add(self._box(e, (start, stop), (0, self._k)))
+        self.coverage.add_box(self._box(e, (start, stop), (0, self._k)))
         self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
         if self._groups:
             self._free_unused(e, start, stop)
@@ -244,7 +255,7 @@ class QuantStore:
                 first = start // self._unit
                 scale = scale.narrow(0, first, ceil_div(stop, self._unit) - first)
         origin = (e * self._n + start) * self._k
-        kernels.quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
+        self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
 
     def _matrix(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantized values and scales of matrix e."""
@@ -264,7 +275,7 @@ class QuantStore:
             a, b = max(a, rows[0]), min(b, rows[1])
             target = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
             target.copy_(source[a - rows[0] : b - rows[0]])
-        self.coverage.add(self._box(e, rows, cols))
+        self.coverage.add_box(self._box(e, rows, cols))
         if not self.whole_weight:
             self._settle(e, lo, hi)
 
@@ -273,8 +284,9 @@ class QuantStore:
         be written again, and until then they read as their dequantized values."""
         first, last = start // self._unit, ceil_div(stop, self._unit)
         units = self._state[e, first:last]
-        for u in (np.flatnonzero((units & _STAGED) == 0) + first).tolist():
-            if self._state[e, u] & _QUANTIZED:
+        finished = (units & (_QUANTIZED | _STAGED)) == _QUANTIZED
+        if finished.any():
+            for u in (np.flatnonzero(finished) + first).tolist():
                 a, b = u * self._unit, min((u + 1) * self._unit, self._n)
                 group.rows[a - group.first_row : b - group.first_row] = self._dequantized(e, a, b)
                 self.coverage.discard(self._box(e, (a, b), (0, self._k)))
@@ -304,7 +316,10 @@ class QuantStore:
 
     def _refuse_nonfinite(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         """Staged values are checked as they arrive, on the host; on a GPU the kernel checks when the unit completes."""
-        if not self.audit.refuse_nonfinite or source.device.type != "cpu" or torch.isfinite(source).all():
+        if not self.audit.refuse_nonfinite or not source.is_cpu:
+            return
+        # One pass without temporaries; the sum of finite values may overflow, so only a finite sum is an answer.
+        if math.isfinite(source.sum(dtype=torch.float32).item()) or torch.isfinite(source).all():
             return
         r, c = (~torch.isfinite(source)).nonzero()[0].tolist()
         raise NonFinite((e * self._n + rows[0] + r) * self._k + cols[0] + c, float(source[r, c]))
@@ -395,9 +410,7 @@ class QuantStore:
     def copy(self, coverage: Coverage) -> QuantStore:
         """An independent store in the same state, sharing nothing but the audit's settings."""
         audit = Audit(self.audit.refuse_nonfinite, self.audit.measure_sqnr)
-        other = QuantStore(
-            self.scheme, self.dtype, self.device, coverage, audit, self._on_staged, self.whole_weight
-        )
+        other = QuantStore(self.scheme, self.dtype, self.device, coverage, audit, self._on_staged, self.whole_weight)
         other.result.qdata.copy_(self.result.qdata)
         other.result.scale.copy_(self.result.scale)
         other._state, other._clock = self._state.copy(), self._clock

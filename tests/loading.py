@@ -78,16 +78,16 @@ def armed(
     form: str,
     scheme: Scheme = fp8,
     make: Callable[[], nn.Module] = TinyNet,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     **options: Any,
 ) -> Iterator[tuple[nn.Module, Session]]:
     """An open session with a model that waits for its weights."""
     if form == "constructed":
         with online_quant(scheme, **options) as session:
-            yield make().to(dtype), session
+            yield make().to(dtype=dtype), session
     else:
         with torch.device("meta" if form == "meta" else "cpu"):
-            model = make().to(dtype)
+            model = make().to(dtype=dtype)
         with online_quant(scheme, model, **options) as session:
             yield model, session
 

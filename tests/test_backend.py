@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from qtensor.kernels import FORMATS, Audit, NonFinite, UnsupportedBackend, WeightFormat, backend, choose, reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtensor import kernels
+from qtensor.kernels import FORMATS, Audit, NonFinite, UnsupportedBackend, WeightFormat, backend, choose, reference
 
 CPU = torch.device("cpu")
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

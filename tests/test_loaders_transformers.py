@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ class Checkpoint:
 
     def assert_loaded(self, model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16, scheme=fp8) -> None:
         assert_equals_oracle(model, {n: t.to(dtype) for n, t in self.state.items()}, self.quantized, scheme)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_collections() -> Iterator[None]:
+    """accelerate collects garbage after each file; let it not walk all of transformers every time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -265,7 +274,11 @@ def test_accelerate_equals_the_oracle(form, load, sharded, tmp_path) -> None:
         with armed(form) as (model, session):
             LOADS[load](model, str(tmp_path))
     assert_equals_oracle(model, state, TinyNet.QUANTIZED)
-    assert session.report().missing == {}
+    report = session.report()
+    assert report.missing == {}
+    # With a device_map accelerate writes into module._parameters, where nothing can see it before the end.
+    unseen = "assigned out of sight; quantized at finish" if "on cpu" in load else ""
+    assert {layer.note for layer in report.layers} == {unseen}
     assert model(torch.arange(4)[None]).isfinite().all()
 
 

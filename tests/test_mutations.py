@@ -96,18 +96,17 @@ def overlap_is_counted_once() -> None:
 def count_instead_of_cover(monkeypatch: pytest.MonkeyPatch) -> None:
     """The field's favourite bug: a sum of element counts."""
 
-    def add(self: Coverage, region: object) -> int:
-        box = self._box(region)  # type: ignore[arg-type]
+    def add_box(self: Coverage, box: tuple[tuple[int, int], ...]) -> int:
         newly = int(np.prod([b - a for a, b in box]))
         self.covered = min(self.covered + newly, self.numel)
         return newly
 
-    monkeypatch.setattr(Coverage, "add", add)
+    monkeypatch.setattr(Coverage, "add_box", add_box)
 
 
 def forget_to_cover_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Coverage.add
-    monkeypatch.setattr(Coverage, "add", lambda self, r: 0 if self.overlaps(r) else original(self, r))
+    original = Coverage.add_box
+    monkeypatch.setattr(Coverage, "add_box", lambda self, box: 0 if self.overlaps(box) else original(self, box))
 
 
 def every_row_is_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +149,7 @@ def borrow_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
             self._open_units(e, a // self._unit * self._unit, min(-(-b // self._unit) * self._unit, self._n), group)
             target = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
             late.append((target, source[a - rows[0] : b - rows[0]]))
-        self.coverage.add(self._box(e, rows, cols))
+        self.coverage.add_box(self._box(e, rows, cols))
         if self.coverage.complete:
             for target, borrowed in late:
                 target.copy_(borrowed)

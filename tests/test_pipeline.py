@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qtensor.kernels.pipeline import UploadRing, upload_rows
 
 GARBAGE = 0xAB

@@ -20,10 +20,11 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_tensor
 
 NVIDIA = [GPUTarget("cuda", capability, 32) for capability in (80, 89, 90, 100)]
 AMD = [GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")]
@@ -157,7 +158,7 @@ def test_amd(case: Case, target: GPUTarget) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("target", [NVIDIA[0], NVIDIA[2], AMD[0]], ids=["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", [NVIDIA[2], AMD[0]], ids=["sm_90", "gfx942"])
 @pytest.mark.parametrize("case", [c for c in CASES if "sqnr" not in c.name], ids=lambda c: c.name)
 def test_other_dtypes_and_layouts_compile(case: Case, target: GPUTarget) -> None:
     for dtype in (torch.float16, torch.float32):

@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
+
 from qtensor.kernels import (
     FORMATS,
     FP8_PER_BLOCK,
@@ -36,7 +37,7 @@ from qtensor.kernels import triton as kernels
 from qtensor.kernels.triton import activation, encode, launch, per_channel, per_tensor
 
 FUSED = launch.target(torch.device("cpu"))["FUSED"]
-few = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
 VALUES = ("normal", "zeros", "subnormal", "edges", "huge", "one outlier")

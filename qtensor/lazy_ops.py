@@ -1,0 +1,276 @@
+"""The operations of lazy weights: views, writes, reads, collectives, and the rule for all that have no entry here.
+
+A handler takes (func, args, kwargs) as PyTorch dispatches them. Views replay on the meta tensor; whatever writes ends
+in `ArmedWeight.write`, or, when an initialiser does it, in `ArmedWeight.initialize`; whatever reads gets real tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from .errors import QTensorError, WeightShapeError
+from .lazy import LAZY, OPS, Handler, assign, materialize, view_of, wrap
+from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
+from .quantized import QTensor
+
+aten = torch.ops.aten
+
+
+def _implements(*ops: Any) -> Callable[[Handler], Handler]:
+    def register(fn: Handler) -> Handler:
+        OPS.update(dict.fromkeys(ops, fn))
+        return fn
+
+    return register
+
+
+# Views --------------------------------------------------------------------------------------------------------------
+
+
+def _view(func: Any, args: tuple, kwargs: dict) -> Any:
+    lazy = args[0]
+    armed, out = lazy._armed, func(lazy._meta, *args[1:], **kwargs)
+    return [wrap(armed, m) for m in out] if isinstance(out, (list, tuple)) else wrap(armed, out)
+
+
+@_implements(aten.detach.default, aten.alias.default)
+def _alias(func: Any, args: tuple, kwargs: dict) -> Any:
+    return wrap(args[0]._armed, args[0]._meta)
+
+
+@_implements(aten.view.dtype, aten.view_as_real.default, aten.view_as_complex.default)
+def _reinterpret(func: Any, args: tuple, kwargs: dict) -> NoReturn:
+    raise QTensorError(
+        f"{args[0]._armed.name}: a lazy weight has no bytes to reinterpret ({func}); copy values of its dtype instead"
+    )
+
+
+@_implements(aten.resize_.default, aten.resize_as_.default)
+def _resize(func: Any, args: tuple, kwargs: dict) -> NoReturn:
+    raise WeightShapeError(f"{args[0]._armed.name}: a weight that is being loaded cannot be resized")
+
+
+# Writes -------------------------------------------------------------------------------------------------------------
+
+
+@_implements(aten.copy_.default)
+def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
+    dst, src = args[0], args[1]
+    if isinstance(src, LAZY):
+        if isinstance(dst, LAZY) and src._armed is dst._armed and view_of(src) == view_of(dst):
+            return dst  # set_model_state_dict completes a partial state dict with the model's own weights
+        src = materialize(src)
+    elif isinstance(src, QTensor):
+        if isinstance(dst, LAZY) and dst._meta.numel() == dst._armed.coverage.numel and dst._armed.accept(src):
+            return dst
+        src = src.dequantize(dst.dtype)
+    if not isinstance(dst, LAZY):
+        return func(dst, src, *args[2:], **kwargs)
+    if _copied_by_init():
+        dst._armed.initialize(view_of(dst), partial(_replay, func, (src.clone(),), {}))
+    else:
+        dst._armed.write(view_of(dst), src)
+    return dst
+
+
+@_implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
+def _fill_(func: Any, args: tuple, kwargs: dict) -> Any:
+    lazy, value = args[0], args[1] if len(args) > 1 else 0
+    if _initialising():
+        lazy._armed.initialize(view_of(lazy), partial(_replay, func, args[1:], kwargs))
+    else:
+        lazy._armed.write(view_of(lazy), torch.as_tensor(value, dtype=lazy.dtype))
+    return lazy
+
+
+@_implements(aten._foreach_copy_.default)
+def _foreach_copy_(func: Any, args: tuple, kwargs: dict) -> None:
+    for dst, src in zip(args[0], args[1], strict=True):
+        dst.copy_(src)
+
+
+@_implements(aten.set_.source_Tensor)
+def _set_(func: Any, args: tuple, kwargs: dict) -> Any:
+    assign(args[0], args[1])
+    return args[0]
+
+
+@_implements(aten.index_copy_.default)
+def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Row by row in the order given, neighbouring rows together."""
+    lazy, dim, index, source = args
+    wanted = index.tolist()
+    start = 0
+    for i in range(1, len(wanted) + 1):
+        if i == len(wanted) or wanted[i] != wanted[i - 1] + 1:
+            lazy.narrow(dim, wanted[start], i - start).copy_(source.narrow(dim, start, i - start))
+            start = i
+    return lazy
+
+
+def _scattered_write(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Writes to elements that only the operation knows: run it once on values and once on a mask of what it touches."""
+    if accumulates(func, args, kwargs):
+        return _mutate(func, args, kwargs)
+    lazy = args[0]
+    rest, kwargs = tree_map_only(LAZY, materialize, (args[1:], kwargs))
+    values = torch.zeros(lazy.shape, dtype=lazy.dtype, device=lazy.device)
+    func(values, *rest, **kwargs)
+    lazy._armed.write_masked(view_of(lazy), values, touched_elements(func, (lazy, *rest), kwargs))
+    return lazy
+
+
+def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Any other operation that writes: on a real tensor that is read first where it must be, then written back.
+
+    An initialiser's operation (uniform_, normal_, or arithmetic inside torch.nn.init) is recorded, not counted.
+    """
+    specs = {spec.name: spec for spec in func._schema.arguments}
+    bound = dict(zip(specs, args, strict=False)) | kwargs
+    written = [
+        n for n, v in bound.items() if isinstance(v, LAZY) and specs[n].alias_info and specs[n].alias_info.is_write
+    ]
+    first = bound[written[0]]
+    if len(written) == 1 and (func.overloadpacket in RANDOM or _initialising()):
+        rest = {n: tree_map_only(LAZY, materialize, v) for n, v in bound.items() if n != written[0]}
+        first._armed.initialize(view_of(first), lambda target: func(**rest, **{written[0]: target}))
+        return first
+    pure_output = {n for n in written if specs[n].is_out}
+    real = {
+        n: torch.empty(v.shape, dtype=v.dtype, device=v.device) if n in pure_output else tree_map_only(LAZY, _own, v)
+        for n, v in bound.items()
+    }
+    out = func(**real)
+    for n in written:
+        bound[n]._armed.write(view_of(bound[n]), real[n])
+    return bound[written[0]] if len(written) == 1 else out
+
+
+def _replay(func: Any, args: Sequence[Any], kwargs: dict, target: torch.Tensor) -> None:
+    func(target, *args, **kwargs)
+
+
+def _copied_by_init() -> bool:
+    """Did torch.nn.init call the copy_ being dispatched? Its copies are initialisation, not a load."""
+    frame = sys._getframe(1)
+    for _ in range(5):  # the handler, two dispatches at most, the handle's own copy_, its caller
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == "torch.nn.init":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_INIT_MODULES = ("torch.nn.init", "transformers.initialization")
+_INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "init_weights")
+
+
+def _initialising() -> bool:
+    """Is an initialiser filling, rather than a loader? A module's __init__, or torch.nn.init, is calling."""
+    frame = sys._getframe(2)
+    for _ in range(40):
+        if frame is None:
+            return False
+        code = frame.f_code
+        if frame.f_globals.get("__name__") in _INIT_MODULES or code.co_name in _INIT_FUNCTIONS:
+            return True
+        if (
+            code.co_name == "__init__"
+            and code.co_argcount
+            and isinstance(frame.f_locals.get(code.co_varnames[0]), torch.nn.Module)
+        ):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+# Reads --------------------------------------------------------------------------------------------------------------
+
+
+def _read(func: Any, args: tuple, kwargs: dict) -> Any:
+    args, kwargs = tree_map_only(LAZY, materialize, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _own(lazy: Any) -> torch.Tensor:
+    return materialize(lazy).clone()
+
+
+@_implements(aten.clone.default)
+def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
+    return _own(args[0])
+
+
+@_implements(aten._to_copy.default)
+def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A read, except before anything was written: then `.to(dtype)` and `.to(device)` re-type the weight itself."""
+    lazy = args[0]
+    armed, dtype, device = (
+        lazy._armed,
+        kwargs.get("dtype") or lazy.dtype,
+        torch.device(kwargs.get("device") or lazy.device),
+    )
+    if device.type == "meta":
+        return torch.empty_strided(lazy.shape, lazy.stride(), dtype=dtype, device=device)
+    if lazy._meta.numel() == armed.coverage.numel and not armed.coverage.covered and armed.coverage.numel:
+        return wrap(retyped := armed.retyped(dtype, device), torch.empty(retyped.shape, dtype=dtype, device="meta"))
+    return func(materialize(lazy), **kwargs)
+
+
+def _like(func: Any, args: tuple, kwargs: dict) -> Any:
+    """empty_like, new_zeros and the like: only shape, dtype and device matter."""
+    lazy = args[0]
+    stand_in = torch.empty((), dtype=lazy.dtype, device=lazy.device).expand(lazy.shape)
+    return func(stand_in, *args[1:], **kwargs)
+
+
+def _classify(func: Any) -> Handler:
+    """The handler of an operation that has no entry of its own, from its schema. The answer is cached in the table."""
+    schema = func._schema
+    name = schema.name.split("::")[-1]
+    if written_arguments(func):
+        return _mutate
+    if name.endswith("_like") or name.startswith("new_"):
+        return _like
+    if schema.arguments and schema.arguments[0].alias_info is not None:
+        return _view
+    return _read
+
+
+# Collectives --------------------------------------------------------------------------------------------------------
+
+
+def _collective(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A c10d operation that writes into lazy weights: run it on real tensors and wait, then write those."""
+    lazies = [w for w in flatten(args[0]) if isinstance(w, LAZY)]
+    real: dict[int, torch.Tensor] = {}
+    for w in lazies:
+        readable = _COLLECTIVES[func] and w._armed.readable(view_of(w))
+        real[id(w)] = _own(w) if readable else torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    swapped = tree_map_only(LAZY, lambda w: real[id(w)] if id(w) in real else materialize(w), args)
+    result = func(*swapped, **kwargs)
+    (result[-1] if isinstance(result, (tuple, list)) else result).wait()
+    for w in lazies:
+        w._armed.write(view_of(w), real[id(w)])
+    return _done() if func in _RECEIVES else result
+
+
+def _done() -> Any:
+    """A finished Work: the caller waits again, and gloo's receives never return from a second wait."""
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result([])
+    return torch._C._distributed_c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]
+
+
+_COLLECTIVES = collectives()
+_RECEIVES = {op for op in _COLLECTIVES if "recv" in str(op)}
+OPS.update(dict.fromkeys(_COLLECTIVES, _collective))
+OPS.update(dict.fromkeys(SCATTERED - set(OPS), _scattered_write))
+OPS.classify = _classify

@@ -1,0 +1,52 @@
+"""The documentation holds: its Python runs as typed, and the commands and pages it names exist."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The page's code blocks of a language, each with the line it starts on."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [(page.read_text()[: m.start(1)].count("\n"), m[1]) for m in found]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    namespace = {"__name__": "__main__"}
+    for line, source in blocks(page, "python"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # The padding makes a traceback point at the line of the page.
+            exec(compile("\n" * line + source, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda p: p.name)
+def test_commands_name_files_that_exist(page):
+    shell = "\n".join(source for language in ("sh", "console", "bash") for _, source in blocks(page, language))
+    inline = "\n".join(re.findall(r"`([^`\n]+)`", page.read_text()))
+    for file in re.findall(r"python (\S+\.py)", shell + "\n" + inline):
+        assert (ROOT / file).is_file(), f"{page.name} runs {file}"
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"^make ([a-z]+)", shell + "\n" + inline, re.MULTILINE):
+        assert target in targets, f"{page.name} says make {target}"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_every_page_is_in_the_menu():
+    menu = re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(menu) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
