@@ -72,3 +72,6 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 	@echo "Installing the documentation tools"
 	@$(PIP) --no-build-isolation --editable ".[docs]"
 	@touch $@
+
+# The vLLM plugin brings its own environment and targets.
+-include integrations/vllm/vllm.mk

