@@ -48,7 +48,7 @@ def version_problem(found: str | None = None) -> str | None:
         return None
     span = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
     return (
-        f"qtensor's vLLM plugin works with vLLM {span}, and this is vLLM {found}: quantization=\"qtensor\" is not "
+        f'qtensor\'s vLLM plugin works with vLLM {span}, and this is vLLM {found}: quantization="qtensor" is not '
         "available. Install one of these versions, or a qtensor made for yours."
     )
 
@@ -77,7 +77,9 @@ def unquantized_experts(layer: Any) -> Any:
     return UnquantizedFusedMoEMethod(layer.moe_config)
 
 
-def fp8_linear_kernel(scheme: Any, weight_shape: tuple[int, int], input_dtype: torch.dtype, out_dtype: torch.dtype) -> Any:
+def fp8_linear_kernel(
+    scheme: Any, weight_shape: tuple[int, int], input_dtype: torch.dtype, out_dtype: torch.dtype
+) -> Any:
     """vLLM's own choice of fp8 kernel for a linear layer on this GPU.
 
     Schemes that multiply weight-only, and chips without fp8 units, get Marlin if vLLM has it for them.
@@ -113,12 +115,18 @@ def fp8_linear_kernel(scheme: Any, weight_shape: tuple[int, int], input_dtype: t
 def native_expert_method(granularity: str) -> type:
     """vLLM's own online fp8 method for experts, whose kernel set-up the plugin uses on GPUs."""
     fp8 = importlib.import_module("vllm.model_executor.layers.quantization.online.fp8")
-    names = {"tensor": "Fp8PerTensorOnlineMoEMethod", "channel": "Fp8PtpcOnlineMoEMethod", "block": "Fp8PerBlockOnlineMoEMethod"}
+    names = {
+        "tensor": "Fp8PerTensorOnlineMoEMethod",
+        "channel": "Fp8PtpcOnlineMoEMethod",
+        "block": "Fp8PerBlockOnlineMoEMethod",
+    }
     found: type = getattr(fp8, names[granularity])
     return found
 
 
-def keep_plain_reload_record(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict) -> None:
+def keep_plain_reload_record(
+    layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict
+) -> None:
     """Let vLLM's reload re-create the weight as an ordinary Parameter.
 
     vLLM notes the class and attributes of every parameter when a model has been built, and makes that object again on

@@ -120,5 +120,8 @@ def _define(name: str, signature: str, run: Any, shape: Any) -> None:
 
 
 _define(
-    "linear", "(Tensor x, Tensor weight, Tensor scale, str fmt, bool round_x, Tensor? bias) -> Tensor", _linear, _linear_shape
+    "linear",
+    "(Tensor x, Tensor weight, Tensor scale, str fmt, bool round_x, Tensor? bias) -> Tensor",
+    _linear,
+    _linear_shape,
 )

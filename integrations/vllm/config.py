@@ -92,7 +92,7 @@ class QTensorConfig(QuantizationConfig):
         if value is not None:
             raise OptionsError(
                 "qtensor: --quantization-config is read by vLLM's own online quantization. Give qtensor its options by "
-                "hf_overrides={\"quantization_config\": {\"quant_method\": \"qtensor\", ...}} or QTENSOR_VLLM_... variables."
+                'hf_overrides={"quantization_config": {"quant_method": "qtensor", ...}} or QTENSOR_VLLM_... variables.'
             )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

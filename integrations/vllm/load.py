@@ -96,7 +96,10 @@ def _module_under_construction() -> nn.Module:
 
 
 class Load:
-    """The armed weights of one model, from their creation to their publication. Implements `qtensor.armed.Host`."""
+    """The armed weights of one model, from their creation to their publication. Implements `qtensor.armed.Host`.
+
+    padding: a layer that is being built writes zeros where no checkpoint will.
+    """
 
     min_sqnr: float | None = None
 
@@ -108,6 +111,7 @@ class Load:
         self.slots: dict[ArmedWeight, Slot] = {}
         self.report: LoadReport | None = None
         self.resident_peak = 0
+        self.padding = False
         self._weights: WeakSet[ArmedWeight] = WeakSet()
         self._writing: dict[int, ArmedWeight] = {}
         self._counters = threading.Lock()
@@ -166,8 +170,8 @@ class Load:
             except Exception as error:
                 found = f" {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else ""
                 raise WeightShapeError(
-                    f"{self._source(slot)}{found} does not fit {slot.full_name} {list(weight.shape)}{_because(error)}. Is this "
-                    "checkpoint made for this model's config.json and this parallel layout?"
+                    f"{self._source(slot)}{found} does not fit {slot.full_name} {list(weight.shape)}{_because(error)}. "
+                    "Is this checkpoint made for this model's config.json and this parallel layout?"
                 ) from error
 
         return weight_loader
@@ -196,7 +200,7 @@ class Load:
         thread = threading.get_ident()
         last = self._writing.get(thread)
         if last is not weight:
-            if not self._writing:
+            if not self._writing and not self.padding:
                 self.choice_is_settled()
             self._writing[thread] = weight
             if last is not None:
@@ -242,7 +246,9 @@ class Load:
 
         object.__setattr__(self.root, "load_weights", load_weights)
 
-    def _run(self, inner: Callable[..., Any], weights: Iterable[tuple[str, torch.Tensor]], args: Any, kwargs: Any) -> Any:
+    def _run(
+        self, inner: Callable[..., Any], weights: Iterable[tuple[str, torch.Tensor]], args: Any, kwargs: Any
+    ) -> Any:
         context = self._context
         context.active = True
         try:
@@ -270,7 +276,8 @@ class Load:
         shape = list(context.shape) if context.shape is not None else ""
         raise QTensorError(
             f"the checkpoint's tensor '{context.current}' {shape} cannot be loaded into {type(self.root).__name__}"
-            f"{_because(error)}. Either the checkpoint is not made for this config.json, or this tensor does not belong in it."
+            f"{_because(error)}. Either the checkpoint is not made for this config.json, or this tensor does not belong "
+            "in it."
         ) from error
 
     def choice_is_settled(self) -> None:
@@ -430,7 +437,11 @@ class _Setting:
             return cls("", None, False)
         draft = getattr(model, "runner_type", "") == "draft"
         load_format = config.load_config.load_format
-        return cls(str(getattr(load_format, "value", load_format)), str(model.model), get_pp_group().world_size == 1 and not draft)
+        return cls(
+            str(getattr(load_format, "value", load_format)),
+            str(model.model),
+            get_pp_group().world_size == 1 and not draft,
+        )
 
 
 class _Context:
@@ -497,4 +508,6 @@ def _layer_report(name: str, w: QTensor) -> LayerReport:
 
 
 def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )

@@ -69,18 +69,20 @@ class _Experts:
             weight = self.load.arm(
                 self.prefix, layer, name, shape, params_dtype, self.scheme, self.publish, extra_weight_attrs
             )
-            self._cover_padding(layer, weight)
+            self.load.padding = True
+            self._cover_padding(weight)
+            self.load.padding = False
         if self.moe.has_bias:
             for name, shape2 in (("w13_bias", (num_experts, rows)), ("w2_bias", (num_experts, hidden))):
                 bias = frozen(torch.zeros(shape2, dtype=params_dtype))
                 bias.__dict__.update(extra_weight_attrs)
                 layer.register_parameter(name, bias)
 
-    def _cover_padding(self, layer: Any, weight: Any) -> None:
+    def _cover_padding(self, weight: Any) -> None:
         """Sizes that vLLM rounded up have columns and rows that no checkpoint fills: zeros."""
         hidden = getattr(self.moe, "hidden_dim_unpadded", None)
         inner = getattr(self.moe, "intermediate_size_per_partition_unpadded", None)
-        experts, rows, cols = weight.shape
+        _, rows, cols = weight.shape
         true_rows, true_cols = (inner, hidden) if weight.owner[1] == "w13_weight" else (hidden, inner)
         shards = 2 if weight.owner[1] == "w13_weight" and self.moe.is_act_and_mul else 1
         param = weight.params[0]
@@ -128,7 +130,7 @@ def _cpu_class() -> type:
             if activation not in _ACTIVATIONS:
                 raise QTensorError(
                     f"{prefix}: the CPU path has no activation {activation!r} for experts (it has "
-                    f"{', '.join(_ACTIVATIONS)}); add \"{prefix}\" to the option `ignore`"
+                    f'{", ".join(_ACTIVATIONS)}); add "{prefix}" to the option `ignore`'
                 )
 
         def _publish(self, layer: Any, w13: QTensor, w2: QTensor) -> None:

@@ -106,7 +106,9 @@ class Names:
                 if inside:
                     source = self._missing_expert(prefix, name, shard, globals_of[e], tensor)
                     what = describe_boxes((stop - start, shape[2]), inside)
-                    lines.append(f"'{source}' (expert {globals_of[e]} of {prefix}.{name}): {what}{self._seen_shape(source)}")
+                    lines.append(
+                        f"'{source}' (expert {globals_of[e]} of {prefix}.{name}): {what}{self._seen_shape(source)}"
+                    )
         return lines
 
     def _missing_expert(self, prefix: str, name: str, shard: str, expert: int, tensor: str) -> str:

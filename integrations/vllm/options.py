@@ -65,7 +65,9 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
     for key, value in merged.items():
         values[key] = _READERS[key](key, value)
     if values.get("targets") and ("linear" in merged or "moe" in merged):
-        raise OptionsError("qtensor: `targets` names every layer to quantize, so `linear` and `moe` cannot be given with it")
+        raise OptionsError(
+            "qtensor: `targets` names every layer to quantize, so `linear` and `moe` cannot be given with it"
+        )
     return Options(**values)
 
 
@@ -108,7 +110,9 @@ def _targets(key: str, value: Any) -> dict[str, Scheme]:
     schemes = {pattern: _scheme(f"{key}[{pattern!r}]", name) for pattern, name in value.items()}
     empty = [pattern for pattern, scheme in schemes.items() if scheme is None]
     if empty:
-        raise OptionsError(f"qtensor: {key}[{empty[0]!r}] names no scheme; put the pattern in `ignore` to leave layers alone")
+        raise OptionsError(
+            f"qtensor: {key}[{empty[0]!r}] names no scheme; put the pattern in `ignore` to leave layers alone"
+        )
     return {pattern: scheme for pattern, scheme in schemes.items() if scheme is not None}
 
 
@@ -211,8 +215,8 @@ class Choice:
         if hits and not found[prefix] and not all(found[name] for name in shards):
             left = ", ".join(name for name in shards if not found[name])
             raise OptionsError(
-                f"qtensor: {option} selects only a part of the fused layer {prefix}: {', '.join(hits)} leaves out {left}. "
-                "Select all of its parts or none."
+                f"qtensor: {option} selects only a part of the fused layer {prefix}: {', '.join(hits)} leaves out "
+                f"{left}. Select all of its parts or none."
             )
         return hits
 

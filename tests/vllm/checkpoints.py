@@ -39,7 +39,9 @@ def _qwen3() -> Any:
 
 
 def _gemma() -> Any:
-    return transformers.GemmaConfig(**_COMMON, intermediate_size=256, head_dim=32, hidden_activation="gelu_pytorch_tanh")
+    return transformers.GemmaConfig(
+        **_COMMON, intermediate_size=256, head_dim=32, hidden_activation="gelu_pytorch_tanh"
+    )
 
 
 def _opt() -> Any:

@@ -75,7 +75,9 @@ def look(llm: LLM, *, keep_tensors: bool = False) -> Seen:
     handles: list[Any] = []
 
     def watch(model: torch.nn.Module) -> None:
-        handles.append(model.logits_processor.register_forward_hook(lambda _m, _i, out: logits.append(out.float().clone())))
+        handles.append(
+            model.logits_processor.register_forward_hook(lambda _m, _i, out: logits.append(out.float().clone()))
+        )
 
     llm.apply_model(watch)
     tokens = []

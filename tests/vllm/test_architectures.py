@@ -43,7 +43,9 @@ def test_grid(architecture: str, scheme: str) -> None:
     with engine(checkpoint(architecture), f"qtensor_{scheme}") as llm:
         seen = look(llm, keep_tensors=architecture in _ORACLE_KNOWS)
     distance = seen.distance(plain)
-    _rows.append(f"| {architecture} | {scheme} | {distance:.3f} | {seen.agreement(plain):.2f} | {len(seen.weights) // 2} |")
+    _rows.append(
+        f"| {architecture} | {scheme} | {distance:.3f} | {seen.agreement(plain):.2f} | {len(seen.weights) // 2} |"
+    )
     assert torch.isfinite(seen.logprobs).all()
     assert distance < _DISTANCE
     assert seen.report is not None
@@ -96,6 +98,8 @@ def _matrix(request: pytest.FixtureRequest) -> object:
     gc.collect()
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and _rows:
-        reporter.write_line("\n| architecture | scheme | mean |Δ log p| | top token agrees | weights |\n| --- | --- | --- | --- | --- |")
+        reporter.write_line(
+            "\n| architecture | scheme | mean |Δ log p| | top token agrees | weights |\n| --- | --- | --- | --- | --- |"
+        )
         for row in _rows:
             reporter.write_line(row)

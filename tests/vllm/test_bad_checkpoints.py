@@ -50,7 +50,12 @@ CASES = {
     "q_proj missing": ("llama", drop(_Q), IncompleteLoadError, [LAYER + _Q, "qkv_proj", "128 of 128 rows"]),
     "down_proj missing": ("llama", drop("mlp.down_proj.weight"), IncompleteLoadError, [LAYER + "mlp.down_proj.weight"]),
     "norm missing": ("llama", drop("input_layernorm.weight"), IncompleteLoadError, [LAYER + "input_layernorm.weight"]),
-    "embedding missing": ("llama", drop("model.embed_tokens.weight"), IncompleteLoadError, ["model.embed_tokens.weight"]),
+    "embedding missing": (
+        "llama",
+        drop("model.embed_tokens.weight"),
+        IncompleteLoadError,
+        ["model.embed_tokens.weight"],
+    ),
     "head missing": ("llama", drop("lm_head.weight"), IncompleteLoadError, ["lm_head.weight"]),
     "bias missing": ("opt", drop("model.decoder.layers.1.self_attn.q_proj.bias"), IncompleteLoadError, ["q_proj.bias"]),
     "expert missing": (
@@ -65,12 +70,37 @@ CASES = {
         IncompleteLoadError,
         [LAYER + _EXPERT + "up_proj.weight", "expert 2"],
     ),
-    "NaN": ("llama", edit("self_attn.k_proj.weight", with_nan), NonFiniteWeightError, [LAYER + "self_attn.k_proj.weight", "nan at"]),
-    "NaN in an expert": ("qwen3-moe", edit(_EXPERT + "up_proj.weight", with_nan), NonFiniteWeightError, [LAYER + _EXPERT + "up_proj.weight"]),
-    "o_proj short": ("llama", edit("self_attn.o_proj.weight", short), WeightShapeError, [LAYER + "self_attn.o_proj.weight", "[120, 128]"]),
+    "NaN": (
+        "llama",
+        edit("self_attn.k_proj.weight", with_nan),
+        NonFiniteWeightError,
+        [LAYER + "self_attn.k_proj.weight", "nan at"],
+    ),
+    "NaN in an expert": (
+        "qwen3-moe",
+        edit(_EXPERT + "up_proj.weight", with_nan),
+        NonFiniteWeightError,
+        [LAYER + _EXPERT + "up_proj.weight"],
+    ),
+    "o_proj short": (
+        "llama",
+        edit("self_attn.o_proj.weight", short),
+        WeightShapeError,
+        [LAYER + "self_attn.o_proj.weight", "[120, 128]"],
+    ),
     "q_proj short": ("llama", edit(_Q, short), WeightShapeError, [LAYER + _Q, "qkv_proj", "[120, 128]"]),
-    "norm short": ("llama", edit("input_layernorm.weight", short), QTensorError, [LAYER + "input_layernorm.weight", "[120]"]),
-    "expert short": ("qwen3-moe", edit(_EXPERT + "down_proj.weight", short), QTensorError, [LAYER + _EXPERT + "down_proj.weight", "[120, 64]"]),
+    "norm short": (
+        "llama",
+        edit("input_layernorm.weight", short),
+        QTensorError,
+        [LAYER + "input_layernorm.weight", "[120]"],
+    ),
+    "expert short": (
+        "qwen3-moe",
+        edit(_EXPERT + "down_proj.weight", short),
+        QTensorError,
+        [LAYER + _EXPERT + "down_proj.weight", "[120, 64]"],
+    ),
     "extra tensor": ("llama", extra, QTensorError, [LAYER + "self_attn.z_proj.weight", "does not belong"]),
 }
 
@@ -97,7 +127,9 @@ def test_truncated_file() -> None:
 def test_duplicate_tensor() -> None:
     folder = variant("llama", "duplicate", lambda tensors: None)
     name = LAYER + "mlp.up_proj.weight"
-    save_file({name: tensors_of(checkpoint("llama"))[name]}, folder / "model-old.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensors_of(checkpoint("llama"))[name]}, folder / "model-old.safetensors", metadata={"format": "pt"}
+    )
     error = load_error(folder)
     assert isinstance(error, QTensorError)
     assert f"'{name}'" in str(error)

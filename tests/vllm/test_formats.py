@@ -118,7 +118,11 @@ FORMATS: dict[str, Any] = {
     "runai_streamer_sharded": _sharded("runai_streamer_sharded"),
     "tensorizer": _tensorizer,
 }
-_PACKAGES = {"runai_streamer": "runai_model_streamer", "runai_streamer_sharded": "runai_model_streamer", "tensorizer": "tensorizer"}
+_PACKAGES = {
+    "runai_streamer": "runai_model_streamer",
+    "runai_streamer_sharded": "runai_model_streamer",
+    "tensorizer": "tensorizer",
+}
 
 
 @pytest.mark.parametrize("architecture", MODELS)

@@ -48,7 +48,9 @@ def test_refused_values(given: dict, word: str) -> None:
 
 
 def test_variables() -> None:
-    options = parse(fp8_per_channel, {"ignore": ["a"]}, {"QTENSOR_VLLM_MOE": "none", "QTENSOR_VLLM_IGNORE": "b,c", "HOME": "/"})
+    options = parse(
+        fp8_per_channel, {"ignore": ["a"]}, {"QTENSOR_VLLM_MOE": "none", "QTENSOR_VLLM_IGNORE": "b,c", "HOME": "/"}
+    )
     assert (options.linear, options.moe, options.ignore) == (fp8_per_channel, None, ("a",))
     with pytest.raises(OptionsError, match="QTENSOR_VLLM_LINAR"):
         parse(fp8_per_channel, {}, {"QTENSOR_VLLM_LINAR": "fp8"})
@@ -86,7 +88,7 @@ def test_targets_by_json() -> None:
 
 
 def test_config_route_and_quantized_head(tmp_path: Path) -> None:
-    """hf_overrides may carry a whole quantization_config; then no quantization= is needed. The report lands in a file."""
+    """hf_overrides may carry a whole quantization_config, quantization= is not needed then. The report lands in a file."""
     config = {"quant_method": "qtensor", "lm_head": True, "report": str(tmp_path / "report-{rank}.json")}
     with engine(checkpoint("llama"), None, hf_overrides={"quantization_config": config}) as llm:
         seen = look(llm)
@@ -121,7 +123,8 @@ def test_cheap_when_unused() -> None:
         "import sys, vllm.model_executor.layers.quantization\n"
         "import qtensor.integrations.vllm as q\n"
         "q.register()\n"
-        "print([m for m in ('numba', 'qtensor.integrations.vllm.load', 'qtensor.integrations.vllm.moe') if m in sys.modules])"
+        "heavy = ('numba', 'qtensor.integrations.vllm.load', 'qtensor.integrations.vllm.moe')\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().splitlines()[-1] == "[]"

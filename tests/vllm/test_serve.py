@@ -26,7 +26,11 @@ def _free_port() -> int:
 def test_serve(tmp_path: Path) -> None:
     port = _free_port()
     report = tmp_path / "report-{rank}.json"
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "QTENSOR_VLLM_REPORT": str(report), "VLLM_LOGGING_LEVEL": "INFO"}
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "QTENSOR_VLLM_REPORT": str(report),
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     vllm = Path(sys.executable).parent / "vllm"
     command = [str(vllm), "serve", str(checkpoint("llama")), "--quantization", "qtensor", "--port", str(port)]
@@ -34,7 +38,9 @@ def test_serve(tmp_path: Path) -> None:
     command += ["--served-model-name", "tiny", "--max-num-seqs", "4"]
     log = tmp_path / "server.log"
     with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
             _wait_until_up(client, server, log)
