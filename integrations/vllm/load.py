@@ -276,8 +276,8 @@ class Load:
         shape = list(context.shape) if context.shape is not None else ""
         raise QTensorError(
             f"the checkpoint's tensor '{context.current}' {shape} cannot be loaded into {type(self.root).__name__}"
-            f"{_because(error)}. Either the checkpoint is not made for this config.json, or this tensor does not belong "
-            "in it."
+            f"{_because(error)}. Either the checkpoint is not made for this config.json, or this tensor does not "
+            "belong in it."
         ) from error
 
     def choice_is_settled(self) -> None:

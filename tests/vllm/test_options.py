@@ -88,7 +88,7 @@ def test_targets_by_json() -> None:
 
 
 def test_config_route_and_quantized_head(tmp_path: Path) -> None:
-    """hf_overrides may carry a whole quantization_config, quantization= is not needed then. The report lands in a file."""
+    """hf_overrides may carry a whole quantization_config; quantization= is not needed then. A report is written."""
     config = {"quant_method": "qtensor", "lm_head": True, "report": str(tmp_path / "report-{rank}.json")}
     with engine(checkpoint("llama"), None, hf_overrides={"quantization_config": config}) as llm:
         seen = look(llm)
