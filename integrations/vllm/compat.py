@@ -165,3 +165,11 @@ def shield_llvmlite() -> None:
     answers = getattr(type(handle), "_fntab", None) and handle._fntab
     if isinstance(answers, dict):
         answers.setdefault("__dict__", {})
+
+
+def process_like_other_loaders(model: nn.Module, model_config: Any) -> None:
+    """Run `process_weights_after_loading` over a whole model. vLLM's tensorizer loader leaves that out, and CPU layers
+    that are not quantized then have no product to call."""
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    process_weights_after_loading(model, model_config, torch.get_default_device())

@@ -242,6 +242,8 @@ class Load:
             with CopyCounter(self.root) as counter:
                 loaded = self._run(inner, weights, args, kwargs)
             self._finish(self._plain_gaps(counter, set(loaded or ())))
+            if self._setting.load_format == "tensorizer":
+                compat.process_like_other_loaders(self.root, self._setting.model_config)
             return loaded
 
         object.__setattr__(self.root, "load_weights", load_weights)
@@ -423,8 +425,12 @@ class _Setting:
     """
 
     load_format: str
-    folder: str | None
+    model_config: Any
     all_layers: bool
+
+    @property
+    def folder(self) -> str | None:
+        return str(self.model_config.model) if self.model_config is not None else None
 
     @classmethod
     def current(cls) -> _Setting:
@@ -434,14 +440,11 @@ class _Setting:
         config = get_current_vllm_config()
         model = config.model_config
         if model is None:
-            return cls("", None, False)
+            return cls("", None, all_layers=False)
         draft = getattr(model, "runner_type", "") == "draft"
         load_format = config.load_config.load_format
-        return cls(
-            str(getattr(load_format, "value", load_format)),
-            str(model.model),
-            get_pp_group().world_size == 1 and not draft,
-        )
+        whole = get_pp_group().world_size == 1 and not draft
+        return cls(str(getattr(load_format, "value", load_format)), model, whole)
 
 
 class _Context:

@@ -32,8 +32,11 @@ def runtime_state(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tenso
     with every quantized weight in high precision again."""
     made = {}
     for name, value in state.items():
-        if "weight_scale" not in name:
-            made[name] = (fused(tensors, name) if value.dtype == torch.float8_e4m3fn else value).contiguous()
+        if "weight_scale" in name:
+            continue
+        if value.dtype == torch.float8_e4m3fn:
+            value = fused(tensors, name)
+        made[name] = tensors.get(name, value).contiguous()  # vLLM empties weights that it packed for the CPU.
     return made
 
 
