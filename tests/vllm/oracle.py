@@ -30,14 +30,18 @@ def fused(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 def runtime_state(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A checkpoint in vLLM's own fused layout, as load_format="sharded_state" reads it: the state of a running model
     with every quantized weight in high precision again."""
-    made = {}
+    made: dict[str, torch.Tensor] = {}
+    second_names: list[str] = []
     for name, value in state.items():
         if "weight_scale" in name:
             continue
         if value.dtype == torch.float8_e4m3fn:
             value = fused(tensors, name)
-        made[name] = tensors.get(name, value).contiguous()  # vLLM empties weights that it packed for the CPU.
-    return made
+        # vLLM empties weights that it packed for the CPU; a router has two names, of which a state keeps the first.
+        made[name] = tensors.get(name.replace(".experts.gate.", ".gate."), value).contiguous()
+        if ".experts.gate." in name:
+            second_names.append(name.replace(".experts.gate.", ".gate."))
+    return {name: value for name, value in made.items() if name not in second_names}
 
 
 def mistakes(tensors: dict[str, torch.Tensor], runtime: dict[str, torch.Tensor], scheme: str) -> list[str]:
