@@ -13,7 +13,7 @@ from qtensor import quantize
 from qtensor.integrations.vllm.moe import _activate, _experts
 from qtensor.integrations.vllm.names import Names
 
-E, H, I, K = 4, 32, 48, 2
+E, H, INNER, K = 4, 32, 48, 2
 
 
 def _layer(first: int, count: int) -> Any:
@@ -31,12 +31,12 @@ def test_missing_experts_have_global_numbers_and_the_checkpoints_spelling() -> N
     names = Names()
     prefix = "model.layers.0.mlp.experts.routed_experts"
     names.saw(prefix, "w13_weight", "w3", 5, "lm.layers.0.mlp.experts.5.up_proj.weight")
-    gap = [((2, 3), (I, 2 * I), (0, H))]
-    lines = names.describe(prefix, _layer(4, 4), "w13_weight", (4, 2 * I, H), gap)
+    gap = [((2, 3), (INNER, 2 * INNER), (0, H))]
+    lines = names.describe(prefix, _layer(4, 4), "w13_weight", (4, 2 * INNER, H), gap)
     assert len(lines) == 1
     assert lines[0].startswith("'lm.layers.0.mlp.experts.6.up_proj.weight' (expert 6 of ")
     both = names.describe(
-        prefix, _layer(4, 4), "w2_weight", (4, H, I), [((0, 1), (0, H), (0, I)), ((3, 4), (0, 1), (0, I))]
+        prefix, _layer(4, 4), "w2_weight", (4, H, INNER), [((0, 1), (0, H), (0, INNER)), ((3, 4), (0, 1), (0, INNER))]
     )
     assert [line.split("'")[1] for line in both] == [
         "model.layers.0.mlp.experts.4.down_proj.weight",
@@ -51,8 +51,8 @@ def test_missing_experts_have_global_numbers_and_the_checkpoints_spelling() -> N
 def test_product(scheme: str, activation: str, on_input: bool, local: bool) -> None:
     """Against a loop over tokens in fp32 on the dequantized weights; with an expert map, other ranks' experts add 0."""
     torch.manual_seed(0)
-    rows = I if activation.endswith("_no_mul") else 2 * I
-    w13, w2 = torch.randn(E, rows, H) * 0.2, torch.randn(E, H, I) * 0.2
+    rows = INNER if activation.endswith("_no_mul") else 2 * INNER
+    w13, w2 = torch.randn(E, rows, H) * 0.2, torch.randn(E, H, INNER) * 0.2
     q13, q2 = quantize(w13.bfloat16(), scheme), quantize(w2.bfloat16(), scheme)
     b13, b2 = torch.randn(E, rows).bfloat16(), torch.randn(E, H).bfloat16()
     x, weights = torch.randn(7, H).bfloat16(), torch.rand(7, K)
