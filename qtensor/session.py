@@ -154,7 +154,7 @@ class Session:
         weight met while loading. After an error the session is over, and the model can be armed again.
         """
         self._require_open()
-        hooks.listen(None)
+        self._stop_listening()
         try:
             self._release_all()
             self._retie()
@@ -199,12 +199,15 @@ class Session:
         self._last_names = WeakKeyDictionary({weight: self.name_of(weight) for weight in self._weights})
         self._state, self.closed = state, reason
         self._tree.forget()
-        if hooks.listening() is self:
-            hooks.listen(None)
+        self._stop_listening()
         hooks.uninstall()
         pipeline.release()
         self._writing.clear()
         self._progress.close()
+
+    def _stop_listening(self) -> None:
+        if hooks.listening() is self:
+            hooks.listen(None)
 
     # Arming
 
