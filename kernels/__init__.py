@@ -50,8 +50,8 @@ def quantize_into(
     `fmt`: any rows per channel, a band that starts on a multiple of 128 per block, the entire matrix per tensor.
     `origin` is the flat index of `source[0]` in the weight, for error messages.
 
-    Raises NonFinite(index, value) for NaN or infinity unless `audit` allows them; on a GPU that is said
-    by `audit.verify()`, and a call without an audit waits for the device to say it. Raises UnsupportedBackend as `choose` does.
+    Raises NonFinite(index, value) for NaN or infinity unless `audit` allows them; on a GPU `audit.verify()` raises it,
+    and a call without an audit waits for the device. Raises UnsupportedBackend as `choose` does.
     """
     choose(qdata.device, backend).quantize_into(source, qdata, scale, fmt, audit, origin)
 

@@ -70,10 +70,10 @@ def quantize_into(
     if source.numel() == 0:
         reference.quantize_into(source, qdata, scale, fmt, audit, origin)
         return
-    if source.numel() <= _PIECE and audit.refuse_nonfinite and not audit.measure_sqnr:
-        if source.dim() == 2 and _adjacent(source) and _adjacent(qdata) and scale.is_contiguous():
-            _quantize_piece(source, qdata, scale, fmt, origin)
-            return
+    small = source.dim() == 2 and source.numel() <= _PIECE and audit.refuse_nonfinite and not audit.measure_sqnr
+    if small and _adjacent(source) and _adjacent(qdata) and scale.is_contiguous():
+        _quantize_piece(source, qdata, scale, fmt, origin)
+        return
     matrices = _matrices(source, qdata, scale, fmt)
     amax = [0] * len(matrices)
     if audit.refuse_nonfinite or fmt.granularity == "tensor":

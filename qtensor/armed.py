@@ -80,7 +80,7 @@ class ArmedWeight:
         self.initial: torch.Tensor | None = None
         self.recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
         self.error: QTensorError | None = None
-        self.settled = False
+        self.settled = self.was_settled = False
         self.copied = False
         self.sqnr: float | None = None
         self.assigned: weakref.ref[torch.Tensor] | None = None
@@ -226,7 +226,7 @@ class ArmedWeight:
         """Every element is there."""
         if self.settled:
             return
-        self.settled, self.error = True, None
+        self.settled, self.was_settled, self.error = True, True, None
         store = self.store
         if isinstance(store, QuantStore):
             if store.whole_weight:

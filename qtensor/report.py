@@ -103,9 +103,14 @@ def describe_boxes(shape: Sequence[int], boxes: Sequence[Box]) -> str:
     return f"{count} of {total} elements never written: {shown}{_more(boxes)}"
 
 
-def describe_missing(name: str, shape: Sequence[int], boxes: Sequence[Box]) -> str:
-    """One incomplete weight, for an error message, with a guess at the cause where its name allows one."""
+def describe_missing(name: str, shape: Sequence[int], boxes: Sequence[Box], *, reopened: bool = False) -> str:
+    """One incomplete weight, for an error message, with a guess at the cause where there is one.
+
+    reopened: the weight was complete once, and then rewritten in part when its other values were quantized already.
+    """
     text = f"{name}: {describe_boxes(shape, boxes)}"
+    if reopened:
+        return f"{text} again, after a part of what shares their scales was rewritten; deliver these once more"
     hint = _fused_part(name, shape, boxes)
     return f"{text} (the checkpoint may lack '{hint}')" if hint else text
 

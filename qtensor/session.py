@@ -23,18 +23,18 @@ from .armed import ArmedWeight
 from .coverage import Box
 from .errors import IncompleteLoadError, LossyReadError, NonFiniteWeightError, QTensorError
 from .kernels import pipeline
-from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle, view_of
+from .lazy import LAZY, LazyWeight, LiveQTensor, close, parameter, reopen, settle, view_of
 from .progress import Progress
 from .quantized import QTensor, quantize
 from .report import LayerReport, LoadReport, describe_missing
 from .scheme import Scheme, SchemeLike, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .store import PlainStore, QuantStore
+from .tree import ModuleTree, full_name, parameters
 
 logger = logging.getLogger("qtensor")
 OnMissing = Literal["error", "zero", "keep", "init"]
 OnNonfinite = Literal["error", "keep"]
-_ARMED = (LazyWeight, LiveQTensor)
 # Attributes that make a tensor lazy or quantized; all others belong to the user and follow the Parameter.
 _OWN = {"_armed", "_meta", "_is_param", "qdata", "scale", "scheme", "transposed", "whole_units"}
 
@@ -95,15 +95,11 @@ class Session:
         self.on_missing, self.strict_reads, self.min_sqnr = on_missing, strict_reads, min_sqnr
         self.refuse_nonfinite = on_nonfinite == "error"
         self.closed: str | None = None
-        self._selection, self._model = selection, model
+        self._selection = selection
         self._device = torch.device(device) if device is not None else None
         self._state = "new"
         self._weights: WeakSet[ArmedWeight] = WeakSet()
-        self._modules: WeakSet[nn.Module] = WeakSet()
-        self._children: WeakSet[nn.Module] = WeakSet()
-        self._names: dict[ArmedWeight, list[Owner]] = {}
-        self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        self._names_stale = True
+        self._tree = ModuleTree(model)
         self._last_names: WeakKeyDictionary[ArmedWeight, str] = WeakKeyDictionary()
         self._staged, self._peak_staged, self._lossy_reads = 0, 0, 0
         self._counters = threading.Lock()
@@ -158,7 +154,7 @@ class Session:
         weight met while loading. After an error the session is over, and the model can be armed again.
         """
         self._require_open()
-        hooks.listen(None)
+        self._stop_listening()
         try:
             self._release_all()
             self._retie()
@@ -202,44 +198,44 @@ class Session:
         # A session may outlive its model, for its report: it keeps names alone.
         self._last_names = WeakKeyDictionary({weight: self.name_of(weight) for weight in self._weights})
         self._state, self.closed = state, reason
-        self._model, self._names = None, {}
-        if hooks.listening() is self:
-            hooks.listen(None)
+        self._tree.forget()
+        self._stop_listening()
         hooks.uninstall()
         pipeline.release()
         self._writing.clear()
         self._progress.close()
 
+    def _stop_listening(self) -> None:
+        if hooks.listening() is self:
+            hooks.listen(None)
+
     # Arming
 
     def constructed(self, module: nn.Module, name: str, param: nn.Parameter) -> torch.Tensor | None:
         """A parameter was registered by the thread this session listens to: arm it if it is being created."""
-        self._note(module)
+        self._tree.note(module)
         if not param.is_floating_point() or type(param) is not nn.Parameter or not hooks.is_constructing(module):
             return None
         return self._lazy(module, name, param, trusted=False)
 
     def attached(self, parent: nn.Module, child: nn.Module | None) -> None:
-        self._note(parent)
+        self._tree.note(parent)
         if child is not None:
-            self._note(child)
-            self._children.add(child)
-
-    def _note(self, module: nn.Module) -> None:
-        self._modules.add(module)
-        self._names_stale = True
+            self._tree.note(child, parent)
 
     def _arm_model(self, model: nn.Module) -> None:
         seen: dict[int, list[Owner]] = {}
         tensors: dict[int, torch.Tensor] = {}
-        for module_name, module, name, param in _parameters(model):
+        for module_name, module, name, param in parameters(model):
             if isinstance(param, QTensor):
                 raise QTensorError(
-                    f"{_join(module_name, name)} is quantized already. Load new values with "
+                    f"{full_name((module_name, module, name))} is quantized already. Load new values with "
                     "`module.weight.copy_(...)`, or start from a high-precision model."
                 )
             if isinstance(param, LazyWeight) and not param._armed.host.closed:
-                raise QTensorError(f"{_join(module_name, name)} is armed by another session that is still open")
+                raise QTensorError(
+                    f"{full_name((module_name, module, name))} is armed by another session that is still open"
+                )
             if param.is_floating_point():
                 seen.setdefault(id(param), []).append((module_name, module, name))
                 tensors[id(param)] = param
@@ -253,7 +249,7 @@ class Session:
                     lazy = self._lazy(module, name, buffer, trusted=False, quantizable=False)
                     del lazy._is_param  # type: ignore[attr-defined]
                     module._buffers[name] = lazy
-        self._names_stale = True
+        self._tree.changed()
 
     def _arm_existing(self, param: torch.Tensor, owners: Sequence[Owner]) -> None:
         scheme = self._selection.scheme_for(owners, param)
@@ -292,10 +288,10 @@ class Session:
 
     def enroll(self, weight: ArmedWeight) -> None:
         self._weights.add(weight)
-        self._names_stale = True
+        self._tree.changed()
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
-        scheme = self._selection.scheme_for(self._owners(weight), weight.params[0])
+        scheme = self._selection.scheme_for(self._tree.owners(weight), weight.params[0])
         if scheme is not None:
             self._progress.expect(1)
         return scheme
@@ -303,8 +299,7 @@ class Session:
     def name_of(self, weight: ArmedWeight) -> str:
         if self.closed:
             return self._last_names.get(weight, weight.owner[1])
-        module_name, _, name = self._owners(weight)[0]
-        return _join(module_name, name)
+        return full_name(self._tree.owners(weight)[0])
 
     def touch(self, weight: ArmedWeight) -> None:
         """The calling thread writes to `weight` now; what it wrote before is not going to be read back."""
@@ -344,43 +339,11 @@ class Session:
             reopen(param)
 
     def _run_layer_hooks(self, weight: ArmedWeight) -> None:
-        for module_name, module, _ in self._owners(weight):
+        for module_name, module, _ in self._tree.owners(weight):
             armed: list[Any] = [p for p in module._parameters.values() if isinstance(p, LazyWeight)]
             if not any(p._armed.scheme is not None for p in armed):
                 for hook in self._layer_hooks:
                     hook(module_name, module)
-
-    # Names
-
-    def _roots(self) -> list[nn.Module]:
-        if self._model is not None:
-            return [self._model]
-        return [m for m in list(self._modules) if m not in self._children]
-
-    def _models(self) -> list[nn.Module]:
-        """The roots that are being loaded: not those that were only built to be copied."""
-        return [m for m in self._roots() if m is self._model or not _is_prototype(m)]
-
-    def _tree(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
-        """Every parameter of every model of this session: module name, module, name, parameter."""
-        for model in self._models():
-            yield from _parameters(model)
-
-    def _owners(self, weight: ArmedWeight) -> list[Owner]:
-        """The names of a weight in the module tree as it is now; tied weights have several."""
-        if self._names_stale and not self.closed:
-            self._names_stale = False
-            names: dict[ArmedWeight, list[Owner]] = {}
-            self._module_names = WeakKeyDictionary()
-            for root in self._roots():
-                for module_name, module, name, param in _parameters(root):
-                    self._module_names.setdefault(module, module_name)
-                    if isinstance(param, _ARMED):
-                        param._armed.adopt(param)
-                        names.setdefault(param._armed, []).append((module_name, module, name))
-            self._names = names
-        module, name = weight.owner
-        return self._names.get(weight) or [(self._module_names.get(module, ""), module, name)]
 
     # Finishing
 
@@ -392,7 +355,7 @@ class Session:
         """A Parameter put out of sight under one name and assigned to an armed weight under another is a tie, which
         accelerate makes this way: both names get the armed weight."""
         armed = {id(w.assigned()): w for w in self._weights if w.assigned is not None and w.assigned() is not None}
-        for _, module, name, param in list(self._tree()) if armed else ():
+        for _, module, name, param in list(self._tree.parameters()) if armed else ():
             weight = armed.get(id(param))
             if weight is not None and type(param) is nn.Parameter:
                 standing = [p for p in weight.params if getattr(p, "_armed", None) is weight]
@@ -401,14 +364,14 @@ class Session:
     def _quantize_unseen(self) -> None:
         """Weights that were assigned where no hook could see them are quantized now."""
         found: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
-        for module_name, module, name, param in self._tree():
+        for module_name, module, name, param in self._tree.parameters():
             if type(param) is nn.Parameter and not param.is_meta and param.is_floating_point():
                 found.setdefault(id(param), (param, []))[1].append((module_name, module, name))
         for param, owners in found.values():
             scheme = self._selection.scheme_for(owners, param)
             if scheme is None:
                 continue
-            name = _join(owners[0][0], owners[0][2])
+            name = full_name(owners[0])
             try:
                 result = quantize(param, scheme, on_nonfinite="error" if self.refuse_nonfinite else "keep")
             except NonFiniteWeightError as error:
@@ -422,8 +385,8 @@ class Session:
         """Apply on_missing, then raise for whatever is still not there."""
         missing: list[str] = []
         boxes: dict[str, Any] = {}
-        for weight, owners in self._live().items():
-            name = _join(owners[0][0], owners[0][2])
+        for weight, owners in self._tree.live(self).items():
+            name = full_name(owners[0])
             if not weight.coverage.complete:
                 if weight.error is not None:
                     raise weight.error
@@ -431,7 +394,7 @@ class Session:
                 self._notes[name] = f"unwritten elements: {self.on_missing}"
                 if self.on_missing == "error" or not weight.fill_missing(self.on_missing):
                     boxes[name] = gaps
-                    missing.append(describe_missing(name, weight.shape, gaps))
+                    missing.append(describe_missing(name, weight.shape, gaps, reopened=weight.was_settled))
                 else:
                     self._filled[name] = gaps
             weight.verify()
@@ -447,41 +410,21 @@ class Session:
             raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
 
     def _on_meta(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for module_name, _, name, param in self._tree():
-            if not isinstance(param, _ARMED) and param.is_meta:
-                yield _join(module_name, name), param
-        for root in self._models():
-            for name, buffer in root.named_buffers():
-                if not isinstance(buffer, LazyWeight) and buffer.is_meta:
-                    yield name, buffer
-
-    def _live(self) -> dict[ArmedWeight, list[Owner]]:
-        """The armed weights that are part of a model now; others were replaced or dropped."""
-        self._names_stale = True
-        live: dict[ArmedWeight, list[Owner]] = {}
-        for module_name, module, name, param in self._tree():
-            if isinstance(param, _ARMED) and param._armed.host is self:
-                live.setdefault(param._armed, []).append((module_name, module, name))
-        for module_name, module, name, buffer in self._lazy_buffers():
-            if buffer._armed not in live:
-                live[buffer._armed] = [(module_name, module, name)]
-        return live
-
-    def _lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
-        for root in self._models():
-            for module_name, module in root.named_modules():
-                for name, buffer in module._buffers.items():
-                    if isinstance(buffer, LazyWeight):
-                        yield module_name, module, name, buffer
+        for module_name, module, name, param in self._tree.parameters():
+            if not isinstance(param, LAZY) and param.is_meta:
+                yield full_name((module_name, module, name)), param
+        for name, buffer in self._tree.plain_buffers():
+            if buffer.is_meta:
+                yield name, buffer
 
     def _realise(self) -> None:
         """Lazy weights take their final form: QTensor, or an ordinary Parameter."""
-        for _, module, name, buffer in list(self._lazy_buffers()):
+        for _, module, name, buffer in list(self._tree.lazy_buffers()):
             store = buffer._armed.store
             if isinstance(store, PlainStore):
                 # A buffer may be a view of a parameter, and goes on aliasing it.
                 module._buffers[name] = store.tensor.as_strided(*view_of(buffer))
-        live = self._live()
+        live = self._tree.live(self)
         for weight, owners in live.items():
             held: list[torch.Tensor | None] = [m._parameters.get(n) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
@@ -515,9 +458,11 @@ class Session:
         report = LoadReport(state, str(self._selection.scheme), peak_staged_bytes=self._peak_staged)
         report.lossy_reads, report.seconds = self._lossy_reads, time.perf_counter() - self._started
         seen: set[int] = set()
-        live = self._live() if self._state == "open" else {}
+        # By address and size: a buffer that is a view of all of a parameter is the same bytes.
+        plain: dict[tuple[int, int], int] = {}
+        live = self._tree.live(self) if self._state == "open" else {}
         for weight, owners in live.items():
-            name = _join(owners[0][0], owners[0][2])
+            name = full_name(owners[0])
             if not weight.coverage.complete or name in self._filled:
                 report.missing[name] = self._filled.get(name) or weight.coverage.missing()
                 if report.missing[name] == [tuple((0, n) for n in weight.shape)]:
@@ -527,23 +472,22 @@ class Session:
             if isinstance(weight.store, QuantStore):
                 report.layers.append(_layer(name, weight.store.result, weight.sqnr, self._notes.get(name, "")))
             else:
-                report.passthrough_bytes += weight.store.tensor.nbytes
+                plain[weight.store.tensor.data_ptr(), weight.store.tensor.nbytes] = weight.store.tensor.nbytes
                 report.passthrough[name] = _why_plain(weight, self.min_sqnr)
-        for module_name, _, name, param in self._tree():
-            if isinstance(param, _ARMED) or id(param) in seen:
+        for module_name, module, name, param in self._tree.parameters():
+            if isinstance(param, LAZY) or id(param) in seen:
                 continue
             seen.add(id(param))
-            name = _join(module_name, name)
+            name = full_name((module_name, module, name))
             if isinstance(param, QTensor):
                 report.layers.append(_layer(name, param, None, self._notes.get(name, "")))
             elif not param.is_meta:
-                report.passthrough_bytes += param.nbytes
+                plain[param.data_ptr(), param.nbytes] = param.nbytes
                 report.passthrough[name] = ""
-        for root in self._models():
-            for buffer in root.buffers():
-                if not isinstance(buffer, LazyWeight) and not buffer.is_meta and id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    report.passthrough_bytes += buffer.nbytes
+        for _, buffer in self._tree.plain_buffers():
+            if not buffer.is_meta:
+                plain[buffer.data_ptr(), buffer.nbytes] = buffer.nbytes
+        report.passthrough_bytes = sum(plain.values())
         report.quantized_bytes = sum(layer.bytes for layer in report.layers)
         return report
 
@@ -566,29 +510,12 @@ class Session:
         )
 
 
-def _parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    for module_name, module in root.named_modules(remove_duplicate=False):
-        for name, param in list(module._parameters.items()):
-            if param is not None:
-                yield module_name, module, name, param
-
-
-def _is_prototype(root: nn.Module) -> bool:
-    """Was the module only built to be deep-copied, as the layer given to nn.TransformerEncoder is?"""
-    weights = [param._armed for *_, param in _parameters(root) if isinstance(param, _ARMED)]
-    return bool(weights) and all(w.copied and not w.coverage.covered for w in weights)
-
-
 def _attributes(param: torch.Tensor) -> dict[str, Any]:
     return {k: v for k, v in param.__dict__.items() if k not in _OWN}
 
 
 def _plain_parameter(lazy: LazyWeight, tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=lazy.requires_grad)
-
-
-def _join(module_name: str, name: str) -> str:
-    return f"{module_name}.{name}" if module_name else name
 
 
 def _layer(name: str, w: QTensor, sqnr: float | None, note: str) -> LayerReport:

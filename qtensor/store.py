@@ -142,12 +142,11 @@ def require_covered(coverage: Coverage, view: View) -> None:
 class _Group:
     """High-precision rows of some neighbouring units of one matrix."""
 
-    __slots__ = ("first_row", "retained_since", "rows")
+    __slots__ = ("first_row", "rows")
 
     def __init__(self, first_row: int, rows: torch.Tensor) -> None:
         self.first_row = first_row
         self.rows = rows
-        self.retained_since: int | None = None
 
 
 class QuantStore:
@@ -184,7 +183,11 @@ class QuantStore:
         self._group_rows = self._unit * max(1, _STAGING_GROUP_BYTES // (self._unit * row_bytes))
         self._chunk_rows = self._unit * max(1, CHUNK_BYTES // (self._unit * row_bytes))
         self._state = np.zeros((self._e, ceil_div(self._n, self._unit)), dtype=np.uint8)
+        # Columns written to each unit so far, repeats included: until that reaches K the unit cannot be complete, and
+        # the exact answer need not be asked for.
+        self._received = np.zeros(self._state.shape, dtype=np.int64)
         self._groups: dict[tuple[int, int], _Group] = {}
+        self._retained: dict[tuple[int, int], int] = {}  # complete group → the write that completed it
         self._staged_whole: torch.Tensor | None = None
         self._clock = 0
         self._matrices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -206,7 +209,8 @@ class QuantStore:
                 values = part(source)
                 for e in range(e0, e1):
                     self._write_matrix(e, rows, cols, values[e - e0] if self._lead else values)
-        self._trim()
+        if self._retained:
+            self._trim()
 
     def _write_matrix(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         start, stop = rows
@@ -270,13 +274,15 @@ class QuantStore:
         lo, hi = rows[0] // self._unit * self._unit, min(ceil_div(rows[1], self._unit) * self._unit, self._n)
         for key, a, b in self._group_spans(e, lo, hi):
             group = self._groups.get(key) or self._new_group(key)
-            group.retained_since = None
+            self._retained.pop(key, None)
             self._open_units(e, a, b, group)
             a, b = max(a, rows[0]), min(b, rows[1])
             target = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
             target.copy_(source[a - rows[0] : b - rows[0]])
         self.coverage.add_box(self._box(e, rows, cols))
-        if not self.whole_weight:
+        received = self._received[e, lo // self._unit : ceil_div(hi, self._unit)]
+        received += cols[1] - cols[0]
+        if not self.whole_weight and (received >= self._k).any():
             self._settle(e, lo, hi)
 
     def _open_units(self, e: int, start: int, stop: int, group: _Group) -> None:
@@ -290,6 +296,7 @@ class QuantStore:
                 a, b = u * self._unit, min((u + 1) * self._unit, self._n)
                 group.rows[a - group.first_row : b - group.first_row] = self._dequantized(e, a, b)
                 self.coverage.discard(self._box(e, (a, b), (0, self._k)))
+                self._received[e, u] = 0
         units |= _STAGED | _OPEN
 
     def _settle(self, e: int, start: int, stop: int) -> None:
@@ -304,7 +311,7 @@ class QuantStore:
                 units |= _QUANTIZED
                 units &= ~np.uint8(_OPEN)
                 if not (self._units_of(key) & _OPEN).any():
-                    group.retained_since = self._clock
+                    self._retained[key] = self._clock
 
     def _staged_spans(self, e: int, start: int, stop: int) -> Iterator[tuple[tuple[int, int], int, int]]:
         """The staged rows within start:stop, cut at the borders of the staging groups."""
@@ -363,6 +370,7 @@ class QuantStore:
 
     def _free(self, key: tuple[int, int]) -> None:
         self._on_staged(-self._groups.pop(key).rows.nbytes)
+        self._retained.pop(key, None)
         units = self._units_of(key)
         units &= ~np.uint8(_STAGED | _OPEN)
 
@@ -374,11 +382,8 @@ class QuantStore:
 
     def _trim(self) -> None:
         """Retained groups beyond one chunk go, oldest first; those of the last write stay."""
-        if not self._groups:
-            return
-        retained = [(g.retained_since, key) for key, g in self._groups.items() if g.retained_since is not None]
-        held = sum(self._groups[key].rows.nbytes for _, key in retained)
-        for since, key in sorted(retained):
+        held = sum(self._groups[key].rows.nbytes for key in self._retained)
+        for key, since in sorted(self._retained.items(), key=lambda item: item[1]):
             if held <= CHUNK_BYTES or since == self._clock:
                 return
             held -= self._groups[key].rows.nbytes
@@ -386,7 +391,7 @@ class QuantStore:
 
     def release(self) -> None:
         """Free what was retained: the writer has moved on."""
-        for key in [key for key, group in self._groups.items() if group.retained_since is not None]:
+        for key in list(self._retained):
             self._free(key)
 
     def discard_staging(self) -> None:
@@ -414,10 +419,10 @@ class QuantStore:
         other.result.qdata.copy_(self.result.qdata)
         other.result.scale.copy_(self.result.scale)
         other._state, other._clock = self._state.copy(), self._clock
+        other._received, other._retained = self._received.copy(), dict(self._retained)
         for key, group in self._groups.items():
             twin = other._new_group(key)
             twin.rows.copy_(group.rows)
-            twin.retained_since = group.retained_since
         return other
 
     def keep_missing(self) -> bool:

@@ -227,7 +227,8 @@ def test_activations_equal_the_reference(fmt: WeightFormat, x: torch.Tensor, poi
         x[x.shape[0] // 2, x.shape[1] // 2] = poison
     got, want = cpu_numba.quantize_activation(x, fmt), reference.quantize_activation(x, fmt)
     assert_same_values(got[1], want[1])
-    assert_same_codes(got[0], want[0], x.dtype)
+    # A NaN makes its token's scale NaN, and what sign x / NaN has is not defined.
+    assert_same_values(got[0].float(), want[0].float())
 
 
 @formats

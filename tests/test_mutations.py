@@ -126,6 +126,13 @@ def staged_units_never_settle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settle_before_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = QuantStore._open_units
+
+    def open_units(self: QuantStore, e: int, start: int, stop: int, group: object) -> None:
+        original(self, e, start, stop, group)  # type: ignore[arg-type]
+        self._received[e] = self._k
+
+    monkeypatch.setattr(QuantStore, "_open_units", open_units)
     monkeypatch.setattr(Coverage, "full_rows", lambda self, lead, start, stop: [(start, stop)])
 
 

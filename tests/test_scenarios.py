@@ -383,7 +383,7 @@ def test_scalars_fills_and_broadcasts_count_and_misfits_are_named() -> None:
         m.c.weight.data.fill_(0.5)
         with pytest.raises(WeightShapeError, match=r"a\.weight: a source of shape \[5, 4\] does not fit .*\[6, 4\]"):
             m.a.weight.data.copy_(torch.randn(5, 4))
-        with pytest.raises(WeightShapeError, match=r"b\.weight: a source of shape \[3\] does not fit into \[2:4, 0:4\]"):
+        with pytest.raises(WeightShapeError, match=r"b\.weight: .* shape \[3\] does not fit into \[2:4, 0:4\]"):
             m.b.weight.data[2:4].copy_(torch.randn(3))
     assert m.scale.item() == 2.5
     assert m.gain.item() == 3.0

@@ -198,6 +198,18 @@ def test_a_model_is_armed_once() -> None:
     assert_oracle(layer.weight, torch.eye(4), fp8)
 
 
+def test_a_given_model_may_be_loaded_while_another_is_constructed() -> None:
+    given = nn.Linear(4, 4, bias=False)
+    with online_quant(fp8):
+        with online_quant(fp8, given):
+            given.weight.data.copy_(torch.eye(4))
+        assert type(given.weight) is QTensor
+        built = nn.Linear(4, 4, bias=False)
+        assert isinstance(built.weight, LazyWeight)
+        built.weight.data.copy_(torch.eye(4))
+    assert_oracle(built.weight, torch.eye(4), fp8)
+
+
 def test_finish_without_a_with_block() -> None:
     layer = nn.Linear(4, 4, bias=False)
     session = online_quant(fp8, layer)
