@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ class QTensorConfig(QuantizationConfig):
     def __init__(self, given: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.choice = Choice(parse(self.scheme, given or {}))
+        if "llvmlite" in sys.modules:
+            compat.shield_llvmlite()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.choice.options})"

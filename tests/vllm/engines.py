@@ -21,6 +21,8 @@ from checkpoints import VOCAB
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from qtensor.integrations.vllm.compat import shield_llvmlite
+
 _PROMPTS = [torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
 _TOKENS = 4
 
@@ -50,6 +52,7 @@ class Seen:
 def engine(folder: Path, quantization: str | None, **options: Any) -> Iterator[LLM]:
     settings = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 128, "max_num_seqs": 8} | options
     llm = None
+    shield_llvmlite()  # Unquantized engines need it too, once a test has used numba.
     try:
         llm = LLM(str(folder), quantization=quantization, skip_tokenizer_init=True, **settings)
         yield llm
