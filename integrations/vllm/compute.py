@@ -23,9 +23,9 @@ from .options import Options
 class LinearCompute(Protocol):
     """publish: set `weight` and its scale on the layer. apply: the product. dequantize: `[N, K]`."""
 
-    def publish(self, layer: nn.Module, weight: QTensor) -> None: ...
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
-    def dequantize(self, layer: nn.Module) -> torch.Tensor: ...
+    def publish(self, layer: Any, weight: QTensor) -> None: ...
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
+    def dequantize(self, layer: Any) -> torch.Tensor: ...
 
 
 def linear_compute(scheme: Scheme, options: Options, shape: tuple[int, int], dtype: torch.dtype) -> LinearCompute:
@@ -51,18 +51,18 @@ class CpuLinear:
         self.fmt, self.round_activations = scheme.format, round_activations
         self.scale = scale_name(scheme.format)
 
-    def publish(self, layer: nn.Module, weight: QTensor) -> None:
+    def publish(self, layer: Any, weight: QTensor) -> None:
         layer.register_parameter("weight", frozen(weight.qdata))
         layer.register_parameter(self.scale, frozen(weight.scale))
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         scale = layer._parameters[self.scale]
         assert scale is not None
         out = torch.ops.qtensor_vllm.linear(flat, layer.weight, scale, self.fmt.name, self.round_activations, bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def dequantize(self, layer: nn.Module) -> torch.Tensor:
+    def dequantize(self, layer: Any) -> torch.Tensor:
         return kernels.dequantize(layer.weight, getattr(layer, self.scale), self.fmt, layer.orig_dtype)
 
 
@@ -76,18 +76,18 @@ class GpuLinear:
         self.fmt, self.scale = scheme.format, scale_name(scheme.format)
         self.kernel = compat.fp8_linear_kernel(scheme, shape, dtype, torch.get_default_dtype())
 
-    def publish(self, layer: nn.Module, weight: QTensor) -> None:
+    def publish(self, layer: Any, weight: QTensor) -> None:
         layer.input_scale = None
         blocks = self.fmt.granularity == "block"
         layer.register_parameter("weight", frozen(weight.qdata if blocks else weight.qdata.t()))
         layer.register_parameter(self.scale, frozen(weight.scale))
         self.kernel.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = self.kernel.apply_weights(layer, x, bias)
         return out
 
-    def dequantize(self, layer: nn.Module) -> torch.Tensor:
+    def dequantize(self, layer: Any) -> torch.Tensor:
         eye = torch.eye(layer.input_size_per_partition, dtype=layer.orig_dtype, device=layer.weight.device)
         return self.apply(layer, eye, None).t()
 

@@ -38,7 +38,7 @@ class QTensorLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -58,14 +58,14 @@ class QTensorLinearMethod(LinearMethodBase):
         attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
         self.load.arm(self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes)
 
-    def publish(self, layer: nn.Module) -> None:
+    def publish(self, layer: Any) -> None:
         """Give the layer its finished weight in the kernel's format. `layer.weight` is complete and quantized."""
         weight = layer.weight
         assert isinstance(weight, QTensor)
         del layer._parameters["weight"]
         self.compute.publish(layer, weight)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Verify and publish. The weights were quantized while they were loaded, except on vLLM's reload, which hands
         over a whole layer in high precision."""
         weight = getattr(layer, "weight", None)
@@ -76,17 +76,17 @@ class QTensorLinearMethod(LinearMethodBase):
             layer.weight = nn.Parameter(_quantize_reloaded(self, weight, f"{self.prefix}.weight"), requires_grad=False)
             self.publish(layer)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x `[..., K]` → `[..., N]`."""
         return self.compute.apply(layer, x, bias)
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
         raise QTensorError(
             f"{self.prefix}: this output head is tied to the embedding and cannot be quantized on its own; leave the "
             "option lm_head out"
         )
 
-    def dequantize_weight(self, layer: nn.Module) -> torch.Tensor:
+    def dequantize_weight(self, layer: Any) -> torch.Tensor:
         """The weight in high precision `[N, K]`, for vLLM's code that absorbs or requantizes it."""
         return self.compute.dequantize(layer)
 

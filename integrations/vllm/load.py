@@ -146,7 +146,7 @@ class Load:
         loader = attributes.get("weight_loader")
         param.__dict__.update(attributes)
         if loader is not None:
-            param.weight_loader = self._guarded(weight, loader)
+            param.weight_loader = self._guarded(weight, loader)  # type: ignore[attr-defined]
         layer.register_parameter(name, param)  # type: ignore[arg-type]
         return weight
 
@@ -297,9 +297,9 @@ class Load:
         for name, param in params.items():
             tied.setdefault(id(param), []).append(name)
         for name, boxes in counter.missing().items():
-            param = params.get(name)
-            if param is None or name in armed or param.numel() == 0:
+            if name not in params or name in armed or not params[name].numel():
                 continue
+            param = params[name]
             twins = tied[id(param)]
             if name != twins[0] or (loaded.intersection(twins) and boxes == [tuple((0, n) for n in param.shape)]):
                 continue  # Computed by the model's own load_weights, which reports it as loaded.

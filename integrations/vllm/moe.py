@@ -9,7 +9,7 @@ kernels; on a GPU through vLLM's fused fp8 experts.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -102,7 +102,7 @@ class _Experts:
             self.load.finish()
         elif all(isinstance(w, torch.Tensor) and w.dtype.itemsize > 1 for w in stacks):
             for name, w in zip(_STACKS, stacks, strict=True):
-                setattr(layer, name, frozen(_quantize_reloaded(self, w, f"{self.prefix}.{name}")))
+                setattr(layer, name, frozen(_quantize_reloaded(self, cast(torch.Tensor, w), f"{self.prefix}.{name}")))
             self.publish(layer)
 
     def publish(self, layer: Any) -> None:
