@@ -26,7 +26,7 @@ from .quantized import QTensor, empty
 from .scheme import Scheme
 
 CHUNK_BYTES = 32 << 20
-_STAGING_GROUP_BYTES = 1 << 20
+_STAGING_GROUP_BYTES = 2 << 20
 
 # What a unit's bytes are: quantized in qdata, present in staging, and (while staged) waiting for more elements.
 _QUANTIZED, _STAGED, _OPEN = 1, 2, 4
@@ -152,8 +152,8 @@ class _Group:
 class QuantStore:
     """A weight `[N, K]` or `[E, N, K]` that is quantized as its units complete.
 
-    Whole units in a write are quantized straight from the source. Parts of units are staged, in groups of about a
-    megabyte, until the unit is complete. A completed group is retained until the writer moves on (see
+    Whole units in a write are quantized straight from the source. Parts of units are staged, in groups of about two
+    megabytes, until the unit is complete. A completed group is retained until the writer moves on (see
     `release`), so that a loader that reads back or rewrites what it just wrote meets exact values.
 
     on_staged: called with the change in staged bytes.
