@@ -17,11 +17,12 @@ from .errors import (
     WeightShapeError,
 )
 from .lazy import LazyWeight
+from .online import online_quant
 from .quantized import QTensor, quantize
 from .report import LayerReport, LoadReport
 from .scheme import Scheme, fp8, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from .selection import DEFAULT_IGNORE
-from .session import Session, online_quant
+from .session import Session
 
 __version__ = "0.1.0"
 

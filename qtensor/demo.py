@@ -21,11 +21,11 @@ from torch import nn
 
 from . import __version__
 from .memory import Child, Measurement, measure
+from .online import online_quant
 from .quantized import QTensor, quantize
 from .report import LoadReport
 from .scheme import fp8
 from .selection import DEFAULT_IGNORE
-from .session import online_quant
 
 MIN_COSINE = 0.999
 SENTENCES = (

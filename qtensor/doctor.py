@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from . import kernels
+from .online import online_quant
 from .quantized import QTensor, empty
 from .scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
-from .session import online_quant
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors", "transformers", "accelerate", "torchao", "tqdm")
 

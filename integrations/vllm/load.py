@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -25,7 +23,8 @@ from qtensor.armed import ArmedWeight
 from qtensor.counter import CopyCounter
 from qtensor.coverage import Box
 from qtensor.errors import IncompleteLoadError, QTensorError, WeightShapeError
-from qtensor.lazy import LazyWeight, LiveQTensor, close, parameter, reopen, settle
+from qtensor.host import LoadHost
+from qtensor.lazy import LazyWeight, LiveQTensor, close, parameter
 from qtensor.quantized import QTensor
 from qtensor.report import LayerReport, LoadReport
 from qtensor.scheme import Scheme
@@ -95,27 +94,21 @@ def _module_under_construction() -> nn.Module:
     return outermost
 
 
-class Load:
-    """The armed weights of one model, from their creation to their publication. Implements `qtensor.armed.Host`.
+class Load(LoadHost):
+    """The armed weights of one model, from their creation to their publication.
 
     padding: a layer that is being built writes zeros where no checkpoint will.
     """
 
-    min_sqnr: float | None = None
-
     def __init__(self, root: nn.Module, choice: Choice) -> None:
+        super().__init__()
         self.root, self.choice = root, choice
         self.refuse_nonfinite = choice.options.on_nonfinite == "error"
-        self.closed: str | None = None
         self.names = Names()
         self.slots: dict[ArmedWeight, Slot] = {}
         self.report: LoadReport | None = None
         self.resident_peak = 0
         self.padding = False
-        self._weights: WeakSet[ArmedWeight] = WeakSet()
-        self._writing: dict[int, ArmedWeight] = {}
-        self._counters = threading.Lock()
-        self._staged = self._peak_staged = self._lossy_reads = 0
         self._started = time.perf_counter()
         self._resident_before = resident_bytes()
         self._context = _Context()
@@ -182,9 +175,6 @@ class Load:
 
     # What armed weights ask (armed.Host)
 
-    def enroll(self, weight: ArmedWeight) -> None:
-        self._weights.add(weight)
-
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         scheme: Scheme | None = weight.scheme
         return scheme
@@ -197,34 +187,13 @@ class Load:
         return f"{name} (from the checkpoint's tensor '{current}')" if current else name
 
     def touch(self, weight: ArmedWeight) -> None:
-        thread = threading.get_ident()
-        last = self._writing.get(thread)
-        if last is not weight:
-            if not self._writing and not self.padding:
-                self.choice_is_settled()
-            self._writing[thread] = weight
-            if last is not None:
-                last.release()
-
-    def staged(self, delta: int) -> None:
-        with self._counters:
-            self._staged += delta
-            self._peak_staged = max(self._peak_staged, self._staged)
-
-    def lossy_read(self, weight: ArmedWeight) -> None:
-        with self._counters:
-            self._lossy_reads += 1
+        if not self._writing and not self.padding:
+            self.choice_is_settled()
+        super().touch(weight)
 
     def completed(self, weight: ArmedWeight) -> None:
-        store = weight.store
-        if isinstance(store, QuantStore):
-            for param in weight.params:
-                settle(param, store.result)
+        super().completed(weight)
         self.resident_peak = max(self.resident_peak, resident_bytes() - self._resident_before)
-
-    def reopened(self, weight: ArmedWeight) -> None:
-        for param in weight.params:
-            reopen(param)
 
     # The loader's call
 
