@@ -6,6 +6,7 @@ with online_quant(fp8):
 
 from __future__ import annotations
 
+from .checksums import weight_checksums
 from .counter import CopyCounter
 from .coverage import Coverage
 from .errors import (
@@ -19,6 +20,7 @@ from .errors import (
 from .lazy import LazyWeight
 from .online import online_quant
 from .quantized import QTensor, quantize
+from .reload import online_reload
 from .report import LayerReport, LoadReport
 from .scheme import Scheme, fp8, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from .selection import DEFAULT_IGNORE
@@ -47,5 +49,7 @@ __all__ = [
     "fp8_per_channel",
     "fp8_per_tensor",
     "online_quant",
+    "online_reload",
     "quantize",
+    "weight_checksums",
 ]

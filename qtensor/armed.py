@@ -66,7 +66,10 @@ class ArmedWeight:
     initial: values to fall back to when elements stay unwritten (on_missing "keep" or "init").
     copied: it was deep-copied.
     assigned: the Parameter that was last assigned in its place, if someone else holds it still.
+    in_place: its storage exists and stays (see `reload_store.ReloadedWeight`).
     """
+
+    in_place = False
 
     def __init__(
         self, host: Host, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: tuple[Any, str]
@@ -103,6 +106,10 @@ class ArmedWeight:
         if not any(known is param for known in self.params):
             self.params.append(param)
 
+    def live_values(self, view: View) -> torch.Tensor:
+        """The elements of a view as the model computes with them, of a weight that is `in_place`."""
+        raise NotImplementedError
+
     # Writes
 
     def write(self, view: View, source: torch.Tensor) -> None:
@@ -121,7 +128,8 @@ class ArmedWeight:
                 self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)))
             except QTensorError as error:
                 self.fail(error)
-            self._after_write()
+            finally:
+                self._after_write()
 
     def write_masked(self, view: View, values: torch.Tensor, touched: torch.Tensor) -> None:
         """Write those elements of `values` (of the view's size) where `touched` is true."""
@@ -156,7 +164,7 @@ class ArmedWeight:
         consequence for coverage."""
         with self.lock:
             if isinstance(self.store, PlainStore):
-                fill(self.store.tensor.as_strided(*view))
+                fill(self.store.at(view))
                 self.store.initialised = True
             elif not self.coverage.covered:
                 self.recorded.append((view, fill))
@@ -212,7 +220,7 @@ class ArmedWeight:
         if self.host.on_missing == "init" and self.recorded:
             values = torch.zeros(self.shape, dtype=self.dtype, device=self.device) if values is None else values
             for view, fill in self.recorded:
-                fill(values.as_strided(*view))
+                fill(values.as_strided(view.size, view.stride, values.storage_offset() + view.offset))
         return values
 
     def _after_write(self) -> None:

@@ -95,7 +95,7 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
     if (
         isinstance(existing, (LazyWeight, LiveQTensor))
         and not existing._armed.host.closed
-        and existing.shape == param.shape
+        and (existing.shape == param.shape or existing._armed.in_place)
         and not is_constructing(module)
     ):
         if not param.is_meta and not _is_placeholder():

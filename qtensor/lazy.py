@@ -48,6 +48,7 @@ class _Handle:
     __slots__ = ()
     _armed: ArmedWeight
     _meta: torch.Tensor
+    _live = False
 
     def narrow(self, dim: int, start: Any, length: Any) -> LazyWeight:
         return wrap(self._armed, self._meta.narrow(dim, start, length))
@@ -215,6 +216,17 @@ def close(param: Any) -> None:
         del param._armed, param._meta
 
 
+def swap(a: Any, b: Any) -> None:
+    """Exchange what two tensor objects are, so that everyone who holds one of them sees the change.
+
+    As `torch.utils.swap_tensors`, which refuses where a graph or a Python weak reference holds one of them. Those keep
+    meaning the tensor, or the object, that they took. Raises RuntimeError where C++ holds a weak reference.
+    """
+    torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
+    a.__class__, b.__class__ = b.__class__, a.__class__
+    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+
+
 def wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:
     if torch.is_inference_mode_enabled():
         # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
@@ -272,6 +284,19 @@ def _is_basic(index: Any) -> bool:
 
 
 def materialize(lazy: Any) -> torch.Tensor:
+    """The values of a lazy tensor, for whoever reads it."""
+    armed = lazy._armed
+    return armed.live_values(view_of(lazy)) if answers_live(lazy) else written(lazy)
+
+
+def answers_live(lazy: Any) -> bool:
+    """Does it answer reads with what the model computes with, whatever a loader is writing? During a reload the
+    Parameter itself does, and what modules make of it (`weight.t()`); `.data`, `detach()` and slices do not."""
+    return lazy._live or (lazy._armed.in_place and any(param is lazy for param in lazy._armed.params))
+
+
+def written(lazy: Any) -> torch.Tensor:
+    """The values of a lazy tensor as far as they were written in this session."""
     return lazy._armed.read(view_of(lazy))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .errors import QTensorError, WeightShapeError
-from .lazy import LAZY, OPS, Handler, assign, materialize, view_of, wrap
+from .lazy import LAZY, OPS, Handler, answers_live, assign, materialize, view_of, wrap, written
 from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
 from .quantized import QTensor
 
@@ -36,7 +36,11 @@ def _implements(*ops: Any) -> Callable[[Handler], Handler]:
 def _view(func: Any, args: tuple, kwargs: dict) -> Any:
     lazy = args[0]
     armed, out = lazy._armed, func(lazy._meta, *args[1:], **kwargs)
-    return [wrap(armed, m) for m in out] if isinstance(out, (list, tuple)) else wrap(armed, out)
+    views = [wrap(armed, m) for m in (out if isinstance(out, (list, tuple)) else [out])]
+    if armed.in_place and answers_live(lazy):
+        for view in views:
+            view._live = True
+    return views if isinstance(out, (list, tuple)) else views[0]
 
 
 @_implements(aten.detach.default, aten.alias.default)
@@ -200,12 +204,12 @@ def _read(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _own(lazy: Any) -> torch.Tensor:
-    return materialize(lazy).clone()
+    return written(lazy).clone()
 
 
 @_implements(aten.clone.default)
 def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
-    return _own(args[0])
+    return materialize(args[0]).clone()
 
 
 @_implements(aten._to_copy.default)
@@ -219,7 +223,8 @@ def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
     )
     if device.type == "meta":
         return torch.empty_strided(lazy.shape, lazy.stride(), dtype=dtype, device=device)
-    if lazy._meta.numel() == armed.coverage.numel and not armed.coverage.covered and armed.coverage.numel:
+    untouched = not armed.coverage.covered and armed.coverage.numel and not armed.in_place
+    if untouched and lazy._meta.numel() == armed.coverage.numel:
         return wrap(retyped := armed.retyped(dtype, device), torch.empty(retyped.shape, dtype=dtype, device="meta"))
     return func(materialize(lazy), **kwargs)
 

@@ -159,7 +159,7 @@ class OnlineSession(Session):
         target = self._device or torch.device("cpu" if param.is_meta else param.device)
         weight = ArmedWeight(self, tuple(param.shape), param.dtype, target, (module, name))
         has_values = not param.is_meta and not isinstance(param, LazyWeight)
-        values = param.detach() if has_values else None
+        values = param.detach().contiguous() if has_values else None
         if quantizable is None:
             quantizable = self._selection.candidate(module, name, param)
         if not quantizable:
@@ -220,7 +220,7 @@ class OnlineSession(Session):
             store = buffer._armed.store
             if isinstance(store, PlainStore):
                 # A buffer may be a view of a parameter, and goes on aliasing it.
-                module._buffers[name] = store.tensor.as_strided(*view_of(buffer))
+                module._buffers[name] = store.at(view_of(buffer))
         live = self._tree.live(self)
         for weight, owners in live.items():
             held: list[torch.Tensor | None] = [m._parameters.get(n) for _, m, n in owners]

@@ -89,6 +89,10 @@ class QTensor(torch.Tensor):
         """Bytes held: quantized values and scales."""
         return self.qdata.nbytes + self.scale.nbytes
 
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors it is made of: quantized values, then scales."""
+        return tuple(getattr(self, name) for name in self.__tensor_flatten__()[0])
+
     def numpy(self, *, force: bool = False) -> Any:
         return self.detach().dequantize().numpy(force=force)
 

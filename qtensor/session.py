@@ -22,7 +22,7 @@ from .coverage import Box
 from .errors import IncompleteLoadError, QTensorError
 from .host import LoadHost
 from .kernels import pipeline
-from .lazy import LAZY
+from .lazy import LAZY, swap
 from .progress import Progress
 from .quantized import QTensor
 from .report import LayerReport, LoadReport, describe_missing
@@ -34,7 +34,7 @@ logger = logging.getLogger("qtensor")
 OnMissing = Literal["error", "zero", "keep", "init"]
 OnNonfinite = Literal["error", "keep"]
 # Attributes that make a tensor lazy or quantized; all others belong to the user and follow the Parameter.
-_OWN = {"_armed", "_meta", "_is_param", "qdata", "scale", "scheme", "transposed", "whole_units"}
+_OWN = {"_armed", "_meta", "_live", "_is_param", "qdata", "scale", "scheme", "transposed", "whole_units"}
 
 
 class Session(LoadHost):
@@ -200,7 +200,7 @@ class Session(LoadHost):
                 if weight.error is not None:
                     raise weight.error
                 gaps = weight.coverage.missing()
-                self._notes[name] = f"unwritten elements: {self.on_missing}"
+                self._notes.setdefault(name, f"unwritten elements: {self.on_missing}")
                 if self.on_missing == "error" or not weight.fill_missing(self.on_missing):
                     boxes[name] = gaps
                     missing.append(describe_missing(name, weight.shape, gaps, reopened=weight.was_settled))
@@ -229,11 +229,11 @@ class Session(LoadHost):
     def _replace(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
         """Make the Python object `param` be `new`, so that everyone who holds it sees the change.
 
-        Where PyTorch refuses to swap (someone holds a weak reference or a graph), the owners get the new object.
+        Where PyTorch refuses to swap (C++ holds a weak reference), the owners get the new object.
         """
         new.__dict__.update(attributes_of(param))
         try:
-            torch.utils.swap_tensors(param, new)
+            swap(param, new)
         except RuntimeError:
             for _, module, name in owners:
                 module._parameters[name] = new  # type: ignore[assignment]

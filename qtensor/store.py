@@ -121,14 +121,18 @@ class PlainStore:
         return PlainStore(self.tensor.clone(), coverage, self.initialised)
 
     def write(self, view: View, source: torch.Tensor) -> None:
-        self.tensor.as_strided(*view).copy_(source)
+        self.at(view).copy_(source)
         cover(self.coverage, view)
+
+    def at(self, view: View) -> torch.Tensor:
+        """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
+        return self.tensor.as_strided(view.size, view.stride, self.tensor.storage_offset() + view.offset)
 
     def read(self, view: View) -> tuple[torch.Tensor, bool]:
         """The elements (a live view of the store) and whether they are lossy, which they never are."""
         if not self.initialised:
             require_covered(self.coverage, view)
-        return self.tensor.as_strided(*view), False
+        return self.at(view), False
 
 
 def require_covered(coverage: Coverage, view: View) -> None:
@@ -158,6 +162,7 @@ class QuantStore:
 
     on_staged: called with the change in staged bytes.
     whole_weight: stage everything until the entire weight is there (needed to decide by SQNR).
+    result: where the quantized values go; new memory by default.
     """
 
     def __init__(
@@ -169,6 +174,7 @@ class QuantStore:
         audit: Audit,
         on_staged: Callable[[int], None],
         whole_weight: bool = False,
+        result: QTensor | None = None,
     ) -> None:
         self.scheme, self.dtype, self.device = scheme, dtype, device
         self.coverage, self.audit, self._on_staged = coverage, audit, on_staged
@@ -190,8 +196,8 @@ class QuantStore:
         self._retained: dict[tuple[int, int], int] = {}  # complete group → the write that completed it
         self._staged_whole: torch.Tensor | None = None
         self._clock = 0
-        self._matrices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.result: QTensor = empty(coverage.shape, scheme, dtype, device)
+        self._matrices: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.result = empty(coverage.shape, scheme, dtype, device) if result is None else result
 
     # Writing
 
@@ -245,23 +251,36 @@ class QuantStore:
         stop = start + rows.shape[0]
         if rows.dtype != self.dtype or not (rows.is_cpu and self._on_cpu):
             rows = rows.to(device=self.device, dtype=self.dtype)
-        self._quantize_rows(e, start, stop, rows)
+        try:
+            self._quantize_rows(e, start, stop, rows)
+        except NonFinite:
+            self._lose(e, start, stop)
+            raise
         self.coverage.add_box(self._box(e, (start, stop), (0, self._k)))
         self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
         if self._groups:
             self._free_unused(e, start, stop)
 
+    def _lose(self, e: int, start: int, stop: int) -> None:
+        """An invalid source was half-way written over rows start:stop: they count as unwritten."""
+        self.coverage.discard(self._box(e, (start, stop), (0, self._k)))
+        self._state[e, start // self._unit : ceil_div(stop, self._unit)] = 0
+        self._free_unused(e, start, stop)
+
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
-        qdata, scale = self._matrix(e)
-        if stop - start < self._n:
-            qdata = qdata.narrow(0, start, stop - start)
-            if self.scheme.format.granularity != "tensor":
-                first = start // self._unit
-                scale = scale.narrow(0, first, ceil_div(stop, self._unit) - first)
+        qdata, scale = self._rows(self._matrix(e), start, stop)
         origin = (e * self._n + start) * self._k
         self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
 
-    def _matrix(self, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """Rows start:stop, whole units, of a matrix's quantized values and scales."""
+        if stop - start == self._n:
+            return matrix
+        qdata, scale = matrix
+        first = start // self._unit
+        return qdata.narrow(0, start, stop - start), scale.narrow(0, first, ceil_div(stop, self._unit) - first)
+
+    def _matrix(self, e: int) -> tuple[torch.Tensor, ...]:
         """Quantized values and scales of matrix e."""
         found = self._matrices.get(e)
         if found is None:
@@ -334,8 +353,10 @@ class QuantStore:
     def accept(self, values: QTensor) -> None:
         """Take a whole weight that is quantized already, bytes unchanged."""
         self.discard_staging()
-        self.result.qdata.copy_(values.qdata)
-        self.result.scale.copy_(values.scale)
+        for e in range(self._e):
+            given = (values.qdata[e], values.scale[e]) if self._lead else (values.qdata, values.scale)
+            for target, source in zip(self._matrix(e), given, strict=True):
+                target.copy_(source)
         self._state[...] = _QUANTIZED
         self.coverage.add([(0, n) for n in self.coverage.shape])
 
@@ -425,6 +446,10 @@ class QuantStore:
             twin.rows.copy_(group.rows)
         return other
 
+    def has_open_units(self) -> bool:
+        """Is there a unit of which only a part has been written?"""
+        return bool((self._state & _OPEN).any())
+
     def keep_missing(self) -> bool:
         """Let unwritten elements keep their earlier quantized values. False if some have none."""
         if not bool((self._state & _QUANTIZED).all()):
@@ -497,8 +522,11 @@ class QuantStore:
         return gaps
 
     def _dequantized(self, e: int, start: int, stop: int) -> torch.Tensor:
+        return self._dequantize_rows(self._matrix(e), start, stop)
+
+    def _dequantize_rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
         fmt = self.scheme.format
-        qdata, scale = self._matrix(e)
+        qdata, scale = matrix
         if fmt.granularity == "tensor":
             return kernels.dequantize(qdata[start:stop], scale, fmt, self.dtype)
         first = start // self._unit * self._unit

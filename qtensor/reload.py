@@ -1,0 +1,354 @@
+"""online_reload: new weights into a model that is quantized already, at the same addresses, all or nothing.
+
+The Parameters stay what and where they are. While the reload is open, any loader writes to them; the model goes on
+computing with the old values until `finish` commits the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .armed import ArmedWeight
+from .errors import QTensorError, WeightShapeError
+from .kernels import Audit
+from .lazy import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
+from .quantized import QTensor
+from .reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
+from .report import LoadReport
+from .scheme import Scheme
+from .selection import Owner
+from .session import OnMissing, OnNonfinite, Session, attributes_of
+from .store import whole
+from .tree import full_name, parameters
+
+
+def online_reload(
+    model: nn.Module,
+    *,
+    atomic: bool = True,
+    shadow: ShadowKind = "device",
+    on_missing: OnMissing = "keep",
+    on_nonfinite: OnNonfinite = "error",
+    strict_reads: bool = False,
+    assert_identity: bool = False,
+    progress: bool | None = None,
+) -> ReloadSession:
+    """Load new high-precision values into a quantized model, in place.
+
+    The reload begins with this call. Used as a context manager it ends with the block; without `with`, call `finish()`
+    or `abort()` on the session that is returned. In between, any loader, in any number of chunks, in any order and from
+    any thread, writes to the model's parameters: `load_state_dict`, `copy_`, assignment of new Parameters, ...
+
+    Whatever the loader leaves out keeps its bytes. Where it writes a part of what shares a scale (one of the shards of
+    a fused per-tensor weight, half a row), the rest is quantized again from its quantized values, which costs accuracy;
+    the report and a warning name such weights.
+
+    atomic: an exception anywhere (in the loader, an invalid value, something missing, KeyboardInterrupt) leaves every
+        parameter, buffer and attribute as it was, bit for bit. Needs a second copy of what is written: at most the
+        bytes of the quantized model. With False each matrix is replaced as soon as all of it has arrived, and only
+        those that have arrived in part have a second copy; after an exception each is all old or all new.
+    shadow: where the second copy lives. "device" keeps new values beside the old ones until they are committed.
+        "host" saves the old ones in host memory (pinned, for a GPU) and writes in place, so the device needs no extra
+        memory; the model must not be used until the reload is over.
+    on_missing: what becomes of elements nobody wrote: "keep", "zero", or "error" to raise IncompleteLoadError.
+    on_nonfinite, strict_reads, progress: as `online_quant` takes them.
+    assert_identity: check at the end that every Parameter is the same object, at the same address, with the same
+        attributes and ties, and raise QTensorError if one is not.
+    """
+    return ReloadSession(model, atomic, shadow, on_missing, on_nonfinite, strict_reads, assert_identity, progress)
+
+
+class ReloadSession(Session):
+    """One reload. See `online_reload`."""
+
+    opener = "online_reload"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        atomic: bool,
+        shadow: ShadowKind,
+        on_missing: OnMissing,
+        on_nonfinite: OnNonfinite,
+        strict_reads: bool,
+        assert_identity: bool,
+        progress: bool | None,
+    ) -> None:
+        if on_missing not in ("error", "zero", "keep"):
+            raise ValueError(f'on_missing of a reload is "error", "zero" or "keep", not {on_missing!r}')
+        if shadow not in SECOND_COPIES:
+            raise ValueError(f'shadow is "device" or "host", not {shadow!r}')
+        schemes = sorted({str(p.scheme) for *_, p in parameters(model) if isinstance(p, QTensor)})
+        if not schemes:
+            raise QTensorError("online_reload: no weight of this model is quantized; load it with online_quant(...)")
+        super().__init__(model, ", ".join(schemes), on_missing, on_nonfinite, strict_reads, progress)
+        self.atomic, self._shadow, self._assert_identity = atomic, shadow, assert_identity
+        self._second_copies = self._peak_second_copies = 0
+        self._armed: dict[ArmedWeight, torch.Tensor] = {}  # weight → the other half of a swap, for plain ones
+        self._touched: set[ArmedWeight] = set()
+        self._finished_layers: dict[tuple[str, nn.Module], None] = {}
+        self._refuse_what_cannot_be_reloaded(model)
+        self._before = _Snapshot(model, atomic)
+        self._begin()
+        try:
+            self._arm(model)
+        except BaseException:
+            self.abort()
+            raise
+
+    # Arming
+
+    def _refuse_what_cannot_be_reloaded(self, model: nn.Module) -> None:
+        for module_name, module, name, param in parameters(model):
+            full = full_name((module_name, module, name))
+            if isinstance(param, LAZY):
+                state = "another session that is still open" if not param._armed.host.closed else "an aborted load"
+                raise QTensorError(f"{full} is armed by {state}; finish it, or load the model with online_quant first")
+            if isinstance(param, QTensor) and (param.transposed or not param.whole_units):
+                raise QTensorError(f"{full} is a view of a quantized weight; it cannot be reloaded on its own")
+
+    def _arm(self, model: nn.Module) -> None:
+        seen: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
+        for module_name, module, name, param in parameters(model):
+            seen.setdefault(id(param), (param, []))[1].append((module_name, module, name))
+        for param, owners in seen.values():
+            if isinstance(param, QTensor):
+                self._arm_quantized(param, owners)
+            elif param.is_floating_point() and not param.is_meta:
+                self._arm_plain(param, owners)
+        self._tree.changed()
+
+    def _weight(self, param: torch.Tensor, owner: Owner) -> ReloadedWeight:
+        return ReloadedWeight(self, tuple(param.shape), param.dtype, param.device, (owner[1], owner[2]))
+
+    def _arm_quantized(self, param: QTensor, owners: list[Owner]) -> None:
+        weight = self._weight(param, owners[0])
+        weight.scheme = param.scheme
+        live = cast(QTensor, param.detach())
+        weight.store = ReloadStore(
+            live, weight.coverage, Audit(self.refuse_nonfinite), self.staged, self.second_copy, self._kind, self._early
+        )
+        armed = cast(Any, param)
+        armed.__class__ = LiveQTensor
+        armed._armed, armed._meta = weight, torch.empty(param.shape, dtype=param.dtype, device="meta")
+        weight.adopt(armed)
+        self._armed[weight] = live
+        self._progress.expect(1)
+
+    def _arm_plain(self, param: torch.Tensor, owners: list[Owner]) -> None:
+        weight = self._weight(param, owners[0])
+        weight.scheme = None
+        weight.store = PlainReloadStore(param.detach(), weight.coverage, self.second_copy, self._kind, self._early)
+        lazy = parameter(weight, param.requires_grad)
+        lazy.__dict__.update(attributes_of(param))
+        try:
+            swap(param, lazy)
+        except RuntimeError:
+            # C++ holds a weak reference: it stays as it is, and a loader writes to it directly.
+            self._before.watch(param)
+            weight.params.clear()
+            return
+        weight.params = [param]
+        self._armed[weight] = lazy
+
+    @property
+    def _kind(self) -> ShadowKind:
+        return self._shadow if self.atomic else "device"
+
+    @property
+    def _early(self) -> bool:
+        return not self.atomic
+
+    # What armed weights ask (armed.Host)
+
+    def decide(self, weight: ArmedWeight) -> Scheme | None:
+        raise AssertionError("the weights of a reload are decided on")
+
+    def second_copy(self, delta: int) -> None:
+        """Bytes of second copies changed by so much."""
+        with self._counters:
+            self._second_copies += delta
+            self._peak_second_copies = max(self._peak_second_copies, self._second_copies)
+
+    def touch(self, weight: ArmedWeight) -> None:
+        self._touched.add(weight)
+        super().touch(weight)
+
+    def completed(self, weight: ArmedWeight) -> None:
+        if isinstance(weight.store, ReloadStore):
+            self._progress.advance(weight.store.result.nbytes)
+        if weight in self._touched and self._layer_hooks:
+            self._run_layer_hooks(weight)
+
+    def reopened(self, weight: ArmedWeight) -> None:
+        pass  # The Parameter stands for the live values, which are whole.
+
+    def _run_layer_hooks(self, weight: ArmedWeight) -> None:
+        if self.atomic and self._state == "open":
+            self._finished_layers.update({(name, module): None for name, module, _ in self._tree.owners(weight)})
+        else:
+            super()._run_layer_hooks(weight)
+
+    # Finishing
+
+    def _gather(self) -> None:
+        """What was put into a module in place of its Parameter or buffer is taken as new values for it."""
+        for owner, original, current in self._before.replaced():
+            _, module, name = owner
+            if not isinstance(current, torch.Tensor) or current.shape != original.shape or current.is_meta:
+                found = list(current.shape) if isinstance(current, torch.Tensor) else current
+                raise WeightShapeError(
+                    f"{full_name(owner)} {list(original.shape)} was replaced by {found} during the reload; write new "
+                    "values of the same shape"
+                )
+            if isinstance(original, LAZY):
+                original._armed.write(whole(original._armed.shape), current.detach())
+            else:
+                with torch.no_grad():
+                    original.copy_(current)
+            _put(module, name, original)
+
+    def _complete(self) -> None:
+        for weight in self._armed:
+            store = weight.store
+            if isinstance(store, ReloadStore) and self.on_missing == "keep" and store.has_open_units():
+                self._notes[weight.name] = "a part was rewritten: what shares its scales was quantized a second time"
+                self._warnings.append(
+                    f"{weight.name}: only a part of what shares a {weight.scheme} scale was written; the rest was "
+                    "quantized again from its quantized values. Write the whole of it to keep full accuracy."
+                )
+        super()._complete()
+
+    def _realise(self) -> None:
+        self._commit()
+        for weight in self._armed:
+            self._disarm(weight)
+        if self._assert_identity:
+            self._before.require_same()
+
+    def _commit(self) -> None:
+        """Once begun, carried through: an interrupt in the middle is raised when everything is new."""
+        interrupted: BaseException | None = None
+        for weight in self._armed:
+            while True:
+                try:
+                    with weight.lock:
+                        cast(ReloadedWeight, weight).store.commit()
+                    break
+                except KeyboardInterrupt as error:
+                    interrupted = error
+        if interrupted is not None:
+            for weight in self._armed:
+                self._disarm(weight)
+            self._close("finished", "the session has finished")
+            raise interrupted
+
+    def _close(self, state: str, reason: str) -> None:
+        layers = list(self._finished_layers) if state == "finished" else []
+        super()._close(state, reason)
+        for name, module in layers:
+            for hook in self._layer_hooks:
+                hook(name, module)
+
+    def _undo(self) -> None:
+        for weight in self._armed:
+            with weight.lock:
+                cast(ReloadedWeight, weight).store.rollback()
+        self._before.restore()
+        for weight in self._armed:
+            self._disarm(weight)
+
+    def _disarm(self, weight: ArmedWeight) -> None:
+        """The Parameter is again the object it was before the reload."""
+        other = self._armed[weight]
+        for param in weight.params:
+            if isinstance(param, LiveQTensor):
+                close(param)
+            elif isinstance(param, LazyWeight):
+                other.__dict__.update(attributes_of(param))
+                swap(param, other)
+
+    # Reporting
+
+    def _summary(self, state: str) -> LoadReport:
+        report = super()._summary(state)
+        report.peak_second_copy_bytes = self._peak_second_copies
+        return report
+
+
+class _Snapshot:
+    """What a model was before a reload: its Parameters and buffers as objects, their addresses and attributes, and
+    (with `values`) the bytes of those tensors that no store looks after."""
+
+    def __init__(self, model: nn.Module, values: bool) -> None:
+        self._values = values
+        self._entries: list[tuple[Owner, torch.Tensor]] = []
+        self._attributes: dict[int, tuple[torch.Tensor, dict[str, Any], tuple[int, ...]]] = {}
+        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for module_name, module in model.named_modules():
+            for entries in (module._parameters, module._buffers):
+                for name, tensor in entries.items():
+                    if tensor is not None:
+                        self._entries.append(((module_name, module, name), tensor))
+                        self._attributes[id(tensor)] = (tensor, attributes_of(tensor), _addresses(tensor))
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self.watch(buffer)
+        for *_, param in parameters(model):
+            if not isinstance(param, QTensor) and not param.is_floating_point():
+                self.watch(param)
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Nobody else looks after this one's values."""
+        if self._values and not tensor.is_meta:
+            self._saved.append((tensor, tensor.detach().clone()))
+
+    def replaced(self) -> Iterator[tuple[Owner, Any, Any]]:
+        """Entries of modules that hold another object now: owner, the original, what is there."""
+        for (module_name, module, name), original in self._entries:
+            current = _entries(module, name).get(name)
+            if current is not original:
+                yield (module_name, module, name), original, current
+
+    def restore(self) -> None:
+        for (_, module, name), original in self._entries:
+            if _entries(module, name).get(name) is not original:
+                _put(module, name, original)
+        for tensor, values in self._saved:
+            with torch.no_grad():
+                tensor.copy_(values)
+        for tensor, attributes, _ in self._attributes.values():
+            for key in attributes_of(tensor).keys() - attributes.keys():
+                del tensor.__dict__[key]
+            tensor.__dict__.update(attributes)
+
+    def require_same(self) -> None:
+        """Raise QTensorError unless objects, addresses and attributes are what they were."""
+        for owner, original, _ in self.replaced():
+            raise QTensorError(f"assert_identity: {full_name(owner)} {list(original.shape)} is another object now")
+        for owner, original in self._entries:
+            tensor, attributes, addresses = self._attributes[id(original)]
+            if _addresses(tensor) != addresses:
+                raise QTensorError(f"assert_identity: {full_name(owner)} has moved to another address")
+            now = attributes_of(tensor)
+            if now.keys() != attributes.keys() or any(now[key] is not attributes[key] for key in now):
+                raise QTensorError(f"assert_identity: {full_name(owner)} has other attributes now")
+
+
+def _addresses(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(part.data_ptr() for part in (tensor.parts() if isinstance(tensor, QTensor) else (tensor,)))
+
+
+def _entries(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._parameters if name in module._parameters else module._buffers
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Place a tensor where a module keeps its kind, past every hook."""
+    isparam = isinstance(tensor, nn.Parameter)
+    (module._buffers if isparam else module._parameters).pop(name, None)
+    (module._parameters if isparam else module._buffers)[name] = tensor  # type: ignore[assignment]
