@@ -24,5 +24,5 @@ def weight_checksums(model: nn.Module | Mapping[str, torch.Tensor]) -> dict[str,
 def _sha256(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for part in tensor.parts() if isinstance(tensor, QTensor) else (tensor,):
-        digest.update(memoryview(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -13,9 +13,10 @@ import torch
 from helpers import assert_oracle
 from torch import nn
 
-from qtensor import IncompleteLoadError, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant
+from qtensor import IncompleteLoadError, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload
 from qtensor.armed import ArmedWeight
 from qtensor.coverage import Coverage
+from qtensor.reload_store import ReloadStore, Shadow, Undo
 from qtensor.store import QuantStore
 
 FULL = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -165,6 +166,64 @@ def borrow_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantStore, "_stage", stage)
 
 
+# Reloads -------------------------------------------------------------------------------------------------------------
+
+
+def reload(atomic: bool, shadow: str = "device", *, fails: bool = False) -> None:
+    """New values in two halves over a loaded weight; with `fails`, an exception after the first and a half."""
+    layer = nn.Linear(64, 256, bias=False, dtype=torch.bfloat16)
+    with online_quant(fp8_per_channel, layer):
+        layer.weight.data.copy_(FULL)
+    try:
+        with online_reload(layer, atomic=atomic, shadow=shadow):  # type: ignore[arg-type]
+            layer.weight.data[TOP].copy_(FULL[TOP] * 3)
+            torch.testing.assert_close(layer.weight.data[TOP].clone(), FULL[TOP] * 3, rtol=0.07, atol=0.05)
+            layer.weight.data[(slice(128, 200), EVERYTHING)].copy_(FULL[128:200] * 3)
+            if fails:
+                raise KeyError
+            layer.weight.data[BOTTOM].copy_(FULL[BOTTOM] * 3)
+    except KeyError:
+        pass
+    assert_oracle(layer.weight, FULL if fails else FULL * 3, fp8_per_channel)
+
+
+def reload_commits_at_the_end() -> None:
+    reload(atomic=True)
+
+
+def reload_commits_a_whole_weight() -> None:
+    reload(atomic=False)
+
+
+def aborted_shadow_changes_nothing() -> None:
+    reload(atomic=True, fails=True)
+
+
+def aborted_undo_restores() -> None:
+    reload(atomic=True, shadow="host", fails=True)
+
+
+def aborted_half_weight_is_old() -> None:
+    reload(atomic=False, fails=True)
+
+
+def publish_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shadow, "publish", lambda *args: None)
+
+
+def write_in_place_without_undo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Undo, "rollback", lambda self: None)
+
+
+def commit_before_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReloadStore, "_commit_complete", lambda self: ReloadStore.commit(self))
+
+
+def read_the_live_values_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ReloadStore._source
+    monkeypatch.setattr(ReloadStore, "_source", lambda self, e, live: original(self, e, True))
+
+
 Probe = Callable[[], None]
 PROBES: list[Probe] = [
     duplicate_is_no_completion,
@@ -176,6 +235,11 @@ PROBES: list[Probe] = [
     late_staged_write_is_quantized_again,
     unwritten_half_of_a_row_is_unreadable,
     overlap_is_counted_once,
+    reload_commits_at_the_end,
+    reload_commits_a_whole_weight,
+    aborted_shadow_changes_nothing,
+    aborted_undo_restores,
+    aborted_half_weight_is_old,
 ]
 MUTANTS = [
     (count_instead_of_cover, duplicate_is_no_completion),
@@ -190,6 +254,12 @@ MUTANTS = [
     (reopened_units_keep_their_coverage, late_partial_write_reopens),
     (borrow_the_source, columns_complete_rows),
     (borrow_the_source, halves_complete_a_tensor),
+    (publish_nothing, reload_commits_at_the_end),
+    (publish_nothing, reload_commits_a_whole_weight),
+    (write_in_place_without_undo, aborted_undo_restores),
+    (commit_before_complete, aborted_half_weight_is_old),
+    (commit_before_complete, aborted_shadow_changes_nothing),
+    (read_the_live_values_back, reload_commits_at_the_end),
 ]
 
 
