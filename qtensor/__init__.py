@@ -25,6 +25,7 @@ from .report import LayerReport, LoadReport
 from .scheme import Scheme, fp8, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from .selection import DEFAULT_IGNORE
 from .session import Session
+from .sharding import Sharding
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "QTensorError",
     "Scheme",
     "Session",
+    "Sharding",
     "WeightDtypeError",
     "WeightShapeError",
     "fp8",

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from itertools import count
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 
@@ -52,6 +52,7 @@ class Host(Protocol):
     def touch(self, weight: ArmedWeight) -> None: ...
     def staged(self, delta: int) -> None: ...
     def lossy_read(self, weight: ArmedWeight) -> None: ...
+    def submit(self, weight: ArmedWeight) -> None: ...
     def completed(self, weight: ArmedWeight) -> None: ...
     def reopened(self, weight: ArmedWeight) -> None: ...
     def enroll(self, weight: ArmedWeight) -> None: ...
@@ -67,6 +68,8 @@ class ArmedWeight:
     copied: it was deep-copied.
     assigned: the Parameter that was last assigned in its place, if someone else holds it still.
     in_place: its storage exists and stays (see `reload_store.ReloadedWeight`).
+    shared: other ranks hold parts of what its scales are made of (see `sharding`); "closed" once they are being agreed
+        on, None after that.
     """
 
     in_place = False
@@ -85,6 +88,7 @@ class ArmedWeight:
         self.error: QTensorError | None = None
         self.settled = self.was_settled = False
         self.copied = False
+        self.shared: bool | Literal["closed"] | None = False
         self.sqnr: float | None = None
         self.assigned: weakref.ref[torch.Tensor] | None = None
         # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
@@ -116,6 +120,8 @@ class ArmedWeight:
         """A loader wrote `source` to a view. Nothing of the source is kept once this returns."""
         self.host.touch(self)
         with self.lock:
+            if self.shared in ("closed", None):
+                self._refuse_late_write()
             source = self._fit(view, source)
             if 0 in view.size:
                 return
@@ -201,8 +207,8 @@ class ArmedWeight:
             self.store = self._plain_store()
             return self.store
         measure = self.host.min_sqnr is not None
-        audit = Audit(self.host.refuse_nonfinite, measure)
-        self.store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, measure)
+        audit, whole = Audit(self.host.refuse_nonfinite, measure), measure or bool(self.shared)
+        self.store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, whole)
         return self.store
 
     def _plain_store(self) -> PlainStore:
@@ -234,6 +240,9 @@ class ArmedWeight:
         """Every element is there."""
         if self.settled:
             return
+        if self.shared:
+            self.host.submit(self)
+            return
         self.settled, self.was_settled, self.error = True, True, None
         store = self.store
         if isinstance(store, QuantStore):
@@ -242,6 +251,27 @@ class ArmedWeight:
             self.initial = None
             self.recorded.clear()
         self.host.completed(self)
+
+    def close_for_agreement(self) -> torch.Tensor:
+        """The amax of this rank's units, fp32 on the CPU. From here on the values stand."""
+        with self.lock:
+            assert isinstance(self.store, QuantStore)
+            self.shared = "closed"
+            return self.store.amax()
+
+    def agree(self, amax: torch.Tensor) -> None:
+        """All ranks have this amax: quantize with it."""
+        with self.lock:
+            assert isinstance(self.store, QuantStore)
+            self.store.quantize_shared(amax)
+            self.shared, self.store.whole_weight = None, False
+            self.settle()
+
+    def _refuse_late_write(self) -> NoReturn:
+        raise QTensorError(
+            f"{self.name}: written again after all of it had arrived and its scales were agreed on with other ranks. "
+            "Deliver every shard once, or load it in a new session."
+        )
 
     def _judge(self, store: QuantStore) -> None:
         """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""

@@ -60,6 +60,10 @@ class LoadHost:
         with self._counters:
             self._lossy_reads += 1
 
+    def submit(self, weight: ArmedWeight) -> None:
+        """All of this rank's part of a shared weight is there."""
+        raise NotImplementedError("this host shares no scales with other ranks")
+
     def completed(self, weight: ArmedWeight) -> None:
         """The last element arrived: the Parameters become quantized weights."""
         if isinstance(weight.store, QuantStore):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Self, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import hooks
@@ -20,6 +21,7 @@ from .quantized import QTensor, quantize
 from .scheme import Scheme, SchemeLike, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
+from .sharding import Agreement, Sharding
 from .store import PlainStore
 from .tree import full_name, parameters
 
@@ -34,6 +36,7 @@ def online_quant(
     on_missing: OnMissing = "error",
     on_nonfinite: OnNonfinite = "error",
     strict_reads: bool = False,
+    process_group: dist.ProcessGroup | Sharding | None = None,
     min_sqnr: float | None = None,
     progress: bool | None = None,
 ) -> Session:
@@ -50,12 +53,23 @@ def online_quant(
         keeps the values the model had, "init" its random initialisation.
     on_nonfinite: "error" refuses NaN and infinity by name and index; "keep" stores them.
     strict_reads: raise LossyReadError when a loader reads back what is already quantized, instead of counting it.
+    process_group: ranks that hold shards of the same weights. They agree on scales that are split among them, so that
+        each holds the bytes of its part of the unsharded result; all of them open and finish the session, and if one
+        fails all raise. A `Sharding` says which weights are split along which dimension.
     min_sqnr: in dB; a weight whose signal-to-quantization-noise ratio falls below stays in high precision. Weights are
         then staged whole.
     progress: a progress bar; by default only on a terminal.
     """
     return OnlineSession(
-        Selection(scheme, ignore, targets), model, device, on_missing, on_nonfinite, strict_reads, min_sqnr, progress
+        Selection(scheme, ignore, targets),
+        model,
+        device,
+        on_missing,
+        on_nonfinite,
+        strict_reads,
+        process_group,
+        min_sqnr,
+        progress,
     )
 
 
@@ -72,21 +86,26 @@ class OnlineSession(Session):
         on_missing: OnMissing,
         on_nonfinite: OnNonfinite,
         strict_reads: bool,
+        process_group: dist.ProcessGroup | Sharding | None,
         min_sqnr: float | None,
         progress: bool | None,
     ) -> None:
         super().__init__(model, str(selection.scheme), on_missing, on_nonfinite, strict_reads, progress)
         if on_missing not in ("error", "zero", "keep", "init"):
             raise ValueError(f'on_missing is "error", "zero", "keep" or "init", not {on_missing!r}')
+        if process_group is not None and min_sqnr is not None:
+            raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
         self.min_sqnr = min_sqnr
+        sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
+        self._sharding, self._agreement = sharding, Agreement(sharding) if sharding is not None else None
         self._selection = selection
         self._device = torch.device(device) if device is not None else None
         if model is not None:
             self._begin()
             try:
                 self._arm_model(model)
-            except BaseException:
-                self.abort()
+            except BaseException as error:
+                self._abandon(error)
                 raise
 
     def __enter__(self) -> Self:
@@ -140,12 +159,11 @@ class OnlineSession(Session):
         self._tree.changed()
 
     def _arm_existing(self, param: torch.Tensor, owners: Sequence[Owner]) -> None:
-        scheme = self._selection.scheme_for(owners, param)
         _, module, name = owners[0]
-        lazy = self._lazy(module, name, param, trusted=True, quantizable=scheme is not None)
+        quantizable = self._selection.scheme_for(owners, param) is not None
+        lazy = self._lazy(module, name, param, trusted=True, quantizable=quantizable)
         weight = lazy._armed
-        weight.scheme = scheme
-        self._progress.expect(scheme is not None)
+        weight.scheme = self._decide(weight, owners, param)
         self._replace(param, lazy, owners)
         weight.params = [cast(torch.Tensor, module._parameters[name])]
 
@@ -172,10 +190,24 @@ class OnlineSession(Session):
         lazy.__dict__.update(attributes_of(param))
         return lazy
 
+    def touch(self, weight: ArmedWeight) -> None:
+        if self._agreement is not None:
+            self._agreement.advance()
+        super().touch(weight)
+
+    def submit(self, weight: ArmedWeight) -> None:
+        assert self._agreement is not None
+        self._agreement.submit(weight)
+
     def decide(self, weight: ArmedWeight) -> Scheme | None:
-        scheme = self._selection.scheme_for(self._tree.owners(weight), weight.params[0])
+        return self._decide(weight, self._tree.owners(weight), weight.params[0])
+
+    def _decide(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
+        scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
             self._progress.expect(1)
+            if self._sharding is not None:
+                weight.shared = self._sharding.shares_scales(owners, param, scheme.format)
         return scheme
 
     # Finishing
@@ -236,6 +268,17 @@ class OnlineSession(Session):
             self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
         else:
             close(param)
+
+    def _agree(self) -> None:
+        if self._agreement is not None:
+            self._agreement.finish()
+            for weight in list(self._weights):
+                weight.verify()
+
+    def _abandon(self, error: BaseException | None) -> None:
+        if self._state == "open" and self._agreement is not None:
+            self._agreement.fail(str(error) if error is not None else "its session was aborted")
+        super()._abandon(error)
 
     def _undo(self) -> None:
         for weight in list(self._weights):

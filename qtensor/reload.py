@@ -96,8 +96,8 @@ class ReloadSession(Session):
         self._begin()
         try:
             self._arm(model)
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            self._abandon(error)
             raise
 
     # Arming

@@ -82,7 +82,7 @@ class Session(LoadHost):
         if kind is None:
             self.finish()
         else:
-            self.abort()
+            self._abandon(error)
 
     def on_layer_quantized(self, hook: Callable[[str, nn.Module], None]) -> None:
         """Call `hook(name, module)` each time all weights of a module that are to be quantized are there."""
@@ -107,8 +107,9 @@ class Session(LoadHost):
             self._release_all()
             self._gather()
             self._complete()
-        except BaseException:
-            self.abort()
+            self._agree()
+        except BaseException as error:
+            self._abandon(error)
             raise
         self._report = self._summary("finished")
         self._realise()
@@ -118,6 +119,9 @@ class Session(LoadHost):
 
     def abort(self) -> None:
         """Give up: staging and unfinished weights are freed, hooks removed. The model can be armed again."""
+        self._abandon(None)
+
+    def _abandon(self, error: BaseException | None) -> None:
         if self._state != "open":
             return
         report = self._summary("aborted")
@@ -128,6 +132,9 @@ class Session(LoadHost):
     def _gather(self) -> None:
         """Take in what was assigned where no hook could see it."""
         raise NotImplementedError
+
+    def _agree(self) -> None:
+        """Wait for the ranks this session shares weights with."""
 
     def _realise(self) -> None:
         """Everything is there and valid: the weights take their final form."""
@@ -184,7 +191,7 @@ class Session(LoadHost):
         for module_name, module, _ in self._tree.owners(weight):
             params: list[Any] = [p for p in module._parameters.values() if isinstance(p, LAZY)]
             armed = [p._armed for p in params]
-            if all(w.scheme is None or w.coverage.complete for w in armed):
+            if all(w.scheme is None or w.settled for w in armed):
                 for hook in self._layer_hooks:
                     hook(module_name, module)
 

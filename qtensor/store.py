@@ -433,6 +433,49 @@ class QuantStore:
         self._staged_whole = None
         return values
 
+    @property
+    def shared_units(self) -> int:
+        """How many scales of this weight ranks have to agree on."""
+        return self._e if self.scheme.format.granularity == "tensor" else self._e * self._n
+
+    def amax(self) -> torch.Tensor:
+        """The largest finite magnitude of each unit of a weight that was staged as a whole: fp32, on the CPU,
+        `[shared_units]`."""
+        assert self._staged_whole is not None
+        rows = self._staged_whole.view(self.shared_units, -1)
+        step = max(1, CHUNK_BYTES // max(1, rows.shape[1] * self.dtype.itemsize))
+        parts = [rows[at : at + step].abs().nan_to_num_(0, 0, 0).amax(1) for at in range(0, len(rows), step)]
+        return torch.cat(parts).float().cpu()
+
+    def quantize_shared(self, amax: torch.Tensor) -> None:
+        """Quantize a weight that was staged as a whole with scales from `amax` `[shared_units]` instead of its own.
+
+        A column (a row, per tensor) that holds the amax is quantized along with the values, and dropped. So every
+        format and every kernel gives exactly the bytes that it gives a weight with such elements.
+        """
+        assert self._staged_whole is not None
+        by_row = self.scheme.format.granularity == "channel"
+        amax = amax.to(device=self.device, dtype=self.dtype).view(self._e, -1)
+        for e in range(self._e):
+            if by_row:
+                for start in range(0, self._n, self._chunk_rows):
+                    stop = min(start + self._chunk_rows, self._n)
+                    values = torch.cat([self._staged_whole[e, start:stop], amax[e, start:stop, None]], 1)
+                    self._quantize_carried(e, start, stop, values)
+            else:
+                carrier = torch.zeros(1, self._k, dtype=self.dtype, device=self.device)
+                carrier[0, 0] = amax[e]
+                self._quantize_carried(e, 0, self._n, torch.cat([self._staged_whole[e], carrier]))
+        self.discard_staging()
+        self._state[...] = _QUANTIZED
+
+    def _quantize_carried(self, e: int, start: int, stop: int, values: torch.Tensor) -> None:
+        fmt = self.scheme.format
+        qdata, scale = self._rows(self._matrix(e), start, stop)
+        wide = torch.empty(values.shape, dtype=qdata.dtype, device=self.device)
+        self._quantize_into(values, wide, scale, fmt, self.audit, 0)
+        qdata.view(torch.uint8).copy_(wide.view(torch.uint8)[: stop - start, : self._k])
+
     def copy(self, coverage: Coverage) -> QuantStore:
         """An independent store in the same state, sharing nothing but the audit's settings."""
         audit = Audit(self.audit.refuse_nonfinite, self.audit.measure_sqnr)

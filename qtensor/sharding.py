@@ -1,0 +1,221 @@
+"""Sharded weights: scales that several ranks agree on, so that the shards hold the bytes of the unsharded weight.
+
+A unit that is split across ranks (a whole per-tensor weight, the rows of a per-channel weight whose columns are split)
+has one scale, from the largest magnitude on any rank. Each rank stages such a weight until all of its shard is there.
+The first rank of the group collects finished weights into buckets and publishes, through the group's key-value store,
+which weights make the next one; every rank joins one all-reduce (MAX) per bucket, in that order, while it goes on
+loading. The same store carries bad news: a rank that fails says so there, and all others raise what it said.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .armed import ArmedWeight
+from .errors import QTensorError
+from .kernels import WeightFormat
+from .selection import Owner, matches
+from .store import QuantStore
+from .tree import full_name
+
+BUCKET_BYTES = 64 << 20
+_POLL_SECONDS = 0.002
+_sessions = count()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model's weights are split over the ranks of a process group.
+
+    group: the ranks; None is all of them. Every rank opens its sessions in the same order.
+    dims: pattern → the dimension that is split: 0 for rows (or experts, of a stack `[E, N, K]`), the last one for
+        columns. Patterns as for `ignore`. A Parameter that says so itself (`partition_dim`, as Megatron's do) needs
+        none, nor does a 2-d per-tensor weight, which has one scale however it is split.
+    timeout: seconds to wait for other ranks before giving up.
+    """
+
+    group: dist.ProcessGroup | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
+    timeout: float = 300.0
+
+    def dim_of(self, owners: Sequence[Owner], param: torch.Tensor) -> int | None:
+        """The dimension along which a weight is split; None if nobody said."""
+        for owner in owners:
+            for pattern, dim in self.dims.items():
+                if matches(pattern, owner[0], full_name(owner)):
+                    return dim % param.dim()
+        said = getattr(param, "partition_dim", None)
+        return said if isinstance(said, int) and said >= 0 else None
+
+    def shares_scales(self, owners: Sequence[Owner], param: torch.Tensor, fmt: WeightFormat) -> bool:
+        """Do the ranks have to agree on the scales of this weight?
+
+        Raises QTensorError where a scale's elements would be split in a way that no rank can hold, or where it has to
+        be known how the weight is split and is not.
+        """
+        name, dim = full_name(owners[0]), self.dim_of(owners, param)
+        if dim is None:
+            if fmt.granularity == "tensor" and param.dim() == 2:
+                return True
+            raise QTensorError(
+                f"{name}: process_group is given, but not how this weight is split over it. Pass "
+                f'process_group=Sharding(group, dims={{"{name}": 0}}) with 0 for rows, 1 for columns.'
+            )
+        axis = dim - (param.dim() - 2)  # 0 rows, 1 columns, -1 experts
+        if axis < 0:
+            return False
+        block = fmt.block[axis]
+        last = dist.get_rank(self.group) == dist.get_world_size(self.group) - 1
+        if block > 1 and param.shape[dim] % block and not last:
+            raise QTensorError(
+                f"{name}: this rank's {param.shape[dim]} of dimension {dim} end inside a group of {block} with one "
+                f"{fmt.name} scale. Split at multiples of {block}, or choose another scheme for this weight."
+            )
+        return fmt.granularity == "tensor" or (fmt.granularity == "channel" and axis == 1)
+
+
+class Agreement:
+    """The scales that the ranks of one session agree on."""
+
+    def __init__(self, sharding: Sharding) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise QTensorError("process_group: torch.distributed is not initialised; call init_process_group first")
+        self._timeout = sharding.timeout
+        self._rank, self._world = dist.get_rank(sharding.group), dist.get_world_size(sharding.group)
+        ranks = dist.get_process_group_ranks(sharding.group or dist.group.WORLD)
+        # A group of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
+        self._group = dist.new_group(
+            ranks, timedelta(seconds=sharding.timeout), backend="gloo", use_local_synchronization=True
+        )
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{'-'.join(map(str, ranks))}/{next(_sessions)}", store)
+        self._lock = threading.Lock()
+        self._complete: dict[str, ArmedWeight] = {}
+        self._waiting: list[str] = []  # the leader's next bucket
+        self._waiting_bytes = 0
+        self._buckets = 0  # published (leader) or joined (others)
+        self._flying: list[tuple[Any, torch.Tensor, list[ArmedWeight]]] = []
+        self.collectives = self.bytes = 0
+
+    @property
+    def leads(self) -> bool:
+        return self._rank == 0
+
+    def submit(self, weight: ArmedWeight) -> None:
+        """All of this rank's shard is there. Called under the weight's lock, so nothing is waited for here."""
+        with self._lock:
+            name = weight.name
+            if name in self._complete:
+                return
+            self._complete[name] = weight
+            self._waiting.append(name)
+            self._waiting_bytes += weight.coverage.numel * weight.dtype.itemsize
+
+    def advance(self) -> None:
+        """Do what can be done without waiting: publish or join buckets, quantize what has been agreed on."""
+        if not (self._waiting or self._flying) or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self.leads:
+                if self._waiting_bytes >= BUCKET_BYTES:
+                    self._publish()
+            else:
+                self._join()
+            self._land()
+        finally:
+            self._lock.release()
+
+    def finish(self) -> None:
+        """Agree on everything, and on having succeeded. Raises QTensorError naming the rank that did not."""
+        deadline = time.monotonic() + self._timeout
+        with self._lock:
+            if self.leads:
+                self._publish()
+                self._store.set(f"bucket/{self._buckets}", "end")
+            while not self._joined_all() or self._flying:
+                self._land()
+                self._wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
+            self._store.set(f"done/{self._rank}", "yes")
+            while missing := [r for r in range(self._world) if not self._store.check([f"done/{r}"])]:
+                self._wait(deadline, lambda: f"no word of rank {', '.join(map(str, missing))}")
+
+    def fail(self, reason: str) -> None:
+        """Tell the other ranks that this one has given up."""
+        try:
+            if not self._store.check(["failed"]):
+                self._store.set("failed", f"rank {self._rank} failed: {reason}")
+        except RuntimeError:
+            pass  # the store's own process is gone; the others will notice
+
+    def _publish(self) -> None:
+        names, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        if names:
+            self._store.set(f"bucket/{self._buckets}", json.dumps(names))
+            self._reduce([self._complete[name] for name in names])
+
+    def _join(self) -> bool:
+        """Join published buckets as far as this rank's weights are there. True if there will be no more."""
+        while self._store.check([f"bucket/{self._buckets}"]):
+            text = self._store.get(f"bucket/{self._buckets}").decode()
+            if text == "end":
+                return True
+            names = json.loads(text)
+            if not all(name in self._complete for name in names):
+                return False
+            self._waiting = [name for name in self._waiting if name not in names]
+            self._reduce([self._complete[name] for name in names])
+        return False
+
+    def _joined_all(self) -> bool:
+        if self.leads:
+            return True
+        if not self._join():
+            return False
+        if self._waiting:
+            raise QTensorError(
+                f"rank {self._rank} quantizes weights that rank 0 does not: {', '.join(self._waiting[:5])}. Open the "
+                "session on the same model, with the same scheme, on every rank."
+            )
+        return True
+
+    def _reduce(self, weights: list[ArmedWeight]) -> None:
+        amax = torch.cat([weight.close_for_agreement() for weight in weights])
+        work = dist.all_reduce(amax, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._flying.append((work, amax, weights))
+        self._buckets += 1
+        self.collectives, self.bytes = self.collectives + 1, self.bytes + amax.nbytes
+
+    def _land(self) -> None:
+        while self._flying and self._flying[0][0].is_completed():
+            work, amax, weights = self._flying.pop(0)
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise QTensorError(f"another rank was lost while {weights[0].name} was agreed on: {error}") from error
+            at = 0
+            for weight in weights:
+                assert isinstance(weight.store, QuantStore)
+                size = weight.store.shared_units
+                weight.agree(amax[at : at + size])
+                at += size
+
+    def _wait(self, deadline: float, what: Any) -> None:
+        if self._store.check(["failed"]):
+            raise QTensorError(self._store.get("failed").decode())
+        if time.monotonic() > deadline:
+            raise QTensorError(f"the ranks did not agree within {self._timeout:g} s: {what()}")
+        time.sleep(_POLL_SECONDS)
+
+    def _pending(self) -> str:
+        names = [weights[0].name for _, _, weights in self._flying] or ["the next bucket of rank 0"]
+        return ", ".join(names[:5])
