@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from .dtensor import local_tensor
 from .lazy import LazyWeight, LiveQTensor
 from .quantized import QTensor
 
@@ -91,18 +92,18 @@ def _is_placeholder() -> bool:
 def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> Any:
     if param is None or isinstance(param, (LazyWeight, QTensor)):
         return None
-    existing = module._parameters.get(name)
+    existing: Any = local_tensor(module._parameters.get(name))
     if (
         isinstance(existing, (LazyWeight, LiveQTensor))
         and not existing._armed.host.closed
-        and (existing.shape == param.shape or existing._armed.in_place)
+        and (existing.shape == local_tensor(param).shape or existing._armed.in_place)
         and not is_constructing(module)
     ):
         if not param.is_meta and not _is_placeholder():
-            existing.data = param.detach()
+            existing.data = local_tensor(param).detach()
             existing._armed.assigned = weakref.ref(param)
             existing.__dict__.update({k: v for k, v in param.__dict__.items() if k not in existing.__dict__})
-        return existing
+        return module._parameters[name]
     listener = listening()
     return listener.constructed(module, name, param) if listener is not None else None
 

@@ -7,7 +7,7 @@ takes in what was assigned where no hook could see it and gives every weight its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -15,13 +15,14 @@ from torch import nn
 
 from . import hooks
 from .armed import ArmedWeight
+from .dtensor import Split, home, is_dtensor, local_tensor, splits
 from .errors import NonFiniteWeightError, QTensorError
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, view_of
 from .quantized import QTensor, quantize
 from .scheme import Scheme, SchemeLike, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
-from .sharding import Agreement, Sharding
+from .sharding import Agreement, Sharding, sharing_group
 from .store import PlainStore
 from .tree import full_name, parameters
 
@@ -97,7 +98,11 @@ class OnlineSession(Session):
             raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
         self.min_sqnr = min_sqnr
         sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
-        self._sharding, self._agreement = sharding, Agreement(sharding) if sharding is not None else None
+        self._sharding = sharding
+        self._agreements: dict[Any, Agreement] = {}
+        self._shared: dict[ArmedWeight, Agreement] = {}
+        if sharding is not None:
+            self._agreement(sharding.group, sharding.timeout)
         self._selection = selection
         self._device = torch.device(device) if device is not None else None
         if model is not None:
@@ -133,7 +138,8 @@ class OnlineSession(Session):
     def _arm_model(self, model: nn.Module) -> None:
         seen: dict[int, list[Owner]] = {}
         tensors: dict[int, torch.Tensor] = {}
-        for module_name, module, name, param in parameters(model):
+        for module_name, module, name, whole in parameters(model):
+            param = local_tensor(whole)
             if isinstance(param, QTensor):
                 raise QTensorError(
                     f"{full_name((module_name, module, name))} is quantized already. Load new values with "
@@ -145,7 +151,7 @@ class OnlineSession(Session):
                 )
             if param.is_floating_point():
                 seen.setdefault(id(param), []).append((module_name, module, name))
-                tensors[id(param)] = param
+                tensors[id(param)] = whole
         for key, owners in seen.items():
             self._arm_existing(tensors[key], owners)
         for module in model.modules():
@@ -158,23 +164,34 @@ class OnlineSession(Session):
                     module._buffers[name] = lazy
         self._tree.changed()
 
-    def _arm_existing(self, param: torch.Tensor, owners: Sequence[Owner]) -> None:
+    def _arm_existing(self, whole: torch.Tensor, owners: Sequence[Owner]) -> None:
+        """Arm a model's parameter; of a DTensor, its local tensor."""
         _, module, name = owners[0]
-        quantizable = self._selection.scheme_for(owners, param) is not None
-        lazy = self._lazy(module, name, param, trusted=True, quantizable=quantizable)
+        param = local_tensor(whole)
+        quantizable = self._selection.scheme_for(owners, whole) is not None
+        lazy = self._lazy(module, name, param, trusted=True, quantizable=quantizable, device=home(whole))
         weight = lazy._armed
-        weight.scheme = self._decide(weight, owners, param)
+        if param is not whole:
+            whole.requires_grad_(whole.requires_grad and not quantizable)
+        weight.scheme = self._decide(weight, owners, whole)
         self._replace(param, lazy, owners)
-        weight.params = [cast(torch.Tensor, module._parameters[name])]
+        weight.params = [local_tensor(module._parameters[name])]
 
     def _lazy(
-        self, module: nn.Module, name: str, param: torch.Tensor, *, trusted: bool, quantizable: bool | None = None
+        self,
+        module: nn.Module,
+        name: str,
+        param: torch.Tensor,
+        *,
+        trusted: bool,
+        quantizable: bool | None = None,
+        device: torch.device | None = None,
     ) -> LazyWeight:
         """A lazy stand-in for `param`, which is given up unless the weight stays plain or its values may be needed.
 
         trusted: the values are a model's own, not whatever memory held when it was constructed.
         """
-        target = self._device or torch.device("cpu" if param.is_meta else param.device)
+        target = self._device or device or home(param)
         weight = ArmedWeight(self, tuple(param.shape), param.dtype, target, (module, name))
         has_values = not param.is_meta and not isinstance(param, LazyWeight)
         values = param.detach().contiguous() if has_values else None
@@ -191,13 +208,12 @@ class OnlineSession(Session):
         return lazy
 
     def touch(self, weight: ArmedWeight) -> None:
-        if self._agreement is not None:
-            self._agreement.advance()
+        for agreement in self._agreements.values():
+            agreement.advance()
         super().touch(weight)
 
     def submit(self, weight: ArmedWeight) -> None:
-        assert self._agreement is not None
-        self._agreement.submit(weight)
+        self._shared[weight].submit(weight)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         return self._decide(weight, self._tree.owners(weight), weight.params[0])
@@ -206,9 +222,25 @@ class OnlineSession(Session):
         scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
             self._progress.expect(1)
-            if self._sharding is not None:
-                weight.shared = self._sharding.shares_scales(owners, param, scheme.format)
+            splits = self._splits(owners, param, scheme)
+            group = sharing_group(full_name(owners[0]), splits, weight.shape, scheme.format) if splits else None
+            if group is not None:
+                if self.min_sqnr is not None:
+                    raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
+                weight.shared = True
+                self._shared[weight] = self._agreement(group)
         return scheme
+
+    def _splits(self, owners: Sequence[Owner], param: torch.Tensor, scheme: Scheme) -> list[Split]:
+        if is_dtensor(param):
+            return splits(param)
+        return self._sharding.splits(owners, param, scheme.format) if self._sharding is not None else []
+
+    def _agreement(self, group: dist.ProcessGroup | None, timeout: float = 300.0) -> Agreement:
+        key = group or dist.group.WORLD
+        if key not in self._agreements:
+            self._agreements[key] = Agreement(group, timeout)
+        return self._agreements[key]
 
     # Finishing
 
@@ -255,7 +287,7 @@ class OnlineSession(Session):
                 module._buffers[name] = store.at(view_of(buffer))
         live = self._tree.live(self)
         for weight, owners in live.items():
-            held: list[torch.Tensor | None] = [m._parameters.get(n) for _, m, n in owners]
+            held: list[torch.Tensor | None] = [local_tensor(m._parameters.get(n)) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
                 self._realise_parameter(weight, param, owners)
         for weight in [w for w in self._weights if w not in live and w.coverage.complete]:
@@ -270,14 +302,15 @@ class OnlineSession(Session):
             close(param)
 
     def _agree(self) -> None:
-        if self._agreement is not None:
-            self._agreement.finish()
-            for weight in list(self._weights):
-                weight.verify()
+        for agreement in self._agreements.values():
+            agreement.finish()
+        for weight in self._shared:
+            weight.verify()
 
     def _abandon(self, error: BaseException | None) -> None:
-        if self._state == "open" and self._agreement is not None:
-            self._agreement.fail(str(error) if error is not None else "its session was aborted")
+        if self._state == "open":
+            for agreement in self._agreements.values():
+                agreement.fail(str(error) if error is not None else "its session was aborted")
         super()._abandon(error)
 
     def _undo(self) -> None:

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from .armed import ArmedWeight
+from .dtensor import Split
 from .errors import QTensorError
 from .kernels import WeightFormat
 from .selection import Owner, matches
@@ -48,55 +49,62 @@ class Sharding:
     dims: Mapping[str, int] = field(default_factory=dict)
     timeout: float = 300.0
 
-    def dim_of(self, owners: Sequence[Owner], param: torch.Tensor) -> int | None:
-        """The dimension along which a weight is split; None if nobody said."""
+    def splits(self, owners: Sequence[Owner], param: torch.Tensor, fmt: WeightFormat) -> list[Split]:
+        """How a weight `[N, K]` or `[E, N, K]` is split. Raises QTensorError if that has to be known and is not."""
+        group = cast(dist.ProcessGroup, self.group or dist.group.WORLD)
         for owner in owners:
             for pattern, dim in self.dims.items():
                 if matches(pattern, owner[0], full_name(owner)):
-                    return dim % param.dim()
+                    return [(dim % param.dim(), group)]
         said = getattr(param, "partition_dim", None)
-        return said if isinstance(said, int) and said >= 0 else None
+        if isinstance(said, int) and said >= 0:
+            return [(said, group)]
+        if fmt.granularity == "tensor" and param.dim() == 2:
+            return [(0, group)]
+        name = full_name(owners[0])
+        raise QTensorError(
+            f"{name}: process_group is given, but not how this weight is split over it. Pass "
+            f'process_group=Sharding(group, dims={{"{name}": 0}}) with 0 for rows, 1 for columns.'
+        )
 
-    def shares_scales(self, owners: Sequence[Owner], param: torch.Tensor, fmt: WeightFormat) -> bool:
-        """Do the ranks have to agree on the scales of this weight?
 
-        Raises QTensorError where a scale's elements would be split in a way that no rank can hold, or where it has to
-        be known how the weight is split and is not.
-        """
-        name, dim = full_name(owners[0]), self.dim_of(owners, param)
-        if dim is None:
-            if fmt.granularity == "tensor" and param.dim() == 2:
-                return True
-            raise QTensorError(
-                f"{name}: process_group is given, but not how this weight is split over it. Pass "
-                f'process_group=Sharding(group, dims={{"{name}": 0}}) with 0 for rows, 1 for columns.'
-            )
-        axis = dim - (param.dim() - 2)  # 0 rows, 1 columns, -1 experts
+def sharing_group(
+    name: str, splits: Sequence[Split], shape: Sequence[int], fmt: WeightFormat
+) -> dist.ProcessGroup | None:
+    """The ranks that have to agree on the scales of a weight whose part on this rank has `shape`; None if no scale is
+    split. Raises QTensorError where a scale's elements are split in a way that no rank can hold."""
+    found: list[dist.ProcessGroup] = []
+    for dim, group in splits:
+        axis = dim - (len(shape) - 2)  # 0 rows, 1 columns, -1 experts
         if axis < 0:
-            return False
+            continue
         block = fmt.block[axis]
-        last = dist.get_rank(self.group) == dist.get_world_size(self.group) - 1
-        if block > 1 and param.shape[dim] % block and not last:
+        if block > 1 and shape[dim] % block and dist.get_rank(group) < dist.get_world_size(group) - 1:
             raise QTensorError(
-                f"{name}: this rank's {param.shape[dim]} of dimension {dim} end inside a group of {block} with one "
+                f"{name}: this rank's {shape[dim]} of dimension {dim} end inside a group of {block} with one "
                 f"{fmt.name} scale. Split at multiples of {block}, or choose another scheme for this weight."
             )
-        return fmt.granularity == "tensor" or (fmt.granularity == "channel" and axis == 1)
+        if fmt.granularity == "tensor" or (fmt.granularity == "channel" and axis == 1):
+            found.append(group)
+    if len(found) > 1:
+        raise QTensorError(
+            f"{name}: its {fmt.name} scales are split over {len(found)} dimensions of the device mesh; split them over "
+            "one, or choose a scheme with a scale per row or block"
+        )
+    return found[0] if found else None
 
 
 class Agreement:
-    """The scales that the ranks of one session agree on."""
+    """The scales that the ranks of one group agree on in one session."""
 
-    def __init__(self, sharding: Sharding) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise QTensorError("process_group: torch.distributed is not initialised; call init_process_group first")
-        self._timeout = sharding.timeout
-        self._rank, self._world = dist.get_rank(sharding.group), dist.get_world_size(sharding.group)
-        ranks = dist.get_process_group_ranks(sharding.group or dist.group.WORLD)
+        self._timeout = timeout
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         # A group of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
-        self._group = dist.new_group(
-            ranks, timedelta(seconds=sharding.timeout), backend="gloo", use_local_synchronization=True
-        )
+        self._group = dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True)
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{'-'.join(map(str, ranks))}/{next(_sessions)}", store)
         self._lock = threading.Lock()

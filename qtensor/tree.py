@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .armed import ArmedWeight
+from .dtensor import local_tensor
 from .lazy import LAZY, LazyWeight
 from .selection import Owner
 
@@ -54,9 +55,11 @@ class ModuleTree:
         return self._names.get(weight) or [(self._module_names.get(module, ""), module, name)]
 
     def parameters(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
-        """Every parameter of every model, under every name it has: module name, module, name, parameter."""
+        """Every parameter of every model, under every name it has: module name, module, name, parameter (of a DTensor,
+        its local tensor)."""
         for model in self.models():
-            yield from parameters(model)
+            for module_name, module, name, param in parameters(model):
+                yield module_name, module, name, local_tensor(param)
 
     def lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
         for model in self.models():
@@ -97,7 +100,8 @@ class ModuleTree:
         names: dict[ArmedWeight, list[Owner]] = {}
         self._module_names = WeakKeyDictionary()
         for root in self._roots():
-            for module_name, module, name, param in parameters(root):
+            for module_name, module, name, whole in parameters(root):
+                param = local_tensor(whole)
                 self._module_names.setdefault(module, module_name)
                 if isinstance(param, LAZY):
                     param._armed.adopt(param)
@@ -121,5 +125,5 @@ def full_name(owner: Owner) -> str:
 
 def _is_prototype(root: nn.Module) -> bool:
     """Was the module only built to be deep-copied, as the layer given to nn.TransformerEncoder is?"""
-    weights = [param._armed for *_, param in parameters(root) if isinstance(param, LAZY)]
+    weights = [param._armed for *_, p in parameters(root) if isinstance(param := local_tensor(p), LAZY)]
     return bool(weights) and all(w.copied and not w.coverage.covered for w in weights)

@@ -1,0 +1,166 @@
+"""DTensor: models that PyTorch's own parallelisms have split load and quantize to the bytes of the unsplit model."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from helpers import same_bytes
+from test_sharding import spawn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from qtensor import QTensor, QTensorError, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, quantize
+
+SCHEMES = (fp8_per_channel, fp8_per_tensor, fp8_per_block)
+
+
+class Mlp(nn.Module):
+    """Sizes that four ranks can split at multiples of 128."""
+
+    def __init__(self, hidden: int = 512, inner: int = 1024) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.up = nn.Linear(hidden, inner)
+        self.down = nn.Linear(inner, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return Mlp().bfloat16().state_dict()
+
+
+def parallel(mesh: DeviceMesh, *, meta: bool = False) -> nn.Module:
+    with torch.device("meta" if meta else "cpu"):
+        model = Mlp().bfloat16()
+    return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def assert_unsharded_bytes(model: nn.Module, scheme: Any) -> None:
+    for name, full in state().items():
+        module, attribute = name.split(".")
+        param = getattr(getattr(model, module), attribute)
+        local, dim = (param, None)
+        if isinstance(param, DTensor):
+            local, (placement,) = param._local_tensor, param.placements
+            dim = placement.dim if isinstance(placement, Shard) else None
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if not (full.dim() == 2 and module != "norm"):
+            assert torch.equal(local, full if dim is None else full.chunk(world, dim)[rank]), name
+            continue
+        assert type(local) is QTensor, name
+        expected = quantize(full, scheme)
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, (local.qdata.view(torch.uint8), local.scale))
+        assert dim is not None
+        assert same_bytes(torch.cat([p[0] for p in parts], dim), expected.qdata.view(torch.uint8)), name
+        split = local.scale.shape != expected.scale.shape
+        scale = torch.cat([p[1] for p in parts], dim) if split else local.scale
+        assert same_bytes(scale, expected.scale), name
+
+
+def copy_distributed(model: nn.Module, full: dict[str, torch.Tensor]) -> None:
+    for name, param in model.named_parameters():
+        value = full[name]
+        if isinstance(param, DTensor):
+            value = distribute_tensor(value, param.device_mesh, param.placements)
+        with torch.no_grad():
+            param.copy_(value)
+
+
+def load_state_dict(model: nn.Module, full: dict[str, torch.Tensor]) -> None:
+    """Local shards, assigned: what a rank reads from a file of its own."""
+    sharded = {}
+    for name, param in model.named_parameters():
+        value = full[name]
+        sharded[name] = (
+            distribute_tensor(value, param.device_mesh, param.placements) if isinstance(param, DTensor) else value
+        )
+    model.load_state_dict(sharded, assign=True)
+
+
+def full_state_dict(model: nn.Module, full: dict[str, torch.Tensor]) -> None:
+    set_model_state_dict(model, dict(full), options=StateDictOptions(full_state_dict=True))
+
+
+def from_rank_0(model: nn.Module, full: dict[str, torch.Tensor]) -> None:
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(full) if dist.get_rank() == 0 else {}, options=options)
+
+
+LOADERS = [copy_distributed, load_state_dict, full_state_dict, from_rank_0]
+
+
+def tensor_parallel_models_load_to_the_unsharded_bytes(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for scheme in SCHEMES:
+        for loader in LOADERS:
+            for meta in (False, True):
+                model = parallel(mesh, meta=meta)
+                before = dict(model.named_parameters())
+                with online_quant(scheme, model):
+                    loader(model, state())
+                assert_unsharded_bytes(model, scheme)
+                assert all(param is before[name] for name, param in model.named_parameters()), loader
+        unsharded = Mlp().bfloat16()
+        with online_quant(scheme.weight_only(), unsharded):
+            unsharded.load_state_dict(state())
+        model = parallel(mesh)
+        with online_quant(scheme.weight_only(), model):
+            copy_distributed(model, state())
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), unsharded(x), rtol=0.05, atol=0.02)
+
+
+def scales_split_between_ranks_that_no_rank_can_hold_are_refused(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    model = nn.Linear(24, 300, bias=False).bfloat16()
+    parallelize_module(model, mesh, ColwiseParallel())
+    if rank < world - 1:
+        with pytest.raises(QTensorError, match="Split at multiples of 128"):
+            online_quant(fp8_per_block, model)
+    else:
+        online_quant(fp8_per_block, model).abort()  # 150 rows that nobody follows
+    dist.barrier()
+
+
+def save(folder: str, rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    model = parallel(mesh)
+    copy_distributed(model, state())
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder)
+
+
+def load_resharded(folder: str, rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for scheme in SCHEMES:
+        model = parallel(mesh)
+        with online_quant(scheme, model):
+            dcp.load(get_model_state_dict(model), checkpoint_id=folder)
+        assert_unsharded_bytes(model, scheme)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    spawn(
+        2,
+        tensor_parallel_models_load_to_the_unsharded_bytes,
+        scales_split_between_ranks_that_no_rank_can_hold_are_refused,
+    )
+
+
+@pytest.mark.slow
+def test_a_checkpoint_saved_on_four_ranks_loads_on_two(tmp_path: Path) -> None:
+    spawn(4, functools.partial(save, str(tmp_path)))
+    spawn(2, functools.partial(load_resharded, str(tmp_path)))
