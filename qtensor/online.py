@@ -19,6 +19,7 @@ from .dtensor import Split, home, is_dtensor, local_tensor, splits
 from .errors import NonFiniteWeightError, QTensorError
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, view_of
 from .quantized import QTensor, quantize
+from .report import LoadReport
 from .scheme import Scheme, SchemeLike, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
@@ -312,6 +313,12 @@ class OnlineSession(Session):
             for agreement in self._agreements.values():
                 agreement.fail(str(error) if error is not None else "its session was aborted")
         super()._abandon(error)
+
+    def _summary(self, state: str) -> LoadReport:
+        report = super()._summary(state)
+        report.collectives = sum(a.collectives for a in self._agreements.values())
+        report.collective_bytes = sum(a.bytes for a in self._agreements.values())
+        return report
 
     def _undo(self) -> None:
         for weight in list(self._weights):

@@ -37,7 +37,9 @@ class LoadReport:
     untouched: weights nobody wrote to. missing: the unwritten boxes of every incomplete weight, one `(start, stop)`
     per dimension.
     peak_staged_bytes: the most high-precision bytes held at any time. peak_second_copy_bytes: of a reload, the most
-    bytes that new or saved values took beside the live ones. lossy_reads: reads of already quantized elements.
+    bytes that new or saved values took beside the live ones.
+    collectives, collective_bytes: the all-reduces by which ranks agreed on scales, and what they
+    reduced. lossy_reads: reads of already quantized elements.
     seconds: from arming to the end of the session.
     """
 
@@ -51,6 +53,8 @@ class LoadReport:
     missing: dict[str, list[Box]] = field(default_factory=dict)
     peak_staged_bytes: int = 0
     peak_second_copy_bytes: int = 0
+    collectives: int = 0
+    collective_bytes: int = 0
     lossy_reads: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)

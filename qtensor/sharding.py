@@ -76,7 +76,7 @@ def sharing_group(
     found: list[dist.ProcessGroup] = []
     for dim, group in splits:
         axis = dim - (len(shape) - 2)  # 0 rows, 1 columns, -1 experts
-        if axis < 0:
+        if axis < 0 or dist.get_world_size(group) == 1:
             continue
         block = fmt.block[axis]
         if block > 1 and shape[dim] % block and dist.get_rank(group) < dist.get_world_size(group) - 1:
