@@ -370,10 +370,14 @@ class ArmedWeight:
             other.store = self.store.copy(other.coverage) if self.store is not None else None
             return other
 
-    def retyped(self, dtype: torch.dtype, device: torch.device) -> ArmedWeight:
-        """For `.to(dtype)` and `.to(device)` before the first write: the same weight as another type."""
-        other = ArmedWeight(self.host, self.shape, dtype, device, self.owner)
-        other.scheme, other.recorded = self.scheme, list(self.recorded)
+    def retyped(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] | None = None) -> ArmedWeight:
+        """For `.to(dtype)`, `.to(device)` and sharding before the first write: the same weight as another type, or a
+        part of it (whose initial values are then unknown)."""
+        other = ArmedWeight(self.host, shape or self.shape, dtype, device, self.owner)
+        other.scheme = self.scheme
+        if shape is not None:
+            return other
+        other.recorded = list(self.recorded)
         if self.initial is not None:
             other.initial = self.initial.to(dtype)
         if isinstance(self.store, PlainStore):

@@ -172,6 +172,18 @@ def _copied_by_init() -> bool:
     return False
 
 
+def _is_distributing() -> bool:
+    """Is torch.distributed.tensor splitting a tensor?"""
+    frame = sys._getframe(2)
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == "torch.distributed.tensor.placement_types":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 _INIT_MODULES = ("torch.nn.init", "transformers.initialization")
 _INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "init_weights")
 
@@ -209,7 +221,14 @@ def _own(lazy: Any) -> torch.Tensor:
 
 @_implements(aten.clone.default)
 def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
-    return materialize(args[0]).clone()
+    """A read, except where `distribute_tensor` cuts its shard out of a weight that nobody has written to: that makes
+    the shard the weight."""
+    lazy = args[0]
+    armed = lazy._armed
+    if not armed.coverage.covered and not armed.in_place and _is_distributing():
+        shard = armed.retyped(armed.dtype, armed.device, tuple(lazy.shape))
+        return wrap(shard, torch.empty(shard.shape, dtype=armed.dtype, device="meta"))
+    return materialize(lazy).clone()
 
 
 @_implements(aten._to_copy.default)

@@ -6,6 +6,7 @@ takes in what was assigned where no hook could see it and gives every weight its
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
@@ -101,6 +102,7 @@ class OnlineSession(Session):
         sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
         self._sharding = sharding
         self._agreements: dict[Any, Agreement] = {}
+        self._agreeing = threading.Lock()
         self._shared: dict[ArmedWeight, Agreement] = {}
         if sharding is not None:
             self._agreement(sharding.group, sharding.timeout)
@@ -209,7 +211,7 @@ class OnlineSession(Session):
         return lazy
 
     def touch(self, weight: ArmedWeight) -> None:
-        for agreement in self._agreements.values():
+        for agreement in list(self._agreements.values()):
             agreement.advance()
         super().touch(weight)
 
@@ -217,7 +219,10 @@ class OnlineSession(Session):
         self._shared[weight].submit(weight)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
-        return self._decide(weight, self._tree.owners(weight), weight.params[0])
+        owners = self._tree.owners(weight)
+        _, module, name = owners[0]
+        held = module._parameters.get(name)
+        return self._decide(weight, owners, held if is_dtensor(held) and held is not None else weight.params[0])
 
     def _decide(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
         scheme = self._selection.scheme_for(owners, param)
@@ -239,9 +244,10 @@ class OnlineSession(Session):
 
     def _agreement(self, group: dist.ProcessGroup | None, timeout: float = 300.0) -> Agreement:
         key = group or dist.group.WORLD
-        if key not in self._agreements:
-            self._agreements[key] = Agreement(group, timeout)
-        return self._agreements[key]
+        with self._agreeing:
+            if key not in self._agreements:
+                self._agreements[key] = Agreement(group, timeout)
+            return self._agreements[key]
 
     # Finishing
 

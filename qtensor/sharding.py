@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,7 @@ from .tree import full_name
 
 BUCKET_BYTES = 64 << 20
 _POLL_SECONDS = 0.002
-_sessions = count()
+_sessions: Counter[str] = Counter()  # of each group, in the order that all its ranks open them
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ class Agreement:
         # A group of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
         self._group = dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True)
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{'-'.join(map(str, ranks))}/{next(_sessions)}", store)
+        members = "-".join(map(str, ranks))
+        _sessions[members] += 1
+        self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{members}/{_sessions[members]}", store)
         self._lock = threading.Lock()
         self._complete: dict[str, ArmedWeight] = {}
         self._waiting: list[str] = []  # the leader's next bucket

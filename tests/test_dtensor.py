@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,36 @@ def scales_split_between_ranks_that_no_rank_can_hold_are_refused(rank: int, worl
     dist.barrier()
 
 
+def from_pretrained_with_a_plan(folder: str, rank: int, world: int) -> None:
+    """transformers splits the model it has built, on the meta device, and assigns each rank's part."""
+    transformers = pytest.importorskip("transformers")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    whole = transformers.LlamaForCausalLM(config).bfloat16().eval()
+    if rank == 0:
+        whole.save_pretrained(folder)
+    dist.barrier()
+    for scheme in (fp8_per_channel, fp8_per_tensor):
+        with online_quant(scheme.weight_only()) as session:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype="bfloat16")
+        assert len(session.report().layers) == 14
+        for name, full in whole.state_dict().items():
+            if "proj" not in name:
+                continue
+            param = model.get_parameter(name)
+            dim = param.placements[0].dim
+            expected = quantize(full, scheme)
+            shard = expected.qdata.view(torch.uint8).chunk(world, dim)[rank]
+            assert same_bytes(param._local_tensor.qdata.view(torch.uint8), shard), name
+        with online_quant(scheme.weight_only()):
+            unsharded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+        with torch.no_grad():
+            ids = torch.arange(5)[None]
+            torch.testing.assert_close(model(ids).logits, unsharded(ids).logits, rtol=0.05, atol=0.02)
+
+
 def save(folder: str, rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     model = parallel(mesh)
@@ -157,6 +188,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         2,
         tensor_parallel_models_load_to_the_unsharded_bytes,
         scales_split_between_ranks_that_no_rank_can_hold_are_refused,
+        functools.partial(from_pretrained_with_a_plan, str(tmp_path)),
     )
 
 
