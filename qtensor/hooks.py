@@ -92,7 +92,8 @@ def _is_placeholder() -> bool:
 def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> Any:
     if param is None or isinstance(param, (LazyWeight, QTensor)):
         return None
-    existing: Any = local_tensor(module._parameters.get(name))
+    held: Any = module._parameters.get(name)
+    existing = local_tensor(held)
     if (
         isinstance(existing, (LazyWeight, LiveQTensor))
         and not existing._armed.host.closed
@@ -102,8 +103,8 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
         if not param.is_meta and not _is_placeholder():
             existing.data = local_tensor(param).detach()
             existing._armed.assigned = weakref.ref(param)
-            existing.__dict__.update({k: v for k, v in param.__dict__.items() if k not in existing.__dict__})
-        return module._parameters[name]
+            held.__dict__.update({k: v for k, v in param.__dict__.items() if k not in held.__dict__})
+        return held
     listener = listening()
     return listener.constructed(module, name, param) if listener is not None else None
 
