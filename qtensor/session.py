@@ -214,24 +214,32 @@ class Session(LoadHost):
                 else:
                     self._filled[name] = gaps
             weight.verify()
-        for name, tensor in self._on_meta():
+        on_meta = False
+        for name, tensor, offloaded in self._on_meta():
             boxes[name] = [tuple((0, n) for n in tensor.shape)]
-            missing.append(f"{name}: still on the meta device; no loader gave it values")
+            missing.append(f"{name}: {'offloaded by accelerate' if offloaded else 'still on the meta device'}")
+            on_meta = True
         if missing:
             advice = (
                 'Pass on_missing="zero" to fill them.'
                 if self.on_missing == "error"
                 else (f'on_missing="{self.on_missing}" has nothing to fill them with.')
             )
+            if on_meta:
+                advice = (
+                    "No loader gave these a value in memory. A device_map that puts layers on the disk, or offloads "
+                    "them, leaves nothing to quantize: keep all layers on devices."
+                )
             raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
 
-    def _on_meta(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _on_meta(self) -> Iterator[tuple[str, torch.Tensor, bool]]:
+        """Names and tensors without memory, and whether accelerate keeps their values elsewhere."""
         for module_name, module, name, param in self._tree.parameters():
             if not isinstance(param, LAZY) and param.is_meta:
-                yield full_name((module_name, module, name)), param
+                yield full_name((module_name, module, name)), param, hasattr(module, "_hf_hook")
         for name, buffer in self._tree.plain_buffers():
             if buffer.is_meta:
-                yield name, buffer
+                yield name, buffer, False
 
     def _replace(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
         """Make the Python object `param` be `new`, so that everyone who holds it sees the change.

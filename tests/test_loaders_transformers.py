@@ -321,3 +321,13 @@ def test_an_index_that_names_a_missing_file_leaves_nothing_armed(checkpoint, tmp
         model = checkpoint.kind.from_pretrained(checkpoint.folder)
     assert isinstance(model.model.layers[0].mlp.up_proj.weight, QTensor)
     assert_is(model.model.layers[0].mlp.up_proj.weight, checkpoint.state["model.layers.0.mlp.up_proj.weight"], fp8)
+
+
+def test_layers_on_the_disk_are_refused_by_name(checkpoint, tmp_path) -> None:
+    """What accelerate leaves on the disk is not there to quantize; a model half on meta would fail much later."""
+    places = {f"model.layers.{i}": "cpu" for i in range(1, len(checkpoint.model.model.layers))}
+    places |= {"model.layers.0": "disk"} | dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu")
+    places["model.rotary_emb"] = "cpu"
+    message = r"layers\.0.*offloaded by accelerate(.|\n)*keep all layers"
+    with pytest.raises(IncompleteLoadError, match=message), online_quant(fp8):
+        checkpoint.kind.from_pretrained(checkpoint.folder, device_map=places, offload_folder=tmp_path)
