@@ -35,6 +35,10 @@ def register() -> None:
 
 def reports(llm: Any) -> list[dict[str, Any]]:
     """The load report of every worker of a `vllm.LLM`, one dictionary per worker: `LoadReport`'s fields, and "rank",
-    "model", "resident_peak_bytes" (see docs/vllm.md)."""
+    "model", "resident_peak_bytes" (see docs/vllm.md). Empty if the model was loaded by another method."""
+    from .config import NAMES
+
+    if llm.llm_engine.vllm_config.model_config.quantization not in NAMES:
+        return []
     found: list[dict[str, Any]] = llm.collective_rpc("qtensor_report")
     return found

@@ -110,6 +110,7 @@ class QTensorConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        from .head import QTensorHeadMethod
         from .linear import QTensorLinearMethod
         from .moe import expert_method
 
@@ -120,7 +121,8 @@ class QTensorConfig(QuantizationConfig):
             scheme = self.choice.scheme(prefix, self._parts(prefix), experts=True)
             return compat.unquantized_experts(layer) if scheme is None else expert_method(self, prefix, scheme, layer)
         if isinstance(layer, ParallelLMHead) and self.choice.options.lm_head:
-            return QTensorLinearMethod(self, prefix, self.choice.options.linear or self.scheme)
+            self.choice.head_found = True
+            return QTensorHeadMethod(self, prefix, self.choice.options.linear or self.scheme)
         return None
 
     def _parts(self, prefix: str) -> list[str]:

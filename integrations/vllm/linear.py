@@ -80,12 +80,6 @@ class QTensorLinearMethod(LinearMethodBase):
         """x `[..., K]` → `[..., N]`."""
         return self.compute.apply(layer, x, bias)
 
-    def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
-        raise QTensorError(
-            f"{self.prefix}: this output head is tied to the embedding and cannot be quantized on its own; leave the "
-            "option lm_head out"
-        )
-
     def dequantize_weight(self, layer: Any) -> torch.Tensor:
         """The weight in high precision `[N, K]`, for vLLM's code that absorbs or requantizes it."""
         return self.compute.dequantize(layer)

@@ -8,12 +8,10 @@ everything arrived, has each layer publish its quantized weights, and keeps the 
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -33,6 +31,7 @@ from qtensor.store import QuantStore
 from . import compat
 from .names import Names
 from .options import Choice
+from .reports import announce, rank, resident_bytes, write
 from .truncated import describe_truncated
 
 _ATTRIBUTE = "_qtensor_load"
@@ -142,6 +141,14 @@ class Load(LoadHost):
             param.weight_loader = self._guarded(weight, loader)  # type: ignore[attr-defined]
         layer.register_parameter(name, param)  # type: ignore[arg-type]
         return weight
+
+    def disarm(self, layer: nn.Module, name: str) -> None:
+        """The model does without this weight after all: another layer's stands for it."""
+        layer._parameters.pop(name)
+        for weight in [w for w, slot in self.slots.items() if slot.layer is layer and slot.name == name]:
+            del self.slots[weight]
+            self._weights.discard(weight)
+            weight.discard()
 
     def _guarded(self, weight: ArmedWeight, loader: Callable[..., Any]) -> Callable[..., Any]:
         """vLLM's weight loader, whose errors name the tensor of the checkpoint, the layer and the remedy."""
@@ -354,31 +361,15 @@ class Load(LoadHost):
         return report
 
     def _announce(self) -> None:
-        report = self.report
-        assert report is not None
-        compat.logger().info(
-            "qtensor: %d weights quantized to %s while loading: %.1f MiB, and %.1f MiB left as they are; "
-            "peak staging %.1f MiB, peak rise of anonymous memory %.1f MiB; %.2f seconds",
-            len(report.layers),
-            report.scheme or "nothing",
-            report.quantized_bytes / 2**20,
-            report.passthrough_bytes / 2**20,
-            report.peak_staged_bytes / 2**20,
-            self.resident_peak / 2**20,
-            report.seconds,
-        )
+        assert self.report is not None
+        announce(self.report, self.resident_peak)
         if self.choice.options.report:
-            path = Path(self.choice.options.report.replace("{rank}", str(_rank())))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".html" and hasattr(report, "to_html"):
-                report.to_html(path)
-            else:
-                report.to_json(path)
+            write(self.report, self.choice.options.report)
 
     def as_dict(self) -> dict[str, Any]:
         """The report for other processes: plain data only."""
         report = self.report or self._summary("open")
-        where = {"rank": _rank(), "model": type(self.root).__name__, "resident_peak_bytes": self.resident_peak}
+        where = {"rank": rank()[0], "model": type(self.root).__name__, "resident_peak_bytes": self.resident_peak}
         return where | asdict(report)
 
 
@@ -457,19 +448,6 @@ def worker_report(worker: Any) -> dict[str, Any] | None:
     return load.as_dict() if load is not None else None
 
 
-def resident_bytes() -> int:
-    """Anonymous memory of this process: what it holds itself, file mappings left out. 0 where /proc is missing."""
-    try:
-        with open("/proc/self/statm") as file:
-            _, resident, shared, *_ = file.read().split()
-    except OSError:
-        return 0
-    return (int(resident) - int(shared)) * _PAGE
-
-
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
 def _because(error: Exception) -> str:
     text = str(error).rstrip(". ")
     return f": {text}" if text else ""
@@ -477,9 +455,3 @@ def _because(error: Exception) -> str:
 
 def _layer_report(name: str, w: QTensor) -> LayerReport:
     return LayerReport(name, str(w.scheme), tuple(w.qdata.shape), w.nbytes, w.qdata.numel() * w.dtype.itemsize)
-
-
-def _rank() -> int:
-    return (
-        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    )

@@ -31,11 +31,12 @@ class Options:
     """linear, moe: the scheme of linear layers and of routed experts; None leaves them alone.
     ignore: patterns of layers to leave alone, besides qtensor's defaults (heads, embeddings, norms, routers).
     targets: pattern → scheme; when given, only these layers are quantized.
-    lm_head: quantize an untied output head too.
+    lm_head: quantize the output head too, and with it the embedding it may be tied to.
     activation: "auto" quantizes activations where the device multiplies in fp8 (GPUs) and keeps them elsewhere;
         "dynamic" and "none" force it.
     on_nonfinite: "error" refuses NaN and infinity; "keep" stores them.
-    report: where each worker writes its report; "{rank}" in it is replaced. ".html" writes HTML, else JSON.
+    report: where each worker writes its report, as JSON and HTML unless the path ends in .json or .html; "{rank}" in it
+        is replaced.
     """
 
     linear: Scheme | None
@@ -170,6 +171,7 @@ class Choice:
         self.options = options
         self.rename: Callable[[str], str] = str
         self.unused = {*options.ignore, *options.targets}
+        self.head_found = False
 
     def scheme(self, prefix: str, shards: Sequence[str], *, experts: bool) -> Scheme | None:
         """The scheme of the layer vLLM calls `prefix`, whose parts a checkpoint calls `shards` ([prefix] if it is not
@@ -199,7 +201,12 @@ class Choice:
         return self.options.moe if experts else self.options.linear
 
     def require_all_used(self) -> None:
-        """Raise OptionsError for patterns that matched no layer of the model."""
+        """Raise OptionsError for patterns that matched no layer of the model, and for an absent head."""
+        if self.options.lm_head and not self.head_found:
+            raise OptionsError(
+                "qtensor: lm_head is set, and this model has no output head of its own that could be quantized; leave "
+                "the option out."
+            )
         if self.unused:
             raise OptionsError(
                 f"qtensor: these patterns match no layer of this model: {', '.join(sorted(self.unused))}. Patterns are "

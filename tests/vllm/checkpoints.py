@@ -148,6 +148,10 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gpt-oss": _gpt_oss,
     "mamba2": _mamba2,
 }
+# Not in the grid: for single questions.
+OTHERS: dict[str, Callable[[], Any]] = {
+    "gemma2": lambda: transformers.Gemma2Config(**_COMMON, intermediate_size=256, head_dim=32),
+}
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v3", "gpt-oss")
 
 
@@ -161,7 +165,9 @@ def checkpoint(architecture: str) -> Path:
     """A folder with config.json and model.safetensors: bf16, weights drawn from N(0, 0.05)."""
     folder = root() / architecture
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(
+        (ARCHITECTURES | OTHERS)[architecture](), dtype=torch.bfloat16
+    )
     with torch.no_grad():
         for name, param in model.named_parameters():
             if param.dim() > 1:
@@ -196,6 +202,52 @@ def _restore_correction_bias(folder: Path) -> None:
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     with safe_open(folder / "model.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def adapter(architecture: str, modules: tuple[str, ...], rank: int = 8) -> Path:
+    """A random LoRA adapter, as peft saves it, for the linear layers whose names end in one of `modules`."""
+    folder = root() / f"{architecture}-lora"
+    folder.mkdir(exist_ok=True)
+    random = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, weight in tensors_of(checkpoint(architecture)).items():
+        layer = name.removesuffix(".weight")
+        if layer.rpartition(".")[2] in modules:
+            for part, shape in (("lora_A", (rank, weight.shape[1])), ("lora_B", (weight.shape[0], rank))):
+                made = torch.randn(shape, generator=random) * 0.2
+                tensors[f"base_model.model.{layer}.{part}.weight"] = made.bfloat16()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": list(modules)}))
+    return folder
+
+
+def quantized_checkpoint() -> Path:
+    """A Llama that is fp8 in its file already, in the format of compressed-tensors, one scale per row."""
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": weights | {"strategy": "token", "dynamic": True},
+    }
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            weight = tensors[name].float()
+            scale = weight.abs().amax(1, keepdim=True) / 448
+            tensors[name], tensors[f"{name}_scale"] = (weight / scale).to(torch.float8_e4m3fn), scale
+
+    folder = variant("llama", "fp8", change)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def variant(architecture: str, label: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

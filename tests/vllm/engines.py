@@ -73,7 +73,7 @@ def load_error(folder: Path, quantization: str = "qtensor", **options: Any) -> E
     raise AssertionError("it loaded")
 
 
-def look(llm: LLM, *, keep_tensors: bool = False) -> Seen:
+def look(llm: LLM, *, keep_tensors: bool = False, lora: Any = None) -> Seen:
     logits: list[torch.Tensor] = []
     handles: list[Any] = []
 
@@ -91,6 +91,7 @@ def look(llm: LLM, *, keep_tensors: bool = False) -> Seen:
             [{"prompt_token_ids": prompt}],
             SamplingParams(max_tokens=_TOKENS, temperature=0, detokenize=False, ignore_eos=True),
             use_tqdm=False,
+            lora_request=lora,
         )
         tokens.append(list(out[0].outputs[0].token_ids))
         first.append(logits[0][-1:, :VOCAB])

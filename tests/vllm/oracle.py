@@ -14,17 +14,24 @@ _PARTS = {
 }
 
 
-def fused(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The high-precision values of the runtime weight `name`, from a Llama's or Qwen-MoE's checkpoint."""
+_CUT_BY_COLUMN = ("o_proj", "down_proj")
+
+
+def fused(tensors: dict[str, torch.Tensor], name: str, rank: int = 0, ranks: int = 1) -> torch.Tensor:
+    """The high-precision values of the runtime weight `name`, from a Llama's or Qwen-MoE's checkpoint: those of one
+    rank of several, if they share linear layers by tensor parallelism and own whole experts."""
     name = name.replace(".routed_experts", "")
     experts = re.match(r"(.*\.experts)\.(w13|w2)_weight$", name)
     if experts:
         prefix, stack = experts.groups()
         count = len({n for n in tensors if re.match(re.escape(prefix) + r"\.\d+\.down_proj", n)})
         parts = ("gate_proj", "up_proj") if stack == "w13" else ("down_proj",)
-        return torch.stack([torch.cat([tensors[f"{prefix}.{e}.{p}.weight"] for p in parts]) for e in range(count)])
+        stacked = [torch.cat([tensors[f"{prefix}.{e}.{p}.weight"] for p in parts]) for e in range(count)]
+        return torch.stack(stacked).chunk(ranks)[rank]
     prefix, _, last = name.removesuffix(".weight").rpartition(".")
-    return torch.cat([tensors[f"{prefix}.{part}.weight"] for part in _PARTS.get(last, (last,))])
+    dim = 1 if last in _CUT_BY_COLUMN else 0
+    cuts = [tensors[f"{prefix}.{part}.weight"].chunk(ranks, dim)[rank] for part in _PARTS.get(last, (last,))]
+    return torch.cat(cuts)
 
 
 def runtime_state(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -44,13 +51,15 @@ def runtime_state(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tenso
     return {name: value for name, value in made.items() if name not in second_names}
 
 
-def mistakes(tensors: dict[str, torch.Tensor], runtime: dict[str, torch.Tensor], scheme: str) -> list[str]:
+def mistakes(
+    tensors: dict[str, torch.Tensor], runtime: dict[str, torch.Tensor], scheme: str, rank: int = 0, ranks: int = 1
+) -> list[str]:
     """Names of runtime weights whose bytes or scales are not the oracle's. An empty list is the aim."""
     wrong = []
     for name, data in runtime.items():
         if data.dtype != torch.float8_e4m3fn:
             continue
-        expected = quantize(fused(tensors, name), scheme)
+        expected = quantize(fused(tensors, name, rank, ranks), scheme)
         scale = runtime.get(f"{name}_scale", runtime.get(f"{name}_scale_inv"))
         if not torch.equal(data.view(torch.uint8), expected.qdata.view(torch.uint8)):
             wrong.append(name)

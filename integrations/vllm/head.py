@@ -1,0 +1,82 @@
+"""The output head, and the embedding it is tied to: with the option lm_head both become fp8, as one weight.
+
+A model ties its head while it is built. The embedding's plain weight is replaced by a lazy one at that moment; the
+head keeps no weight of its own and multiplies with the embedding's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qtensor.errors import QTensorError
+from qtensor.quantized import QTensor
+from qtensor.scheme import SCHEMES
+
+from .compute import CpuLinear, _define
+from .linear import QTensorLinearMethod
+
+
+class QTensorHeadMethod(QTensorLinearMethod):
+    """An output head `[V, K]`, tied or not."""
+
+    embedding_layer: Any = None
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x `[..., K]` → `[..., V]`."""
+        tied = self.embedding_layer
+        return super().apply(layer, x, bias) if tied is None else tied.quant_method.apply(tied, x, bias)
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> nn.Module:
+        """Quantize the embedding instead, and use its weight from here on."""
+        assert self.load is not None
+        if not isinstance(self.compute, CpuLinear):
+            raise QTensorError(
+                f"{self.prefix}: this output head is tied to the embedding, which a GPU's fp8 kernels cannot look up; "
+                "leave the option lm_head out"
+            )
+        name = getattr(embed_tokens, "prefix", "") or "the embedding"
+        method = QTensorEmbeddingMethod(self.config, name, self.scheme)
+        weight = embed_tokens._parameters.pop("weight")
+        self.load.disarm(layer, "weight")
+        method.create_weights(
+            embed_tokens,
+            weight.shape[1],
+            [weight.shape[0]],
+            weight.shape[1],
+            weight.shape[0],
+            weight.dtype,
+            **vars(weight),
+        )
+        embed_tokens.quant_method = method
+        self.embedding_layer = embed_tokens
+        return layer
+
+
+class QTensorEmbeddingMethod(QTensorLinearMethod):
+    """A table of embeddings `[V, K]` that is an output head too."""
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        """input_ `[...]` of row numbers → `[..., K]`; only these rows are dequantized."""
+        scale = layer._parameters[self.compute.scale]
+        out: torch.Tensor = torch.ops.qtensor_vllm.embedding(
+            input_, layer.weight, scale, self.scheme.name, layer.orig_dtype
+        )
+        return out
+
+
+def _embedding(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, scheme: str, dtype: torch.dtype
+) -> torch.Tensor:
+    return F.embedding(rows, QTensor(weight, scale, SCHEMES[scheme], dtype))
+
+
+_define(
+    "embedding",
+    "(Tensor rows, Tensor weight, Tensor scale, str scheme, ScalarType dtype) -> Tensor",
+    _embedding,
+    lambda rows, weight, scale, scheme, dtype: weight.new_empty((*rows.shape, weight.shape[1]), dtype=dtype),
+)

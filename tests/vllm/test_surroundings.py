@@ -1,0 +1,163 @@
+"""What the rest of vLLM asks of weights: adapters, sleep and reload, a tied head, checkpoints that are quantized
+already, and models spread over ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import adapter, checkpoint, quantized_checkpoint, tensors_of
+from engines import Seen, digest, engine, load_error, look, runtime_tensors
+from oracle import mistakes
+from vllm.lora.request import LoRARequest
+
+from qtensor import quantize
+from qtensor.integrations.vllm import reports
+from qtensor.integrations.vllm.options import OptionsError
+
+DISTANCE = 0.12
+
+
+def _with_options(**options: object) -> dict[str, Any]:
+    return {"hf_overrides": {"quantization_config_dict_json": json.dumps(options)}}
+
+
+def _seen(folder: Path, quantization: str | None, **options: Any) -> Seen:
+    with engine(folder, quantization, **options) as llm:
+        return look(llm, keep_tensors=True)
+
+
+def _base_and_adapted(quantization: str | None) -> tuple[Seen, Seen]:
+    path = adapter("llama", ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
+    with engine(checkpoint("llama"), quantization, enable_lora=True, max_lora_rank=8) as llm:
+        return look(llm), look(llm, lora=LoRARequest("adapter", 1, str(path)))
+
+
+def test_lora() -> None:
+    """The adapter's part is added to the quantized product: as close to unquantized vLLM as without an adapter."""
+    (base, adapted), (plain_base, plain_adapted) = _base_and_adapted("qtensor"), _base_and_adapted(None)
+    assert adapted.distance(base) > 0.15  # It does something.
+    assert base.distance(plain_base) < DISTANCE
+    assert adapted.distance(plain_adapted) < DISTANCE
+
+
+def _scramble(model: torch.nn.Module) -> None:
+    """What a level-2 sleep leaves of parameters: memory at the same addresses with something else in it."""
+    for param in model.parameters():
+        param.data.view(torch.uint8).fill_(0x3B)
+
+
+def _addresses(model: torch.nn.Module) -> dict[str, int]:
+    return {name: param.data_ptr() for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
+def test_sleep_and_reload(architecture: str) -> None:
+    """A CPU ignores sleep itself. What a GPU would find after level 2 is made by hand; a reload then gives a fresh
+    load's bytes at the old addresses."""
+    with engine(checkpoint(architecture), "qtensor") as llm:
+        before, addresses = look(llm), llm.apply_model(_addresses)
+        llm.sleep(level=1)
+        llm.wake_up()
+        assert look(llm).tokens == before.tokens
+        llm.sleep(level=2)
+        llm.apply_model(_scramble)
+        llm.wake_up()
+        assert look(llm).weights != before.weights
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint(architecture))})
+        after = look(llm)
+        assert llm.apply_model(_addresses) == addresses
+    assert (after.weights, after.tokens) == (before.weights, before.tokens)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_per_channel", pytest.param("fp8_per_block", marks=pytest.mark.slow)])
+def test_tied_head(scheme: str) -> None:
+    """The embedding and the head are one quantized weight, whose bytes are the oracle's."""
+    seen = _seen(checkpoint("qwen3-tied"), f"qtensor_{scheme}", **_with_options(lm_head=True))
+    source = tensors_of(checkpoint("qwen3-tied"))
+    assert "model.embed_tokens.weight" in seen.weights
+    assert not any("lm_head" in name for name in seen.weights)
+    assert mistakes(source, seen.tensors, scheme) == []
+    plain = _seen(checkpoint("qwen3-tied"), None)
+    assert seen.distance(plain) < DISTANCE
+    assert seen.report is not None
+    whole = sum(quantize(tensor, scheme).nbytes for tensor in source.values() if tensor.dim() == 2)
+    assert seen.report["quantized_bytes"] == whole
+
+
+def test_a_head_that_is_not_there() -> None:
+    """Gemma2 multiplies with its embedding and has no head to quantize: said before any weight is read."""
+    error = load_error(checkpoint("gemma2"), **_with_options(lm_head=True))
+    assert isinstance(error, OptionsError)
+    assert "no output head of its own" in str(error)
+
+
+def test_quantized_checkpoints_are_left_alone() -> None:
+    """They load by their own method: weights, scales and logits are those without the plugin."""
+    with engine(quantized_checkpoint(), None) as llm:
+        native = look(llm)
+    with engine(quantized_checkpoint(), "qtensor") as llm:
+        seen = look(llm)
+        assert reports(llm) == []
+    assert len(native.weights) > 0
+    assert seen.weights == native.weights
+    assert torch.equal(seen.logprobs, native.logprobs)
+
+
+# Several ranks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of their own, on whichever cores there are; they are sent the functions of these tests."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+
+
+def _tokens(llm: Any) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=4, temperature=0, detokenize=False, ignore_eos=True)
+    prompts = [{"prompt_token_ids": list(range(first, first + 8))} for first in (5, 20, 300)]
+    return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, settings, use_tqdm=False)]
+
+
+@pytest.mark.usefixtures("_ranks")
+def test_two_ranks_share_layers_and_experts(tmp_path: Path) -> None:
+    """Tensor-parallel attention, expert-parallel experts: each rank holds the oracle's bytes of its own part, and
+    writes its own report."""
+    options = _with_options(report=str(tmp_path / "report.json"))
+    with engine(
+        checkpoint("qwen3-moe"), "qtensor", tensor_parallel_size=2, enable_expert_parallel=True, **options
+    ) as llm:
+        found = llm.apply_model(runtime_tensors)
+        seen = reports(llm)
+        tokens = _tokens(llm)
+    source = tensors_of(checkpoint("qwen3-moe"))
+    for rank, tensors in enumerate(found):
+        assert tensors["model.layers.0.mlp.experts.w13_weight"].shape[0] == 2
+        assert mistakes(source, tensors, "fp8_per_channel", rank, ranks=2) == []
+        written = json.loads((tmp_path / f"report-rank{rank}.json").read_text())
+        assert [layer["name"] for layer in written["layers"]] == [layer["name"] for layer in seen[rank]["layers"]]
+    assert [report["rank"] for report in seen] == [0, 1]
+    with engine(checkpoint("qwen3-moe"), "qtensor") as llm:
+        assert _tokens(llm) == tokens
+
+
+@pytest.mark.usefixtures("_ranks")
+def test_pipeline_stages() -> None:
+    """Each stage quantizes its own layers, once. (vLLM 0.32's CPU workers cannot generate with stages, whatever the
+    method: the second one never gets its buffers.)"""
+    with engine(checkpoint("llama"), "qtensor", pipeline_parallel_size=2) as llm:
+        stages = llm.apply_model(runtime_tensors)
+    source = tensors_of(checkpoint("llama"))
+    assert [mistakes(source, stage, "fp8_per_channel") for stage in stages] == [[], []]
+    assert [{name.split(".")[2] for name in stage} for stage in stages] == [{"0"}, {"1"}]
+    whole = _seen(checkpoint("llama"), "qtensor").weights
+    assert {name: digest(tensor) for stage in stages for name, tensor in stage.items()} == {
+        name: sha for name, (_, sha) in whole.items()
+    }
