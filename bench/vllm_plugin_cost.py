@@ -2,9 +2,9 @@
 
     python bench/vllm_plugin_cost.py [--runs 7]
 
-Every sample is a fresh process, with all of vLLM's plugins or with all but qtensor, in turns. "load": the step in which
-vLLM imports and calls its plugins, after it has imported itself. "start": a tiny unquantized model from the start of the
-process to its first token. Seconds of wall time and of processor time, medians; bytes of anonymous memory.
+Every sample is a fresh process, with all of vLLM's plugins or with all but qtensor, in turns. "load": the step in
+which vLLM imports and calls its plugins, after it has imported itself. "start": a tiny unquantized model from the start
+of the process to its first token. Medians: seconds of wall time and of processor time, MiB of anonymous memory.
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ def _sample(what: str, folder: Path, side: str) -> dict[str, float]:
         raise RuntimeError(f"{what}, {side} the plugin: no result\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(line.removeprefix("MEASURED "))
     return found
+
+
+def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 def main() -> None:

@@ -97,8 +97,7 @@ def test_a_head_that_is_not_there() -> None:
 
 def test_quantized_checkpoints_are_left_alone() -> None:
     """They load by their own method: weights, scales and logits are those without the plugin."""
-    with engine(quantized_checkpoint(), None) as llm:
-        native = look(llm)
+    native = _seen(quantized_checkpoint(), None)
     with engine(quantized_checkpoint(), "qtensor") as llm:
         seen = look(llm)
         assert reports(llm) == []
@@ -126,6 +125,11 @@ def _tokens(llm: Any) -> list[list[int]]:
     return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, settings, use_tqdm=False)]
 
 
+def _tokens_of_one_rank() -> list[list[int]]:
+    with engine(checkpoint("qwen3-moe"), "qtensor") as llm:
+        return _tokens(llm)
+
+
 @pytest.mark.usefixtures("_ranks")
 def test_two_ranks_share_layers_and_experts(tmp_path: Path) -> None:
     """Tensor-parallel attention, expert-parallel experts: each rank holds the oracle's bytes of its own part, and
@@ -144,8 +148,7 @@ def test_two_ranks_share_layers_and_experts(tmp_path: Path) -> None:
         written = json.loads((tmp_path / f"report-rank{rank}.json").read_text())
         assert [layer["name"] for layer in written["layers"]] == [layer["name"] for layer in seen[rank]["layers"]]
     assert [report["rank"] for report in seen] == [0, 1]
-    with engine(checkpoint("qwen3-moe"), "qtensor") as llm:
-        assert _tokens(llm) == tokens
+    assert _tokens_of_one_rank() == tokens
 
 
 @pytest.mark.usefixtures("_ranks")
