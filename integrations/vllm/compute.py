@@ -21,7 +21,10 @@ from .options import Options
 
 
 class LinearCompute(Protocol):
-    """publish: set `weight` and its scale on the layer. apply: the product. dequantize: `[N, K]`."""
+    """scale: the name of a layer's scale. publish: set it and `weight` on the layer. apply: the product. dequantize:
+    `[N, K]`."""
+
+    scale: str
 
     def publish(self, layer: Any, weight: QTensor) -> None: ...
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...

@@ -12,10 +12,12 @@ import pytest
 from checkpoints import checkpoint
 from engines import engine, load_error, look
 
-from qtensor import fp8_per_block, fp8_per_channel
+from qtensor import LoadReport, QTensorError, fp8_per_block, fp8_per_channel
 from qtensor.integrations.vllm import compat, register
 from qtensor.integrations.vllm.config import NAMES, QTensorConfig
+from qtensor.integrations.vllm.moe import expert_method
 from qtensor.integrations.vllm.options import OptionsError, parse
+from qtensor.integrations.vllm.reports import report_paths
 
 
 def test_names() -> None:
@@ -106,6 +108,32 @@ def test_quantized_checkpoints_keep_their_method() -> None:
     assert QTensorConfig.override_quantization_method(config, "qtensor") == "compressed-tensors"
     assert QTensorConfig.override_quantization_method(config, None) is None
     assert QTensorConfig.override_quantization_method({"quant_method": "qtensor"}, "qtensor") is None
+    packed = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    for method in ("gptq", "awq"):
+        found = QTensorConfig.override_quantization_method({"quant_method": method, **packed}, "qtensor")
+        assert method in found
+        assert found not in NAMES
+
+
+def test_report_paths() -> None:
+    """JSON and HTML unless the path says which; no rank overwrites another's."""
+
+    def names(where: str, rank: int = 0, world: int = 1) -> list[str]:
+        return [path.name for path in report_paths(where, rank, world)]
+
+    assert names("a/report.json") == ["report.json"]
+    assert names("a/report-{rank}.json", 1, 2) == ["report-1.json"]
+    assert names("a/report.json", 1, 2) == ["report-rank1.json"]
+    assert names("a/v0.5")[0] == "v0.5.json"
+    html = hasattr(LoadReport, "to_html")
+    assert names("a/report", 1, 2) == ["report-rank1.json", "report-rank1.html"][: 1 + html]
+
+
+def test_experts_on_an_old_cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 0.29 vLLM's CPU build has no operator to route with: said while the model is built."""
+    monkeypatch.setattr(compat, "cpu_experts_problem", lambda: "vLLM 0.28.0 has no router")
+    with pytest.raises(QTensorError, match=r"mlp\.experts: vLLM 0\.28\.0 has no router"):
+        expert_method(QTensorConfig(), "mlp.experts", fp8_per_channel, None)
 
 
 def test_versions() -> None:
