@@ -12,6 +12,7 @@ import torch
 from checkpoints import adapter, checkpoint, quantized_checkpoint, tensors_of
 from engines import Seen, digest, engine, load_error, look, runtime_tensors
 from oracle import fused, mistakes
+from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from qtensor import quantize
@@ -117,17 +118,17 @@ def _ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
 
 
-def _tokens(llm: Any) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    settings = SamplingParams(max_tokens=4, temperature=0, detokenize=False, ignore_eos=True)
+def _likely(llm: Any) -> list[dict[int, float]]:
+    """The log probabilities of the 20 most likely next tokens of three prompts."""
+    settings = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True, logprobs=20)
     prompts = [{"prompt_token_ids": list(range(first, first + 8))} for first in (5, 20, 300)]
-    return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, settings, use_tqdm=False)]
+    outputs = [request.outputs[0] for request in llm.generate(prompts, settings, use_tqdm=False)]
+    return [{token: p.logprob for token, p in out.logprobs[0].items()} for out in outputs]
 
 
-def _tokens_of_one_rank() -> list[list[int]]:
+def _likely_on_one_rank() -> list[dict[int, float]]:
     with engine(checkpoint("qwen3-moe"), "qtensor") as llm:
-        return _tokens(llm)
+        return _likely(llm)
 
 
 @pytest.mark.usefixtures("_ranks")
@@ -140,7 +141,7 @@ def test_two_ranks_share_layers_and_experts(tmp_path: Path) -> None:
     ) as llm:
         found = llm.apply_model(runtime_tensors)
         seen = reports(llm)
-        tokens = _tokens(llm)
+        shared = _likely(llm)
     source = tensors_of(checkpoint("qwen3-moe"))
     for rank, tensors in enumerate(found):
         assert {len(tensor) for name, tensor in tensors.items() if name.endswith("w13_weight")} == {2}
@@ -148,7 +149,10 @@ def test_two_ranks_share_layers_and_experts(tmp_path: Path) -> None:
         written = json.loads((tmp_path / f"report-rank{rank}.json").read_text())
         assert [layer["name"] for layer in written["layers"]] == [layer["name"] for layer in seen[rank]["layers"]]
     assert [report["rank"] for report in seen] == [0, 1]
-    assert _tokens_of_one_rank() == tokens
+    whole = _likely_on_one_rank()
+    gaps = [abs(a[token] - b[token]) for a, b in zip(shared, whole, strict=True) for token in a.keys() & b.keys()]
+    assert len(gaps) > 45  # Of 60: the same tokens are likely.
+    assert sum(gaps) / len(gaps) < 0.05
 
 
 @pytest.mark.usefixtures("_ranks")
