@@ -216,7 +216,7 @@ class OnlineSession(Session):
         super().touch(weight)
 
     def submit(self, weight: ArmedWeight) -> None:
-        self._shared[weight].submit(weight)
+        self._shared[weight].submit(weight.name, weight)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         owners = self._tree.owners(weight)

@@ -121,10 +121,10 @@ class Agreement:
     def leads(self) -> bool:
         return self._rank == 0
 
-    def submit(self, weight: ArmedWeight) -> None:
-        """All of this rank's shard is there. Called under the weight's lock, so nothing is waited for here."""
+    def submit(self, name: str, weight: ArmedWeight) -> None:
+        """All of this rank's shard of a weight, known by one name on all ranks, is there. Called under the weight's
+        lock, so nothing is waited for here."""
         with self._lock:
-            name = weight.name
             if name in self._complete:
                 return
             self._complete[name] = weight
