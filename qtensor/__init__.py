@@ -19,6 +19,7 @@ from .errors import (
 )
 from .lazy import LazyWeight
 from .online import online_quant
+from .progress import ProgressEvent
 from .quantized import QTensor, quantize
 from .reload import online_reload
 from .report import LayerReport, LoadReport
@@ -39,6 +40,7 @@ __all__ = [
     "LoadReport",
     "LossyReadError",
     "NonFiniteWeightError",
+    "ProgressEvent",
     "QTensor",
     "QTensorError",
     "Scheme",

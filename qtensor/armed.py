@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from itertools import count
@@ -45,6 +46,7 @@ class Host(Protocol):
 
     refuse_nonfinite: bool
     min_sqnr: float | None
+    measure_sqnr: bool
     closed: str | None
 
     def decide(self, weight: ArmedWeight) -> Scheme | None: ...
@@ -89,7 +91,11 @@ class ArmedWeight:
         self.settled = self.was_settled = False
         self.copied = False
         self.shared: bool | Literal["closed"] | None = False
-        self.sqnr: float | None = None
+        self.lossy_reads = 0
+        # By time.perf_counter(): when the first element was written, and when the last was there.
+        self.began: float | None = None
+        self.done: float | None = None
+        self._refused_sqnr: float | None = None
         self.assigned: weakref.ref[torch.Tensor] | None = None
         # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
         self.address = (1 << 62) + (next(_serial) << 42)
@@ -105,6 +111,13 @@ class ArmedWeight:
         if self.scheme is UNDECIDED:
             return "not decided yet"
         return f"to {self.scheme}" if self.scheme else "not quantized"
+
+    @property
+    def sqnr(self) -> float | None:
+        """In dB, of all that was quantized so far, or of the weight that was refused; None if it is not measured."""
+        if not isinstance(self.store, QuantStore):
+            return self._refused_sqnr
+        return sqnr_db(self.store.audit)
 
     def adopt(self, param: torch.Tensor) -> None:
         if not any(known is param for known in self.params):
@@ -201,13 +214,14 @@ class ArmedWeight:
     def _open_store(self) -> QuantStore | PlainStore:
         if self.store is not None:
             return self.store
+        self.began = time.perf_counter()
         if self.scheme is UNDECIDED:
             self.scheme = self.host.decide(self)
         if self.scheme is None:
             self.store = self._plain_store()
             return self.store
-        measure = self.host.min_sqnr is not None
-        audit, whole = Audit(self.host.refuse_nonfinite, measure), measure or bool(self.shared)
+        judged = self.host.min_sqnr is not None
+        audit, whole = Audit(self.host.refuse_nonfinite, judged or self.host.measure_sqnr), judged or bool(self.shared)
         self.store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, whole)
         return self.store
 
@@ -244,6 +258,7 @@ class ArmedWeight:
             self.host.submit(self)
             return
         self.settled, self.was_settled, self.error = True, True, None
+        self.done = time.perf_counter()
         store = self.store
         if isinstance(store, QuantStore):
             if store.whole_weight:
@@ -276,9 +291,9 @@ class ArmedWeight:
     def _judge(self, store: QuantStore) -> None:
         """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
         values = store.quantize_whole()
-        limit = self.host.min_sqnr
-        self.sqnr = sqnr_db(store.audit)
-        if limit is not None and self.sqnr is not None and self.sqnr < limit:
+        limit, found = self.host.min_sqnr, sqnr_db(store.audit)
+        if limit is not None and found is not None and found < limit:
+            self._refused_sqnr = found
             store.discard_staging()
             self.scheme, self.store = None, PlainStore(values, self.coverage)
 
@@ -416,7 +431,7 @@ def unusable_source(name: str, source: torch.Tensor) -> str:
 
 def sqnr_db(audit: Audit) -> float | None:
     """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB: infinite where nothing was lost, None for
-    a weight of zeros."""
-    if audit.signal == 0:
+    a weight of zeros, or where it was not measured."""
+    if not audit.measure_sqnr or audit.signal == 0:
         return None
     return 10 * math.log10(audit.signal / audit.noise) if audit.noise else math.inf

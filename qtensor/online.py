@@ -19,6 +19,7 @@ from .armed import ArmedWeight
 from .dtensor import Split, home, is_dtensor, local_tensor, splits
 from .errors import NonFiniteWeightError, QTensorError
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, view_of
+from .progress import ProgressLike
 from .quantized import QTensor, quantize
 from .report import LoadReport
 from .scheme import Scheme, SchemeLike, Targets
@@ -41,7 +42,8 @@ def online_quant(
     strict_reads: bool = False,
     process_group: dist.ProcessGroup | Sharding | None = None,
     min_sqnr: float | None = None,
-    progress: bool | None = None,
+    measure_sqnr: bool = False,
+    progress: ProgressLike = None,
 ) -> Session:
     """Quantize weights while any loader fills them.
 
@@ -61,7 +63,10 @@ def online_quant(
         fails all raise. A `Sharding` says which weights are split along which dimension.
     min_sqnr: in dB; a weight whose signal-to-quantization-noise ratio falls below stays in high precision. Weights are
         then staged whole.
-    progress: a progress bar; by default only on a terminal.
+    measure_sqnr: report every weight's signal-to-quantization-noise ratio. It is summed up as rows are quantized, and
+        nothing is staged for it; a row that is written twice counts twice.
+    progress: True shows a progress bar, False none; by default there is one only on a terminal. A callable is called
+        with a `ProgressEvent` each time a weight is chosen or complete, and no bar is shown.
     """
     return OnlineSession(
         Selection(scheme, ignore, targets),
@@ -72,6 +77,7 @@ def online_quant(
         strict_reads,
         process_group,
         min_sqnr,
+        measure_sqnr,
         progress,
     )
 
@@ -91,14 +97,15 @@ class OnlineSession(Session):
         strict_reads: bool,
         process_group: dist.ProcessGroup | Sharding | None,
         min_sqnr: float | None,
-        progress: bool | None,
+        measure_sqnr: bool,
+        progress: ProgressLike,
     ) -> None:
         super().__init__(model, str(selection.scheme), on_missing, on_nonfinite, strict_reads, progress)
         if on_missing not in ("error", "zero", "keep", "init"):
             raise ValueError(f'on_missing is "error", "zero", "keep" or "init", not {on_missing!r}')
         if process_group is not None and min_sqnr is not None:
             raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
-        self.min_sqnr = min_sqnr
+        self.min_sqnr, self.measure_sqnr = min_sqnr, measure_sqnr
         sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
         self._sharding = sharding
         self._agreements: dict[Any, Agreement] = {}
@@ -123,6 +130,18 @@ class OnlineSession(Session):
             self._begin()
             hooks.listen(self)
         return super().__enter__()
+
+    def _settings(self) -> dict[str, str]:
+        targets = self._selection.targets
+        return super()._settings() | {
+            "ignore": ", ".join(self._selection.ignore),
+            "targets": "nn.Linear and 3-d experts"
+            if targets is None
+            else ", ".join(f"{pattern} → {scheme}" for pattern, scheme in targets.items()),
+            "device": str(self._device or "where each weight was created"),
+            "min_sqnr": "none" if self.min_sqnr is None else f"{self.min_sqnr:g} dB",
+            "measure_sqnr": str(self.measure_sqnr),
+        }
 
     # Arming
 

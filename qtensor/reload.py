@@ -16,6 +16,7 @@ from .armed import ArmedWeight
 from .errors import QTensorError, WeightShapeError
 from .kernels import Audit
 from .lazy import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
+from .progress import ProgressLike
 from .quantized import QTensor
 from .reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
 from .report import LoadReport
@@ -35,7 +36,7 @@ def online_reload(
     on_nonfinite: OnNonfinite = "error",
     strict_reads: bool = False,
     assert_identity: bool = False,
-    progress: bool | None = None,
+    progress: ProgressLike = None,
 ) -> ReloadSession:
     """Load new high-precision values into a quantized model, in place.
 
@@ -76,7 +77,7 @@ class ReloadSession(Session):
         on_nonfinite: OnNonfinite,
         strict_reads: bool,
         assert_identity: bool,
-        progress: bool | None,
+        progress: ProgressLike,
     ) -> None:
         if on_missing not in ("error", "zero", "keep"):
             raise ValueError(f'on_missing of a reload is "error", "zero" or "keep", not {on_missing!r}')
@@ -179,13 +180,14 @@ class ReloadSession(Session):
         super().touch(weight)
 
     def completed(self, weight: ArmedWeight) -> None:
+        self._hold(weight)
         if isinstance(weight.store, ReloadStore):
             self._progress.advance(weight.store.result.nbytes)
         if weight in self._touched and self._layer_hooks:
             self._run_layer_hooks(weight)
 
     def reopened(self, weight: ArmedWeight) -> None:
-        pass  # The Parameter stands for the live values, which are whole.
+        self._hold(weight, -1)  # The Parameter stands for the live values, which are whole.
 
     def _run_layer_hooks(self, weight: ArmedWeight) -> None:
         if self.atomic and self._state == "open":
@@ -273,6 +275,10 @@ class ReloadSession(Session):
                 swap(param, other)
 
     # Reporting
+
+    def _settings(self) -> dict[str, str]:
+        told = {"atomic": self.atomic, "shadow": self._shadow, "assert_identity": self._assert_identity}
+        return super()._settings() | {key: str(value) for key, value in told.items()}
 
     def _summary(self, state: str) -> LoadReport:
         report = super()._summary(state)

@@ -1,22 +1,32 @@
-"""LoadReport: what a session did, in exact numbers, for people (a table) and programs (JSON)."""
+"""LoadReport: what a session did, in exact numbers: a table, a page, a picture, and JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 
+import torch
+
 from .coverage import Box
+from .timeline import MemoryPoint
 
 _SHOWN_BOXES = 4
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized weight. bytes: values and scales. sqnr: in dB, where measured. note: what was unusual."""
+    """One quantized weight.
+
+    bytes: values and scales. source_bytes: what it would take in its logical dtype. sqnr: in dB, where it was measured;
+    infinite where nothing was lost. lossy_reads: how often a loader read elements that were quantized already.
+    began, done: seconds after the session began when its first element came and when it was complete; None for a
+    weight that no loader wrote to. note: what was unusual.
+    """
 
     name: str
     scheme: str
@@ -25,6 +35,9 @@ class LayerReport:
     source_bytes: int
     sqnr: float | None = None
     note: str = ""
+    lossy_reads: int = 0
+    began: float | None = None
+    done: float | None = None
 
 
 @dataclass
@@ -41,6 +54,8 @@ class LoadReport:
     collectives, collective_bytes: the all-reduces by which ranks agreed on scales, and what they
     reduced. lossy_reads: reads of already quantized elements.
     seconds: from arming to the end of the session.
+    timeline: bytes over time, at most some hundred points; the last one and the staging peak are exact.
+    settings: what the session was told, and the versions that carried it out.
     """
 
     state: str = "open"
@@ -58,6 +73,8 @@ class LoadReport:
     lossy_reads: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    timeline: list[MemoryPoint] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as a JSON text, also written to `path` if given. An infinite SQNR (nothing was lost) is null."""
@@ -69,6 +86,26 @@ class LoadReport:
         if path is not None:
             Path(path).write_text(text + "\n")
         return text
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The report as one page that needs no network and no other file, also written to `path` if given.
+
+        Memory over time, a table of all weights to sort and filter, a histogram of SQNR where it was measured, what
+        was missing, and the settings. Names come from checkpoints, and are shown as text whatever they hold.
+        """
+        from .report_page import page
+
+        text = page(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def plot(self, path: str | Path) -> None:
+        """Draw memory over time, and SQNR where it was measured, into a file of any kind that matplotlib writes (PNG,
+        SVG, PDF, by the name's ending). Raises ImportError, naming the extra, without matplotlib."""
+        from .report_plot import plot_report
+
+        plot_report(self, path)
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("weight", "shape", "scheme", "bytes", "ratio", "SQNR dB", "note")]
@@ -95,6 +132,13 @@ class LoadReport:
         lines += [f"never written: {name}" for name in self.untouched]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a reader of a report may ask for."""
+    from . import __version__
+
+    return {"qtensor": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def describe_boxes(shape: Sequence[int], boxes: Sequence[Box]) -> str:

@@ -7,7 +7,6 @@ complete, sees at the end to what the loader left unwritten, and reports. Whatev
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
@@ -23,9 +22,9 @@ from .errors import IncompleteLoadError, QTensorError
 from .host import LoadHost
 from .kernels import pipeline
 from .lazy import LAZY, swap
-from .progress import Progress
+from .progress import Progress, ProgressLike
 from .quantized import QTensor
-from .report import LayerReport, LoadReport, describe_missing
+from .report import LoadReport, describe_missing, versions
 from .selection import Owner
 from .store import QuantStore
 from .tree import ModuleTree, full_name
@@ -52,7 +51,7 @@ class Session(LoadHost):
         on_missing: OnMissing,
         on_nonfinite: OnNonfinite,
         strict_reads: bool,
-        progress: bool | None,
+        progress: ProgressLike,
     ) -> None:
         super().__init__()
         if on_nonfinite not in ("error", "keep"):
@@ -69,7 +68,6 @@ class Session(LoadHost):
         self._filled: dict[str, list[Box]] = {}
         self._report: LoadReport | None = None
         self._progress = Progress(progress)
-        self._started = time.perf_counter()
 
     def __enter__(self) -> Self:
         if self._state != "open":
@@ -93,7 +91,7 @@ class Session(LoadHost):
     def _begin(self) -> None:
         hooks.install()
         self._state = "open"
-        self._started = time.perf_counter()
+        self._memory.start()
 
     def finish(self) -> LoadReport:
         """End the load: complete what `on_missing` allows, turn lazy weights into their final form, report.
@@ -180,9 +178,9 @@ class Session(LoadHost):
         self._tree.changed()
 
     def completed(self, weight: ArmedWeight) -> None:
+        super().completed(weight)
         if not isinstance(weight.store, QuantStore):
             return
-        super().completed(weight)
         self._progress.advance(weight.store.result.nbytes)
         if self._layer_hooks:
             self._run_layer_hooks(weight)
@@ -256,8 +254,8 @@ class Session(LoadHost):
     # Reporting
 
     def _summary(self, state: str) -> LoadReport:
-        report = LoadReport(state, self._scheme, peak_staged_bytes=self._peak_staged)
-        report.lossy_reads, report.seconds = self._lossy_reads, time.perf_counter() - self._started
+        report = self._summary_of(state, self._scheme)
+        report.settings = self._settings() | versions()
         seen: set[int] = set()
         # By address and size: a buffer that is a view of all of a parameter is the same bytes.
         plain: dict[tuple[int, int], int] = {}
@@ -271,7 +269,7 @@ class Session(LoadHost):
             if weight.store is None:
                 continue
             if isinstance(weight.store, QuantStore):
-                report.layers.append(_layer(name, weight.store.result, weight.sqnr, self._notes.get(name, "")))
+                report.layers.append(self._layer(name, weight.store.result, weight, self._notes.get(name, "")))
             else:
                 plain[weight.store.tensor.data_ptr(), weight.store.tensor.nbytes] = weight.store.tensor.nbytes
                 report.passthrough[name] = _why_plain(weight, self.min_sqnr)
@@ -281,7 +279,7 @@ class Session(LoadHost):
             seen.add(id(param))
             name = full_name((module_name, module, name))
             if isinstance(param, QTensor):
-                report.layers.append(_layer(name, param, None, self._notes.get(name, "")))
+                report.layers.append(self._layer(name, param, note=self._notes.get(name, "")))
             elif not param.is_meta:
                 plain[param.data_ptr(), param.nbytes] = param.nbytes
                 report.passthrough[name] = ""
@@ -289,8 +287,17 @@ class Session(LoadHost):
             if not buffer.is_meta:
                 plain[buffer.data_ptr(), buffer.nbytes] = buffer.nbytes
         report.passthrough_bytes = sum(plain.values())
-        report.quantized_bytes = sum(layer.bytes for layer in report.layers)
-        return report
+        return self._sum_up(report)
+
+    def _settings(self) -> dict[str, str]:
+        """What the session was told, as text for the report."""
+        return {
+            "session": self.opener,
+            "scheme": self._scheme,
+            "on_missing": self.on_missing,
+            "on_nonfinite": "error" if self.refuse_nonfinite else "keep",
+            "strict_reads": str(self.strict_reads),
+        }
 
     def _warn(self) -> None:
         assert self._report is not None
@@ -307,11 +314,6 @@ class Session(LoadHost):
 
 def attributes_of(param: torch.Tensor) -> dict[str, Any]:
     return {k: v for k, v in param.__dict__.items() if k not in _OWN}
-
-
-def _layer(name: str, w: QTensor, sqnr: float | None, note: str) -> LayerReport:
-    source_bytes = w.qdata.numel() * w.dtype.itemsize
-    return LayerReport(name, str(w.scheme), tuple(w.qdata.shape), w.nbytes, source_bytes, sqnr, note)
 
 
 def _why_plain(weight: ArmedWeight, min_sqnr: float | None) -> str:

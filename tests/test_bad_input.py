@@ -301,12 +301,12 @@ def test_an_exception_keeps_no_staging_alive_through_its_traceback(state) -> Non
     try:
         with armed("constructed", fp8_per_tensor) as (model, session):
             model.up.weight.data[:80] = state["up.weight"][:80]
-            assert session._staged > 0
+            assert session._memory.staged > 0
             raise ValueError("enough")
     except ValueError as caught:
         error = caught
     assert error is not None
-    assert session._staged == 0
+    assert session._memory.staged == 0
     assert session.report().peak_staged_bytes > 0
     assert all(weight.store is None for weight in session._weights if weight.scheme is not None)
 

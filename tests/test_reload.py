@@ -100,7 +100,7 @@ def test_any_loader_program_reloads_to_the_oracle(mode: str, data: st.DataObject
         for box in program:
             write(getattr(model, name), box, case.weight, case.source_dtype, data.draw(st.sampled_from(WRITERS)))
     assert_oracle(getattr(model, name), case.weight, case.scheme)
-    assert session._second_copies == session._staged == 0
+    assert session._second_copies == session._memory.staged == 0
 
 
 @modes

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -23,8 +22,7 @@ from qtensor.coverage import Box
 from qtensor.errors import IncompleteLoadError, QTensorError, WeightShapeError
 from qtensor.host import LoadHost
 from qtensor.lazy import LazyWeight, LiveQTensor, close, parameter
-from qtensor.quantized import QTensor
-from qtensor.report import LayerReport, LoadReport
+from qtensor.report import LoadReport
 from qtensor.scheme import Scheme
 from qtensor.store import QuantStore
 
@@ -108,7 +106,6 @@ class Load(LoadHost):
         self.report: LoadReport | None = None
         self.resident_peak = 0
         self.padding = False
-        self._started = time.perf_counter()
         self._resident_before = resident_bytes()
         self._context = _Context()
         self._setting = _Setting.current()
@@ -347,18 +344,16 @@ class Load(LoadHost):
 
     def _summary(self, state: str) -> LoadReport:
         schemes = sorted({str(w.scheme) for w in self.slots})
-        report = LoadReport(state, ", ".join(schemes), peak_staged_bytes=self._peak_staged)
-        report.lossy_reads, report.seconds = self._lossy_reads, time.perf_counter() - self._started
+        report = self._summary_of(state, ", ".join(schemes))
         mine: set[int] = set()
         for weight, slot in self.slots.items():
             mine.update(map(id, weight.params))
             if isinstance(weight.store, QuantStore):
-                report.layers.append(_layer_report(slot.full_name, weight.store.result))
+                report.layers.append(self._layer(slot.full_name, weight.store.result, weight))
         for param in {id(p): p for p in self.root.parameters()}.values():
             if id(param) not in mine and not param.is_meta and not isinstance(param, _ARMED):
                 report.passthrough_bytes += param.nbytes
-        report.quantized_bytes = sum(layer.bytes for layer in report.layers)
-        return report
+        return self._sum_up(report)
 
     def _announce(self) -> None:
         assert self.report is not None
@@ -451,7 +446,3 @@ def worker_report(worker: Any) -> dict[str, Any] | None:
 def _because(error: Exception) -> str:
     text = str(error).rstrip(". ")
     return f": {text}" if text else ""
-
-
-def _layer_report(name: str, w: QTensor) -> LayerReport:
-    return LayerReport(name, str(w.scheme), tuple(w.qdata.shape), w.nbytes, w.qdata.numel() * w.dtype.itemsize)
