@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
@@ -22,6 +24,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="qtensor", description="Model weights that quantize themselves while any PyTorch loader fills them."
     )
     parser.add_argument("--version", action="version", version=f"qtensor {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a completion script for a shell, to be sourced by it",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="what is installed, which kernels run here, and do they work")
@@ -33,7 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", type=_megabytes, default=300.0, help="generated checkpoint, MB (default 300)")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default demo-out)")
     demo.add_argument("--part", choices=("all", "model", "memory"), default="all", help="run one part only")
+    demo.add_argument("--json", action="store_true", help="print the results as JSON; the text goes to stderr")
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Made from the parser as it stands, so that every command and option is in it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, option: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option} needs shtab: pip install 'qtensor-online[completion]'")
+        print(shtab.complete(parser, shell))
+        parser.exit()
 
 
 def _megabytes(text: str) -> float:
@@ -58,7 +79,12 @@ def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
     try:
-        return 0 if demo.run(args.size, args.out, args.part) else 1
+        if not args.json:
+            return 0 if demo.run(args.size, args.out, args.part) else 1
+        with redirect_stdout(sys.stderr):
+            good = demo.run(args.size, args.out, args.part)
+        print(json.dumps({"ok": good, **demo.results(args.out, args.part)}, indent=2))
+        return 0 if good else 1
     except (demo.DemoError, OSError) as error:
         print(f"qtensor demo: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,7 @@
 
 Part 1 loads MiniLM (a sentence encoder, 90 MB of real weights) twice, as it is and quantized while it loads, and
 compares what the two say about a dozen sentences. Part 2 writes a Llama-shaped bf16 checkpoint, loads it in three ways,
-each in a fresh process, and compares what each of them held in memory at most.
+each in a fresh process, and compares what each of them held in memory over time. It leaves a report page and a picture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__
+from . import __version__, report_plot
 from .memory import Child, Measurement, measure
 from .online import online_quant
 from .quantized import QTensor, quantize
@@ -47,7 +47,7 @@ _FEED_FORWARD = (r"re:encoder\.layer\.\d+\.(intermediate|output)\.dense$",)
 _WAYS = {
     "plain": "bf16, not quantized",
     "after": "load all, then quantize",
-    "online": "quantize while loading",
+    "online": "qtensor: quantize while loading",
 }
 
 
@@ -56,7 +56,8 @@ class DemoError(Exception):
 
 
 def run(megabytes: float, out: Path, part: str = "all") -> bool:
-    """Run the demo, print what happens, leave the numbers in `out`. False if a byte differs from the oracle."""
+    """Run the demo, print what happens, leave numbers, page and picture in `out`. False if a byte differs from the
+    oracle's."""
     out.mkdir(parents=True, exist_ok=True)
     print(f"qtensor {__version__} demo, torch {torch.__version__}\n")
     good = True
@@ -66,6 +67,13 @@ def run(megabytes: float, out: Path, part: str = "all") -> bool:
         good &= show_memory(megabytes, out)
     print("Every byte is as it should be." if good else "SOME BYTES DIFFER: see above.")
     return good
+
+
+def results(out: Path, part: str = "all") -> dict[str, Any]:
+    """The numbers that `run` left, for programs."""
+    names = {"model": ("minilm", "minilm-report"), "memory": ("memory",)}
+    chosen = [name for key, group in names.items() if part in ("all", key) for name in group]
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in chosen}
 
 
 # Part 1: a real model -----------------------------------------------------------------------------------------------
@@ -93,7 +101,7 @@ def show_model(out: Path) -> bool:
     wanted = embed(reference, tokens)
     cosines, reports, differing = [], [], []
     for ignore in (DEFAULT_IGNORE, (*DEFAULT_IGNORE, *_FEED_FORWARD)):
-        with online_quant(fp8.weight_only(), ignore=ignore, progress=False) as session:
+        with online_quant(fp8.weight_only(), ignore=ignore, measure_sqnr=True, progress=False) as session:
             model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
         reports.append(session.report())
         cosines.append(torch.cosine_similarity(wanted, embed(model, tokens)).tolist())
@@ -114,7 +122,9 @@ def show_model(out: Path) -> bool:
     )
     _write(out / "minilm.json", {"sentences": SENTENCES, "every_layer": cosines[0], "without_feed_forward": cosines[1]})
     reports[0].to_json(out / "minilm-report.json")
-    print(f"   written: {out / 'minilm.json'}, {out / 'minilm-report.json'} (every weight)\n")
+    reports[0].to_html(out / "minilm-report.html")
+    print(f"   written: {out / 'minilm.json'}, and the report of every weight:")
+    print(f"            {out / 'minilm-report.json'}, {out / 'minilm-report.html'} (open it in a browser)\n")
     return not differing
 
 
@@ -154,16 +164,28 @@ def show_memory(megabytes: float, out: Path) -> bool:
     if after.peak > 0:
         print(f"   peak while loading: {online.peak / after.peak:.2f} of load-all-then-quantize")
     _write(out / "memory.json", {way: asdict(row) for way, row in rows.items()})
-    print(f"   written: {out / 'memory.json'}; the generated checkpoint is deleted\n")
+    print(f"   written: {out / 'memory.json'}; {_picture(rows, size, out)}; the generated checkpoint is deleted\n")
     return equal
+
+
+def _picture(rows: Mapping[str, Measurement], size: int, out: Path) -> str:
+    """Draw memory over time, as PNG and SVG. What to say about it."""
+    title = f"Loading a {size / 1e6:,.0f} MB bf16 checkpoint"
+    loads = {_WAYS[way]: row.samples for way, row in rows.items()}
+    try:
+        for kind in ("png", "svg"):
+            report_plot.plot_loads(loads, out / f"memory.{kind}", title)
+    except ImportError as error:
+        return f"no picture: {error}"
+    return f"memory over time: {out / 'memory.png'}, {out / 'memory.svg'}"
 
 
 def memory_table(rows: dict[str, Measurement]) -> str:
     """Bytes are above what the process held before the load."""
-    lines = [f"{'':26} {'peak MB':>8} {'final MB':>9} {'model MB':>9} {'seconds':>8}"]
+    lines = [f"{'':31} {'peak MB':>8} {'final MB':>9} {'model MB':>9} {'seconds':>8}"]
     for label, row in rows.items():
         peak, final, model = (n / 1e6 for n in (row.peak, row.final, row.result["model_bytes"]))
-        lines.append(f"{label:26} {peak:8.0f} {final:9.0f} {model:9.0f} {row.seconds:8.2f}")
+        lines.append(f"{label:31} {peak:8.0f} {final:9.0f} {model:9.0f} {row.seconds:8.2f}")
     lines.append("(peak, final: memory above the process's own before the load; model: weights, scales and the rest)")
     return "\n".join(lines)
 

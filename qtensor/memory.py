@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +30,8 @@ class Measurement:
     """One child's load. Bytes are relative to `baseline`, the anonymous bytes the warm child held before it.
 
     peak, final: anonymous bytes above the baseline, at most and at the end. peak_file: mapped file bytes, at most.
-    seconds: from ready to done. result: what the child reported.
+    seconds: from ready to done. result: what the child reported. samples: (seconds, anonymous bytes) over time, at most
+    about 200; the peak is among them.
     """
 
     baseline: int
@@ -38,6 +40,7 @@ class Measurement:
     peak_file: int
     seconds: float
     result: dict[str, Any]
+    samples: list[tuple[float, int]] = field(default_factory=list)
 
 
 class Child:
@@ -76,6 +79,7 @@ def measure(command: Sequence[str], interval: float = 0.002) -> Measurement:
         result: dict[str, Any] = {}
         baseline = peak = final = peak_file = 0
         started = seconds = 0.0
+        samples: list[tuple[float, int]] = []
         sampling = False
         while True:
             try:
@@ -83,6 +87,7 @@ def measure(command: Sequence[str], interval: float = 0.002) -> Measurement:
             except queue.Empty:
                 anonymous, mapped = resident_bytes(child.pid)
                 peak, peak_file = max(peak, anonymous), max(peak_file, mapped)
+                samples.append((time.perf_counter() - started, anonymous - baseline))
                 continue
             if line is None:
                 break
@@ -95,6 +100,7 @@ def measure(command: Sequence[str], interval: float = 0.002) -> Measurement:
                 seconds = time.perf_counter() - started
                 final, mapped = resident_bytes(child.pid)
                 peak, peak_file = max(peak, final), max(peak_file, mapped)
+                samples.append((seconds, final - baseline))
                 sampling = False
             if word != "more":
                 child.stdin.write("\n")
@@ -102,7 +108,14 @@ def measure(command: Sequence[str], interval: float = 0.002) -> Measurement:
         if child.wait() != 0:
             errors.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
-    return Measurement(baseline, peak - baseline, final - baseline, peak_file, seconds, result)
+    return Measurement(baseline, peak - baseline, final - baseline, peak_file, seconds, result, _thinned(samples))
+
+
+def _thinned(samples: list[tuple[float, int]], limit: int = 200) -> list[tuple[float, int]]:
+    """At most about `limit` of the samples: of neighbours the highest, and the last."""
+    step = max(1, ceil(len(samples) / limit))
+    groups = [samples[i : i + step] for i in range(0, len(samples), step)]
+    return [max(group, key=lambda s: s[1]) for group in groups] + samples[-1:]
 
 
 def resident_bytes(pid: int | None = None) -> tuple[int, int]:

@@ -29,6 +29,7 @@ def plot_report(report: LoadReport, path: str | Path) -> None:
     axes[0].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.94))
     if sqnr:
         axes[1].hist(sqnr, bins=20, color=_QUANTIZED, rwidth=0.92)
+        axes[1].yaxis.get_major_locator().set_params(integer=True)
         _label(axes[1], f"SQNR of {len(sqnr)} weights", "dB", "weights")
     figure.savefig(path)
 
@@ -41,14 +42,15 @@ _SERIES = {
 
 
 def plot_loads(loads: Mapping[str, Samples], path: str | Path, title: str) -> None:
-    """Memory over time of several ways to load the same model, one line each, named where its peak is."""
+    """Memory over time of several ways to load the same model: one line each, dotted once the load is over."""
+    end = max(samples[-1][0] for samples in loads.values())
     figure, (axes,) = _figure((7.8, 4.2))
     for (label, samples), color in zip(loads.items(), _LINES, strict=False):
         seconds, held = [s for s, _ in samples], [n / 1e6 for _, n in samples]
         peak = f"{label}: peak {max(held):,.0f} MB"
         axes.plot(seconds, held, color=color, linewidth=2.2, label=peak, solid_joinstyle="round")
-        axes.fill_between(seconds, held, color=color, alpha=0.08, linewidth=0)
-        axes.plot(seconds[-1], held[-1], "o", color=color, markersize=5)
+        axes.plot([seconds[-1], end], [held[-1]] * 2, color=color, linewidth=1.4, linestyle=":")
+        axes.plot(seconds[-1], held[-1], "o", color=color, markersize=6, clip_on=False)
     _label(axes, title, "seconds", "MB above what the process held before")
     axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.0))
     axes.set_ylim(0, 1.32 * axes.get_ylim()[1])

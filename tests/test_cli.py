@@ -1,6 +1,7 @@
 """The command line: what doctor and demo print, the files they leave, and the exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +84,12 @@ def test_demo_memory_part(tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert set(results) == {"plain", "after", "online"}
     assert results["online"]["result"]["compared"] == 7
+    for row in results.values():
+        assert max(held for _, held in row["samples"]) == row["peak"]
+        assert row["samples"][-1][1] == row["final"]
+        assert len(row["samples"]) <= 202
+    assert (tmp_path / "out" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "memory.svg").read_text().startswith("<?xml")
     assert results["online"]["result"]["model_bytes"] < results["plain"]["result"]["model_bytes"]
 
 
@@ -95,9 +102,50 @@ def test_demo_model_part(tmp_path, capsys):
     # What fp8 leaves of this model, whoever quantizes it (plain torch arithmetic gives the same figures).
     assert min(cosines["every_layer"]) == pytest.approx(0.99735, abs=2e-4)
     assert min(cosines["without_feed_forward"]) >= 0.999
+    assert "encoder.layer.0.attention.self.query.weight" in (tmp_path / "minilm-report.html").read_text()
     report = json.loads((tmp_path / "minilm-report.json").read_text())
     assert report["state"] == "finished"
     assert len(report["layers"]) == 37
+
+
+def test_demo_for_programs(tmp_path, capsys):
+    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path), "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"ok": True, "memory": json.loads((tmp_path / "memory.json").read_text())}
+    assert "every byte of values and scales is equal" in said.err
+
+
+def test_demo_without_matplotlib_has_no_picture(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 0
+    assert "no picture: pictures need matplotlib: pip install 'qtensor-online[plot]'" in capsys.readouterr().out
+    assert not (tmp_path / "memory.png").exists()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="asks bash")
+def test_completion_in_a_shell(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", "bash"])
+    assert stop.value.code == 0
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    ask = f"""
+source {script}
+COMP_WORDS=(qtensor do) COMP_CWORD=1
+$(complete -p qtensor | sed 's/.*-F \\([^ ]*\\).*/\\1/') qtensor do qtensor
+echo "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+    assert done.stdout.split() == ["doctor"], done.stderr
+
+
+def test_completion_names_the_extra_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", "zsh"])
+    assert stop.value.code == 2
+    assert "qtensor-online[completion]" in capsys.readouterr().err
 
 
 def test_demo_fails_when_bytes_differ(monkeypatch, tmp_path, capsys):
