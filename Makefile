@@ -16,6 +16,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TYPECHECK := build/typecheck/qtensor
+FRESH := build/fresh
 
 .PHONY: demo test lint docs wheel clean
 .DELETE_ON_ERROR:
@@ -41,8 +42,17 @@ docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.dev
-	@echo "Building the wheel into dist/"
-	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@echo "Building the wheel and the source archive into dist/"
+	@rm -rf dist $(FRESH) && mkdir -p build
+	@$(BIN)/python -m build --no-isolation --outdir dist . > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@$(BIN)/python -m twine check --strict dist/*
+	@echo "Installing the wheel, alone, into a fresh environment, and asking it whether it works"
+	@$(BIN)/python -m venv $(FRESH)
+	@$(FRESH)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-index dist/*.whl
+	@# Its dependencies are looked up where they are installed already; qtensor is not found there this way.
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(FRESH)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	@cd $(FRESH) && bin/python $(CURDIR)/tests/installed.py $(CURDIR)/$(FRESH)
 
 clean:
 	@echo "Removing $(VENV), build/, dist/, site/ and demo-out/"

@@ -55,6 +55,8 @@ tile(whole(report.layers.length), "weights quantized");
 tile(bytes(report.quantized_bytes), source ? `quantized, from ${bytes(source)}` : "quantized", inBytes(report.quantized_bytes));
 tile(bytes(report.passthrough_bytes), "left as they are", inBytes(report.passthrough_bytes));
 tile(bytes(report.peak_staged_bytes), "staging at its peak", inBytes(report.peak_staged_bytes));
+if (report.peak_second_copy_bytes)
+  tile(bytes(report.peak_second_copy_bytes), "second copies at their peak", inBytes(report.peak_second_copy_bytes));
 tile(whole(report.lossy_reads), "lossy reads", undefined, report.lossy_reads > 0);
 tile(whole(missing.length), "weights with gaps", undefined, missing.length > 0);
 
