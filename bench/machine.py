@@ -33,6 +33,13 @@ def save(name: str, results: dict[str, Any]) -> Path:
     return path
 
 
+def into_page(page: Path, name: str, text: str) -> None:
+    """Put a table between its two marks in a page of the documentation."""
+    before, rest = page.read_text().split(f"<!-- {name}: ")
+    source, rest = rest.split(" -->", 1)
+    page.write_text(f"{before}<!-- {name}: {source} -->\n\n{text}\n\n{rest[rest.index('<!-- end -->') :]}")
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -58,6 +58,14 @@ def test_doctor_for_programs(capsys):
     assert {check["scheme"] for check in findings["checks"]} == {"fp8_per_tensor", "fp8_per_channel", "fp8_per_block"}
 
 
+def test_interrupting_exits_with_130(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    assert cli.main(["doctor"]) == 130
+
+
 def test_doctor_notices_wrong_bytes(monkeypatch, capsys):
     right = doctor.kernels.quantize_into
 
