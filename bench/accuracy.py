@@ -1,6 +1,6 @@
 """What each scheme costs in accuracy, with and without `min_sqnr`, on two models that this script can make anywhere.
 
-    python bench/accuracy.py [--steps 1500] [--docs]
+    python bench/accuracy.py [--steps 500] [--docs]
 
 A sentence encoder (MiniLM, real weights, from a package): cosine similarity of its embeddings with those of the fp32
 model, and the rank correlation of all pairwise similarities, which is what search uses. A small causal language model,
@@ -288,7 +288,7 @@ FIGURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the language model (default 1500)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of the language model (default 500)")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/accuracy.md")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,7 +14,7 @@ from . import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: all well. 1: a check failed, or a command could not do its work. 2: wrong arguments. 130: stopped."""
+    """Exit code 0: all well. 1: a check failed, or a command could not do its work. 2: bad arguments. 130: stopped."""
     args = _parser().parse_args(argv)
     try:
         return _doctor(args) if args.command == "doctor" else _demo(args)

@@ -1,10 +1,16 @@
 """The documentation holds: its Python runs as typed, and the commands and pages it names exist."""
 
 import re
+import subprocess
+import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
+
+import qtensor
+from qtensor.scheme import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +56,31 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_one_version_everywhere():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert qtensor.__version__ == pyproject == citation
+    assert f"## {pyproject}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_public_name_is_in_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    named = set(re.findall(r"^::: qtensor\.(\w+)$", page, re.MULTILINE))
+    errors = {name for name in qtensor.__all__ if name.endswith("Error")}  # the page has all of qtensor.errors
+    schemes = {*SCHEMES, "fp8"}  # docs/schemes.md has them
+    assert set(qtensor.__all__) - errors - schemes - named == set()
+
+
+def test_the_site_builds_and_asks_nothing_of_the_network(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in tmp_path.rglob("*.html"):
+        foreign = re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["'](https?://[^"']+)""", page.read_text())
+        assert not foreign, f"{page.name} loads {foreign}"
 
 
 def test_every_page_is_in_the_menu():
