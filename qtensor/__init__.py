@@ -6,10 +6,13 @@ with online_quant(fp8):
 
 from __future__ import annotations
 
+from . import joins  # noqa: F401  torch.stack and torch.cat of quantized weights
+from .checkpoint import load_checkpoint, save_checkpoint
 from .checksums import weight_checksums
 from .counter import CopyCounter
 from .coverage import Coverage
 from .errors import (
+    CheckpointError,
     IncompleteLoadError,
     LossyReadError,
     NonFiniteWeightError,
@@ -32,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_IGNORE",
+    "CheckpointError",
     "CopyCounter",
     "Coverage",
     "IncompleteLoadError",
@@ -52,8 +56,10 @@ __all__ = [
     "fp8_per_block",
     "fp8_per_channel",
     "fp8_per_tensor",
+    "load_checkpoint",
     "online_quant",
     "online_reload",
     "quantize",
+    "save_checkpoint",
     "weight_checksums",
 ]

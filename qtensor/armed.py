@@ -161,20 +161,23 @@ class ArmedWeight:
                 part = dense[tuple(slice(*span) for span in box)]
                 self.write(self._view(box), part)
 
-    def accept(self, source: QTensor) -> bool:
-        """Take values that are already in this weight's final form. False if they are of another form."""
+    def accept(self, source: QTensor, view: View | None = None) -> bool:
+        """Take values, of all of the weight or of a view, that are already in its final form. False if they are of
+        another form, or the view is not of whole units."""
         self.host.touch(self)
         with self.lock:
-            store = self._open_store()
+            store, view = self._open_store(), view or whole(self.shape)
+            found = as_box(self.shape, *view)
             if (
                 not isinstance(store, QuantStore)
                 or store.whole_weight
                 or source.scheme.format != store.scheme.format
                 or source.transposed
-                or tuple(source.shape) != self.shape
+                or source.shape != view.size
+                or found is None
+                or not store.accept(source, found.box)
             ):
                 return False
-            store.accept(source)
             self._after_write()
             return True
 

@@ -1,4 +1,4 @@
-"""The `qtensor` command: it parses arguments, calls `demo` or `doctor`, and turns their outcome into an exit code."""
+"""The `qtensor` command: it parses arguments, calls what they name, and turns the outcome into an exit code."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .checkpoint import commands as checkpoint_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: all well. 1: a check failed, or a command could not do its work. 2: bad arguments. 130: stopped."""
     args = _parser().parse_args(argv)
     try:
-        return _doctor(args) if args.command == "doctor" else _demo(args)
+        code: int = args.run(args)
     except KeyboardInterrupt:
         return 130
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what is installed, which kernels run here, and do they work")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser(
         "demo", help="load a real model and a generated checkpoint straight into fp8, and show what it costs"
@@ -45,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default demo-out)")
     demo.add_argument("--part", choices=("all", "model", "memory"), default="all", help="run one part only")
     demo.add_argument("--json", action="store_true", help="print the results as JSON; the text goes to stderr")
+    demo.set_defaults(run=_demo)
+
+    checkpoint_commands.add_parsers(commands)
     return parser
 
 

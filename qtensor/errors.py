@@ -32,3 +32,7 @@ class WeightShapeError(QTensorError, ValueError):
 
 class WeightDtypeError(QTensorError, TypeError):
     """A source tensor, or a weight, has a dtype that cannot be quantized or cast without guessing."""
+
+
+class CheckpointError(QTensorError, ValueError):
+    """A checkpoint folder is missing, damaged, unsafe, or holds what cannot be read or written as asked."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,9 @@ class Listener(Protocol):
     def constructed(self, module: nn.Module, name: str, param: nn.Parameter) -> torch.Tensor | None: ...
     def attached(self, parent: nn.Module, child: nn.Module | None) -> None: ...
 
+
+# What else is in place while any session is open: functions that put it there and take it away.
+COMPANIONS: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
 _lock = threading.Lock()
 _open = 0
@@ -54,6 +58,8 @@ def install() -> None:
         if _open == 1:
             _handles.append(register_module_parameter_registration_hook(_on_parameter))
             _handles.append(register_module_module_registration_hook(_on_module))
+            for start, _ in COMPANIONS:
+                start()
 
 
 def uninstall() -> None:
@@ -64,6 +70,8 @@ def uninstall() -> None:
         if _open == 0:
             while _handles:
                 _handles.pop().remove()
+            for _, stop in COMPANIONS:
+                stop()
 
 
 def is_constructing(module: nn.Module) -> bool:

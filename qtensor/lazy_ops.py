@@ -71,7 +71,7 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
             return dst  # set_model_state_dict completes a partial state dict with the model's own weights
         src = materialize(src)
     elif isinstance(src, QTensor):
-        if isinstance(dst, LAZY) and dst._meta.numel() == dst._armed.coverage.numel and dst._armed.accept(src):
+        if isinstance(dst, LAZY) and dst._armed.accept(src, view_of(dst)):
             return dst
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, LAZY):

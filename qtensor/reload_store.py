@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .armed import ArmedWeight
-from .coverage import Coverage
+from .coverage import Box, Coverage
 from .errors import QTensorError
 from .kernels import Audit
 from .kernels.formats import ceil_div
@@ -106,9 +106,13 @@ class ReloadStore(QuantStore):
         super().write(view, source)
         self._commit_complete()
 
-    def accept(self, values: QTensor) -> None:
-        super().accept(values)
+    def accept(self, values: QTensor, box: Box) -> bool:
+        """As the base's, except that a part of a matrix that has one scale is not taken: its other rows are live."""
+        if self._unit == self._n and box[-2] != (0, self._n):
+            return False
+        accepted = super().accept(values, box)
         self._commit_complete()
+        return accepted
 
     def values(self) -> torch.Tensor:
         """What the model computes with: the live weight in high precision."""

@@ -195,6 +195,7 @@ class QuantStore:
         self._groups: dict[tuple[int, int], _Group] = {}
         self._retained: dict[tuple[int, int], int] = {}  # complete group → the write that completed it
         self._staged_whole: torch.Tensor | None = None
+        self._accepted: set[int] = set()  # per tensor: matrices whose written rows all came quantized
         self._clock = 0
         self._matrices: dict[int, tuple[torch.Tensor, ...]] = {}
         self.result = empty(coverage.shape, scheme, dtype, device) if result is None else result
@@ -258,6 +259,7 @@ class QuantStore:
             raise
         self.coverage.add_box(self._box(e, (start, stop), (0, self._k)))
         self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
+        self._accepted.discard(e)
         if self._groups:
             self._free_unused(e, start, stop)
 
@@ -307,6 +309,9 @@ class QuantStore:
     def _open_units(self, e: int, start: int, stop: int, group: _Group) -> None:
         """Mark units as staged. One that was quantized and no longer staged is re-opened: its other elements have to
         be written again, and until then they read as their dequantized values."""
+        if e in self._accepted:
+            self._accepted.remove(e)
+            self.coverage.discard(self._box(e, (0, self._n), (0, self._k)))
         first, last = start // self._unit, ceil_div(stop, self._unit)
         units = self._state[e, first:last]
         finished = (units & (_QUANTIZED | _STAGED)) == _QUANTIZED
@@ -350,15 +355,38 @@ class QuantStore:
         r, c = (~torch.isfinite(source)).nonzero()[0].tolist()
         raise NonFinite((e * self._n + rows[0] + r) * self._k + cols[0] + c, float(source[r, c]))
 
-    def accept(self, values: QTensor) -> None:
-        """Take a whole weight that is quantized already, bytes unchanged."""
-        self.discard_staging()
-        for e in range(self._e):
-            given = (values.qdata[e], values.scale[e]) if self._lead else (values.qdata, values.scale)
-            for target, source in zip(self._matrix(e), given, strict=True):
-                target.copy_(source)
-        self._state[...] = _QUANTIZED
-        self.coverage.add([(0, n) for n in self.coverage.shape])
+    def accept(self, values: QTensor, box: Box) -> bool:
+        """Take rows that are quantized already, bytes unchanged. False if they are not whole units of this weight, or
+        are a part of a matrix that has one scale, and bring another than the parts before them."""
+        (e0, e1), (start, stop), cols = box if self._lead else ((0, 1), *box)
+        aligned = start % self._unit == 0 and (stop % self._unit == 0 or stop == self._n)
+        if cols != (0, self._k) or not (aligned or self.scheme.format.granularity == "tensor"):
+            return False
+        for e in range(e0, e1):
+            given = tuple(part[e - e0] if values.dim() == 3 else part for part in values.parts())
+            target = self._rows(self._matrix(e), start, stop) if aligned else self._shared(e, start, stop, given[1])
+            if target is None:
+                return False
+            if aligned:
+                self._accepted.discard(e)
+            for ours, theirs in zip(target, given, strict=True):
+                ours.copy_(theirs)
+            self.coverage.add_box(self._box(e, (start, stop), cols))
+            if aligned or self.coverage.full_rows((e,) if self._lead else (), 0, self._n) == [(0, self._n)]:
+                self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
+            if self._groups:
+                self._free_unused(e, start, stop)
+        return True
+
+    def _shared(self, e: int, start: int, stop: int, new_scale: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Where rows of a matrix that has one scale are accepted; None if the rows before them had another."""
+        qdata, scale = self._matrix(e)
+        if e in self._accepted and not torch.equal(scale, new_scale.to(scale.device)):
+            return None
+        if e not in self._accepted:
+            self._accepted.add(e)
+            self._lose(e, 0, self._n)
+        return qdata[start:stop], scale
 
     # Staging
 
@@ -484,6 +512,7 @@ class QuantStore:
         other.result.scale.copy_(self.result.scale)
         other._state, other._clock = self._state.copy(), self._clock
         other._received, other._retained = self._received.copy(), dict(self._retained)
+        other._accepted = set(self._accepted)
         for key, group in self._groups.items():
             twin = other._new_group(key)
             twin.rows.copy_(group.rows)

@@ -1,0 +1,363 @@
+"""From a high-precision checkpoint to a quantized one, file to file, without the model's code.
+
+A plan says what becomes of each tensor. Its shards are independent tasks: `convert_shard` reads one file, writes one
+file, and needs nothing but its task, so that any number of processes or machines can share them; the index, config.json
+and the list of checksums are written once, at the end. Within a shard, threads take one tensor each and stream it in
+chunks of rows: memory is a few chunks per thread, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .. import kernels
+from ..errors import CheckpointError, NonFiniteWeightError
+from ..kernels import SOURCE_DTYPES, NonFinite
+from ..quantized import nonfinite_message
+from ..scheme import Scheme, SchemeLike, as_scheme
+from ..selection import DEFAULT_IGNORE, matches
+from .checking import problems
+from .layouts import COMPRESSED_TENSORS, Spec, fused_group, layout_of, quantization_config, refuse_misaligned
+from .reading import CONFIG, Checkpoint, Stored, read_json
+from .writing import Records, ShardWriter, Staging, carry_over, write_json, write_manifest
+
+CHUNK_BYTES = 4 << 20
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """What becomes of one tensor. scheme None: copied. partners: those (itself included) it shares a scale with."""
+
+    stored: Stored
+    scheme: Scheme | None = None
+    partners: tuple[Stored, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One file to read and one to write. Can be pickled, and done anywhere that sees both folders."""
+
+    target: Path
+    format: str
+    tensors: tuple[TensorTask, ...]
+
+
+@dataclass
+class ConversionReport:
+    """What `quantize_checkpoint` did. Bytes are of tensors. left: weights that stay as they were, and why."""
+
+    scheme: str
+    quantized: int = 0
+    source_bytes: int = 0
+    written_bytes: int = 0
+    resumed_files: int = 0
+    files: int = 0
+    seconds: float = 0.0
+    left: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    scheme: SchemeLike,
+    *,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    format: str = COMPRESSED_TENSORS,
+    workers: int = 2,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+) -> ConversionReport:
+    """Quantize a checkpoint's matrices; everything else is copied. Each equals `quantize(tensor, scheme)`.
+
+    A matrix is a 2-d tensor called "….weight" that no pattern of `ignore` selects. Per tensor, matrices that servers
+    fuse (q, k, v; gate, up) get the scale of the fused matrix. What an interrupted run left in `TARGET.partial` is
+    continued, and the result is that of an uninterrupted one, byte for byte. An existing target is refused.
+
+    workers: threads. on_bytes: called with the bytes just read and the bytes there are to read in all.
+
+    Raises CheckpointError, and NonFiniteWeightError naming the tensor; the target then does not exist.
+    """
+    started = time.perf_counter()
+    scheme, target = as_scheme(scheme), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists; nothing is overwritten. Give a new folder.")
+    checkpoint = Checkpoint(source)
+    report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
+    schemes = _choose(checkpoint, scheme, ignore, format, report)
+    staging = Staging(target, resume=True)
+    with staging.building(keep=True) as folder:
+        tasks = plan(checkpoint, folder, schemes, format)
+        _require_same_plan(staging, checkpoint, schemes, format)
+        staging.require_space(sum(_missing_bytes(task) for task in tasks))
+        records: Records = {}
+        with ThreadPoolExecutor(workers) as pool:
+            for task in tasks:
+                notes = staging.notes / f"{task.target.name}.json"
+                done = _finished(notes, task)
+                if done is None:
+                    done = convert_shard(task, pool, lambda n: on_bytes(n, report.source_bytes))
+                    _leave_note(notes, done)
+                else:
+                    report.resumed_files += 1
+                    on_bytes(sum(t.stored.nbytes for t in task.tensors), report.source_bytes)
+                records |= done
+        finish(checkpoint, folder, schemes, format, records)
+        if found := problems(folder, workers):
+            raise CheckpointError(
+                f"{folder}: does not read back as it was written: {found[0]}. Remove it and start again."
+            )
+        staging.publish()
+    report.quantized = len(schemes)
+    report.written_bytes = Checkpoint(target).nbytes
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str) -> list[ShardTask]:
+    """The tasks, one per file. schemes: of the modules to quantize."""
+    by_module = {_module(name): stored for name, stored in checkpoint.tensors.items() if _module(name) in schemes}
+    tensors: dict[str, list[TensorTask]] = {path.name: [] for path in checkpoint.files}
+    for name, stored in checkpoint.tensors.items():
+        module = _module(name)
+        chosen = schemes.get(module) if module is not None else None
+        partners: tuple[Stored, ...] = ()
+        if chosen is not None and chosen.format.granularity == "tensor":
+            partners = tuple(by_module[m] for m in fused_group(module or "") if m in schemes)
+        tensors[stored.path.name].append(TensorTask(stored, chosen, partners))
+    return [
+        ShardTask(folder / file, format, tuple(sorted(found, key=lambda t: t.stored.offset)))
+        for file, found in tensors.items()
+    ]
+
+
+def convert_shard(task: ShardTask, pool: ThreadPoolExecutor, on_bytes: OnBytes = lambda n: None) -> Records:
+    """Do one task with the threads of `pool`; `on_bytes` hears of source bytes as they are done."""
+    writer = ShardWriter(task.target, _specs(task))
+
+    def work(tensor: TensorTask) -> None:
+        with writer.open() as out:
+            if tensor.scheme is None:
+                _copy(tensor.stored, writer, out, on_bytes)
+            else:
+                _quantize(tensor, task.format, writer, out, on_bytes)
+
+    jobs = [pool.submit(work, tensor) for tensor in task.tensors]
+    try:
+        for job in jobs:
+            job.result()
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        raise
+    return writer.finish()
+
+
+def finish(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str, records: Records) -> None:
+    """What is written once, after all shards: config.json, the files beside the weights, index and checksums."""
+    plain = {m for name, s in checkpoint.tensors.items() if (m := _module(name)) is not None and len(s.shape) == 2}
+    plain.add("lm_head")  # It may be tied, and then has no tensor of its own.
+    carry_over(checkpoint.folder, folder)
+    config = dict(checkpoint.config)
+    if schemes:
+        config["quantization_config"] = quantization_config(format, schemes, plain - schemes.keys())
+    write_json(folder / CONFIG, config)
+    write_manifest(folder, format, records)
+
+
+def _choose(
+    checkpoint: Checkpoint, scheme: Scheme, ignore: Sequence[str], format: str, report: ConversionReport
+) -> dict[str, Scheme]:
+    """The scheme of each module that is going to be quantized."""
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise CheckpointError(
+            f"{checkpoint.folder}: is quantized already ({method}); start from its high-precision source"
+        )
+    schemes: dict[str, Scheme] = {}
+    unused = set(ignore) - set(DEFAULT_IGNORE)
+    for name, stored in checkpoint.tensors.items():
+        module = _module(name)
+        if len(stored.shape) == 3 and module is None:
+            report.left[name] = "a stack of matrices in one tensor"
+        if module is None or len(stored.shape) != 2:
+            continue
+        ignored = [pattern for pattern in ignore if matches(pattern, module, name)]
+        unused.difference_update(ignored)
+        if ignored:
+            report.left[name] = f"ignored by {ignored[0]!r}"
+        elif stored.dtype not in SOURCE_DTYPES:
+            report.left[name] = f"holds {stored.dtype}"
+        else:
+            layout_of(scheme, format, name)
+            schemes[module] = scheme
+    if unused:
+        report.warnings.append(f"patterns that matched no weight: {', '.join(sorted(unused))}")
+    if not schemes:
+        raise CheckpointError(
+            f'{checkpoint.folder}: has no 2-d "….weight" that is not ignored; there is nothing to quantize'
+        )
+    refuse_misaligned({m: checkpoint.tensors[_weight(m)].shape[0] for m in schemes}, schemes)
+    return schemes
+
+
+def _module(name: str) -> str | None:
+    """The module whose weight a tensor is."""
+    return name.removesuffix("weight").removesuffix(".") if name == "weight" or name.endswith(".weight") else None
+
+
+def _weight(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
+
+
+def _specs(task: ShardTask) -> dict[str, Spec]:
+    specs: dict[str, Spec] = {}
+    for tensor in task.tensors:
+        stored = tensor.stored
+        if tensor.scheme is None:
+            specs[stored.name] = (stored.dtype, stored.shape)
+            continue
+        layout = layout_of(tensor.scheme, task.format, stored.name)
+        rows, cols = stored.shape
+        for suffix, spec in layout.specs((rows, cols)).items():
+            specs[stored.name.removesuffix("weight") + suffix] = spec
+    return specs
+
+
+def _missing_bytes(task: ShardTask) -> int:
+    size = sum(dtype.itemsize * int(torch.Size(shape).numel()) for dtype, shape in _specs(task).values())
+    return max(0, size - (task.target.stat().st_size if task.target.exists() else 0))
+
+
+# One tensor -----------------------------------------------------------------------------------------------------------
+
+
+class _Buffers(threading.local):
+    """Memory a thread uses again for each chunk: fresh memory costs more than what is done in it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = dtype.itemsize * int(torch.Size(shape).numel())
+        held = self._held.get(use)
+        if held is None or held.numel() < nbytes:
+            held = self._held[use] = torch.empty(nbytes, dtype=torch.uint8)
+        return held[:nbytes].view(dtype).view(shape)
+
+
+_buffers = _Buffers()
+
+
+def _copy(stored: Stored, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
+    step, total = max(1, CHUNK_BYTES // stored.dtype.itemsize), int(torch.Size(stored.shape).numel())
+    for first in range(0, total, step):
+        piece = stored.read(first, _buffers.take("source", (min(step, total - first),), stored.dtype))
+        writer.write(out, stored.name, piece)
+        on_bytes(piece.nbytes)
+
+
+def _quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
+    """Chunk by chunk: whole units, so that each chunk's scales depend on nothing else.
+
+    Per tensor the unit is the whole matrix, and its partners. Their amax is found in a first pass, and put into an
+    extra row above each chunk: every chunk then has the scale of the whole.
+    """
+    stored, scheme = tensor.stored, tensor.scheme
+    assert scheme is not None
+    layout, fmt = layout_of(scheme, format, stored.name), scheme.format
+    rows, cols = stored.shape
+    per_tensor = fmt.granularity == "tensor"
+    amax = max(_amax(partner) for partner in tensor.partners) if per_tensor else 0.0
+    unit, extra = (1, 1) if per_tensor else (fmt.unit_rows(rows), 0)
+    prefix = stored.name.removesuffix("weight")
+    scales = []
+    for start, stop in _chunks(stored, unit):
+        source = _buffers.take("source", (extra + stop - start, cols), stored.dtype)
+        if extra and cols:
+            source[0].zero_()
+            source[0, 0] = amax
+        stored.read(start * cols, source[extra:])
+        qdata = _buffers.take("data", tuple(source.shape), fmt.dtype)
+        scale = torch.empty(fmt.scale_shape(tuple(source.shape)))
+        try:
+            kernels.quantize_into(source, qdata, scale, fmt, None, (start - extra) * cols)
+        except NonFinite as error:
+            raise NonFiniteWeightError(_nonfinite(stored, error)) from None
+        parts = layout.tensors(qdata[extra:], scale)
+        writer.write(out, prefix + layout.data, parts[layout.data])
+        scales.append(parts[layout.scale])
+        on_bytes((stop - start) * cols * stored.dtype.itemsize)
+    writer.write(out, prefix + layout.scale, scales[0] if per_tensor else torch.cat(scales))
+
+
+def _amax(stored: Stored) -> float:
+    cols = stored.shape[1]
+    found = 0.0
+    for start, stop in _chunks(stored, 1):
+        chunk = stored.read(start * cols, _buffers.take("source", (stop - start, cols), stored.dtype))
+        low, high = (float(v) for v in torch.aminmax(chunk)) if chunk.numel() else (0.0, 0.0)
+        found = max(found, -low, high)
+        if not (low - low == 0 and high - high == 0):
+            bad = int((~chunk.isfinite()).reshape(-1).nonzero()[0])
+            raise NonFiniteWeightError(_nonfinite(stored, NonFinite(start * cols + bad, float(chunk.reshape(-1)[bad]))))
+    return found
+
+
+def _chunks(stored: Stored, unit: int) -> Iterator[tuple[int, int]]:
+    rows, cols = stored.shape
+    step = max(1, CHUNK_BYTES // max(1, unit * cols * stored.dtype.itemsize)) * unit
+    yield from ((start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
+
+
+def _nonfinite(stored: Stored, error: NonFinite) -> str:
+    return nonfinite_message(stored.name, stored.shape, error).partition("; pass")[0] + "."
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def _require_same_plan(staging: Staging, checkpoint: Checkpoint, schemes: dict[str, Scheme], format: str) -> None:
+    """What an interrupted run left is only of use to a run with the same source and settings."""
+    text = json.dumps(
+        {
+            "format": format,
+            "schemes": {module: str(scheme) for module, scheme in sorted(schemes.items())},
+            "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files},
+            "tensors": {
+                n: [str(s.dtype), s.shape, s.offset, s.path.name] for n, s in sorted(checkpoint.tensors.items())
+            },
+        }
+    )
+    digest, note = hashlib.sha256(text.encode()).hexdigest(), staging.notes / "plan"
+    if not note.exists():
+        _leave_note(note, digest)
+    elif json.loads(note.read_text()) != digest:
+        raise CheckpointError(
+            f"{staging.path} holds an unfinished conversion of another source, or with other settings. Remove it, or "
+            "finish it with the settings it was begun with."
+        )
+
+
+def _leave_note(path: Path, value: Any) -> None:
+    fresh = path.with_name(path.name + ".new")
+    write_json(fresh, value)
+    fresh.replace(path)
+
+
+def _finished(note: Path, task: ShardTask) -> Records | None:
+    """The records of a shard that an earlier run finished."""
+    return read_json(note) if note.exists() and task.target.exists() else None

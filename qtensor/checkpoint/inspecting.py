@@ -1,0 +1,104 @@
+"""What a checkpoint holds: which weights are quantized how, what they weigh, and how far they are from their source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..quantized import QTensor
+from .checking import Weight, weights_of
+from .reading import Checkpoint, Stored
+
+_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One quantized weight. bytes: of its values and scales. sqnr: in dB against the source; None if not compared."""
+
+    name: str
+    scheme: str
+    shape: tuple[int, ...]
+    bytes: int
+    sqnr: float | None = None
+
+
+@dataclass
+class CheckpointReport:
+    """folder, method: config.json's quant_method. quantized: one per matrix. plain: bytes of the other tensors."""
+
+    folder: str
+    method: str | None
+    files: int
+    quantized: list[WeightReport] = field(default_factory=list)
+    plain: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.files} file{'s' * (self.files != 1)}, {self.method or 'not quantized'}"]
+        for scheme in sorted({w.scheme for w in self.quantized}):
+            group = [w for w in self.quantized if w.scheme == scheme]
+            line = f"  {scheme:28} {len(group):6} weights {sum(w.bytes for w in group) / 1e6:12.1f} MB"
+            compared = sorted((w for w in group if w.sqnr is not None), key=lambda w: w.sqnr or 0.0)
+            if compared:
+                middle = compared[len(compared) // 2].sqnr
+                line += (
+                    f"   SQNR {compared[0].sqnr:.1f} dB at least ({compared[0].name}), {middle:.1f} dB in the middle"
+                )
+            lines.append(line)
+        lines.append(f"  {'as they were':28} {len(self.plain):6} tensors {sum(self.plain.values()) / 1e6:12.1f} MB")
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) -> CheckpointReport:
+    """Look at a checkpoint, and compare its quantized weights with the high-precision checkpoint `against`.
+
+    SQNR is 10·log10(Σx² / Σ(x - x̂)²) over a weight. Raises CheckpointError for a checkpoint that cannot be read, and
+    for a source that does not have a weight, or has it in another shape.
+    """
+    checkpoint = Checkpoint(folder)
+    weights, plain = weights_of(checkpoint)
+    source = Checkpoint(against) if against is not None else None
+    config = checkpoint.config.get("quantization_config") or {}
+    report = CheckpointReport(str(folder), config.get("quant_method"), len(checkpoint.files))
+    report.plain = {name: stored.nbytes for name, stored in plain.items()}
+    for module, weight in weights.items():
+        name = f"{module}.weight" if module else "weight"
+        shape, held = weight.tensors[weight.layout.data].shape, sum(s.nbytes for s in weight.tensors.values())
+        sqnr = _sqnr(name, weight, source) if source is not None else None
+        report.quantized.append(WeightReport(name, str(weight.layout.scheme), shape, held, sqnr))
+    return report
+
+
+def _sqnr(name: str, weight: Weight, source: Checkpoint) -> float:
+    """In dB; infinite where nothing was lost."""
+    original = source.tensors.get(name)
+    if original is None:
+        raise CheckpointError(f"{source.folder}: has no {name} to compare with")
+    quantized = weight.read(torch.float32)
+    if tuple(quantized.shape) != original.shape:
+        raise CheckpointError(f"{name}: is {list(original.shape)} in {source.folder} and {list(quantized.shape)} here")
+    signal = noise = 0.0
+    for x, approximation in _pairs(original, quantized):
+        signal += float(x.square().sum(dtype=torch.float64))
+        noise += float((x - approximation).square().sum(dtype=torch.float64))
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+
+
+def _pairs(original: Stored, quantized: QTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both as fp32, some rows at a time: whole blocks of 128."""
+    rows, cols = original.shape
+    step = max(1, _ELEMENTS // max(1, 128 * cols)) * 128
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        x = original.read(start * cols, torch.empty((stop - start, cols), dtype=original.dtype))
+        rows_of: Any = quantized[start:stop]
+        yield x.float(), rows_of.dequantize(torch.float32)

@@ -1,0 +1,120 @@
+"""load_checkpoint: a checkpoint's quantized weights into a model, bytes unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..lazy import LAZY, LazyWeight, LiveQTensor
+from ..online import OnlineSession
+from ..quantized import QTensor
+from ..report import LoadReport
+from ..scheme import Scheme
+from ..selection import Owner, Selection
+from ..store import View
+from .checking import Weight, weights_of
+from .names import Part, is_transformers, parts_of, tensors_of
+from .reading import Checkpoint
+from .saving import expert_names
+
+
+def load_checkpoint(
+    model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, progress: bool | None = None
+) -> LoadReport:
+    """Fill a model from a folder that `save_checkpoint`, `qtensor quantize` or llm-compressor wrote.
+
+    Quantized weights become QTensors with the bytes of the file; all others are copied as load_state_dict would. The
+    model may be on the meta device, and may be a transformers model built from the folder's config. Tensors are read
+    one at a time. device: where the weights go; by default where the model's are.
+
+    Raises CheckpointError for a checkpoint that is damaged, unsafe, or has what the model lacks, and
+    IncompleteLoadError for what the model has and it lacks. The model is not changed by what is found
+    before the first write.
+    """
+    checkpoint = Checkpoint(folder)
+    weights, plain = weights_of(checkpoint)
+    parts = parts_of(model, tensors_of(model))
+    places = _matrices(parts)
+    extra = [name for name in plain if name not in parts] + [module for module in weights if module not in places]
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {type(model).__name__} has no {extra[0]} ({len(extra)} such tensors)"
+        )
+    schemes = {places[module].name: weight.layout.scheme for module, weight in weights.items()}
+    place = torch.device(device) if device is not None else None
+    # A model whose weights wait for a loader already belongs to an `online_quant` block, which ends its load.
+    outer = next(
+        (t._armed.host for t in tensors_of(model).values() if isinstance(t, LAZY) and not t._armed.host.closed), None
+    )
+    session: Any = outer or OnlineSession(_ByName(schemes), model, place, "error", "keep", False, None, None, progress)
+    with session if outer is None else nullcontext(), torch.no_grad():
+        if is_transformers(model):
+            _compute_buffers(model, place)
+        targets: dict[str, Any] = tensors_of(model)
+        for name, stored in plain.items():
+            part = parts[name]
+            targets[part.name].as_strided(*part.view).copy_(stored.read())
+        for module, weight in weights.items():
+            accept(targets[places[module].name], places[module].view, weight)
+    report: LoadReport = session.report()
+    return report
+
+
+def accept(target: LazyWeight | LiveQTensor, view: View, weight: Weight) -> None:
+    """Store a quantized matrix as the part `view` of a weight that is being loaded."""
+    armed = target._armed
+    values: QTensor = weight.read(armed.dtype)
+    if tuple(values.shape) != tuple(view.size[-2:]):
+        raise CheckpointError(
+            f"{weight.module}: is {list(values.shape)}, and {armed.name} needs {list(view.size[-2:])}"
+        )
+    if not armed.accept(values, view):
+        raise CheckpointError(
+            f"{weight.module}: its rows and scales are not those of {armed.name} {list(armed.shape)} as {values.scheme}"
+        )
+
+
+def _matrices(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Where each module's matrix goes: a weight of its own, or one of a stack that is kept apart on disk."""
+    places = {}
+    for name, part in parts.items():
+        size, stride, offset = part.view
+        if len(size) == 2 and (name == "weight" or name.endswith(".weight")):
+            places[name.removesuffix("weight").removesuffix(".")] = part
+        elif len(size) == 3:
+            for e, module in enumerate(expert_names(name, size[0])):
+                places[module] = Part(part.name, View(size[1:], stride[1:], offset + e * stride[0]))
+    return places
+
+
+def _compute_buffers(model: Any, device: torch.device | None) -> None:
+    """Buffers that no checkpoint has and that a model on the meta device lacks, such as rotary frequencies:
+    transformers' own initialiser computes them. It fills weights too, so it is kept to modules that have none."""
+    for module in model.modules():
+        lacking = [n for n, b in module._buffers.items() if b is not None and b.is_meta and not module._parameters]
+        lacking = [n for n in lacking if n in module._non_persistent_buffers_set]
+        for name in lacking:
+            module._buffers[name] = torch.zeros_like(module._buffers[name], device=device or "cpu")
+        if lacking:
+            model._init_weights(module)
+
+
+class _ByName(Selection):
+    """The rule of a load whose schemes are known by weight."""
+
+    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
+        super().__init__(next(iter(schemes.values()), "fp8"), (), None)
+        self._schemes = schemes
+
+    def candidate(self, module: nn.Module, name: str, param: torch.Tensor) -> bool:
+        return True
+
+    def scheme_for(self, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
+        names = (f"{module_name}.{name}" if module_name else name for module_name, _, name in owners)
+        return next((self._schemes[name] for name in names if name in self._schemes), None)

@@ -1,0 +1,156 @@
+"""transformers' from_pretrained of a quantized checkpoint, inside `online_quant`: QTensors, bytes unchanged.
+
+While a session is open, the entries of transformers' table of quantizers for the methods of `LAYOUTS` give way to a
+quantizer that pairs values with scales as they are read. It builds no other modules than the model's own, and leaves
+no trace on the finished model. Threads that no session listens to, and checkpoints with other schemes, get
+transformers' own quantizer, as they would without us.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .. import hooks
+from ..errors import CheckpointError
+from ..quantized import QTensor
+from .layouts import LAYOUTS, Layout, reader
+
+_SCALES = sorted({layout.scale for rows in LAYOUTS.values() for layout in rows.values()})
+_originals: dict[str, Any] = {}
+
+
+def install() -> None:
+    """Take the places in transformers' table, if transformers is there."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers.quantizers import auto
+
+    table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    for method in LAYOUTS:
+        if method in table:
+            _originals[method] = table[method]
+            table[method] = functools.partial(_choose, table[method])
+
+
+def uninstall() -> None:
+    if _originals:
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
+
+        table.update(_originals)
+        _originals.clear()
+
+
+def _choose(original: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
+    if hooks.listening() is None or not kwargs.get("pre_quantized", True):
+        return original(config, **kwargs)
+    try:
+        find = reader(config.to_dict())
+    except CheckpointError:
+        return original(config, **kwargs)
+    return _classes()[0](config, find, **kwargs)
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """The quantizer and its operation; their bases are only there once transformers is."""
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.quantizers.base import HfQuantizer
+
+    class Pair(ConversionOps):  # type: ignore[misc]
+        """Lists of values and lists of scales, by pattern, become lists of QTensors under the values' pattern."""
+
+        def __init__(self, hf_quantizer: Any) -> None:
+            self.hf_quantizer = hf_quantizer
+
+        def convert(  # type: ignore[override]
+            self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
+        ) -> Any:
+            dtype = model.get_parameter(full_layer_name).dtype
+            given = {pattern.removesuffix("$"): _listed(tensors) for pattern, tensors in input_dict.items()}
+            scales = {name: given.pop(name) for name in list(given) if name.rpartition(".")[2] in _SCALES}
+            out: dict[str, Any] = {}
+            for name, values in given.items():
+                prefix = name.removesuffix("weight")
+                own = next((scales[prefix + s] for s in _SCALES if prefix + s in scales), None)
+                if own is None:
+                    out[name] = [v.to(dtype) for v in values]
+                    continue
+                layout = self.hf_quantizer.layout_of(full_layer_name, input_dict)
+                out[name] = [
+                    layout.weight(full_layer_name, {layout.data: v, layout.scale: s}, dtype)
+                    for v, s in zip(values, own, strict=True)
+                ]
+            return {full_layer_name: out["weight"]} if out.keys() == {"weight"} else out
+
+        @property
+        def reverse_op(self) -> ConversionOps:
+            raise NotImplementedError("save_checkpoint writes quantized weights")
+
+    class Quantizer(HfQuantizer):  # type: ignore[misc]
+        """Loads a quantized checkpoint into QTensors."""
+
+        requires_calibration = True
+
+        def __init__(self, config: Any, find: Callable[[str], Layout | None], **kwargs: Any) -> None:
+            super().__init__(config, **kwargs)
+            self._find = find
+            self._scale = next(iter(LAYOUTS[config.quant_method].values())).scale
+            self._replaced: dict[int, Any] = {}
+
+        def layout_of(self, weight: str, patterns: Iterable[str]) -> Layout:
+            """By the module's name; of experts that are merged into one weight, by that of the first of them."""
+            parent = weight.rpartition(".")[0]
+            experts = [f"{parent}.0.{p.split('.')[-2]}" for p in patterns if ".*." in p]
+            found = (self._find(name) for name in [weight.removesuffix(".weight"), *experts, ""])
+            layout = next((f for f in found if f is not None), None)
+            if layout is None:
+                raise CheckpointError(f"{weight}: config.json does not say how it is quantized")
+            return layout
+
+        def update_weight_conversions(self, conversions: list[Any], model: Any = None) -> list[Any]:
+            updated = []
+            for entry in conversions:
+                sources = entry.source_patterns if isinstance(entry, WeightConverter) else []
+                paired = entry
+                if sources and all(s.endswith(".weight") for s in sources):
+                    both = [name for s in sources for name in (s, s.removesuffix("weight") + self._scale)]
+                    paired = WeightConverter(both, list(entry.target_patterns), [Pair(self), *entry.operations])
+                updated.append(paired)
+                self._replaced[id(paired)] = entry
+            return [*updated, WeightConverter(["weight$", f"{self._scale}$"], "weight", [Pair(self)])]
+
+        def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+            """`Pair` casts what has no scales; before it nothing may be cast."""
+            paired = any(isinstance(op, Pair) for op in getattr(converter, "operations", ()))
+            return None if paired else dtype
+
+        def preprocess_model(self, model: Any, dtype: Any = None, **_: Any) -> None:
+            pass
+
+        def postprocess_model(self, model: Any, **_: Any) -> None:
+            for param in model.parameters():
+                if isinstance(param, QTensor):
+                    param.requires_grad_(False)
+            # What a save reverts: the model's own conversions, as an unquantized checkpoint would have left them.
+            used = [self._replaced.get(id(entry)) for entry in model._weight_conversions]
+            model._weight_conversions = [entry for entry in used if entry is not None]
+            self.remove_quantization_config(model)
+
+        def is_serializable(self, *_: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return Quantizer, Pair
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+hooks.COMPANIONS.append((install, uninstall))

@@ -1,0 +1,184 @@
+"""Checkpoint: a folder of safetensors files, checked before anything in it is used.
+
+Opening reads the index and the headers, not the tensors. The safetensors library judges each header; on top of that,
+names in the index may not leave the folder, and index and files have to agree tensor by tensor. Pickled checkpoints are
+refused: reading one can run code. Tensors are read with plain reads into memory the caller may bound, not mapped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+
+INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+# The names safetensors gives dtypes.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint: where its bytes are."""
+
+    name: str
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self, first: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor; or, into `out` (contiguous, of the dtype), the elements from flat index `first` on."""
+        whole = torch.empty(self.shape, dtype=self.dtype) if out is None else out
+        target = bytes_of(whole)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + first * self.dtype.itemsize)
+            done = 0
+            while done < len(target):
+                got = file.readinto(target[done:])
+                if not got:
+                    raise CheckpointError(f"{self.path} ends within {self.name}: the file was cut while it was read")
+                done += got
+        return whole
+
+
+class Checkpoint:
+    """The tensors of a folder by name, and its config.json (empty if there is none).
+
+    Raises CheckpointError that names the file, or the tensor, and what is wrong with it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: no such folder; give the folder that holds the checkpoint")
+        self.files = [self.folder / name for name in self._file_names()]
+        self.tensors: dict[str, Stored] = {}
+        for path in self.files:
+            for stored in _header(path):
+                twin = self.tensors.setdefault(stored.name, stored)
+                if twin is not stored:
+                    raise CheckpointError(f"{stored.name} is in two files, {twin.path.name} and {path.name}")
+        self._check_index()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        path = self.folder / CONFIG
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        if not path.exists():
+            return {}
+        found = read_json(path).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise CheckpointError(f'{path}: has no "weight_map" of names to files')
+        for name, file in found.items():
+            if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+                raise CheckpointError(f"{path}: {name} is said to be in {file!r}, which is not a file of this folder")
+        return found
+
+    def _file_names(self) -> list[str]:
+        names = sorted(set(self._weight_map.values()))
+        if not names:
+            found = sorted(p.name for p in self.folder.glob("*.safetensors"))
+            names = [SINGLE] if SINGLE in found else found
+        if not names:
+            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
+            if pickles:
+                raise CheckpointError(
+                    f"{self.folder}: its weights are pickled ({pickles[0]}), and reading a pickle can run code. Load "
+                    "it with torch.load(..., weights_only=True), and save it as safetensors first."
+                )
+            raise CheckpointError(f"{self.folder}: is no checkpoint; it has neither {INDEX} nor a .safetensors file")
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{self.folder}: {', '.join(missing)} is missing, and {INDEX} names it")
+        return names
+
+    def _check_index(self) -> None:
+        for name, file in self._weight_map.items():
+            if name not in self.tensors or self.tensors[name].path.name != file:
+                raise CheckpointError(f"{self.folder / INDEX}: says that {name} is in {file}, and it is not")
+        extra = [name for name in self.tensors if self._weight_map and name not in self._weight_map]
+        if extra:
+            where = self.tensors[extra[0]].path.name
+            raise CheckpointError(f"{self.folder / INDEX}: does not list {extra[0]}, which {where} holds")
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    flat: Any = tensor.view(torch.uint8).reshape(-1).numpy() if tensor.numel() else b""
+    return memoryview(flat)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError naming the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds {type(found).__name__}, not a JSON object")
+    return found
+
+
+def _header(path: Path) -> Iterator[Stored]:
+    """The tensors of one file, from its header, which the safetensors library has judged first."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from None
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size), object_pairs_hook=lambda pairs: _unique(path, pairs))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which cannot be read here")
+        begin, end = entry["data_offsets"]
+        yield Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + begin, end - begin)
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path}: its header names {twice} twice")
+    return found

@@ -1,0 +1,214 @@
+"""save_checkpoint: a live model's quantized weights, as other tools read them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..lazy import LAZY
+from ..quantized import QTensor
+from ..scheme import Scheme
+from .checking import require_sound
+from .layouts import COMPRESSED_TENSORS, Spec, fused_group, layout_of, quantization_config, refuse_misaligned
+from .names import Part, is_transformers, matrix, parts_of, tensors_of
+from .reading import CONFIG, DTYPE_NAMES, SINGLE, read_json
+from .writing import Records, ShardWriter, Staging, carry_over, write_json, write_manifest
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to be written, and where its values come from."""
+
+    spec: Spec
+    values: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec[0].itemsize * int(torch.Size(self.spec[1]).numel())
+
+
+def save_checkpoint(
+    model: nn.Module, folder: str | Path, format: str = COMPRESSED_TENSORS, *, max_shard_size: int | str = "5GB"
+) -> Path:
+    """Write a model's weights, quantized ones as they are, for vLLM, transformers and `load_checkpoint` to read.
+
+    model: any module that holds QTensors. For a transformers model, config.json, the generation settings and, if it
+        was loaded from a folder, that folder's tokenizer and small files come along; names and expert matrices are
+        those of its original checkpoint.
+    format: "compressed-tensors", or "fp8" (per block only), which transformers and DeepSeek call fine-grained.
+    max_shard_size: of one file, in bytes or as "5GB".
+
+    The files are read back and compared before the folder appears. A folder that an earlier save wrote is replaced in
+    one step; any other that is not empty is refused. Returns the folder.
+
+    Raises CheckpointError, naming the weight, for what the format cannot express, and for a full disk.
+    """
+    tensors = tensors_of(model)
+    contents, schemes, plain = _contents(model, tensors, format)
+    _warn_of_scales(contents, schemes)
+    config = quantization_config(format, schemes, plain) if schemes else None
+    staging = Staging(folder)
+    with staging.building() as path:
+        staging.require_space(sum(tensor.nbytes for tensor in contents.values()))
+        _write_side_files(model, path, config)
+        records: Records = {}
+        for file, names in _shards(contents, max_shard_size).items():
+            writer = ShardWriter(path / file, {name: contents[name].spec for name in names})
+            with writer.open() as handle:
+                for name in names:
+                    writer.write(handle, name, contents[name].values())
+            records |= writer.finish()
+        write_manifest(path, format, records)
+        require_sound(path)
+        staging.publish()
+    return staging.target
+
+
+def _contents(
+    model: nn.Module, tensors: dict[str, torch.Tensor], format: str
+) -> tuple[dict[str, _Tensor], dict[str, Scheme], list[str]]:
+    """What goes to disk; the scheme of each quantized module; the linear modules that are not quantized."""
+    contents: dict[str, _Tensor] = {}
+    schemes: dict[str, Scheme] = {}
+    rows: dict[str, int] = {}
+    plain: set[str] = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
+    for name, part in sorted(parts_of(model, tensors).items(), key=lambda item: _natural(item[0])):
+        tensor = tensors[part.name]
+        if isinstance(tensor, LAZY):
+            raise CheckpointError(f"{part.name} is still being loaded; leave the `with online_quant(...)` block first")
+        if tensor.is_meta:
+            raise CheckpointError(f"{part.name} is on the meta device and has no values to save")
+        if not isinstance(tensor, QTensor):
+            if tensor.dtype not in DTYPE_NAMES:
+                raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
+            contents[name] = _Tensor((tensor.dtype, part.view.size), _plain_values(tensor, part))
+            if name.endswith(".weight") and len(part.view.size) == 2:
+                plain.add(name.removesuffix(".weight"))
+            continue
+        layout = layout_of(tensor.scheme, format, name)
+        if len(part.view.size) == 3 and is_transformers(model):
+            raise CheckpointError(
+                f"{name}: {type(model).__name__}'s checkpoint has these experts in one tensor, and no other tool has a "
+                "quantized form for that. Add it to `ignore`."
+            )
+        for module, box in _matrices(name, tensor, part):
+            qdata, scale = _cut(name, tensor, box)
+            prefix = f"{module}." if module else ""
+            for suffix, values in layout.tensors(qdata, scale).items():
+                contents[prefix + suffix] = _Tensor((values.dtype, tuple(values.shape)), lambda v=values: v)  # type: ignore[misc]
+            schemes[module], rows[module] = tensor.scheme, qdata.shape[0]
+    if is_transformers(model):
+        refuse_misaligned(rows, schemes)
+    return contents, schemes, sorted(plain - schemes.keys())
+
+
+def _natural(name: str) -> list[Any]:
+    """Layer 10 comes after layer 9, so that the same model gives the same files however it was built."""
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in name.split(".")]
+
+
+def _plain_values(tensor: torch.Tensor, part: Part) -> Callable[[], torch.Tensor]:
+    return lambda: tensor.detach().contiguous().as_strided(*part.view)
+
+
+def _matrices(name: str, tensor: QTensor, part: Part) -> Iterator[tuple[str, Any]]:
+    """The matrices of a quantized weight, each with the module it is the weight of: one, or one per expert."""
+    if tensor.transposed:
+        raise CheckpointError(f"{name}: is a transposed view of a quantized weight; save the weight itself")
+    box = matrix(name, tuple(tensor.shape), part.view)
+    module = name.removesuffix(".weight") if name.endswith(".weight") else "" if name == "weight" else None
+    if len(part.view.size) == 2:
+        if module is None:
+            raise CheckpointError(f'{name}: a quantized matrix is called "weight" in a checkpoint; rename it')
+        yield module, box
+        return
+    for e, stored in enumerate(expert_names(name, part.view.size[0])):
+        yield stored, ((e, e + 1), *box[1:])
+
+
+def expert_names(name: str, count: int) -> list[str]:
+    """The modules that a stack of matrices becomes: "experts.w1" → "experts.0.w1", and so on."""
+    parent, _, leaf = name.rpartition(".")
+    middle = [] if leaf == "weight" else [leaf]
+    return [".".join([*filter(None, [parent]), str(e), *middle]) for e in range(count)]
+
+
+def _cut(name: str, weight: QTensor, box: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantized values and scale of whole rows of one matrix."""
+    qdata, scale = weight.qdata, weight.scale
+    if weight.dim() == 3:
+        qdata, scale = qdata[box[0][0]], scale[box[0][0]]
+    start, stop = box[-2]
+    fmt, n = weight.scheme.format, weight.qdata.shape[-2]
+    if fmt.granularity != "tensor":
+        unit = fmt.unit_rows(n)
+        if start % unit or (stop % unit and stop != n):
+            raise CheckpointError(
+                f"{name}: is rows {start}:{stop} of a fused {fmt.name} weight, and its scales are per {unit} rows. Add "
+                "it to `ignore`, or use fp8_per_channel."
+            )
+        scale = scale[start // unit : -(-stop // unit)]
+    return qdata[start:stop], scale
+
+
+def _warn_of_scales(contents: dict[str, _Tensor], schemes: dict[str, Scheme]) -> None:
+    """Per tensor, parts that servers fuse should share a scale; a model whose parts are apart has one for each."""
+    apart = []
+    for module, scheme in schemes.items():
+        group = [name for name in fused_group(module) if name in schemes]
+        if scheme.format.granularity == "tensor" and module == group[0]:
+            scales = [contents[f"{name}.weight_scale"].values() for name in group]
+            if any(not torch.equal(s, scales[0]) for s in scales):
+                apart.append(module)
+    if apart:
+        warnings.warn(
+            f"save_checkpoint: {apart[0]} and its partners, and {len(apart) - 1} other groups, are quantized per "
+            "tensor with a scale for each part. vLLM fuses them and rounds to the largest scale. `qtensor quantize`, "
+            "from the high-precision checkpoint, writes shared scales; fp8_per_channel needs none.",
+            stacklevel=3,
+        )
+
+
+def _shards(contents: dict[str, _Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
+    try:
+        from huggingface_hub import split_state_dict_into_shards_factory
+    except ImportError:
+        raise CheckpointError(
+            "save_checkpoint needs huggingface_hub: pip install 'qtensor-online[checkpoint]'"
+        ) from None
+    if not contents:
+        raise CheckpointError("the model has no tensors to save")
+    split = split_state_dict_into_shards_factory(
+        contents,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=SINGLE.replace(".", "{suffix}.", 1),
+        max_shard_size=max_shard_size,
+    )
+    return split.filename_to_tensors
+
+
+def _write_side_files(model: Any, folder: Path, quantization: dict[str, Any] | None) -> None:
+    config: dict[str, Any] = {}
+    if is_transformers(model):
+        settings = copy.deepcopy(model.config)
+        settings.architectures = [type(model).__name__]
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config
+        source = Path(getattr(model.config, "name_or_path", "") or "/nowhere")
+        if source.is_dir():
+            carry_over(source, folder)
+        settings.save_pretrained(folder)
+        if model.can_generate() and getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        config = read_json(folder / CONFIG)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    write_json(folder / CONFIG, config)

@@ -1,0 +1,262 @@
+"""Writing a checkpoint so that it is whole or not there.
+
+Everything is written to `FOLDER.partial`, beside the folder it is for, read back and compared, and renamed in one step.
+Whatever happens before that step, the folder is as it was. `qtensor.json`, in the finished folder, lists each tensor
+with its dtype, shape and SHA-256, and every file that belongs to the checkpoint, which is also how a later save knows
+what it may replace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..errors import CheckpointError
+from .layouts import Spec
+from .reading import CONFIG, DTYPE_NAMES, DTYPES, INDEX, PICKLES, bytes_of
+
+MANIFEST = "qtensor.json"
+_MARK = ".qtensor-partial"  # A folder within a folder that is being built: its lock, and notes for a resumed run.
+_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+Records = dict[str, dict[str, Any]]
+"""What was written, by tensor name: file, dtype, shape, sha256."""
+
+
+class ShardWriter:
+    """One safetensors file, written piece by piece: where each tensor lies is known before any of them is.
+
+    The file is the one the safetensors library would write. `write` may be called from several threads, as long as
+    each tensor's pieces come from one, in order.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        self.path, self._specs = path, dict(specs)
+        order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._offsets, end = {}, 0
+        for name in order:
+            dtype, shape = specs[name]
+            begin, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            self._offsets[name] = (begin, end)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        self._written = dict.fromkeys(specs, 0)
+        self._hashes = {name: hashlib.sha256() for name in specs}
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(self._base + end)
+
+    def open(self) -> IO[bytes]:
+        """A handle for `write`; each thread has its own."""
+        return self.path.open("r+b", buffering=0)
+
+    def write(self, file: IO[bytes], name: str, piece: torch.Tensor) -> None:
+        """The next piece of a tensor."""
+        if not piece.numel():
+            return
+        data = bytes_of(piece.detach().cpu().contiguous())
+        begin, end = self._offsets[name]
+        at = self._written[name]
+        assert begin + at + len(data) <= end, name
+        file.seek(self._base + begin + at)
+        done = 0
+        while done < len(data):
+            done += file.write(data[done:])
+        self._hashes[name].update(data)
+        self._written[name] = at + len(data)
+
+    def finish(self) -> Records:
+        """Records of all tensors; each has to have been written whole."""
+        for name, (begin, end) in self._offsets.items():
+            if self._written[name] != end - begin:
+                raise CheckpointError(f"{self.path}: {name} was not written whole")
+        return {
+            name: {
+                "file": self.path.name,
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "sha256": self._hashes[name].hexdigest(),
+            }
+            for name, (dtype, shape) in self._specs.items()
+        }
+
+
+class Staging:
+    """The folder `TARGET.partial`, in which a checkpoint is built before it takes its place.
+
+    Only one process at a time may build it. What an interrupted one left there is kept for `resume`, or removed.
+    """
+
+    def __init__(self, target: str | Path, resume: bool = False) -> None:
+        self.target = Path(os.path.abspath(target))
+        self.path = self.target.with_name(self.target.name + ".partial")
+        _require_replaceable(self.target)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[bytes] | None = None
+        if self.path.exists():
+            if not (self.path / _MARK).exists() and not (self.path / MANIFEST).exists():
+                raise CheckpointError(f"{self.path} is in the way, and was not made by qtensor; move it elsewhere")
+            self._lock = _lock(self.path)
+            if not resume or not (self.path / _MARK).exists():
+                _unlock(self._lock)
+                self._lock = None
+                shutil.rmtree(self.path)
+        self.notes = self.path / _MARK
+        self.notes.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = _lock(self.path)
+
+    def require_space(self, nbytes: int) -> None:
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise CheckpointError(
+                f"{self.path}: {nbytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+                f"{self.target} is as it was"
+            )
+
+    @contextmanager
+    def building(self, keep: bool = False) -> Iterator[Path]:
+        """The folder to write into. When the block fails it is removed (kept, for a later `resume`, with `keep`), and
+        a full disk says so."""
+        try:
+            yield self.path
+        except BaseException as error:
+            _unlock(self._lock)
+            if not keep:
+                shutil.rmtree(self.path, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CheckpointError(
+                    f"{self.path}: no space left on the disk; {self.target} is as it was. Free some, and run it again."
+                ) from None
+            raise
+
+    def publish(self) -> None:
+        """Take the place of the target, in one step. What replaces a checkpoint is on the disk first, so that a power
+        cut leaves one of the two; what replaces nothing has its source to fall back on."""
+        if self.target.exists() and any(self.target.iterdir()):
+            for path in (*(p for p in self.path.iterdir() if p.is_file()), self.path):
+                _sync(path)
+            _exchange(self.path, self.target)
+            _sync(self.path.parent)
+            shutil.rmtree(self.path)
+        else:
+            os.replace(self.path, self.target)
+        _unlock(self._lock)
+        shutil.rmtree(self.target / _MARK)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_manifest(folder: Path, format: str, records: Records) -> None:
+    """The index, where there is more than one file, and `qtensor.json`: written last, once."""
+    files = sorted({record["file"] for record in records.values()})
+    if len(files) > 1:
+        total = sum(_nbytes(record) for record in records.values())
+        weight_map = {name: records[name]["file"] for name in sorted(records)}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    content = {
+        "version": 1,
+        "format": format,
+        "files": sorted({p.name for p in folder.iterdir() if p.name != _MARK} | {MANIFEST}),
+        "tensors": {name: records[name] for name in sorted(records)},
+    }
+    write_json(folder / MANIFEST, content)
+
+
+def carry_over(source: Path, folder: Path, exclude: Iterable[str] = ()) -> None:
+    """Copy what lies beside a checkpoint's weights: tokenizer, generation settings, model code, licence."""
+    skip = {CONFIG, INDEX, MANIFEST, *exclude}
+    for path in sorted(source.iterdir()):
+        weights = path.name.lower().endswith(_WEIGHTS) or path.name.endswith(".index.json")
+        if path.is_file() and not path.name.startswith(".") and not weights and path.name not in skip:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _nbytes(record: Mapping[str, Any]) -> int:
+    return DTYPES[record["dtype"]].itemsize * int(torch.Size(record["shape"]).numel())
+
+
+def _require_replaceable(target: Path) -> None:
+    """A folder may be replaced if this library wrote every file in it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give a folder")
+    held = {p.name for p in target.iterdir()} - {_MARK}
+    if not held:
+        return
+    try:
+        known = set(json.loads((target / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    if alien := sorted(held - known):
+        raise CheckpointError(
+            f"{target} holds {alien[0]}, which was not written by a save to this folder; nothing is overwritten. "
+            "Give a new folder, or remove this one."
+        )
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders in one step where the system can (Linux), or else in two."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), _EXCHANGE) == 0:
+            return
+    except (AttributeError, OSError, TypeError):
+        pass
+    aside = b.with_name(b.name + ".previous")
+    os.replace(b, aside)
+    try:
+        os.replace(a, b)
+    except BaseException:
+        os.replace(aside, b)
+        raise
+    os.replace(aside, a)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Windows cannot for a folder."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path) -> IO[bytes] | None:
+    """Hold a folder until `_unlock`, or the end of the process. None where files cannot be locked (Windows)."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    if not (folder / _MARK).is_dir():
+        return None  # a finished checkpoint that was about to be removed
+    file = (folder / _MARK / "lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise CheckpointError(f"{folder} is being written by another process") from None
+    return file
+
+
+def _unlock(file: IO[bytes] | None) -> None:
+    if file is not None:
+        file.close()

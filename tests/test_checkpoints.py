@@ -1,0 +1,331 @@
+"""save_checkpoint and load_checkpoint: the same bytes there and back, in forms that other tools read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from helpers import Experts, same_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig
+
+from qtensor import (
+    CheckpointError,
+    IncompleteLoadError,
+    QTensor,
+    fp8,
+    fp8_per_block,
+    fp8_per_channel,
+    fp8_per_tensor,
+    load_checkpoint,
+    online_quant,
+    quantize,
+    save_checkpoint,
+)
+from qtensor.checkpoint import problems, quantize_checkpoint
+
+SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "dtype": "bfloat16",
+}
+CONFIGS = {
+    "llama": LlamaConfig(**COMMON, intermediate_size=256),
+    "tied": LlamaConfig(**COMMON, intermediate_size=256, tie_word_embeddings=True),
+    "mixtral": MixtralConfig(**COMMON, intermediate_size=128, num_local_experts=4),
+}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    """High-precision checkpoints, with a tokenizer's file beside them."""
+    torch.manual_seed(0)
+    made = {}
+    for name, config in CONFIGS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+        (made[name] / "tokenizer.json").write_text('{"version": "1.0"}')
+    return made
+
+
+def load_online(source: Path, scheme: Any, **options: Any) -> Any:
+    with online_quant(scheme, **options):
+        return AutoModelForCausalLM.from_pretrained(source)
+
+
+def save_quietly(model: nn.Module, folder: Path, *args: Any, **options: Any) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # per-tensor scales of q, k and v that differ
+        return save_checkpoint(model, folder, *args, **options)
+
+
+def quantized(model: nn.Module) -> dict[str, QTensor]:
+    return {name: param for name, param in model.named_parameters() if isinstance(param, QTensor)}
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    ours, theirs = quantized(a), quantized(b)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert weight.scheme == theirs[name].scheme
+        assert all(same_bytes(x, y) for x, y in zip(weight.parts(), theirs[name].parts(), strict=True)), name
+
+
+# There and back -------------------------------------------------------------------------------------------------------
+
+
+class Zoo(nn.Module):
+    """Matrices, a stack of experts, a norm, a buffer, and a weight that is known under two names."""
+
+    def __init__(self, shapes: list[tuple[int, int]], experts: tuple[int, int, int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(k, n, dtype=dtype) for n, k in shapes)
+        self.experts = Experts(experts, dtype)
+        self.norm = nn.LayerNorm(8, dtype=dtype)
+        self.lm_head = nn.Linear(8, 8, bias=False, dtype=dtype)
+        self.embed_tokens = nn.Embedding(8, 8, dtype=dtype)
+        self.embed_tokens.weight = self.lm_head.weight
+        self.register_buffer("steps", torch.arange(5))
+
+
+sizes = st.integers(1, 300)
+
+
+@settings(max_examples=25)
+@given(
+    shapes=st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3),
+    experts=st.tuples(st.integers(1, 3), sizes, sizes),
+    scheme=st.sampled_from([*SCHEMES, *(s.weight_only() for s in SCHEMES)]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    shard=st.sampled_from([10_000, 100_000, "5GB"]),
+)
+def test_what_is_saved_is_what_is_loaded_and_saved_again(tmp_path_factory, shapes, experts, scheme, dtype, shard):
+    folder = tmp_path_factory.mktemp("zoo")
+    torch.manual_seed(len(shapes))
+    values = Zoo(shapes, experts, dtype)
+    nn.init.normal_(values.experts.w)
+    with online_quant(scheme):
+        model = Zoo(shapes, experts, dtype)
+        model.load_state_dict(values.state_dict())
+    one = save_checkpoint(model, folder / "one", max_shard_size=shard)
+    with torch.device("meta"):
+        fresh = Zoo(shapes, experts, dtype)
+    report = load_checkpoint(fresh, one)
+    assert len(report.layers) == len(shapes) + 1
+    assert_same_weights(model, fresh)
+    for name, tensor in values.state_dict().items():
+        if name not in quantized(fresh):
+            assert torch.equal(fresh.state_dict()[name], tensor), name
+    assert fresh.embed_tokens.weight is fresh.lm_head.weight
+    two = save_checkpoint(fresh, folder / "two", max_shard_size=shard)
+    assert digests(one) == digests(two)
+    assert problems(one) == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_way_back_gives_identical_files(name, scheme, sources, tmp_path):
+    model = load_online(sources[name], scheme)
+    one = digests(save_quietly(model, tmp_path / "one"))
+    assert {"tokenizer.json", "generation_config.json", "config.json", "qtensor.json"} < one.keys()
+
+    # from_pretrained in a session of another scheme: the file's own bytes win.
+    pretrained = load_online(tmp_path / "one", fp8_per_tensor.weight_only())
+    assert_same_weights(model, pretrained)
+    assert not any(weight.requires_grad for weight in quantized(pretrained).values())
+    assert digests(save_quietly(pretrained, tmp_path / "two")) == one
+
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(pretrained.config)
+    load_checkpoint(fresh, tmp_path / "one")
+    assert_same_weights(model, fresh)
+    prompt = torch.arange(3, 20)[None]
+    assert torch.equal(fresh.eval()(prompt).logits, model(prompt).logits)
+
+    # From the high-precision files, without the model. Per tensor, q, k and v share a scale there.
+    quantize_checkpoint(sources[name], tmp_path / "three", scheme)
+    if scheme is not fp8_per_tensor:
+        assert digests(tmp_path / "three") == one
+
+
+def test_a_model_that_waits_for_its_loader_takes_a_checkpoint(sources, tmp_path):
+    model = load_online(sources["llama"], fp8)
+    save_checkpoint(model, tmp_path / "saved")
+    with online_quant(fp8) as session:
+        fresh = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+        load_checkpoint(fresh, tmp_path / "saved")
+    assert len(session.report().layers) == 14
+    assert_same_weights(model, fresh)
+
+
+def test_schemes_may_differ_by_layer(sources, tmp_path):
+    targets = {"*.self_attn.*": fp8_per_channel, "*.up_proj": fp8_per_tensor.weight_only(), "*.mlp.*": fp8_per_block}
+    model = load_online(sources["llama"], fp8, targets=targets)
+    folder = save_checkpoint(model, tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == 3
+    QuantizationConfig.model_validate(config)
+    again = load_online(folder, fp8)
+    assert_same_weights(model, again)
+    assert digests(save_checkpoint(again, tmp_path / "again")) == digests(folder)
+
+
+# What others make of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *(s.weight_only() for s in SCHEMES)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_config_is_what_compressed_tensors_defines(name, scheme, sources, tmp_path):
+    folder = save_quietly(load_online(sources[name], scheme), tmp_path / "saved")
+    config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
+    (group,) = config.config_groups.values()
+    assert group.weights.num_bits == 8
+    assert group.weights.strategy == scheme.format.granularity
+    assert (group.input_activations is None) == (scheme.activation == "none")
+    assert config.format == ("naive-quantized" if scheme.activation == "none" else "float-quantized")
+    assert "lm_head" in config.ignore
+    assert any("gate" in module for module in config.ignore) == (name == "mixtral"), "routers are named"
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "fp8"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_transformers_reads_it_by_itself(scheme, format, sources, tmp_path):
+    if format == "fp8" and scheme is not fp8_per_block:
+        with pytest.raises(CheckpointError, match="no place for fp8_per_"):
+            save_checkpoint(load_online(sources["llama"], scheme), tmp_path / "saved", format)
+        return
+    model = load_online(sources["llama"], scheme)
+    folder = save_quietly(model, tmp_path / "saved", format)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs(torch.arange(3, 20)[None])  # compressed-tensors decompresses at the first call
+    for name, weight in quantized(model).items():
+        held, ours = theirs.get_parameter(name).float(), weight.dequantize(torch.float32)
+        # compressed-tensors rounds the scale to bfloat16, and the product again.
+        assert torch.allclose(held, ours, rtol=2**-7, atol=0), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_files_are_those_that_safetensors_would_write(scheme, sources, tmp_path):
+    (file,) = save_quietly(load_online(sources["llama"], scheme), tmp_path / "saved").glob("*.safetensors")
+    save_file(load_file(file), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "theirs.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_llm_compressors_bf16_scales_are_read(sources, tmp_path):
+    """compressed-tensors keeps scales in the weight's dtype; their values are what counts."""
+    folder = save_checkpoint(load_online(sources["llama"], fp8), tmp_path / "theirs")
+    tensors = load_file(folder / "model.safetensors")
+    rounded = {n: t.bfloat16() if n.endswith("weight_scale") else t for n, t in tensors.items()}
+    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "qtensor.json").unlink()
+    model = load_online(folder, fp8)
+    for name, weight in quantized(model).items():
+        assert torch.equal(weight.scale, rounded[f"{name}_scale"].float())
+
+
+def test_per_tensor_parts_that_servers_fuse_are_warned_of(sources, tmp_path):
+    """vLLM fuses q, k and v, and rounds them to the largest of their scales."""
+    with pytest.warns(UserWarning, match=r"layers.0.\w+.\w+ and its partners, and 3 other.*largest scale"):
+        save_checkpoint(load_online(sources["llama"], fp8_per_tensor), tmp_path / "saved")
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def linear(scheme: Any = fp8) -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 32))
+    model[0].weight = nn.Parameter(quantize(torch.randn(32, 16), scheme), requires_grad=False)
+    return model
+
+
+def test_blocks_across_a_fused_border_are_refused_by_name(tmp_path):
+    config = LlamaConfig(**COMMON | {"num_key_value_heads": 2}, intermediate_size=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj has 64 rows"):
+        save_checkpoint(load_online(tmp_path / "source", fp8_per_block), tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj has 64 rows"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "saved", fp8_per_block)
+    assert not (tmp_path / "saved").exists()
+    online = load_online(tmp_path / "source", fp8_per_block, ignore=["lm_head", "*.self_attn.?_proj"])
+    assert problems(save_checkpoint(online, tmp_path / "saved")) == []
+
+
+def test_experts_that_no_tool_has_a_form_for_are_refused(tmp_path):
+    config = GptOssConfig(**COMMON, head_dim=32, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    model = load_online(tmp_path / "source", fp8)
+    with pytest.raises(CheckpointError, match=r"experts\.\w+: GptOssForCausalLM's checkpoint has these experts in one"):
+        save_checkpoint(model, tmp_path / "saved")
+
+
+def test_a_model_without_values_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"0\.weight is on the meta device"):
+        save_checkpoint(nn.Sequential(nn.Linear(4, 4, bias=False, device="meta")), tmp_path / "saved")
+    session = online_quant(fp8, model := nn.Sequential(nn.Linear(4, 4, bias=False)))
+    with session, pytest.raises(CheckpointError, match=r"0\.weight is still being loaded"):
+        try:
+            save_checkpoint(model, tmp_path / "saved")
+        finally:
+            session.abort()
+    with pytest.raises(CheckpointError, match="unknown checkpoint format 'gguf'"):
+        save_checkpoint(linear(), tmp_path / "saved", "gguf")
+    with pytest.raises(CheckpointError, match="cannot say that activations are not quantized"):
+        save_checkpoint(linear(fp8_per_block.weight_only()), tmp_path / "saved", "fp8")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_only_what_a_save_wrote_is_replaced(tmp_path):
+    folder = save_checkpoint(linear(fp8_per_tensor), tmp_path / "saved")
+    before = digests(folder)
+    save_checkpoint(linear(fp8), folder)
+    assert digests(folder).keys() == before.keys()
+    assert digests(folder)["config.json"] != before["config.json"]
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds thesis\.tex, which was not written by a save"):
+        save_checkpoint(linear(), folder)
+    assert (folder / "thesis.tex").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_checkpoint(linear(), tmp_path / "file")
+    (tmp_path / "other.partial").mkdir()
+    with pytest.raises(CheckpointError, match="in the way"):
+        save_checkpoint(linear(), tmp_path / "other")
+
+
+def test_what_does_not_fit_the_model_is_refused_before_the_first_write(tmp_path):
+    folder = save_checkpoint(linear(), tmp_path / "saved")
+    other = nn.Sequential(nn.Linear(16, 32, bias=False))
+    before = other[0].weight.clone()
+    with pytest.raises(CheckpointError, match=r"Sequential has no 0\.bias"):
+        load_checkpoint(other, folder)
+    assert torch.equal(other[0].weight, before)
+    with pytest.raises(IncompleteLoadError, match=r"1\.weight"):
+        load_checkpoint(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)), folder)
+    with pytest.raises(CheckpointError, match=r"0: is \[32, 16\], and 0\.weight needs \[32, 8\]"):
+        load_checkpoint(nn.Sequential(nn.Linear(8, 32)), folder)
+
+
+def test_without_the_sharding_helper_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'qtensor-online\[checkpoint\]'"):
+        save_checkpoint(linear(), tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []

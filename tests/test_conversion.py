@@ -1,0 +1,284 @@
+"""`quantize_checkpoint`: every matrix is `quantize(matrix)`, whatever is interrupted, and a full disk costs nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interrupted import convert_alone, elsewhere, kill_at_random, quantize_folder, save_model
+from safetensors.torch import load_file, save_file
+from test_checkpoints import digests
+from torch import nn
+
+from qtensor import (
+    CheckpointError,
+    NonFiniteWeightError,
+    fp8,
+    fp8_per_block,
+    fp8_per_channel,
+    fp8_per_tensor,
+    quantize,
+    save_checkpoint,
+)
+from qtensor.checkpoint import converting, problems, quantize_checkpoint, writing
+from qtensor.checkpoint.layouts import fused_group
+
+SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], files: int = 1, config: dict[str, Any] | None = None) -> Path:
+    """A checkpoint of so many files, its tensors dealt out in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, weight_map = list(tensors), {}
+    for i in range(files):
+        file = f"model-{i + 1:05d}-of-{files:05d}.safetensors" if files > 1 else "model.safetensors"
+        part = names[i::files]
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    if files > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "test"}))
+    return folder
+
+
+def layers(seed: int = 0, count: int = 4, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """A small decoder's names and values."""
+    make = torch.Generator().manual_seed(seed)
+    shapes = {
+        "self_attn.q_proj": (128, 64),
+        "self_attn.k_proj": (128, 64),
+        "self_attn.v_proj": (40, 64),
+        "mlp.down_proj": (64, 200),
+    }
+    tensors = {"model.embed_tokens.weight": torch.randn(32, 64, generator=make).to(dtype)}
+    for i in range(count):
+        for name, shape in shapes.items():
+            scale = 10 ** float(torch.randn((), generator=make))
+            tensors[f"model.layers.{i}.{name}.weight"] = (torch.randn(shape, generator=make) * scale).to(dtype)
+        tensors[f"model.layers.{i}.input_layernorm.weight"] = torch.ones(64, dtype=dtype)
+    return tensors | {"lm_head.weight": torch.randn(32, 64, generator=make).to(dtype)}
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    scheme=st.sampled_from(SCHEMES),
+    dtype=st.sampled_from(DTYPES),
+    files=st.integers(1, 4),
+    chunk=st.sampled_from([1, 5_000, 4 << 20]),
+    workers=st.integers(1, 3),
+)
+def test_every_matrix_is_the_oracles(tmp_path_factory, seed, scheme, dtype, files, chunk, workers):
+    """Per tensor, q, k and v have the scale of the fused matrix: vLLM rounds parts to the largest of their scales."""
+    folder = tmp_path_factory.mktemp("conversion")
+    tensors = layers(seed, 2, dtype)
+    source = write(folder / "source", tensors, files)
+    before, converting.CHUNK_BYTES = converting.CHUNK_BYTES, chunk
+    try:
+        report = quantize_checkpoint(source, folder / "out", scheme, workers=workers)
+    finally:
+        converting.CHUNK_BYTES = before
+    made = {n: t for file in (folder / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert report.quantized == 8
+    for name, values in tensors.items():
+        if "proj" not in name:
+            assert torch.equal(made.pop(name), values)
+            continue
+        module = name.removesuffix(".weight")
+        group = [f"{m}.weight" for m in fused_group(module)] if scheme is fp8_per_tensor else [name]
+        expected = quantize(torch.cat([tensors[n] for n in group]), scheme)
+        start = sum(tensors[n].shape[0] for n in group[: group.index(name)])
+        qdata = expected.qdata[start : start + values.shape[0]]
+        assert torch.equal(made.pop(name).view(torch.uint8), qdata.view(torch.uint8)), name
+        assert torch.equal(made.pop(f"{module}.weight_scale"), expected.scale), name
+    assert not made
+
+
+def test_a_shard_is_a_task_of_its_own(tmp_path):
+    """One process plans, others convert a file each, in any order; the first writes what is common."""
+    source = converting.Checkpoint(write(tmp_path / "source", layers(), 4))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "expected", fp8)
+    schemes = {n.removesuffix(".weight"): fp8 for n in source.tensors if "proj" in n}
+    (tmp_path / "out").mkdir()
+    tasks = converting.plan(source, tmp_path / "out", schemes, "compressed-tensors")
+    with elsewhere.Pool(1) as pool:
+        records = pool.map(convert_alone, tasks[::-1])
+    converting.finish(
+        source, tmp_path / "out", schemes, "compressed-tensors", {n: r for part in records for n, r in part.items()}
+    )
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
+# Killed ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_conversion_leaves_nothing_wrong_and_resumes_to_the_same_bytes(tmp_path):
+    source, target, kills = write(tmp_path / "source", layers(count=8), 8), tmp_path / "out", 0
+    quantize_checkpoint(source, tmp_path / "expected", fp8)
+    expected = digests(tmp_path / "expected")
+
+    def before() -> None:
+        if target.exists():  # Otherwise the next run continues what a killed one left.
+            assert digests(target) == expected
+            shutil.rmtree(target)
+
+    for killed in kill_at_random(quantize_folder, source, target, before=before):
+        kills += killed
+        assert killed or target.exists()
+    assert kills >= 5, "the moments were badly chosen"
+    before()
+    quantize_checkpoint(source, target, fp8)
+    assert digests(target) == expected
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path):
+    target, seen = tmp_path / "saved", [0, 0]
+    save_model(1, tmp_path / "old")
+    save_model(2, tmp_path / "new")
+    whole = [digests(tmp_path / "old"), digests(tmp_path / "new")]
+
+    def before() -> None:
+        if not target.exists() or digests(target) != whole[0]:
+            save_model(1, target)
+
+    for _ in kill_at_random(save_model, 2, target, before=before):
+        held = digests(target)
+        assert held in whole
+        assert problems(target) == []
+        seen[whole.index(held)] += 1
+    assert seen[0] >= 5, "the moments were badly chosen"
+
+
+def test_finished_files_are_not_done_again(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", layers(), 4)
+    quantize_checkpoint(source, tmp_path / "expected", fp8)
+    done = []
+    convert = converting.convert_shard
+
+    def interrupted(task, *args):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(task.target.name)
+        return convert(task, *args)
+
+    monkeypatch.setattr(converting, "convert_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "out", fp8)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        CheckpointError, match=r"out\.partial holds an unfinished conversion of another source, or with"
+    ):
+        quantize_checkpoint(source, tmp_path / "out", fp8_per_tensor)
+    monkeypatch.setattr(converting, "convert_shard", convert)
+    assert quantize_checkpoint(source, tmp_path / "out", fp8).resumed_files == 2
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
+def test_two_at_once_do_not_mix(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", layers(), 2)
+    convert, messages = converting.convert_shard, []
+
+    def meanwhile(task, *args):
+        with pytest.raises(CheckpointError) as refused:
+            quantize_checkpoint(source, tmp_path / "out", fp8)
+        messages.append(str(refused.value))
+        return convert(task, *args)
+
+    monkeypatch.setattr(converting, "convert_shard", meanwhile)
+    quantize_checkpoint(source, tmp_path / "out", fp8)
+    assert all("is being written by another process" in message for message in messages)
+    assert problems(tmp_path / "out") == []
+
+
+# No space -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A file system of 96 kB. Where none may be mounted, writes fail beyond that size as they would on one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True).returncode == 0
+    )
+    if not mounted:
+        write, held = writing.ShardWriter.write, [0]
+
+        def limited(self, file, name, piece):
+            held[0] += piece.nbytes
+            if held[0] > 96_000:
+                raise OSError(28, "No space left on device")
+            write(self, file, name, piece)
+
+        monkeypatch.setattr(writing.ShardWriter, "write", limited)
+    yield disk
+    if mounted:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk, tmp_path, monkeypatch):
+    source = write(tmp_path / "source", layers(count=8), 2)
+    saved = save_checkpoint(nn.Sequential(nn.Linear(8, 8)), small_disk / "saved")
+    before = digests(saved)
+    for honest in (True, False):  # the file system says how much is free, or (quotas, other writers) does not
+        if not honest:
+            monkeypatch.setattr(writing.Staging, "require_space", lambda self, nbytes: None)
+        with pytest.raises(CheckpointError, match=r"are free|no space left on the disk"):
+            quantize_checkpoint(source, small_disk / "out", fp8)
+        with pytest.raises(CheckpointError, match=r"are free|no space left on the disk"):
+            save_checkpoint(nn.Sequential(nn.Linear(256, 256)), saved)
+        assert digests(saved) == before
+        assert not (small_disk / "out").exists()
+        assert not (small_disk / "saved.partial").exists()
+        shutil.rmtree(small_disk / "out.partial", ignore_errors=True)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten(tmp_path):
+    source = write(tmp_path / "source", layers())
+    with pytest.raises(CheckpointError, match="exists; nothing is overwritten"):
+        quantize_checkpoint(source, source, fp8)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_nonfinite_weight_is_refused_by_name_and_index(tmp_path, scheme, value, monkeypatch):
+    monkeypatch.setattr(converting, "CHUNK_BYTES", 4096)
+    tensors = layers()
+    tensors["model.layers.2.self_attn.k_proj.weight"][77, 5] = value
+    with pytest.raises(NonFiniteWeightError, match=r"layers\.2\.self_attn\.k_proj\.weight: .* at index \[77, 5\]"):
+        quantize_checkpoint(write(tmp_path / "source", tensors), tmp_path / "out", scheme)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_quantized_already_is_refused(tmp_path):
+    source = write(tmp_path / "source", layers())
+    quantize_checkpoint(source, tmp_path / "out", fp8)
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        quantize_checkpoint(tmp_path / "out", tmp_path / "twice", fp8)
+
+
+def test_a_report_says_what_stayed_and_what_matched_nothing(tmp_path):
+    tensors = layers() | {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 4, 4)}
+    tensors["model.codes.weight"] = torch.ones(4, 4, dtype=torch.int32)
+    report = quantize_checkpoint(
+        write(tmp_path / "source", tensors), tmp_path / "out", fp8, ignore=["*.k_proj", "lm_hat"]
+    )
+    assert report.warnings == ["patterns that matched no weight: lm_hat"]
+    assert report.left["model.layers.0.self_attn.k_proj.weight"] == "ignored by '*.k_proj'"
+    assert "stack" in report.left["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "int32" in report.left["model.codes.weight"]
+    with pytest.raises(CheckpointError, match="there is nothing to quantize"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "none", fp8, ignore=["*"])

@@ -1,0 +1,108 @@
+"""Checkpoints that qtensor writes, in vLLM as it comes: no plugin is asked for.
+
+The oracle is vLLM's own online quantization of the bf16 source: the same runtime weights and scales, byte for byte, the
+same logprobs and greedy tokens. A CPU has no operators for vLLM's per-tensor and per-block fp8; their files
+are compared with vLLM's formulas, and their config.json with what vLLM makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import checkpoint, tensors_of
+from engines import Seen, engine, look
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.online.fp8 import _fp8_channel_scale, _fp8_quant_per_channel, _fp8_scale
+from vllm.utils.deep_gemm import per_block_cast_to_fp8
+
+from qtensor import fp8_per_channel, online_quant, save_checkpoint
+from qtensor.checkpoint import quantize_checkpoint
+from qtensor.checkpoint.layouts import fused_group
+
+
+def seen(folder: Path, quantization: str | None = None) -> Seen:
+    with engine(folder, quantization) as llm:
+        return look(llm)
+
+
+@pytest.fixture(scope="module")
+def online() -> Seen:
+    return seen(checkpoint("llama"), "fp8_per_channel")
+
+
+def _save(folder: Path) -> Path:
+    with online_quant(fp8_per_channel):
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    return save_checkpoint(model, folder)
+
+
+def _convert(folder: Path) -> Path:
+    quantize_checkpoint(checkpoint("llama"), folder, fp8_per_channel)
+    return folder
+
+
+@pytest.mark.parametrize("make", [_save, _convert])
+def test_a_checkpoint_is_vllms_own_quantization(make, tmp_path, online):
+    stock = seen(make(tmp_path / "made"))
+    assert stock.report is None, "the plugin was not asked for"
+    assert stock.weights == online.weights
+    assert len(stock.weights) == 16
+    assert torch.equal(stock.logprobs, online.logprobs)
+    assert stock.tokens == online.tokens
+
+
+def _per_channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = _fp8_channel_scale(weight.abs().amax(-1, keepdim=True))
+    return _fp8_quant_per_channel(weight, scale), scale
+
+
+def _per_tensor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's scale; its operator for the values multiplies by the reciprocal."""
+    scale = _fp8_scale(weight.abs().amax()).view(1)
+    return (weight.float() * (1.0 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+FORMULAS: dict[str, Any] = {
+    "fp8_per_channel": _per_channel,
+    "fp8_per_tensor": _per_tensor,
+    "fp8_per_block": per_block_cast_to_fp8,
+}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"), [*((scheme, "compressed-tensors") for scheme in FORMULAS), ("fp8_per_block", "fp8")]
+)
+def test_files_follow_vllms_formulas(scheme, format, tmp_path):
+    """vLLM quantizes fused matrices: their parts on disk have to be rows of those."""
+    source, folder = tensors_of(checkpoint("llama")), tmp_path / "made"
+    ignore = ["lm_head", "*embed_tokens", "*norm"]
+    if scheme == "fp8_per_block":
+        ignore.append("*.self_attn.?_proj")  # k and v have 64 rows here
+    quantize_checkpoint(checkpoint("llama"), folder, scheme, ignore=ignore, format=format)
+    made = tensors_of(folder)
+    suffix = "weight_scale" if format == "compressed-tensors" else "weight_scale_inv"
+    modules = [name.removesuffix(f".{suffix}") for name in made if name.endswith(suffix)]
+    assert len(modules) == (6 if scheme == "fp8_per_block" else 14)
+    for module in modules:
+        group = fused_group(module) if scheme == "fp8_per_tensor" else (module,)
+        qdata, scale = FORMULAS[scheme](torch.cat([source[f"{name}.weight"] for name in group]))
+        start = sum(source[f"{name}.weight"].shape[0] for name in group[: group.index(module)])
+        held = made[f"{module}.weight"]
+        assert torch.equal(held.view(torch.uint8), qdata[start : start + held.shape[0]].view(torch.uint8)), module
+        assert torch.equal(made[f"{module}.{suffix}"], scale), module
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    reader = CompressedTensorsConfig if format == "compressed-tensors" else Fp8Config
+    understood = reader.from_config(config)
+    if format == "fp8":
+        assert understood.weight_block_size == [128, 128]
+        assert "lm_head" in understood.ignored_layers
+    else:
+        weights = understood.target_scheme_map["Linear"]["weights"]
+        assert f"fp8_per_{weights.strategy.value if hasattr(weights.strategy, 'value') else weights.strategy}" == scheme
+        assert "lm_head" in understood.ignore
