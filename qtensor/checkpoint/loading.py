@@ -52,7 +52,18 @@ def load_checkpoint(
     outer = next(
         (t._armed.host for t in tensors_of(model).values() if isinstance(t, LAZY) and not t._armed.host.closed), None
     )
-    session: Any = outer or OnlineSession(_ByName(schemes), model, place, "error", "keep", False, None, None, progress)
+    session: Any = outer or OnlineSession(
+        _ByName(schemes),
+        model,
+        place,
+        on_missing="error",
+        on_nonfinite="keep",
+        strict_reads=False,
+        process_group=None,
+        min_sqnr=None,
+        measure_sqnr=False,
+        progress=progress,
+    )
     with session if outer is None else nullcontext(), torch.no_grad():
         if is_transformers(model):
             _compute_buffers(model, place)
