@@ -146,6 +146,7 @@ class Staging:
     def publish(self) -> None:
         """Take the place of the target, in one step. What replaces a checkpoint is on the disk first, so that a power
         cut leaves one of the two; what replaces nothing has its source to fall back on."""
+        shutil.rmtree(self.notes)  # The manifest still says whose folder it is.
         if self.target.exists() and any(self.target.iterdir()):
             for path in (*(p for p in self.path.iterdir() if p.is_file()), self.path):
                 _sync(path)
@@ -155,7 +156,6 @@ class Staging:
         else:
             os.replace(self.path, self.target)
         _unlock(self._lock)
-        shutil.rmtree(self.target / _MARK)
 
 
 def write_json(path: Path, value: Any) -> None:
