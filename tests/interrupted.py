@@ -56,9 +56,11 @@ def kill_at_random(
     work: Callable[..., None], *args: Any, before: Callable[[], None], times: int = 20
 ) -> Iterator[bool]:
     """Run `work` in a new process each time and kill it somewhere between its start and its usual end. Yields whether
-    the kill came in time. before: called before every run."""
-    dice, usual = random.Random(0), 0.0
-    for i in range(-2, times):
+    the kill came in time, until so many have. before: called before every run."""
+    dice, usual, kills = random.Random(0), 0.0, 0
+    for i in range(-2, 10 * times):
+        if kills == times:
+            return
         before()
         process = elsewhere.Process(target=work, args=args)
         process.start()
@@ -69,5 +71,7 @@ def kill_at_random(
             os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
         if i >= 0:
             yield process.exitcode != 0
+    raise AssertionError(f"only {kills} kills came in time")

@@ -134,7 +134,7 @@ def test_a_killed_conversion_leaves_nothing_wrong_and_resumes_to_the_same_bytes(
     for killed in kill_at_random(quantize_folder, source, target, before=before):
         kills += killed
         assert killed or target.exists()
-    assert kills >= 5, "the moments were badly chosen"
+    assert kills == 20
     before()
     quantize_checkpoint(source, target, fp8)
     assert digests(target) == expected
