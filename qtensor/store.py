@@ -268,24 +268,23 @@ class QuantStore:
         self._free_unused(e, start, stop)
 
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
-        qdata, scale = self._rows(self._matrix(e), start, stop)
+        qdata, scale, *rest = self._rows(self._matrix(e), start, stop)
         origin = (e * self._n + start) * self._k
-        self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
+        self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin, *rest)
 
     def _rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple[torch.Tensor, ...]:
         """Rows start:stop, whole units, of a matrix's quantized values and scales."""
         if stop - start == self._n:
             return matrix
-        qdata, scale = matrix
-        first = start // self._unit
-        return qdata.narrow(0, start, stop - start), scale.narrow(0, first, ceil_div(stop, self._unit) - first)
+        qdata, scale, *rest = matrix
+        return qdata.narrow(0, start, stop - start), scale[self.scheme.format.scale_rows(start, stop)], *rest
 
     def _matrix(self, e: int) -> tuple[torch.Tensor, ...]:
-        """Quantized values and scales of matrix e."""
+        """The parts of matrix e: quantized values, scales, and the global scale of formats with one."""
         found = self._matrices.get(e)
         if found is None:
-            qdata, scale = self.result.qdata, self.result.scale
-            found = self._matrices[e] = (qdata[e], scale[e]) if self._lead else (qdata, scale)
+            parts = self.result.parts()
+            found = self._matrices[e] = tuple(part[e] for part in parts) if self._lead else parts
         return found
 
     def _stage(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
@@ -354,9 +353,8 @@ class QuantStore:
         """Take a whole weight that is quantized already, bytes unchanged."""
         self.discard_staging()
         for e in range(self._e):
-            given = (values.qdata[e], values.scale[e]) if self._lead else (values.qdata, values.scale)
-            for target, source in zip(self._matrix(e), given, strict=True):
-                target.copy_(source)
+            for target, source in zip(self._matrix(e), values.parts(), strict=True):
+                target.copy_(source[e] if self._lead else source)
         self._state[...] = _QUANTIZED
         self.coverage.add([(0, n) for n in self.coverage.shape])
 
@@ -480,8 +478,8 @@ class QuantStore:
         """An independent store in the same state, sharing nothing but the audit's settings."""
         audit = Audit(self.audit.refuse_nonfinite, self.audit.measure_sqnr)
         other = QuantStore(self.scheme, self.dtype, self.device, coverage, audit, self._on_staged, self.whole_weight)
-        other.result.qdata.copy_(self.result.qdata)
-        other.result.scale.copy_(self.result.scale)
+        for twin_part, part in zip(other.result.parts(), self.result.parts(), strict=True):
+            twin_part.copy_(part)
         other._state, other._clock = self._state.copy(), self._clock
         other._received, other._retained = self._received.copy(), dict(self._retained)
         for key, group in self._groups.items():
@@ -569,12 +567,11 @@ class QuantStore:
 
     def _dequantize_rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
         fmt = self.scheme.format
-        qdata, scale = matrix
-        if fmt.granularity == "tensor":
-            return kernels.dequantize(qdata[start:stop], scale, fmt, self.dtype)
-        first = start // self._unit * self._unit
-        scale = scale[first // self._unit : ceil_div(stop, self._unit)]
-        return kernels.dequantize(qdata[first:stop], scale, fmt, self.dtype)[start - first :]
+        qdata, scale, *rest = matrix
+        first = start // fmt.block[0] * fmt.block[0]
+        out = torch.empty((stop - first, self._k), dtype=self.dtype, device=self.device)
+        scale = scale[fmt.scale_rows(first, stop)]
+        return kernels.dequantize(qdata[first:stop], scale, fmt, self.dtype, out, *rest)[start - first :]
 
     def _box(self, e: int, rows: tuple[int, int], cols: tuple[int, int]) -> Box:
         return ((e, e + 1), rows, cols) if self._lead else (rows, cols)

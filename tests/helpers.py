@@ -36,8 +36,10 @@ def assert_oracle(param: Any, full: torch.Tensor, scheme: Any) -> None:
     expected = quantize(full, scheme)
     assert param.shape == full.shape
     assert param.dtype == full.dtype
-    assert same_bytes(param.scale, expected.scale)
-    assert same_bytes(param.qdata, expected.qdata)
+    assert len(param.parts()) == len(expected.parts())
+    for part, wanted in zip(param.parts(), expected.parts(), strict=True):
+        assert part.dtype == wanted.dtype
+        assert same_bytes(part, wanted)
 
 
 def assert_no_hooks() -> None:

@@ -27,6 +27,7 @@ def quantize_into(
     fmt: WeightFormat,
     audit: Audit | None = None,
     origin: int = 0,
+    global_scale: torch.Tensor | None = None,
 ) -> None:
     """As `qtensor.kernels.quantize_into`; non-finite elements are reported by `audit.verify()`, the rest is stored."""
     _check(source.dtype, fmt)
@@ -50,6 +51,7 @@ def dequantize(
     fmt: WeightFormat,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `qtensor.kernels.dequantize`."""
     out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device) if out is None else out
