@@ -67,7 +67,7 @@ def quantize_into(
 ) -> None:
     """As `reference.quantize_into`. A source with NaN or infinity is refused before anything is stored."""
     audit = audit or Audit()
-    if not _has_loops(fmt):
+    if not has_loops(fmt):
         reference.quantize_into(source, qdata, scale, fmt, audit, origin, global_scale)
         return
     _check(source, qdata, fmt)
@@ -97,7 +97,7 @@ def dequantize(
     global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.dequantize`."""
-    if not _has_loops(fmt):
+    if not has_loops(fmt):
         return reference.dequantize(qdata, scale, fmt, dtype, out, global_scale)
     out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device) if out is None else out
     if qdata.numel() == 0 or out.dtype not in SOURCE_DTYPES:
@@ -125,7 +125,7 @@ def dequantize(
 
 def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.quantize_activation`."""
-    if x.numel() == 0 or x.dtype not in SOURCE_DTYPES or not _has_loops(fmt):
+    if x.numel() == 0 or x.dtype not in SOURCE_DTYPES or not has_loops(fmt):
         return reference.quantize_activation(x, fmt)
     rows, cols = x.shape
     group = fmt.block[1] if fmt.granularity == "block" else cols
@@ -151,7 +151,7 @@ def linear(
     """
     batch, cols = x.shape
     rows = qdata.shape[0]
-    if not _has_loops(fmt) or (x.requires_grad and torch.is_grad_enabled()):
+    if not has_loops(fmt) or (x.requires_grad and torch.is_grad_enabled()):
         return reference.linear(x, qdata, scale, fmt, bias, global_scale)
     if qdata.numel() == 0 or batch == 0 or x.dtype not in SOURCE_DTYPES or not _adjacent(qdata):
         return reference.linear(x, qdata, scale, fmt, bias)
@@ -210,7 +210,7 @@ def _jit() -> ModuleType:
     return cpu_jit
 
 
-def _has_loops(fmt: WeightFormat) -> bool:
+def has_loops(fmt: WeightFormat) -> bool:
     """Whether `cpu_jit` has loops for the format; the others take the reference."""
     return fmt.element == "e4m3" and fmt.granularity != "group"
 

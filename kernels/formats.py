@@ -51,8 +51,8 @@ class WeightFormat:
     then clamp to ±F and round to nearest even. Where the factor of x is not finite, or the scale is 0, the data is 0.
     NaN that was let through stays NaN in e4m3 and becomes 0 in formats that have none.
 
-    nvfp4 has a second, fp32 scale per matrix: the gain G = F * 448 / max(amax of the matrix, 1e-8) uses the range of
-    the e4m3 scales; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale. mxfp4 rounds
+    nvfp4 has a second, fp32 scale per matrix: the gain G = (1 / max(amax of the matrix, 1e-8)) * (F * 448) spreads
+    the e4m3 scales over their range; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale. mxfp4 rounds
     up from 1.75 times a power of two. int8_per_channel rounds scale and quotient to the weight's dtype, fp32 the rest.
 
     These are the formulas of vLLM's online quantization (vllm/model_executor/layers/quantization/online/, and
@@ -135,7 +135,8 @@ class WeightFormat:
 
     def gain_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """fp32 amax of whole matrices, any shape → G of the same shape; the global scale is 1 / G."""
-        return torch.full((), self.max * E4M3_MAX, dtype=torch.float32, device=amax.device) / amax.clamp_min(1e-8)
+        # Rounded twice, because that is how torch divides a number by a tensor, and therefore vLLM.
+        return amax.clamp_min(1e-8).reciprocal() * (self.max * E4M3_MAX)
 
     def scale_from_amax(self, amax: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
         """fp32 amax, any shape → scale of the same shape, in `scale_dtype`; `gain`: that of the matrix."""
