@@ -51,9 +51,9 @@ class WeightFormat:
     then clamp to ±F and round to nearest even. Where the factor of x is not finite, or the scale is 0, the data is 0.
     NaN that was let through stays NaN in e4m3 and becomes 0 in formats that have none.
 
-    nvfp4 has a second, fp32 scale per matrix: the gain G = (1 / max(amax of the matrix, 1e-8)) * (F * 448) spreads
-    the e4m3 scales over their range; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale. mxfp4 rounds
-    up from 1.75 times a power of two. int8_per_channel rounds scale and quotient to the weight's dtype, fp32 the rest.
+    nvfp4 has a second, fp32 scale per matrix: the gain G = (1 / max(amax of the matrix, 1e-8)) * (F * 448) spreads the
+    e4m3 scales over their range; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale.
+    mxfp4 rounds up from 1.75 times a power of two. int8_per_channel rounds scale and quotient to the weight's dtype.
 
     These are the formulas of vLLM's online quantization (vllm/model_executor/layers/quantization/online/, and
     utils/mxfp8_utils.py, mxfp4_utils.py, nvfp4_emulation_utils.py there); it has no online int4.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def neighbours(points: list[float]) -> torch.Tensor:
 
 
 def test_e2m1_encodes_every_bf16_and_every_midpoint() -> None:
-    midpoints = [(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)]
+    midpoints = [(a + b) / 2 for a, b in pairwise(E2M1)]
     x = torch.cat([every_bf16(), neighbours(E2M1 + midpoints), torch.tensor([7.0, 1e30, -1e30])])
     codes = nibbles(encode(x.clone(), MXFP4))[: len(x)]
     for value, code in zip(x.tolist(), codes.tolist(), strict=True):
@@ -160,7 +161,7 @@ def test_bytes_follow_the_formulas(scheme, dtype: torch.dtype, cols: int) -> Non
 @pytest.mark.parametrize("scheme", [mxfp4, nvfp4, int4_per_group], ids=str)
 @pytest.mark.parametrize("cols", [1, 5, 33])
 def test_odd_columns_share_their_last_byte_with_zero(scheme, cols: int) -> None:
-    """A weight need not be a multiple of the group, nor even: what is beyond its columns is zero and enters no scale."""
+    """A weight need not be a multiple of the group, nor even: what is beyond its columns is zero in no scale."""
     w = torch.randn(2, 6, cols).bfloat16()
     q = quantize(w, scheme)
     assert q.shape == w.shape
