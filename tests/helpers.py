@@ -42,6 +42,15 @@ def assert_oracle(param: Any, full: torch.Tensor, scheme: Any) -> None:
         assert same_bytes(part, wanted)
 
 
+def copy_unit(dst: QTensor, src: QTensor, e: int | None, first: int, last: int) -> None:
+    """Overwrite one unit's bytes."""
+    rows = (slice(first, last), dst.scheme.format.scale_rows(first, last), slice(None))
+    for target, source, where in zip(dst.parts(), src.parts(), rows, strict=False):
+        if e is not None:
+            target, source = target[e], source[e]
+        target[where] = source[where]
+
+
 def assert_no_hooks() -> None:
     """No session left anything installed in the process."""
     assert hooks._open == 0

@@ -10,14 +10,12 @@ import torch
 from helpers import assert_no_hooks, assert_oracle, holder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from programs import ROW_WISE, SCHEMES, WRITERS, Case, cases, partitions, row_partitions, slices, write
+from programs import LARGEST_ERROR, ROW_WISE, SCHEMES, WRITERS, Case, cases, partitions, row_partitions, slices, write
 from torch import nn
 
 from qtensor import QTensor, fp8_per_block, online_quant
 
 EVERYDAY = WRITERS[:5]
-# Of an element, as a share of the largest magnitude beside it. mxfp4 saturates from 6 to 7 in units of its scale.
-LARGEST_ERROR = {"e4m3": 0.07, "e2m1": 0.2, "int8": 0.01, "int4": 0.08}
 slow_data = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 

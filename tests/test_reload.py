@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_no_hooks, assert_oracle, holder, same_bytes
+from helpers import assert_no_hooks, assert_oracle, copy_unit, holder, same_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from loading import Experts, TinyNet, weights_of
@@ -141,15 +141,6 @@ def units(case: Case) -> Iterator[tuple[int | None, int, int]]:
     for e in range(lead[0]) if lead else [None]:
         for first in range(0, rows, step):
             yield e, first, min(first + step, rows)
-
-
-def copy_unit(dst: QTensor, src: QTensor, e: int | None, first: int, last: int) -> None:
-    """Overwrite one unit's bytes."""
-    rows = (slice(first, last), dst.scheme.format.scale_rows(first, last), slice(None))
-    for target, source, where in zip(dst.parts(), src.parts(), rows, strict=False):
-        if e is not None:
-            target, source = target[e], source[e]
-        target[where] = source[where]
 
 
 FAULTS: dict[str, Callable[[nn.Module, dict[str, torch.Tensor]], None]] = {}
