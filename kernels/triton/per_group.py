@@ -60,7 +60,7 @@ def mx_exponent(amax, ELEMENT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "origin"])
 def quantize_kernel(
-    x, q, s, gain, found, sums, rows, cols, origin,
+    x, q, s, gain, found, sums, rows, cols, q_cols, origin,
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n, s_k,
     TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr,
     CAST: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
@@ -70,12 +70,13 @@ def quantize_kernel(
     across = tl.cdiv(cols, GROUP)
     index = tl.program_id(0).to(tl.int64) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)[:, None]
     row, strip = index // across, index % across
-    within = tl.arange(0, GROUP)[None, :]
-    row_stop = tl.where(row < rows, cols - strip * GROUP, 0)
-    x += expert * x_e + row * x_n + strip * GROUP * x_k
-    raw = tl.load(x + within * x_k, mask=within < row_stop, other=0.0)
+    col = strip * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (row < rows) & (col < cols)
+    x += expert * x_e + row * x_n
+    raw = tl.load(x + col * x_k, mask=inside, other=0.0)
     first = origin + (expert * rows + row) * cols + strip * GROUP
-    amax, _ = finite_amax(raw, x, x_k, 0, GROUP, first, row_stop, found, CHECK)
+    row_stop = tl.where(row < rows, cols - strip * GROUP, 0)
+    amax, _ = finite_amax(raw, x + strip * GROUP * x_k, x_k, 0, GROUP, first, row_stop, found, CHECK)
     s += expert * s_e + row * s_n + strip * s_k
     value = widen(raw)
     if SCALE == "e8m0":
@@ -96,10 +97,10 @@ def quantize_kernel(
     code = encode_element(scaled, ELEMENT, CAST)
     q += expert * q_e + row * q_n
     if ELEMENT == "e4m3":
-        tl.store(q + (strip * GROUP + within) * q_k, code, mask=within < row_stop)
+        tl.store(q + col * q_k, code, mask=inside)
     else:
-        half = tl.arange(0, GROUP // 2)[None, :]
-        tl.store(q + (strip * (GROUP // 2) + half) * q_k, pack(code), mask=2 * half < row_stop)
+        byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        tl.store(q + byte * q_k, pack(code), mask=(row < rows) & (byte < q_cols))
     if MEASURE:
         restored = decode_element(code, ELEMENT, CAST) * step
         add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, restored)
@@ -107,7 +108,7 @@ def quantize_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def dequantize_kernel(
-    q, s, g, out, rows, cols, q_e, q_n, q_k, s_e, s_n, s_k, o_e, o_n, o_k,
+    q, s, g, out, rows, cols, q_cols, q_e, q_n, q_k, s_e, s_n, s_k, o_e, o_n, o_k,
     TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): TILE_GROUPS groups, in row-major order, of matrix e. `g`: global scales, for nvfp4."""
@@ -115,8 +116,8 @@ def dequantize_kernel(
     across = tl.cdiv(cols, GROUP)
     index = tl.program_id(0).to(tl.int64) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)[:, None]
     row, strip = index // across, index % across
-    within = tl.arange(0, GROUP)[None, :]
-    row_stop = tl.where(row < rows, cols - strip * GROUP, 0)
+    col = strip * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (row < rows) & (col < cols)
     scale = tl.load(s + expert * s_e + row * s_n + strip * s_k, mask=row < rows, other=0)
     if SCALE == "e8m0":
         step = power_of_two(scale.to(tl.int32))
@@ -126,12 +127,12 @@ def dequantize_kernel(
         step = scale
     q += expert * q_e + row * q_n
     if ELEMENT == "e4m3":
-        code = tl.load(q + (strip * GROUP + within) * q_k, mask=within < row_stop, other=0)
+        code = tl.load(q + col * q_k, mask=inside, other=0)
     else:
-        half = tl.arange(0, GROUP // 2)[None, :]
-        code = unpack(tl.load(q + (strip * (GROUP // 2) + half) * q_k, mask=2 * half < row_stop, other=0))
+        byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        code = unpack(tl.load(q + byte * q_k, mask=(row < rows) & (byte < q_cols), other=0))
     value = narrow(decode_element(code, ELEMENT, CAST) * step, out.dtype.element_ty, CAST)
-    tl.store(out + expert * o_e + row * o_n + (strip * GROUP + within) * o_k, value, mask=within < row_stop)
+    tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
 
 def constants(fmt: WeightFormat) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def quantize(
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale))
     with launch.on(qdata.device):
         quantize_kernel[_grid(fmt, experts, rows, cols)](
-            source, launch.codes(qdata), launch.scales(scale), gain, found, sums, rows, cols, origin, *strides,
+            source, launch.codes(qdata), launch.scales(scale), gain, found, sums, rows, cols, qdata.shape[-1],
+            origin, *strides,
             **constants(fmt), CAST=launch.target(qdata.device)["CAST"], CHECK=audit.refuse_nonfinite,
             MEASURE=audit.measure_sqnr, num_warps=launch.warps(128),
         )  # fmt: skip
@@ -181,6 +183,6 @@ def dequantize(
     per_matrix = out.new_ones(1, dtype=torch.float32) if global_scale is None else global_scale.contiguous()
     with launch.on(qdata.device):
         dequantize_kernel[_grid(fmt, experts, rows, cols)](
-            launch.codes(qdata), launch.scales(scale), per_matrix, out, rows, cols, *strides,
+            launch.codes(qdata), launch.scales(scale), per_matrix, out, rows, cols, qdata.shape[-1], *strides,
             **constants(fmt), CAST=launch.target(qdata.device)["CAST"], num_warps=launch.warps(128),
         )  # fmt: skip
