@@ -61,8 +61,9 @@ def dequantize(
         for e in range(qdata.shape[0]):
             dequantize(qdata[e], scale[e], fmt, dtype, out[e], None if global_scale is None else global_scale[e])
         return out
-    for rows in _row_chunks(*out.shape, fmt.block[0]):
-        out[rows] = _restore(qdata[rows], scale[fmt.scale_rows(rows.start, rows.stop)], fmt, global_scale, out.shape[1])
+    height, cols = out.shape
+    for rows in _row_chunks(height, cols, fmt.block[0]):
+        out[rows] = _restore(qdata[rows], scale[fmt.scale_rows(rows.start, rows.stop)], fmt, global_scale, cols)
     return out
 
 

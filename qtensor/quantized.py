@@ -145,7 +145,7 @@ class QTensor(torch.Tensor):
         inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> QTensor:
         *how, cols = context
-        return QTensor(inner["qdata"], inner["scale"], *how, inner.get("global_scale"), cols)
+        return QTensor(inner["qdata"], inner["scale"], *how, global_scale=inner.get("global_scale"), cols=cols)
 
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache on disk needs to tell two kinds of QTensor apart, and two versions of this code:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from qtensor.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
-from qtensor.config import ConfigError as OptionsError
+from qtensor.config import TARGETS_ALONE, ConfigError, read_patterns, read_scheme, read_targets
 from qtensor.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.selection import DEFAULT_IGNORE, matches
+
+OptionsError = ConfigError
+"""An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
 
 PREFIX = "QTENSOR_VLLM_"
 SERVED = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
