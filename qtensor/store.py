@@ -434,7 +434,7 @@ class QuantStore:
     @property
     def shared_units(self) -> int:
         """How many scales of this weight ranks have to agree on."""
-        return self._e if self.scheme.format.granularity == "tensor" else self._e * self._n
+        return self._e if self.scheme.format.needs_whole_matrix else self._e * self._n
 
     def amax(self) -> torch.Tensor:
         """The largest finite magnitude of each unit of a weight that was staged as a whole: fp32, on the CPU,
@@ -469,10 +469,11 @@ class QuantStore:
 
     def _quantize_carried(self, e: int, start: int, stop: int, values: torch.Tensor) -> None:
         fmt = self.scheme.format
-        qdata, scale = self._rows(self._matrix(e), start, stop)
-        wide = torch.empty(values.shape, dtype=qdata.dtype, device=self.device)
-        self._quantize_into(values, wide, scale, fmt, self.audit, 0)
-        qdata.view(torch.uint8).copy_(wide.view(torch.uint8)[: stop - start, : self._k])
+        wide = empty(values.shape, self.scheme, self.dtype, self.device)
+        qdata, scale, *rest = wide.parts()
+        self._quantize_into(values, qdata, scale, fmt, self.audit, 0, *rest)
+        for target, source in zip(self._rows(self._matrix(e), start, stop), wide.parts(), strict=True):
+            target.copy_(source[tuple(map(slice, target.shape))])
 
     def copy(self, coverage: Coverage) -> QuantStore:
         """An independent store in the same state, sharing nothing but the audit's settings."""
