@@ -144,8 +144,9 @@ class QTensor(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> QTensor:
-        *how, cols = context
-        return QTensor(inner["qdata"], inner["scale"], *how, global_scale=inner.get("global_scale"), cols=cols)
+        scheme, dtype, transposed, whole_units, cols = context
+        qdata, scale, global_scale = inner["qdata"], inner["scale"], inner.get("global_scale")
+        return QTensor(qdata, scale, scheme, dtype, transposed, whole_units, global_scale, cols)
 
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache on disk needs to tell two kinds of QTensor apart, and two versions of this code:
