@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	@echo "Running the demo: qtensor demo $(DEMO_ARGS)"
 	@HF_HUB_OFFLINE=1 $(BIN)/qtensor demo $(DEMO_ARGS)
 
-test: lint
+test: lint $(VENV)/.browser
 	@echo "Running the tests"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
@@ -76,6 +76,13 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing the development tools"
 	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	@echo "Looking for a browser to try the report page in"
+	@command -v chromium > /dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 || \
+		echo "No browser here: the tests of the report page say that they are skipped"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

@@ -11,7 +11,20 @@ import torch
 from . import reference, traceable
 from .audit import Audit
 from .backend import UnsupportedBackend, choose, describe
-from .formats import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, SOURCE_DTYPES, NonFinite, WeightFormat
+from .formats import (
+    FORMATS,
+    FP8_PER_BLOCK,
+    FP8_PER_CHANNEL,
+    FP8_PER_TENSOR,
+    INT4_PER_GROUP,
+    INT8_PER_CHANNEL,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    SOURCE_DTYPES,
+    NonFinite,
+    WeightFormat,
+)
 from .reference import round_trip_activation
 
 __all__ = [
@@ -19,6 +32,11 @@ __all__ = [
     "FP8_PER_BLOCK",
     "FP8_PER_CHANNEL",
     "FP8_PER_TENSOR",
+    "INT4_PER_GROUP",
+    "INT8_PER_CHANNEL",
+    "MXFP4",
+    "MXFP8",
+    "NVFP4",
     "SOURCE_DTYPES",
     "Audit",
     "NonFinite",
@@ -41,19 +59,21 @@ def quantize_into(
     fmt: WeightFormat,
     audit: Audit | None = None,
     origin: int = 0,
+    global_scale: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> None:
-    """Quantize `source` `[..., N, K]` (any strides) into `qdata` (same shape) and `scale` (`fmt.scale_shape`).
+    """Quantize `source` `[..., N, K]` (any strides) into `qdata`, `scale` and, for formats with one, `global_scale`.
 
-    All three are on one device, and the last two may be views of a larger weight. The rows must be whole units of
-    `fmt`: any rows per channel, a band that starts on a multiple of 128 per block, the entire matrix per tensor.
-    `origin` is the flat index of `source[0]` in the weight, for error messages.
+    Their shapes are the format's `qdata_shape`, `scale_shape` and `global_scale_shape`. All are on one device, and
+    all but the source may be views of a larger weight. The rows must be whole units of `fmt`: any rows per channel or
+    group, a band that starts on a multiple of 128 per block, the entire matrix per tensor and for nvfp4. `origin` is
+    the flat index of `source[0]` in the weight, for error messages.
 
     Raises NonFinite(index, value) for NaN or infinity unless `audit` allows them; on a GPU `audit.verify()` raises it,
     and a call without an audit waits for the device. Raises UnsupportedBackend as `choose` does.
     """
-    choose(qdata.device, backend).quantize_into(source, qdata, scale, fmt, audit, origin)
+    choose(qdata.device, backend).quantize_into(source, qdata, scale, fmt, audit, origin, global_scale)
 
 
 def dequantize(
@@ -62,22 +82,29 @@ def dequantize(
     fmt: WeightFormat,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """qdata `[..., N, K]` times its scale in fp32, rounded once to `dtype`. Traces under torch.compile."""
+    """qdata times its scale in fp32, rounded once to `dtype`: `[..., N, K]`. Traces under torch.compile.
+
+    Where two elements share a byte, the last of an odd number of columns has a zero beside it, which `out` leaves off
+    if it has one column less than qdata has elements.
+    """
     if traceable.must_trace(qdata, scale, out):
-        return traceable.dequantize(qdata, scale, fmt, dtype, out)
-    return choose(qdata.device, backend).dequantize(qdata, scale, fmt, dtype, out)
+        return traceable.dequantize(qdata, scale, fmt, dtype, out, global_scale)
+    return choose(qdata.device, backend).dequantize(qdata, scale, fmt, dtype, out, global_scale)
 
 
 def quantize_activation(
     x: torch.Tensor, fmt: WeightFormat, *, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic activation quantization: x `[M, K]` → fp8 `[M, K]` and fp32 scales.
+    """Dynamic activation quantization: x `[M, K]` → fp8 `[M, K]` and its scales.
 
-    Per token (`[M, 1]`), or per token and group of 128 (`[M, ceil(K/128)]`) for a per-block weight: the granularities
-    of vLLM's dynamic fp8 activations. max(amax / F, 1 / (F * 512)), divide, clamp, cast. Traces under torch.compile.
+    Per token (`[M, 1]`, fp32), per token and group of 128 (`[M, ceil(K/128)]`, fp32) for a per-block weight, or per
+    token and group of 32 with the weight's own formula (`[M, ceil(K/32)]`, e8m0) for mxfp8: the granularities of vLLM's
+    dynamic fp8 activations. The first two: max(amax / F, 1 / (F * 512)), divide, clamp, cast. Traces under
+    torch.compile.
     """
     if traceable.must_trace(x):
         return reference.quantize_activation(x, fmt)
@@ -90,6 +117,7 @@ def linear(
     scale: torch.Tensor,
     fmt: WeightFormat,
     bias: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -98,6 +126,7 @@ def linear(
     Weight-only: x is used as it is. A backend without a fused product dequantizes first. Traces under torch.compile.
     """
     if traceable.must_trace(x, qdata, scale):
-        return torch.nn.functional.linear(x, traceable.dequantize(qdata, scale, fmt, x.dtype), bias)
+        weight = traceable.dequantize(qdata, scale, fmt, x.dtype, global_scale=global_scale)[:, : x.shape[1]]
+        return torch.nn.functional.linear(x, weight, bias)
     module = choose(x.device, backend)
-    return getattr(module, "linear", reference.linear)(x, qdata, scale, fmt, bias)
+    return getattr(module, "linear", reference.linear)(x, qdata, scale, fmt, bias, global_scale)

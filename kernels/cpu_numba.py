@@ -63,9 +63,13 @@ def quantize_into(
     fmt: WeightFormat,
     audit: Audit | None = None,
     origin: int = 0,
+    global_scale: torch.Tensor | None = None,
 ) -> None:
     """As `reference.quantize_into`. A source with NaN or infinity is refused before anything is stored."""
     audit = audit or Audit()
+    if not has_loops(fmt):
+        reference.quantize_into(source, qdata, scale, fmt, audit, origin, global_scale)
+        return
     _check(source, qdata, fmt)
     if source.numel() == 0:
         reference.quantize_into(source, qdata, scale, fmt, audit, origin)
@@ -90,8 +94,11 @@ def dequantize(
     fmt: WeightFormat,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.dequantize`."""
+    if not has_loops(fmt):
+        return reference.dequantize(qdata, scale, fmt, dtype, out, global_scale)
     out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device) if out is None else out
     if qdata.numel() == 0 or out.dtype not in SOURCE_DTYPES:
         return reference.dequantize(qdata, scale, fmt, dtype, out)
@@ -118,7 +125,7 @@ def dequantize(
 
 def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.quantize_activation`."""
-    if x.numel() == 0 or x.dtype not in SOURCE_DTYPES:
+    if x.numel() == 0 or x.dtype not in SOURCE_DTYPES or not has_loops(fmt):
         return reference.quantize_activation(x, fmt)
     rows, cols = x.shape
     group = fmt.block[1] if fmt.granularity == "block" else cols
@@ -130,7 +137,12 @@ def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tenso
 
 
 def linear(
-    x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    bias: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x `[M, K]` times the dequantized weight `[N, K]` transposed, plus bias `[N]`: `[M, N]` in x's dtype.
 
@@ -139,8 +151,8 @@ def linear(
     """
     batch, cols = x.shape
     rows = qdata.shape[0]
-    if x.requires_grad and torch.is_grad_enabled():
-        return reference.linear(x, qdata, scale, fmt, bias)
+    if not has_loops(fmt) or (x.requires_grad and torch.is_grad_enabled()):
+        return reference.linear(x, qdata, scale, fmt, bias, global_scale)
     if qdata.numel() == 0 or batch == 0 or x.dtype not in SOURCE_DTYPES or not _adjacent(qdata):
         return reference.linear(x, qdata, scale, fmt, bias)
     if batch > LINEAR_BATCH:
@@ -196,6 +208,11 @@ def _jit() -> ModuleType:
     from . import cpu_jit
 
     return cpu_jit
+
+
+def has_loops(fmt: WeightFormat) -> bool:
+    """Whether `cpu_jit` has loops for the format; the others take the reference."""
+    return fmt.element == "e4m3" and fmt.granularity != "group"
 
 
 def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None:

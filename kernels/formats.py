@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-Granularity = Literal["tensor", "channel", "block"]
+Granularity = Literal["tensor", "channel", "block", "group"]
+Element = Literal["e4m3", "e2m1", "int8", "int4"]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -30,18 +31,37 @@ class NonFinite(ValueError):
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """An element dtype plus the rule that gives each group of elements its scale.
+    """An element format plus the rule that gives each group of elements its scale.
 
     With F = `max` and amax the largest magnitude among the elements that share a scale, all in fp32:
 
-    ======== ============================ ============================= ==========================
-    tensor   scale = amax / F             x * (1 / scale)               scale `[..., 1]`
-    channel  max(amax / F, 1 / (F * 512)) x / scale                     scale `[..., N, 1]`
-    block    max(amax, 1e-4) / F          x * (1 / scale)               scale `[..., N/128, K/128]`
-    ======== ============================ ============================= ==========================
+    ================ ============================================ ================= ============================
+    format           scale                                        data              shape of the scale
+    ================ ============================================ ================= ============================
+    fp8_per_tensor   amax / F                                     x * (1 / scale)   `[..., 1]`
+    fp8_per_channel  max(amax / F, 1 / (F * 512))                 x / scale         `[..., N, 1]`
+    fp8_per_block    max(amax, 1e-4) / F                          x * (1 / scale)   `[..., N/128, K/128]`, rounded up
+    mxfp8            the power of two at or above amax / F        x / scale         `[..., N, K/32]`, rounded up
+    mxfp4            2^-2 of amax rounded to a power of two       x / scale         `[..., N, K/32]`, rounded up
+    nvfp4            e4m3(G * (amax * (1 / F))), see below        x * (1 / step)    `[..., N, K/16]`, rounded up
+    int8_per_channel amax / F, in the weight's dtype              x / scale         `[..., N, 1]`
+    int4_per_group   amax / F                                     x / scale         `[..., N, K/128]`, rounded up
+    ================ ============================================ ================= ============================
 
-    then clamp to ±F and round to nearest even. These are the formulas of vLLM's online quantization
-    (vllm/model_executor/layers/quantization/online/fp8.py). Where 1 / scale is not finite the data is 0.
+    then clamp to ±F and round to nearest even. Where the factor of x is not finite, or the scale is 0, the data is 0.
+    NaN that was let through stays NaN in e4m3 and becomes 0 in formats that have none.
+
+    nvfp4 has a second, fp32 scale per matrix: the gain G = (1 / max(amax of the matrix, 1e-8)) * (F * 448) spreads the
+    e4m3 scales over their range; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale.
+    mxfp4 rounds up from 1.75 times a power of two. int8_per_channel rounds scale and quotient to the weight's dtype.
+
+    These are the formulas of vLLM's online quantization (vllm/model_executor/layers/quantization/online/, and
+    utils/mxfp8_utils.py, mxfp4_utils.py, nvfp4_emulation_utils.py there); it has no online int4.
+
+    dtype: of the tensor that stores the elements; two 4-bit elements share a byte, the first in the low nibble.
+    scale_dtype: uint8 stands for e8m0, powers of two by their biased exponent: the bytes of torch.float8_e8m0fnu, a
+        dtype that compilers for CPUs do not take.
+    block: rows and columns that share a scale, where neither is the matrix's own.
     """
 
     name: str
@@ -49,9 +69,45 @@ class WeightFormat:
     max: float
     granularity: Granularity
     block: tuple[int, int] = (1, 1)
+    element: Element = "e4m3"
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def per_byte(self) -> int:
+        """How many elements one item of `dtype` holds."""
+        return 2 if self.element in ("e2m1", "int4") else 1
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether each matrix has a second scale, which multiplies the first."""
+        return self.scale_dtype == torch.float8_e4m3fn
+
+    @property
+    def has_e8m0_scale(self) -> bool:
+        """Whether scales are powers of two, stored as their biased exponents."""
+        return self.scale_dtype == torch.uint8
+
+    @property
+    def needs_whole_matrix(self) -> bool:
+        """Whether a scale depends on every element of the matrix."""
+        return self.granularity == "tensor" or self.has_global_scale
+
+    @property
+    def divides(self) -> bool:
+        """Whether x is divided by its scale; otherwise it is multiplied by the inverse."""
+        return self.granularity in ("channel", "group") and not self.has_global_scale
+
+    @property
+    def keeps_nan(self) -> bool:
+        """Whether an element can be NaN."""
+        return self.element == "e4m3"
+
+    def qdata_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored elements of a weight of `shape` `[..., N, K]`."""
+        return (*shape[:-1], ceil_div(shape[-1], self.per_byte))
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the fp32 scale that belongs to a weight of `shape` `[..., N, K]`."""
+        """Shape of the scale that belongs to a weight of `shape` `[..., N, K]`."""
         *lead, rows, cols = shape
         if self.granularity == "tensor":
             return (*lead, 1)
@@ -59,27 +115,77 @@ class WeightFormat:
             return (*lead, rows, 1)
         return (*lead, ceil_div(rows, self.block[0]), ceil_div(cols, self.block[1]))
 
+    def global_scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Shape of the fp32 global scale; None for formats without."""
+        return (*shape[:-2], 1) if self.has_global_scale else None
+
     def unit_rows(self, rows: int) -> int:
         """How many rows of an N-row matrix must be known before any of them can be quantized."""
-        if self.granularity == "tensor":
-            return max(rows, 1)
-        return 1 if self.granularity == "channel" else self.block[0]
+        return max(rows, 1) if self.needs_whole_matrix else self.block[0]
 
-    def scale_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
-        """fp32 amax, any shape → fp32 scale of the same shape."""
+    def scale_rows(self, start: int, stop: int) -> slice:
+        """Which rows of a matrix's scale belong to its rows start to stop; `start` begins a block."""
+        if self.granularity == "tensor":
+            return slice(None)
+        return slice(start // self.block[0], ceil_div(stop, self.block[0]))
+
+    def step(self, scale: torch.Tensor) -> torch.Tensor:
+        """Stored scales → fp32 values."""
+        return e8m0_to_float(scale) if self.has_e8m0_scale else scale.to(torch.float32)
+
+    def gain_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
+        """fp32 amax of whole matrices, any shape → G of the same shape; the global scale is 1 / G."""
+        # Rounded twice, because that is how torch divides a number by a tensor, and therefore vLLM.
+        return amax.clamp_min(1e-8).reciprocal() * (self.max * E4M3_MAX)
+
+    def scale_from_amax(self, amax: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 amax, any shape → scale of the same shape, in `scale_dtype`; `gain`: that of the matrix."""
+        if gain is not None:
+            return (gain * (amax * (1.0 / self.max))).clamp_max(E4M3_MAX).to(self.scale_dtype)
         # A 0-d tensor, because CUDA turns division by a Python scalar into multiplication by its reciprocal.
         limit = torch.full((), self.max, dtype=torch.float32, device=amax.device)
+        if self.has_e8m0_scale:
+            exponent = _exponent_nearest(amax) if self.element == "e2m1" else _exponent_at_least(amax / limit)
+            return exponent.to(torch.uint8)
         if self.granularity == "block":
             return amax.clamp_min(1e-4) / limit
         scale = amax / limit
-        return scale if self.granularity == "tensor" else scale.clamp_min(1.0 / (self.max * 512.0))
+        floored = self.granularity == "channel" and self.element == "e4m3"
+        return scale.clamp_min(1.0 / (self.max * 512.0)) if floored else scale
+
+
+def e8m0_to_float(scale: torch.Tensor) -> torch.Tensor:
+    """The powers of two that e8m0 codes (uint8) stand for, in fp32; 255 is NaN."""
+    exponent = scale.to(torch.int32)
+    bits = torch.where(exponent == 0, 0x400000, exponent << 23)
+    return torch.where(exponent == 255, 0x7FC00000, bits).view(torch.float32)
+
+
+def _exponent_at_least(x: torch.Tensor) -> torch.Tensor:
+    """The biased exponent of the smallest power of two that is not below x (fp32, at least 0), exactly."""
+    bits = x.view(torch.int32).clamp_max(0x7F800000)  # Infinity and NaN become the code of NaN.
+    return torch.where(bits <= 0x400000, 0, (bits + 0x7FFFFF) >> 23)  # 0x400000 is 2^-127, the smallest there is.
+
+
+def _exponent_nearest(amax: torch.Tensor) -> torch.Tensor:
+    """The biased exponent of amax / 4 (fp32) rounded to a power of two, up from 1.75 times one."""
+    exponent = (amax.view(torch.int32) + 0x200000) >> 23
+    # An exponent that overflows is infinity for vLLM, which it clamps to the largest scale.
+    return torch.where(exponent == 255, 254, (exponent - 2).clamp_min(0))
 
 
 E4M3_MAX = 448.0
+E2M1_MAX = 6.0
 
 FP8_PER_TENSOR = WeightFormat("fp8_per_tensor", torch.float8_e4m3fn, E4M3_MAX, "tensor")
 FP8_PER_CHANNEL = WeightFormat("fp8_per_channel", torch.float8_e4m3fn, E4M3_MAX, "channel")
 FP8_PER_BLOCK = WeightFormat("fp8_per_block", torch.float8_e4m3fn, E4M3_MAX, "block", (128, 128))
+MXFP8 = WeightFormat("mxfp8", torch.float8_e4m3fn, E4M3_MAX, "group", (1, 32), scale_dtype=torch.uint8)
+MXFP4 = WeightFormat("mxfp4", torch.uint8, E2M1_MAX, "group", (1, 32), "e2m1", torch.uint8)
+NVFP4 = WeightFormat("nvfp4", torch.uint8, E2M1_MAX, "group", (1, 16), "e2m1", torch.float8_e4m3fn)
+INT8_PER_CHANNEL = WeightFormat("int8_per_channel", torch.int8, 127.0, "channel", element="int8")
+INT4_PER_GROUP = WeightFormat("int4_per_group", torch.uint8, 7.0, "group", (1, 128), "int4")
 
-FORMATS = {f.name: f for f in (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK)}
+_ALL = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK, MXFP8, MXFP4, NVFP4, INT8_PER_CHANNEL, INT4_PER_GROUP)
+FORMATS = {f.name: f for f in _ALL}
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

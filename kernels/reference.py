@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from .audit import Audit
-from .e4m3 import decode
+from .elements import decode, encode
 from .formats import FP8_PER_CHANNEL, NonFinite, WeightFormat, ceil_div
 
 CHUNK_ELEMENTS = 1 << 18
@@ -24,19 +24,22 @@ def quantize_into(
     fmt: WeightFormat,
     audit: Audit | None = None,
     origin: int = 0,
+    global_scale: torch.Tensor | None = None,
 ) -> None:
-    """Quantize `source` `[..., N, K]` (any strides) into `qdata` (same shape) and `scale` (`fmt.scale_shape`).
+    """Quantize `source` `[..., N, K]` (any strides) into `qdata`, `scale` and, for formats with one, `global_scale`.
 
-    The rows must be whole units of `fmt`: any rows per channel, a band that starts on a multiple of 128 per block, the
-    entire matrix per tensor. `origin` is the flat index of `source[0]` in the weight, for error messages.
+    Their shapes are the format's `qdata_shape`, `scale_shape` and `global_scale_shape`. The rows must be whole units of
+    `fmt`: any rows per channel or group, a band that starts on a multiple of 128 per block, the entire matrix per
+    tensor and for nvfp4. `origin` is the flat index of `source[0]` in the weight, for error messages.
     """
     audit = audit or Audit()
     if source.dim() == 3:
         step = source.shape[1] * source.shape[2]
         for e in range(source.shape[0]):
-            _quantize_matrix(source[e], qdata[e], scale[e], fmt, audit, origin + e * step)
+            matrix_scale = None if global_scale is None else global_scale[e]
+            _quantize_matrix(source[e], qdata[e], scale[e], fmt, audit, origin + e * step, matrix_scale)
     else:
-        _quantize_matrix(source, qdata, scale, fmt, audit, origin)
+        _quantize_matrix(source, qdata, scale, fmt, audit, origin, global_scale)
 
 
 def dequantize(
@@ -45,80 +48,108 @@ def dequantize(
     fmt: WeightFormat,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """qdata `[..., N, K]` times its scale in fp32, rounded once to `dtype`."""
-    out = torch.empty(qdata.shape, dtype=dtype, device=qdata.device) if out is None else out
+    """qdata times its scale in fp32, rounded once to `dtype`: `[..., N, K]`.
+
+    Where two elements share a byte, the last of an odd number of columns has a zero beside it, which `out` leaves off
+    if it has one column less than qdata has elements.
+    """
+    if out is None:
+        out = torch.empty((*qdata.shape[:-1], qdata.shape[-1] * fmt.per_byte), dtype=dtype, device=qdata.device)
     if qdata.dim() == 3:
         for e in range(qdata.shape[0]):
-            dequantize(qdata[e], scale[e], fmt, dtype, out[e])
+            dequantize(qdata[e], scale[e], fmt, dtype, out[e], None if global_scale is None else global_scale[e])
         return out
-    for rows in _row_chunks(qdata.shape[0], qdata.shape[1], 1 if fmt.granularity != "block" else fmt.block[0]):
-        values = decode(qdata[rows], torch.float32)
-        out[rows] = values.mul_(_expand_scale(scale, fmt, rows, qdata.shape[1]))
+    height, cols = out.shape
+    for rows in _row_chunks(height, cols, fmt.block[0]):
+        out[rows] = _restore(qdata[rows], scale[fmt.scale_rows(rows.start, rows.stop)], fmt, global_scale, cols)
     return out
 
 
 def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic activation quantization: x `[M, K]` → fp8 `[M, K]` and fp32 scales.
+    """Dynamic activation quantization: x `[M, K]` → fp8 `[M, K]` and its scales.
 
-    Per token (`[M, 1]`), or per token and group of 128 (`[M, K/128]`) for a per-block weight: the granularities of
-    vLLM's dynamic fp8 activations. Formula as for the weight: amax / F with the per-channel floor, divide, clamp, cast.
+    Per token (`[M, 1]`, fp32), per token and group of 128 (`[M, K/128]`, fp32) for a per-block weight, or per token and
+    group of 32 with the weight's own formula (`[M, K/32]`, e8m0) for mxfp8: the granularities of vLLM's dynamic fp8
+    activations. The first two: amax / F with the per-channel floor, divide, clamp, cast.
     """
-    q, scale = _quantize_groups(x, fmt)
+    q, scale, _ = _quantize_groups(x, fmt)
     return q.flatten(1)[:, : x.shape[1]], scale
 
 
 def round_trip_activation(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """What `quantize_activation` leaves of x `[M, K]`, in x's dtype: for devices that have no fp8 product."""
-    q, scale = _quantize_groups(x, fmt)
-    return (q.float() * scale.unsqueeze(-1)).to(x.dtype).flatten(1)[:, : x.shape[1]]
+    q, _, step = _quantize_groups(x, fmt)
+    return (q.float() * step).to(x.dtype).flatten(1)[:, : x.shape[1]]
 
 
 def linear(
-    x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    bias: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x `[M, K]` times the weight `[N, K]` transposed, plus bias: dequantized in bands of rows that stay in cache."""
-    rows, cols = qdata.shape
+    rows, cols = qdata.shape[0], x.shape[1]
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    unit = fmt.block[0]
-    for band in _row_chunks(rows, cols, unit, 4 * CHUNK_ELEMENTS):
-        band_scale = scale if fmt.granularity == "tensor" else scale[band.start // unit : ceil_div(band.stop, unit)]
-        weight = dequantize(qdata[band], band_scale, fmt, x.dtype)
+    for band in _row_chunks(rows, cols, fmt.block[0], 4 * CHUNK_ELEMENTS):
+        weight = torch.empty((band.stop - band.start, cols), dtype=x.dtype, device=x.device)
+        dequantize(qdata[band], scale[fmt.scale_rows(band.start, band.stop)], fmt, x.dtype, weight, global_scale)
         out[:, band] = torch.nn.functional.linear(x, weight, None if bias is None else bias[band])
     return out
 
 
-def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """x `[M, K]` → fp8 `[M, G, K/G]`, the last group padded with zeros, and fp32 scales `[M, G]`."""
+def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x `[M, K]` → fp8 `[M, G, K/G]`, the last group padded with zeros, scales `[M, G]`, and those in fp32 `[M, G, 1]`.
+
+    Compilers see through it.
+    """
     rows, cols = x.shape
-    group = fmt.block[1] if fmt.granularity == "block" else max(cols, 1)
+    group = fmt.block[1] if fmt.block[1] > 1 else max(cols, 1)
     groups = ceil_div(cols, group)
     x32 = torch.nn.functional.pad(x.float(), (0, groups * group - cols)).view(rows, groups, group)
-    scale = FP8_PER_CHANNEL.scale_from_amax(x32.abs().amax(-1))
-    return (x32 / scale.unsqueeze(-1)).clamp(-fmt.max, fmt.max).to(fmt.dtype), scale
+    rule = fmt if fmt.granularity == "group" else FP8_PER_CHANNEL
+    scale = rule.scale_from_amax(x32.abs().amax(-1))
+    step = rule.step(scale).unsqueeze(-1)
+    return (x32 / step).clamp(-fmt.max, fmt.max).to(fmt.dtype), scale, step
 
 
 def _quantize_matrix(
-    source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int
+    source: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    audit: Audit,
+    origin: int,
+    global_scale: torch.Tensor | None,
 ) -> None:
     rows, cols = source.shape
-    if fmt.granularity == "tensor":
+    gain = None
+    if fmt.needs_whole_matrix:
         amax = torch.zeros((), dtype=torch.float32, device=source.device)
         for chunk in _row_chunks(rows, cols, 1):
             amax = torch.maximum(amax, _amax(source[chunk].float(), fmt, audit, origin + chunk.start * cols).amax())
-        scale.copy_(fmt.scale_from_amax(amax))
-        for chunk in _row_chunks(rows, cols, 1):
-            _encode(source[chunk].float(), scale, qdata[chunk], fmt, audit)
-        return
-    unit = fmt.unit_rows(rows)
-    if source.numel() == 0:
-        scale.copy_(fmt.scale_from_amax(torch.zeros_like(scale)))
-        return
-    for chunk in _row_chunks(rows, cols, unit):
+        if global_scale is None:
+            scale.copy_(fmt.scale_from_amax(amax))
+        else:
+            gain = fmt.gain_from_amax(amax)
+            global_scale.copy_(1.0 / gain)
+    elif source.numel() == 0:
+        scale.copy_(fmt.scale_from_amax(torch.zeros(scale.shape, device=scale.device)))
+    for chunk in _row_chunks(rows, cols, fmt.block[0]):
         x = source[chunk].float()
-        chunk_scale = fmt.scale_from_amax(_amax(x, fmt, audit, origin + chunk.start * cols))
-        scale[chunk.start // unit : ceil_div(chunk.stop, unit)] = chunk_scale
-        _encode(x, chunk_scale, qdata[chunk], fmt, audit)
+        chunk_scale = scale[fmt.scale_rows(chunk.start, chunk.stop)]
+        if fmt.granularity != "tensor":
+            new = fmt.scale_from_amax(_amax(x, fmt, audit, origin + chunk.start * cols), gain)
+            chunk_scale.copy_(_round_through(new, source.dtype) if fmt.element == "int8" else new)
+        qdata[chunk] = _quantized(x, chunk_scale, fmt, global_scale, source.dtype)
+        if audit.measure_sqnr:
+            restored = _restore(qdata[chunk], chunk_scale, fmt, global_scale, cols)
+            audit.signal += float(x.double().square().sum())
+            audit.noise += float((x - restored).double().square().sum())
 
 
 def _row_chunks(rows: int, cols: int, unit: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
@@ -131,58 +162,61 @@ def _row_chunks(rows: int, cols: int, unit: int, elements: int = CHUNK_ELEMENTS)
 def _amax(x: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int) -> torch.Tensor:
     """Largest magnitude per scale of the fp32 chunk `x`, shaped as the scale (per row for per_tensor)."""
     magnitude = x.abs()
-    amax = _reduce(magnitude, fmt)
+    amax = _blocks(magnitude, fmt).amax((1, 3))
     if not torch.isfinite(amax).all():
         if audit.refuse_nonfinite:
             flat = x.flatten()
             first = int((~torch.isfinite(flat)).nonzero()[0])
             raise NonFinite(origin + first, float(flat[first]))
-        amax = _reduce(torch.where(torch.isfinite(x), magnitude, 0.0), fmt)
+        amax = _blocks(torch.where(torch.isfinite(x), magnitude, 0.0), fmt).amax((1, 3))
     return amax
 
 
-def _reduce(magnitude: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    if fmt.granularity == "block":
-        return _blocks(magnitude, fmt).amax((1, 3))
-    return magnitude.amax(-1, keepdim=True)
-
-
 def _blocks(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """`[R, K]` → `[R/128, 128, K/128, 128]`, edge blocks padded with zeros."""
+    """`[R, K]` → `[R/d, d, K/a, a]` for blocks of d rows and a columns, edge blocks padded with zeros."""
     rows, cols = x.shape
-    down, across = ceil_div(rows, fmt.block[0]), ceil_div(cols, fmt.block[1])
-    pad = (0, across * fmt.block[1] - cols, 0, down * fmt.block[0] - rows)
+    height, width = fmt.block[0], fmt.block[1] if fmt.block[1] > 1 else cols
+    down, across = ceil_div(rows, height), ceil_div(cols, width)
+    pad = (0, across * width - cols, 0, down * height - rows)
     if any(pad):
         x = torch.nn.functional.pad(x, pad)
-    return x.reshape(down, fmt.block[0], across, fmt.block[1])
+    return x.reshape(down, height, across, width)
 
 
-def _encode(x: torch.Tensor, scale: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat, audit: Audit) -> None:
-    """Scale, clamp and cast one fp32 chunk into `qdata`."""
-    rows, cols = x.shape
-    if fmt.granularity == "channel":
-        scaled = x / scale
+def _unblock(blocks: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """The inverse of `_blocks`."""
+    return blocks.flatten(2).flatten(0, 1)[:rows, :cols]
+
+
+def _step(scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """What one unit of the element format is worth, fp32, broadcastable against `_blocks`."""
+    step = fmt.step(scale) if global_scale is None else fmt.step(scale) * global_scale
+    return step.view(1, 1, 1, 1) if step.dim() == 1 else step[:, None, :, None]
+
+
+def _quantized(
+    x: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The stored elements of one fp32 chunk that came from `dtype`."""
+    step, blocks = _step(scale, fmt, global_scale), _blocks(x, fmt)
+    if fmt.divides:
+        scaled = torch.where(step == 0.0, 0.0, blocks / step)
+        if fmt.element == "int8":
+            scaled = _round_through(scaled, dtype)
     else:
-        inverse = 1.0 / scale
-        inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
-        if fmt.granularity == "tensor":
-            scaled = x * inverse
-        else:
-            scaled = (_blocks(x, fmt) * inverse[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :cols]
-    qdata.copy_(scaled.clamp_(-fmt.max, fmt.max))
-    if audit.measure_sqnr:
-        restored = decode(qdata, torch.float32) * _expand_scale(scale, fmt, slice(0, rows), cols)
-        audit.signal += float(x.double().square().sum())
-        audit.noise += float((x - restored).double().square().sum())
+        inverse = 1.0 / step
+        scaled = blocks * torch.where(torch.isfinite(inverse), inverse, 0.0)
+    return encode(_unblock(scaled, *x.shape), fmt)
 
 
-def _expand_scale(scale: torch.Tensor, fmt: WeightFormat, rows: slice, cols: int) -> torch.Tensor:
-    """The part of one matrix's scale that multiplies `rows`, broadcastable against `[rows, cols]`."""
-    if fmt.granularity == "tensor":
-        return scale
-    if fmt.granularity == "channel":
-        return scale[rows]
-    down, across = fmt.block
-    band = scale[rows.start // down : ceil_div(rows.stop, down)]
-    band = band.repeat_interleave(down, 0)[: rows.stop - rows.start]
-    return band.repeat_interleave(across, 1)[:, :cols]
+def _restore(
+    codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None, cols: int
+) -> torch.Tensor:
+    """Stored elements times their scale, fp32 `[R, cols]`."""
+    values = decode(codes, fmt)[:, :cols]
+    return _unblock(_blocks(values, fmt).mul_(_step(scale, fmt, global_scale)), *values.shape)
+
+
+def _round_through(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as it is after a computation in `dtype`."""
+    return x if dtype == torch.float32 else x.to(dtype).float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .elements import traceable_decode
 from .formats import WeightFormat
 
 
@@ -19,14 +20,24 @@ def must_trace(*tensors: torch.Tensor | None) -> bool:
 
 
 def dequantize(
-    qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `qtensor.kernels.dequantize`."""
-    if fmt.granularity == "block":
-        rows, cols = qdata.shape[-2:]
-        scale = scale.repeat_interleave(fmt.block[0], -2)[..., :rows, :]
-        scale = scale.repeat_interleave(fmt.block[1], -1)[..., :cols]
-    elif fmt.granularity == "tensor":
-        scale = scale.unsqueeze(-1)
-    values = (qdata.to(torch.float32) * scale).to(dtype)
-    return values if out is None else out.copy_(values)
+    values = traceable_decode(qdata, fmt)
+    rows, cols = values.shape[-2:]
+    step = fmt.step(scale)
+    if global_scale is not None:
+        step = step * global_scale[..., None]
+    if fmt.granularity == "tensor":
+        step = step.unsqueeze(-1)
+    if fmt.block[0] > 1:
+        step = step.repeat_interleave(fmt.block[0], -2)[..., :rows, :]
+    if fmt.block[1] > 1:
+        step = step[..., torch.arange(cols, device=step.device) // fmt.block[1]]
+    values = (values * step).to(dtype)
+    return values if out is None else out.copy_(values[..., : out.shape[-1]])

@@ -26,7 +26,18 @@ from .progress import ProgressEvent
 from .quantized import QTensor, quantize
 from .reload import online_reload
 from .report import LayerReport, LoadReport
-from .scheme import Scheme, fp8, fp8_per_block, fp8_per_channel, fp8_per_tensor
+from .scheme import (
+    Scheme,
+    fp8,
+    fp8_per_block,
+    fp8_per_channel,
+    fp8_per_tensor,
+    int4_per_group,
+    int8_per_channel,
+    mxfp4,
+    mxfp8,
+    nvfp4,
+)
 from .selection import DEFAULT_IGNORE
 from .session import Session
 from .sharding import Sharding
@@ -56,7 +67,12 @@ __all__ = [
     "fp8_per_block",
     "fp8_per_channel",
     "fp8_per_tensor",
+    "int4_per_group",
+    "int8_per_channel",
     "load_checkpoint",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
     "online_quant",
     "online_reload",
     "quantize",

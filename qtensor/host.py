@@ -94,8 +94,8 @@ class LoadHost:
 
     def _layer(self, name: str, w: QTensor, weight: ArmedWeight | None = None, note: str = "") -> LayerReport:
         """A quantized weight for the report; `weight` where it was loaded by this host."""
-        source_bytes = w.qdata.numel() * w.dtype.itemsize
-        layer = LayerReport(name, str(w.scheme), tuple(w.qdata.shape), w.nbytes, source_bytes, note=note)
+        source_bytes = w.numel() * w.dtype.itemsize
+        layer = LayerReport(name, str(w.scheme), tuple(w.shape), w.nbytes, source_bytes, note=note)
         if weight is None:
             return layer
         began, done = (t - self._memory.started if t is not None else None for t in (weight.began, weight.done))

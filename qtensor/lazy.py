@@ -201,7 +201,7 @@ def settle(param: Any, result: QTensor) -> None:
     if not isinstance(param, LiveQTensor):
         param.requires_grad_(False)
         param.__class__ = LiveQTensor
-    param.become(result.qdata, result.scale, result.scheme)
+    param.become(result.qdata, result.scale, result.scheme, result.global_scale)
 
 
 def reopen(param: Any) -> None:

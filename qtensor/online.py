@@ -16,13 +16,14 @@ from torch import nn
 
 from . import hooks
 from .armed import ArmedWeight
+from .config import SchemeSpec
 from .dtensor import Split, home, is_dtensor, local_tensor, splits
 from .errors import NonFiniteWeightError, QTensorError
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, view_of
 from .progress import ProgressLike
 from .quantized import QTensor, quantize
 from .report import LoadReport
-from .scheme import Scheme, SchemeLike, Targets
+from .scheme import Scheme, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
 from .sharding import Agreement, Sharding, sharing_group
@@ -31,7 +32,7 @@ from .tree import full_name, parameters
 
 
 def online_quant(
-    scheme: SchemeLike,
+    scheme: SchemeSpec,
     model: nn.Module | None = None,
     *,
     ignore: Sequence[str] = DEFAULT_IGNORE,
@@ -51,8 +52,10 @@ def online_quant(
     is armed as it is made. With `model`, its existing weights are armed now; it may be on the meta device, and
     whatever values it had are given up.
 
-    scheme: a `Scheme` or its name. ignore, targets: patterns on the names a user sees (an exact name, "re:..." or a
-        glob); `targets` may map patterns to schemes and replaces the default choice (nn.Linear and 3-d experts).
+    scheme: a `Scheme` or its name, for nn.Linear and 3-d experts; `{pattern: scheme}`, for what the patterns match
+        instead; or vLLM's quantization_config, a dictionary or JSON with `linear`, `moe`, `ignore`, `targets`.
+    ignore, targets: patterns on the names a user sees (an exact name, "re:..." or a glob); `targets` replaces the
+        default choice and may map patterns to schemes.
     device: where quantized weights live; by default where the weight was created, or the CPU if that was "meta".
     on_missing: what becomes of elements nobody wrote: "error" raises IncompleteLoadError, "zero" fills them, "keep"
         keeps the values the model had, "init" its random initialisation.
@@ -100,7 +103,7 @@ class OnlineSession(Session):
         measure_sqnr: bool,
         progress: ProgressLike,
     ) -> None:
-        super().__init__(model, str(selection.scheme), on_missing, on_nonfinite, strict_reads, progress)
+        super().__init__(model, str(selection.config), on_missing, on_nonfinite, strict_reads, progress)
         if on_missing not in ("error", "zero", "keep", "init"):
             raise ValueError(f'on_missing is "error", "zero", "keep" or "init", not {on_missing!r}')
         if process_group is not None and min_sqnr is not None:

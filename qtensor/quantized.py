@@ -8,15 +8,18 @@ linear and matrix products, slices of whole scale groups, embedding lookups.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import kernels
 from .errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
-from .kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite
+from .kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, traceable
 from .kernels.formats import ceil_div
 from .scheme import Scheme, SchemeLike, as_scheme
 
@@ -35,16 +38,20 @@ def _implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 class QTensor(torch.Tensor):
     """A weight `[N, K]` or `[E, N, K]` in quantized form.
 
-    qdata: the quantized values, row-major `[..., N, K]`.
-    scale: fp32, `scheme.format.scale_shape(qdata.shape)`.
+    qdata: the quantized values, row-major `[..., N, K]`; `[..., N, K/2]` (rounded up) where two share a byte.
+    scale: `scheme.format.scale_shape` of `[..., N, K]`, in `scheme.format.scale_dtype`.
+    global_scale: fp32 `[..., 1]`, the second scale of each matrix, for formats with one (nvfp4); else None.
     scheme: the `Scheme` that made them.
+    cols: K; told apart from `qdata`, which cannot know it is odd.
     transposed: the logical shape is `[..., K, N]`; `qdata` and `scale` keep their layout.
     whole_units: False for a slice that shares scales with elements outside of it; such a slice is read-only.
     """
 
     qdata: torch.Tensor
     scale: torch.Tensor
+    global_scale: torch.Tensor | None
     scheme: Scheme
+    cols: int
     transposed: bool
     whole_units: bool
 
@@ -59,12 +66,20 @@ class QTensor(torch.Tensor):
         dtype: torch.dtype = torch.bfloat16,
         transposed: bool = False,
         whole_units: bool = True,
+        global_scale: torch.Tensor | None = None,
+        cols: int | None = None,
     ) -> QTensor:
-        geometry = qdata.mT if transposed else qdata
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, geometry.shape, strides=geometry.stride(), dtype=dtype, device=qdata.device
-        )
-        self.become(qdata, scale, scheme, transposed, whole_units)
+        fmt = scheme.format
+        if fmt.has_global_scale != (global_scale is not None):
+            needs = "needs" if fmt.has_global_scale else "has no"
+            raise QTensorError(f"QTensor: {fmt.name} {needs} global_scale beside scale")
+        stored = (*qdata.shape[:-1], qdata.shape[-1] * fmt.per_byte if cols is None else cols)
+        # The strides of what the elements would be side by side; those of qdata itself unless they share bytes.
+        strides = qdata.stride() if fmt.per_byte == 1 else torch.empty(stored, device="meta").stride()
+        if transposed:
+            stored, strides = ((*t[:-2], t[-1], t[-2]) for t in (stored, strides))
+        self = torch.Tensor._make_wrapper_subclass(cls, stored, strides=strides, dtype=dtype, device=qdata.device)
+        self.become(qdata, scale, scheme, global_scale, transposed, whole_units)
         return self
 
     def become(
@@ -72,26 +87,30 @@ class QTensor(torch.Tensor):
         qdata: torch.Tensor,
         scale: torch.Tensor,
         scheme: Scheme,
+        global_scale: torch.Tensor | None = None,
         transposed: bool = False,
         whole_units: bool = True,
     ) -> None:
         """Set the parts of a quantized weight on a tensor that is already of the right logical shape and dtype."""
-        self.qdata, self.scale, self.scheme = qdata, scale, scheme
+        self.qdata, self.scale, self.scheme, self.global_scale = qdata, scale, scheme, global_scale
         self.transposed, self.whole_units = transposed, whole_units
+        self.cols = self.shape[-2 if transposed else -1]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight in high precision (`dtype`, by default the logical dtype): qdata × scale in fp32, rounded once."""
-        values = kernels.dequantize(self.qdata, self.scale, self.scheme.format, dtype or self.dtype)
+        fmt, dtype = self.scheme.format, dtype or self.dtype
+        values = kernels.dequantize(self.qdata, self.scale, fmt, dtype, global_scale=self.global_scale)
+        values = values[..., : self.cols]
         return values.mT if self.transposed else values
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes held: quantized values and scales."""
-        return self.qdata.nbytes + self.scale.nbytes
+        return sum(part.nbytes for part in self.parts())
 
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """The tensors it is made of: quantized values, then scales."""
-        return tuple(getattr(self, name) for name in self.__tensor_flatten__()[0])
+        """The tensors it is made of: quantized values, scales, and the global scale of formats with one."""
+        return (self.qdata, self.scale) if self.global_scale is None else (self.qdata, self.scale, self.global_scale)
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.detach().dequantize().numpy(force=force)
@@ -103,7 +122,7 @@ class QTensor(torch.Tensor):
         return f"QTensor({list(self.shape)}, {self.dtype}, scheme={self.scheme}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
-        other = self._with(self.qdata.clone(), self.scale.clone())
+        other = self._with(*(part.clone() for part in self.parts()))
         other.__dict__.update(
             {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in other.__dict__ and k[0] != "_"}
         )
@@ -114,21 +133,25 @@ class QTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         scheme, is_param = self.scheme, isinstance(self, torch.nn.Parameter)
-        parts = (self.qdata, self.scale, scheme.name, scheme.activation, self.dtype, self.transposed, is_param)
-        return _rebuild, parts
+        how = (scheme.name, scheme.activation, self.dtype, self.transposed, is_param)
+        return _rebuild, (self.qdata, self.scale, *how, self.global_scale, self.cols)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["qdata", "scale"], (self.scheme, self.dtype, self.transposed, self.whole_units)
+        context = (self.scheme, self.dtype, self.transposed, self.whole_units, self.cols)
+        return ["qdata", "scale", "global_scale"][: len(self.parts())], context
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> QTensor:
-        return QTensor(inner["qdata"], inner["scale"], *context)
+        scheme, dtype, transposed, whole_units, cols = context
+        qdata, scale, global_scale = inner["qdata"], inner["scale"], inner.get("global_scale")
+        return QTensor(qdata, scale, scheme, dtype, transposed, whole_units, global_scale, cols)
 
     def _stable_hash_for_caching(self) -> str:
-        """What torch.compile's cache needs to tell two kinds of QTensor apart."""
-        parts = (self.scheme, self.dtype, self.transposed, self.whole_units, tuple(self.shape))
+        """What torch.compile's cache on disk needs to tell two kinds of QTensor apart, and two versions of this code:
+        the cached program holds what the operations below did when it was made."""
+        parts = (self.scheme, self.dtype, self.transposed, self.whole_units, tuple(self.shape), _code_digest())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @classmethod
@@ -138,11 +161,15 @@ class QTensor(torch.Tensor):
             return handler(func, *args, **(kwargs or {}))
         return _on_dequantized(func, *args, **(kwargs or {}))
 
-    def _with(self, qdata: torch.Tensor, scale: torch.Tensor, **changes: Any) -> QTensor:
+    def _with(
+        self, qdata: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor | None = None, **changes: Any
+    ) -> QTensor:
         parts: dict[str, Any] = {
             "dtype": self.dtype,
             "transposed": self.transposed,
             "whole_units": self.whole_units,
+            "global_scale": global_scale,
+            "cols": self.cols,
         } | changes
         if torch.is_inference_mode_enabled() and not self.is_inference():
             # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
@@ -155,7 +182,8 @@ def quantize(weight: torch.Tensor, scheme: SchemeLike, *, on_nonfinite: str = "e
     """Quantize a whole weight `[N, K]` or `[E, N, K]` (bf16, fp16 or fp32, any strides, any device).
 
     This is the oracle: every session, whatever the loader did, ends with exactly these bytes. `on_nonfinite="keep"`
-    stores NaN as NaN and saturates infinities, neither of which enters a scale.
+    stores NaN as NaN (as 0 where the format has none: e2m1 and integers) and saturates infinities; neither enters a
+    scale.
 
     Raises WeightShapeError, WeightDtypeError, and NonFiniteWeightError with the index of the first bad element.
     """
@@ -167,7 +195,9 @@ def quantize(weight: torch.Tensor, scheme: SchemeLike, *, on_nonfinite: str = "e
     result = empty(weight.shape, scheme, weight.dtype, weight.device)
     try:
         audit = Audit(refuse_nonfinite=on_nonfinite == "error")
-        kernels.quantize_into(weight.detach(), result.qdata, result.scale, scheme.format, audit)
+        kernels.quantize_into(
+            weight.detach(), result.qdata, result.scale, scheme.format, audit, global_scale=result.global_scale
+        )
     except NonFinite as error:
         raise NonFiniteWeightError(nonfinite_message("weight", weight.shape, error)) from None
     return result
@@ -176,9 +206,12 @@ def quantize(weight: torch.Tensor, scheme: SchemeLike, *, on_nonfinite: str = "e
 def empty(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype, device: Any) -> QTensor:
     """A QTensor whose storage is allocated and not yet written."""
     shape = tuple(shape)
-    qdata = torch.empty(shape, dtype=scheme.format.dtype, device=device)
-    scale = torch.empty(scheme.format.scale_shape(shape), dtype=torch.float32, device=device)
-    return QTensor(qdata, scale, scheme, dtype)
+    fmt = scheme.format
+    qdata = torch.empty(fmt.qdata_shape(shape), dtype=fmt.dtype, device=device)
+    scale = torch.empty(fmt.scale_shape(shape), dtype=fmt.scale_dtype, device=device)
+    global_shape = fmt.global_scale_shape(shape)
+    global_scale = None if global_shape is None else torch.empty(global_shape, dtype=torch.float32, device=device)
+    return QTensor(qdata, scale, scheme, dtype, global_scale=global_scale, cols=shape[-1])
 
 
 def nonfinite_message(name: str, shape: Sequence[int], error: NonFinite) -> str:
@@ -200,9 +233,12 @@ def _rebuild(
     dtype: torch.dtype,
     transposed: bool,
     is_param: bool,
+    global_scale: torch.Tensor | None = None,
+    cols: int | None = None,
 ) -> QTensor:
     """What a pickled QTensor calls: made of tensors and strings alone, so that weights_only loading accepts it."""
-    result = QTensor(qdata, scale, Scheme(FORMATS[scheme], activation), dtype, transposed)
+    how = Scheme(FORMATS[scheme], activation), dtype, transposed
+    result = QTensor(qdata, scale, *how, global_scale=global_scale, cols=cols)
     if is_param:
         result._is_param = True  # type: ignore[attr-defined]
     return result
@@ -214,14 +250,21 @@ torch.serialization.add_safe_globals([_rebuild])
 # Aliases, copies and moves ------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _code_digest() -> str:
+    """A digest of the source that computes with QTensors: this file and the kernels."""
+    files = [Path(__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func: Any, w: QTensor) -> QTensor:
-    return w._with(func(w.qdata), func(w.scale))
+    return w._with(*map(func, w.parts()))
 
 
 @_implements(aten.clone.default)
 def _clone(func: Any, w: QTensor, *, memory_format: Any = None) -> QTensor:
-    return w._with(w.qdata.clone(), w.scale.clone(), whole_units=True)
+    return w._with(*(part.clone() for part in w.parts()), whole_units=True)
 
 
 @_implements(aten._to_copy.default)
@@ -231,14 +274,14 @@ def _to_copy(
     if dtype is not None and dtype not in SOURCE_DTYPES:
         return func(w.dequantize(), dtype=dtype, device=device)
     move = {"device": device, "non_blocking": non_blocking, "copy": True}
-    return w._with(w.qdata.to(**move), w.scale.to(**move), dtype=dtype or w.dtype, whole_units=True)
+    return w._with(*(part.to(**move) for part in w.parts()), dtype=dtype or w.dtype, whole_units=True)
 
 
 @_implements(aten.t.default, aten.transpose.int)
 def _transpose(func: Any, w: QTensor, d0: int = 0, d1: int = 1) -> Any:
     if {d0 % w.dim(), d1 % w.dim()} != {w.dim() - 2, w.dim() - 1}:
         return func(w.dequantize(), d0, d1)
-    return w._with(w.qdata, w.scale, transposed=not w.transposed)
+    return w._with(*w.parts(), transposed=not w.transposed)
 
 
 # Slices that take whole scale groups --------------------------------------------------------------------------------
@@ -247,7 +290,7 @@ def _transpose(func: Any, w: QTensor, d0: int = 0, d1: int = 1) -> Any:
 @_implements(aten.select.int)
 def _select(func: Any, w: QTensor, dim: int, index: int) -> Any:
     if w.dim() == 3 and dim % 3 == 0:
-        return w._with(w.qdata[index], w.scale[index])
+        return w._with(*(part[index] for part in w.parts()))
     return func(w.dequantize(), dim, index)
 
 
@@ -290,16 +333,23 @@ def _index_select(func: Any, w: QTensor, dim: int, index: torch.Tensor) -> Any:
 
 
 def _gather(w: QTensor, experts: torch.Tensor) -> QTensor:
-    """The matrices `experts` (indices or mask, 1-d) of a stack, as bytes: CPU has no indexing for float8."""
-    return w._with(w.qdata.view(torch.uint8)[experts].view(w.qdata.dtype), w.scale[experts], whole_units=True)
+    """The matrices `experts` (indices or mask, 1-d) of a stack."""
+    return w._with(*(_rows(part, experts) for part in w.parts()), whole_units=True)
+
+
+def _rows(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`t[index]`, as bytes where elements are bytes: CPU has no indexing for float8."""
+    return t[index] if t.dtype.itemsize > 1 else t.view(torch.uint8)[index].view(t.dtype)
 
 
 def _sliceable(w: QTensor, dim: int, part: slice) -> bool:
-    fmt = w.scheme.format
-    if (w.dim() == 3 and dim == 0) or fmt.granularity != "block":
+    """Do the slice's scales come as a slice, too? Steps and cuts inside a block do not."""
+    if w.dim() == 3 and dim == 0:
         return True
-    block = fmt.block[_stored_dim(w, dim) - w.dim() + 2]
-    return part.step == 1 and part.start % block == 0 and (part.stop % block == 0 or part.stop == w.shape[dim])
+    block = w.scheme.format.block[_stored_dim(w, dim) - w.dim() + 2]
+    return block == 1 or (
+        part.step == 1 and part.start % block == 0 and (part.stop % block == 0 or part.stop == w.shape[dim])
+    )
 
 
 def _stored_dim(w: QTensor, dim: int) -> int:
@@ -310,18 +360,22 @@ def _stored_dim(w: QTensor, dim: int) -> int:
 
 
 def _take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
-    fmt, dim = w.scheme.format, _stored_dim(w, dim)
-    qdata = w.qdata[(slice(None),) * dim + (part,)]
-    whole, scale = w.whole_units, w.scale
-    row_dim = w.dim() - 2
-    if dim < row_dim or (fmt.granularity == "channel" and dim == row_dim):
-        scale = scale[(slice(None),) * dim + (part,)]
-    elif fmt.granularity == "block":
-        block = fmt.block[dim - row_dim]
-        scale = scale[(slice(None),) * dim + (slice(part.start // block, ceil_div(part.stop, block)),)]
+    fmt, size = w.scheme.format, len(range(part.start, part.stop, part.step))
+    everything, dim = size == w.shape[dim], _stored_dim(w, dim)
+    before, row_dim = (slice(None),) * dim, w.dim() - 2
+    if dim < row_dim:
+        return w._with(*(tensor[(*before, part)] for tensor in w.parts()))
+    whole, scale, stored, cols = w.whole_units, w.scale, part, w.cols
+    block = fmt.block[dim - row_dim]
+    if fmt.granularity == "tensor" or (fmt.granularity == "channel" and dim > row_dim):
+        whole = whole and everything
     else:
-        whole = whole and qdata.shape == w.qdata.shape
-    return w._with(qdata, scale, whole_units=whole)
+        scale = scale[(*before, slice(part.start // block, ceil_div(part.stop, block), part.step))]
+        whole = whole and (everything or not fmt.needs_whole_matrix)
+    if dim > row_dim:
+        cols, stored = size, slice(part.start // fmt.per_byte, ceil_div(part.stop, fmt.per_byte), part.step)
+    rest = () if w.global_scale is None else (w.global_scale,)
+    return w._with(w.qdata[(*before, stored)], scale, *rest, whole_units=whole, cols=cols)
 
 
 # Products -----------------------------------------------------------------------------------------------------------
@@ -360,13 +414,10 @@ def _bmm(func: Any, x: Any, w: Any) -> torch.Tensor:
 def _embedding(func: Any, w: Any, indices: torch.Tensor, *args: Any) -> torch.Tensor:
     """Dequantizes the rows that are looked up, not the table."""
     fmt, rows = w.scheme.format, indices.reshape(-1)
-    scale = w.scale
-    if fmt.granularity == "channel":
-        scale = scale[rows]
-    elif fmt.granularity == "block":
-        scale = scale[rows // fmt.block[0]].repeat_interleave(fmt.block[1], 1)[:, : w.shape[1]]
-    values = w.qdata.view(torch.uint8)[rows].view(w.qdata.dtype).float() * scale
-    return values.to(w.dtype).reshape(*indices.shape, w.shape[1])
+    scale = w.scale if fmt.granularity == "tensor" else _rows(w.scale, rows // fmt.block[0])
+    row_format = replace(fmt, block=(1, fmt.block[1]))
+    values = traceable.dequantize(_rows(w.qdata, rows), scale, row_format, w.dtype, global_scale=w.global_scale)
+    return values[:, : w.cols].reshape(*indices.shape, w.cols)
 
 
 def _product(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -376,14 +427,14 @@ def _product(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Te
         if has_fp8_matmul(x, w):
             return scaled_mm(x, w, bias)
         x = kernels.round_trip_activation(x, fmt)
-    return kernels.linear(x, w.qdata, w.scale, fmt, bias)
+    return kernels.linear(x, w.qdata, w.scale, fmt, bias, w.global_scale)
 
 
 def has_fp8_matmul(x: torch.Tensor, w: QTensor) -> bool:
     """Can the device multiply these in fp8? sm_89 and newer, per-token × per-row scales, sizes in steps of 16."""
     return (
         x.is_cuda
-        and w.scheme.format.granularity != "block"
+        and w.scheme.format.granularity in ("tensor", "channel")
         and x.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(x.device) >= (8, 9)
         and all(n % 16 == 0 for n in w.qdata.shape)
@@ -410,8 +461,8 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
     if isinstance(src, QTensor):
         if src.scheme.format == dst.scheme.format and src.shape == dst.shape and src.transposed == dst.transposed:
             _require_whole_units(dst)
-            dst.qdata.copy_(src.qdata)
-            dst.scale.copy_(src.scale)
+            for mine, theirs in zip(dst.parts(), src.parts(), strict=True):
+                mine.copy_(theirs)
             return dst
         src = src.dequantize()
     _requantize(dst, src)
@@ -435,16 +486,17 @@ def _requantize(dst: QTensor, src: torch.Tensor) -> None:
     except RuntimeError:
         raise WeightShapeError(f"QTensor {list(dst.shape)}: a source of shape {list(src.shape)} does not fit") from None
     try:
-        kernels.quantize_into(src.mT if dst.transposed else src, dst.qdata, dst.scale, dst.scheme.format)
+        stored = src.mT if dst.transposed else src
+        kernels.quantize_into(stored, dst.qdata, dst.scale, dst.scheme.format, global_scale=dst.global_scale)
     except NonFinite as error:
-        raise NonFiniteWeightError(nonfinite_message("QTensor", dst.qdata.shape, error)) from None
+        raise NonFiniteWeightError(nonfinite_message("QTensor", stored.shape, error)) from None
 
 
 def _require_whole_units(dst: QTensor) -> None:
     if not dst.whole_units:
         raise QTensorError(
             f"QTensor slice {list(dst.shape)}: these elements share a {dst.scheme.name} scale with others, so they "
-            "cannot be written alone. Write whole rows (per_channel), bands of 128 rows (per_block) or all of it."
+            "cannot be written alone. Write whole rows, bands of 128 rows (per_block) or all of it (per_tensor, nvfp4)."
         )
 
 

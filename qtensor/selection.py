@@ -8,13 +8,14 @@ everything below that module.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from .scheme import Scheme, SchemeLike, Targets, as_scheme
+from .config import ConfigError, SchemeSpec, read_config, read_patterns
+from .scheme import Scheme, Targets
 
 # Output heads, embeddings, norms and expert routers: small, or known to cost accuracy.
 DEFAULT_IGNORE: tuple[str, ...] = (
@@ -42,21 +43,14 @@ Owner = tuple[str, nn.Module, str]
 
 
 class Selection:
-    """The rule of one session, from its `scheme`, `ignore` and `targets`."""
+    """The rule of one session, from what says which schemes (see config.py), `ignore` and `targets`."""
 
-    def __init__(self, scheme: SchemeLike, ignore: Sequence[str], targets: Targets | None) -> None:
+    def __init__(self, scheme: SchemeSpec, ignore: Sequence[str], targets: Targets | None) -> None:
         if isinstance(ignore, str) or isinstance(targets, str):
-            raise ValueError("ignore and targets are lists of patterns; put the single pattern in a list")
-        self.scheme = as_scheme(scheme)
-        self.ignore = tuple(ignore)
-        self.targets: dict[str, Scheme] | None = None
-        if isinstance(targets, Mapping):
-            self.targets = {pattern: as_scheme(s) for pattern, s in targets.items()}
-        elif targets is not None:
-            self.targets = dict.fromkeys(targets, self.scheme)
-        for pattern in (*self.ignore, *(self.targets or ())):
-            if pattern.startswith("re:"):
-                re.compile(pattern[3:])
+            raise ConfigError("ignore and targets are lists of patterns; put the single pattern in a list")
+        self.config = read_config(scheme, targets)
+        self.ignore = (*read_patterns("ignore", ignore), *self.config.ignore)
+        self.targets = self.config.targets
         self._unused = {*self.ignore, *(self.targets or ())} - set(DEFAULT_IGNORE)
 
     def candidate(self, module: nn.Module, name: str, param: torch.Tensor) -> bool:
@@ -94,12 +88,13 @@ class Selection:
         if ignored:
             return None
         if self.targets is None:
-            return self.scheme
-        for pattern, scheme in self.targets.items():
-            if matches(pattern, module_name, full):
-                self._unused.discard(pattern)
-                return scheme
-        return None
+            return self.config.linear if isinstance(module, nn.Linear) else self.config.moe
+        found = {pattern: scheme for pattern, scheme in self.targets.items() if matches(pattern, module_name, full)}
+        self._unused.difference_update(found)
+        if len(set(found.values())) > 1:
+            which = ", ".join(f"{pattern!r} ({scheme})" for pattern, scheme in found.items())
+            raise ConfigError(f"{full}: matches targets with different schemes: {which}. Let one pattern match it.")
+        return next(iter(found.values()), None)
 
 
 def matches(pattern: str, module_name: str, weight_name: str) -> bool:

@@ -33,7 +33,7 @@ logger = logging.getLogger("qtensor")
 OnMissing = Literal["error", "zero", "keep", "init"]
 OnNonfinite = Literal["error", "keep"]
 # Attributes that make a tensor lazy or quantized; all others belong to the user and follow the Parameter.
-_OWN = {"_armed", "_meta", "_live", "_is_param", "qdata", "scale", "scheme", "transposed", "whole_units"}
+_OWN = {"_armed", "_meta", "_live", "_is_param", *QTensor.__annotations__}
 
 
 class Session(LoadHost):

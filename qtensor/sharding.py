@@ -84,7 +84,7 @@ def sharing_group(
                 f"{name}: this rank's {shape[dim]} of dimension {dim} end inside a group of {block} with one "
                 f"{fmt.name} scale. Split at multiples of {block}, or choose another scheme for this weight."
             )
-        if fmt.granularity == "tensor" or (fmt.granularity == "channel" and axis == 1):
+        if fmt.needs_whole_matrix or (fmt.granularity == "channel" and axis == 1):
             found.append(group)
     if len(found) > 1:
         raise QTensorError(

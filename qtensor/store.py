@@ -270,24 +270,23 @@ class QuantStore:
         self._free_unused(e, start, stop)
 
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
-        qdata, scale = self._rows(self._matrix(e), start, stop)
+        qdata, scale, *rest = self._rows(self._matrix(e), start, stop)
         origin = (e * self._n + start) * self._k
-        self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin)
+        self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin, *rest)
 
     def _rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple[torch.Tensor, ...]:
         """Rows start:stop, whole units, of a matrix's quantized values and scales."""
         if stop - start == self._n:
             return matrix
-        qdata, scale = matrix
-        first = start // self._unit
-        return qdata.narrow(0, start, stop - start), scale.narrow(0, first, ceil_div(stop, self._unit) - first)
+        qdata, scale, *rest = matrix
+        return qdata.narrow(0, start, stop - start), scale[self.scheme.format.scale_rows(start, stop)], *rest
 
     def _matrix(self, e: int) -> tuple[torch.Tensor, ...]:
-        """Quantized values and scales of matrix e."""
+        """The parts of matrix e: quantized values, scales, and the global scale of formats with one."""
         found = self._matrices.get(e)
         if found is None:
-            qdata, scale = self.result.qdata, self.result.scale
-            found = self._matrices[e] = (qdata[e], scale[e]) if self._lead else (qdata, scale)
+            parts = self.result.parts()
+            found = self._matrices[e] = tuple(part[e] for part in parts) if self._lead else parts
         return found
 
     def _stage(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
@@ -360,11 +359,11 @@ class QuantStore:
         are a part of a matrix that has one scale, and bring another than the parts before them."""
         (e0, e1), (start, stop), cols = box if self._lead else ((0, 1), *box)
         aligned = start % self._unit == 0 and (stop % self._unit == 0 or stop == self._n)
-        if cols != (0, self._k) or not (aligned or self.scheme.format.granularity == "tensor"):
+        if cols != (0, self._k) or not (aligned or self.scheme.format.needs_whole_matrix):
             return False
         for e in range(e0, e1):
             given = tuple(part[e - e0] if values.dim() == 3 else part for part in values.parts())
-            target = self._rows(self._matrix(e), start, stop) if aligned else self._shared(e, start, stop, given[1])
+            target = self._rows(self._matrix(e), start, stop) if aligned else self._shared(e, start, stop, given[-1])
             if target is None:
                 return False
             if aligned:
@@ -380,13 +379,13 @@ class QuantStore:
 
     def _shared(self, e: int, start: int, stop: int, new_scale: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """Where rows of a matrix that has one scale are accepted; None if the rows before them had another."""
-        qdata, scale = self._matrix(e)
-        if e in self._accepted and not torch.equal(scale, new_scale.to(scale.device)):
+        matrix = self._matrix(e)
+        if e in self._accepted and not torch.equal(matrix[-1], new_scale.to(matrix[-1].device)):
             return None
         if e not in self._accepted:
             self._accepted.add(e)
             self._lose(e, 0, self._n)
-        return qdata[start:stop], scale
+        return self._rows(matrix, start, stop)
 
     # Staging
 
@@ -464,7 +463,7 @@ class QuantStore:
     @property
     def shared_units(self) -> int:
         """How many scales of this weight ranks have to agree on."""
-        return self._e if self.scheme.format.granularity == "tensor" else self._e * self._n
+        return self._e if self.scheme.format.needs_whole_matrix else self._e * self._n
 
     def amax(self) -> torch.Tensor:
         """The largest finite magnitude of each unit of a weight that was staged as a whole: fp32, on the CPU,
@@ -499,17 +498,18 @@ class QuantStore:
 
     def _quantize_carried(self, e: int, start: int, stop: int, values: torch.Tensor) -> None:
         fmt = self.scheme.format
-        qdata, scale = self._rows(self._matrix(e), start, stop)
-        wide = torch.empty(values.shape, dtype=qdata.dtype, device=self.device)
-        self._quantize_into(values, wide, scale, fmt, self.audit, 0)
-        qdata.view(torch.uint8).copy_(wide.view(torch.uint8)[: stop - start, : self._k])
+        wide = empty(values.shape, self.scheme, self.dtype, self.device)
+        qdata, scale, *rest = wide.parts()
+        self._quantize_into(values, qdata, scale, fmt, self.audit, 0, *rest)
+        for target, source in zip(self._rows(self._matrix(e), start, stop), wide.parts(), strict=True):
+            target.copy_(source[tuple(map(slice, target.shape))])
 
     def copy(self, coverage: Coverage) -> QuantStore:
         """An independent store in the same state, sharing nothing but the audit's settings."""
         audit = Audit(self.audit.refuse_nonfinite, self.audit.measure_sqnr)
         other = QuantStore(self.scheme, self.dtype, self.device, coverage, audit, self._on_staged, self.whole_weight)
-        other.result.qdata.copy_(self.result.qdata)
-        other.result.scale.copy_(self.result.scale)
+        for twin_part, part in zip(other.result.parts(), self.result.parts(), strict=True):
+            twin_part.copy_(part)
         other._state, other._clock = self._state.copy(), self._clock
         other._received, other._retained = self._received.copy(), dict(self._retained)
         other._accepted = set(self._accepted)
@@ -598,12 +598,11 @@ class QuantStore:
 
     def _dequantize_rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
         fmt = self.scheme.format
-        qdata, scale = matrix
-        if fmt.granularity == "tensor":
-            return kernels.dequantize(qdata[start:stop], scale, fmt, self.dtype)
-        first = start // self._unit * self._unit
-        scale = scale[first // self._unit : ceil_div(stop, self._unit)]
-        return kernels.dequantize(qdata[first:stop], scale, fmt, self.dtype)[start - first :]
+        qdata, scale, *rest = matrix
+        first = start // fmt.block[0] * fmt.block[0]
+        out = torch.empty((stop - first, self._k), dtype=self.dtype, device=self.device)
+        scale = scale[fmt.scale_rows(first, stop)]
+        return kernels.dequantize(qdata[first:stop], scale, fmt, self.dtype, out, *rest)[start - first :]
 
     def _box(self, e: int, rows: tuple[int, int], cols: tuple[int, int]) -> Box:
         return ((e, e + 1), rows, cols) if self._lead else (rows, cols)

@@ -90,7 +90,7 @@ def gathered(values: torch.Tensor, dim: int, world: int) -> torch.Tensor:
 def bytes_equal_the_unsharded(rank: int, world: int) -> None:
     """Random models: every scheme × rows, columns, experts; uneven shards; another order of writes on every rank."""
     rng = random.Random(world)
-    for round_ in range(6):
+    for round_ in range(len(SCHEMES)):
         scheme = SCHEMES[round_ % len(SCHEMES)]
         fulls: dict[str, torch.Tensor] = {}
         where: dict[str, tuple[int, tuple[int, int]]] = {}
@@ -98,9 +98,9 @@ def bytes_equal_the_unsharded(rank: int, world: int) -> None:
             shape = [rng.randint(world, 9) if rng.random() < 0.3 else 0, rng.randint(30, 700), rng.randint(30, 700)]
             shape = shape[1:] if not shape[0] else shape
             dim = rng.randrange(len(shape))
-            step = 1
-            if scheme is fp8_per_block and dim >= len(shape) - 2:
-                step, shape[dim] = 128, rng.randint(128 * world, 900)
+            step = scheme.format.block[dim - len(shape) + 2] if dim >= len(shape) - 2 else 1
+            if step > 1:
+                shape[dim] = rng.randint(step * world, 900)
             generator = torch.Generator().manual_seed(rng.randrange(2**20))
             fulls[f"w{i}"] = (torch.randn(shape, generator=generator) * rng.choice([1e-5, 1.0, 50.0])).bfloat16()
             where[f"w{i}"] = dim, split(shape[dim], world, step, rng)[rank]

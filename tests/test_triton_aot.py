@@ -24,7 +24,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_tensor
+from qtensor.kernels import FORMATS
+from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_group, per_tensor
 
 NVIDIA = [GPUTarget("cuda", capability, 32) for capability in (80, 89, 90, 100)]
 AMD = [GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")]
@@ -33,6 +34,8 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
 }
+GROUPED = [fmt for fmt in FORMATS.values() if fmt.granularity == "group"]
+SCALES = {torch.float32: "*fp32", torch.uint8: "*u8", torch.float8_e4m3fn: "*u8"}
 UNIT_STRIDES = {"x_k": 1, "q_k": 1, "s_k": 1, "o_k": 1}
 
 
@@ -45,7 +48,10 @@ class Case:
     threads: int
     constants: dict[str, Any]
     wide: str = "x"
+    loads: bool = True  # 16 bytes at a time, and so the stores
     stores: bool = True
+    scale: str = "*fp32"
+    encodes: str = "e4m3"  # what is e4m3: the elements, only the "scale", or nothing
 
 
 def whole_rows(cols: int) -> tuple[int, dict[str, Any]]:
@@ -65,8 +71,27 @@ def cases() -> Iterator[Case]:
         mark = "-sqnr" if measure else ""
         for cols in (256, 1408, 4096, per_channel.ONE_PASS_COLS):
             threads, tile = whole_rows(cols)
-            yield Case(f"per_channel-{cols}{mark}", per_channel.one_pass, threads, {**tile, **checks})
-        yield Case(f"per_channel-two_reads{mark}", per_channel.two_reads, 256, {"BLOCK": 8192, **checks})
+            yield Case(
+                f"per_channel-{cols}{mark}", per_channel.one_pass, threads, {**tile, **checks, "ELEMENT": "e4m3"}
+            )
+        two_reads = {"BLOCK": 8192, **checks}
+        yield Case(f"per_channel-two_reads{mark}", per_channel.two_reads, 256, {**two_reads, "ELEMENT": "e4m3"})
+        threads, tile = whole_rows(4096)
+        int8 = {**checks, "ELEMENT": "int8"}
+        yield Case(f"int8_per_channel{mark}", per_channel.one_pass, threads, {**tile, **int8}, encodes="")
+        yield Case(f"int8_per_channel-two_reads{mark}", per_channel.two_reads, 256, {**two_reads, **int8}, encodes="")
+        for fmt in GROUPED:
+            # nvfp4's scales are e4m3, its elements are not.
+            kind = {"mxfp8": "e4m3", "nvfp4": "scale"}.get(fmt.name, "")
+            yield Case(
+                f"{fmt.name}{mark}",
+                per_group.quantize_kernel,
+                128,
+                {**per_group.constants(fmt), **checks},
+                stores=fmt.name != "nvfp4",  # A group is 8 bytes there.
+                scale=SCALES[fmt.scale_dtype],
+                encodes=kind,
+            )
         yield Case(f"per_block{mark}", per_block.per_block, 256, {**block, **checks})
         threads, tile = along_rows(4096)
         yield Case(f"per_tensor-cast{mark}", per_tensor.cast_kernel, threads, {**tile, **checks})
@@ -77,8 +102,24 @@ def cases() -> Iterator[Case]:
         yield Case(f"activation-{group}", activation.one_pass, threads, {**tile, "FUSED": True})
     yield Case("activation-two_reads", activation.two_reads, 256, {"BLOCK": 8192, "FUSED": True})
     threads, tile = along_rows(4096)
-    yield Case("dequantize-per_row", dequant.per_row, threads, tile, wide="out")
+    for element in ("e4m3", "int8"):
+        kind = "e4m3" if element == "e4m3" else ""
+        tile["ELEMENT"] = element
+        yield Case(f"dequantize-{element}-per_row", dequant.per_row, threads, dict(tile), wide="out", encodes=kind)
     yield Case("dequantize-per_block", dequant.per_block, 256, block, wide="out")
+    for fmt in GROUPED:
+        kind = {"mxfp8": "e4m3", "nvfp4": "scale"}.get(fmt.name, "")
+        constants, scale = per_group.constants(fmt), SCALES[fmt.scale_dtype]
+        yield Case(
+            f"dequantize-{fmt.name}",
+            per_group.dequantize_kernel,
+            128,
+            constants,
+            wide="out",
+            scale=scale,
+            loads=fmt.name != "nvfp4",
+            encodes=kind,
+        )
 
 
 CASES = list(cases())
@@ -86,7 +127,16 @@ CASES = list(cases())
 
 def compile_for(case: Case, target: GPUTarget, dtype: torch.dtype = torch.bfloat16, aligned: bool = True) -> Any:
     """The compiled kernel; `aligned`: pointers, sizes and strides are multiples of 16 and the last strides are 1."""
-    kinds = {"q": "*u8", "s": "*fp32", "found": "*i64", "sums": "*fp64", "amax": "*i32", case.wide: POINTERS[dtype]}
+    kinds = {
+        "q": "*u8",
+        "s": case.scale,
+        "gain": "*fp32",
+        "g": "*fp32",
+        "found": "*i64",
+        "sums": "*fp64",
+        "amax": "*i32",
+        case.wide: POINTERS[dtype],
+    }
     if case.kernel is per_tensor.cast_kernel:
         kinds["amax"] = "*fp32"
     constants = {**case.constants, "CAST": launch.cast(target.backend, target.arch)}
@@ -129,16 +179,17 @@ def wide_accesses(assembly: str, access: str) -> int:
 def test_nvidia(case: Case, target: GPUTarget) -> None:
     compiled = compile_for(case, target)
     ptx = compiled.asm["ptx"]
-    assert wide_accesses(ptx, "load"), "no 16-byte load"
+    if case.loads:
+        assert wide_accesses(ptx, "load"), "no 16-byte load"
     if case.stores:
         assert wide_accesses(ptx, "store"), "no 16-byte store"
     assert local_bytes(compiled) == 0
     assert ".ftz" not in ptx, "subnormal numbers would be lost"
     to_fp8, from_fp8 = "cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.f16x2.e4m3x2"
-    encodes = case.kernel not in (per_tensor.amax_kernel, dequant.per_row, dequant.per_block)
-    assert (to_fp8 in ptx) == (encodes and target.arch >= 89)
+    encodes = case.wide == "x" and case.encodes and case.kernel is not per_tensor.amax_kernel
+    assert (to_fp8 in ptx) == bool(encodes and target.arch >= 89)
     if case.wide == "out":
-        assert (from_fp8 in ptx) == (target.arch >= 89)
+        assert (from_fp8 in ptx) == bool(case.encodes and target.arch >= 89)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -146,15 +197,16 @@ def test_nvidia(case: Case, target: GPUTarget) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_amd(case: Case, target: GPUTarget) -> None:
     assembly = compile_for(case, target).asm["amdgcn"]
-    assert wide_accesses(assembly, "load"), "no 16-byte load"
+    if case.loads:
+        assert wide_accesses(assembly, "load"), "no 16-byte load"
     if case.stores:
         assert wide_accesses(assembly, "store"), "no 16-byte store"
     spills = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly)
     assert spills
     assert set(spills) == {"0"}
-    encodes = case.kernel not in (per_tensor.amax_kernel, dequant.per_row, dequant.per_block)
+    encodes = case.wide == "x" and case.encodes and case.kernel is not per_tensor.amax_kernel
     # gfx942's instructions of the same name convert to fnuz: it must use none of them.
-    assert bool(re.search(r"v_cvt_\w*pk_fp8_f32", assembly)) == (encodes and target.arch == "gfx950")
+    assert bool(re.search(r"v_cvt_\w*pk_fp8_f32", assembly)) == bool(encodes and target.arch == "gfx950")
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

@@ -91,20 +91,29 @@ sources = st.builds(
 
 def destination(shape: tuple[int, ...], fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """qdata and scale as row ranges of larger tensors, and the larger qdata."""
-    *lead, rows, cols = shape
-    big = torch.full((*lead, rows + 3, cols), 0x55, dtype=torch.uint8)
-    scale = torch.full(fmt.scale_shape(shape), -1.0)
-    if fmt.granularity == "channel":
-        scale = torch.full((*lead, rows + 3, 1), -1.0)[..., 1 : 1 + rows, :]
+    *lead, rows, _ = shape
+    big = torch.full((*lead, rows + 3, fmt.qdata_shape(shape)[-1]), 0x55, dtype=torch.uint8)
+    scale = torch.full(fmt.scale_shape(shape), 9.0).to(fmt.scale_dtype)
+    if fmt.granularity in ("channel", "group"):
+        scale = torch.full((*lead, rows + 3, scale.shape[-1]), 9.0).to(fmt.scale_dtype)[..., 1 : 1 + rows, :]
     return big[..., 1 : 1 + rows, :].view(fmt.dtype), scale, big
+
+
+def global_scale(shape: tuple[int, ...], fmt: WeightFormat) -> torch.Tensor | None:
+    size = fmt.global_scale_shape(shape)
+    return None if size is None else torch.full(size, 9.0)
 
 
 def canonical(codes: torch.Tensor) -> torch.Tensor:
     raw = codes.view(torch.uint8)
+    if codes.dtype != torch.float8_e4m3fn:
+        return raw
     return torch.where(raw & 0x7F == 0x7F, 0x7F, raw)
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    if actual.dtype == torch.float8_e4m3fn:
+        actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -112,9 +121,12 @@ def check(source: torch.Tensor, fmt: WeightFormat, refuse: bool = True) -> None:
     expected, expected_scale, _ = destination(source.shape, fmt)
     actual, scale, around = destination(source.shape, fmt)
     old, new = Audit(refuse, measure_sqnr=True), Audit(refuse, measure_sqnr=True)
-    reference.quantize_into(source, expected, expected_scale, fmt, old)
-    kernels.quantize_into(source, actual, scale, fmt, new)
+    wanted, found = (global_scale(source.shape, fmt) for _ in range(2))
+    reference.quantize_into(source, expected, expected_scale, fmt, old, 0, wanted)
+    kernels.quantize_into(source, actual, scale, fmt, new, 0, found)
     new.verify()
+    if wanted is not None:
+        assert_equal(found, wanted)
     assert_equal(canonical(actual), canonical(expected))
     assert_equal(scale, expected_scale)
     assert (around[..., 0, :] == 0x55).all(), "wrote before its rows"
@@ -144,7 +156,8 @@ def test_non_finite(fmt: WeightFormat, source: torch.Tensor, data: st.DataObject
 
     qdata, scale, _ = destination(source.shape, fmt)
     audit = Audit()
-    kernels.quantize_into(source, qdata, scale, fmt, audit, origin=1000)
+    second = global_scale(source.shape, fmt)
+    kernels.quantize_into(source, qdata, scale, fmt, audit, 1000, second)
     first = int((~torch.isfinite(source.reshape(-1))).nonzero()[0])
     with pytest.raises(NonFinite) as refused:
         audit.verify()
@@ -152,7 +165,7 @@ def test_non_finite(fmt: WeightFormat, source: torch.Tensor, data: st.DataObject
     assert str(refused.value.value) == str(float(source.reshape(-1)[first])).replace("-nan", "nan")
     audit.verify()  # reported once
     with pytest.raises(NonFinite):
-        kernels.quantize_into(source, qdata, scale, fmt)
+        kernels.quantize_into(source, qdata, scale, fmt, global_scale=second)
 
 
 @formats
@@ -195,15 +208,17 @@ def test_amax_accumulates_write_by_write() -> None:
 def test_offsets_beyond_32_bits(fmt: WeightFormat) -> None:
     far = 2**31 + 64  # Never touched but for two matrices, so it costs address space alone.
     x = torch.empty(far + 1000, dtype=torch.bfloat16).as_strided((2, 3, 40), (far, 40, 1))
-    q = torch.empty(far + 1000, dtype=torch.uint8).as_strided((2, 3, 40), (far, 40, 1)).view(fmt.dtype)
+    stored = fmt.qdata_shape((2, 3, 40))
+    q = torch.empty(far + 1000, dtype=torch.uint8).as_strided(stored, (far, 40, 1)).view(fmt.dtype)
     x.copy_(make_values("normal", (2, 3, 40), torch.bfloat16, 1))
     expected, expected_scale, _ = destination((2, 3, 40), fmt)
-    scale = torch.empty(fmt.scale_shape((2, 3, 40)))
-    reference.quantize_into(x, expected, expected_scale, fmt)
-    kernels.quantize_into(x, q, scale, fmt)
+    scale, second = torch.empty(fmt.scale_shape((2, 3, 40)), dtype=fmt.scale_dtype), global_scale((2, 3, 40), fmt)
+    reference.quantize_into(x, expected, expected_scale, fmt, global_scale=second)
+    kernels.quantize_into(x, q, scale, fmt, global_scale=second)
     assert_equal(canonical(q.contiguous()), canonical(expected))
     assert_equal(scale, expected_scale)
-    assert_equal(kernels.dequantize(q, scale, fmt, torch.float32), reference.dequantize(q, scale, fmt, torch.float32))
+    restored = [k.dequantize(q, scale, fmt, torch.float32, None, second) for k in (kernels, reference)]
+    assert_equal(*restored)
 
 
 def check_activation(x: torch.Tensor, fmt: WeightFormat, one_pass_cols: int = 16384) -> None:
@@ -230,11 +245,16 @@ def test_activation(fmt: WeightFormat, source: torch.Tensor, poison: float | Non
 @given(shape=shapes, dtype=st.sampled_from(SOURCE_DTYPES), seed=st.integers(0, 1000), into=st.booleans())
 def test_dequantize(fmt: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype, seed: int, into: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    qdata = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).view(fmt.dtype)
+    qdata = torch.randint(0, 256, fmt.qdata_shape(shape), generator=generator, dtype=torch.uint8).view(fmt.dtype)
     scale = torch.rand(fmt.scale_shape(shape), generator=generator) * 10.0 ** (seed % 9 - 4)
+    if fmt.scale_dtype != torch.float32:
+        scale = torch.randint(0, 127, scale.shape, generator=generator, dtype=torch.uint8).view(fmt.scale_dtype)
+    second = global_scale(shape, fmt)
     out = torch.empty((*shape[:-1], shape[-1] + 3), dtype=dtype)[..., 1 : 1 + shape[-1]] if into else None
-    actual = kernels.dequantize(qdata, scale, fmt, dtype, out)
-    assert_equal(actual, reference.dequantize(qdata, scale, fmt, dtype))
+    if out is None and fmt.per_byte == 2:
+        out = torch.empty(shape, dtype=dtype)
+    actual = kernels.dequantize(qdata, scale, fmt, dtype, out, second)
+    assert_equal(actual, reference.dequantize(qdata, scale, fmt, dtype, torch.empty(shape, dtype=dtype), second))
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -11,10 +11,10 @@ import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from qtensor.scheme import SCHEMES, Scheme, fp8
+from qtensor.scheme import Scheme, fp8
 
 from . import compat
-from .options import Choice, OptionsError, parse
+from .options import SERVED, Choice, OptionsError, parse
 
 
 class QTensorConfig(QuantizationConfig):
@@ -162,7 +162,7 @@ def _for_scheme(scheme: Scheme) -> type[QTensorConfig]:
 
 
 NAMES: dict[str, type[QTensorConfig]] = {"qtensor": QTensorConfig}
-for _scheme in dict.fromkeys(SCHEMES.values()):
+for _scheme in SERVED:
     NAMES[f"qtensor_{_scheme.name}"] = _for_scheme(_scheme)
 
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from qtensor.errors import QTensorError
-from qtensor.scheme import SCHEMES, Scheme
+from qtensor.config import TARGETS_ALONE, ConfigError, read_patterns, read_scheme, read_targets
+from qtensor.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.selection import DEFAULT_IGNORE, matches
 
+OptionsError = ConfigError
+"""An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
+
 PREFIX = "QTENSOR_VLLM_"
+SERVED = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+"""The schemes whose layers the plugin can compute."""
 _NOT_OPTIONS = {"quant_method"}
-
-
-class OptionsError(QTensorError, ValueError):
-    """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,13 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
     for key, value in merged.items():
         values[key] = _READERS[key](key, value)
     if values.get("targets") and ("linear" in merged or "moe" in merged):
-        raise OptionsError(
-            "qtensor: `targets` names every layer to quantize, so `linear` and `moe` cannot be given with it"
-        )
-    return Options(**values)
+        raise OptionsError(TARGETS_ALONE)
+    options = Options(**values)
+    for chosen in (options.linear, options.moe, *options.targets.values()):
+        if chosen is not None and chosen not in SERVED:
+            served = ", ".join(s.name for s in SERVED)
+            raise OptionsError(f"qtensor: the vLLM plugin serves {served}, not {chosen.name}")
+    return options
 
 
 def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, Any]:
@@ -83,47 +86,6 @@ def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[s
             raise OptionsError(f"qtensor: unknown variable {variable}; the variables are {names}")
         found[key] = json.loads(text) if text[:1] in "[{" and text else text
     return found
-
-
-def _scheme(key: str, value: Any) -> Scheme | None:
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-        return None
-    if isinstance(value, Mapping) and set(value) == {"weight"}:
-        value = value["weight"]  # vLLM's QuantSpec spelling
-    if not isinstance(value, str) or value not in SCHEMES:
-        raise OptionsError(f"qtensor: {key}={value!r} is no scheme; use one of {', '.join(sorted(SCHEMES))}, or none")
-    return SCHEMES[value]
-
-
-def _patterns(key: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
-        raise OptionsError(f"qtensor: {key} is a list of patterns, not {value!r}")
-    _check_regexes(key, value)
-    return tuple(value)
-
-
-def _targets(key: str, value: Any) -> dict[str, Scheme]:
-    if not isinstance(value, Mapping) or not all(isinstance(p, str) for p in value):
-        raise OptionsError(f"qtensor: {key} maps patterns to schemes, not {value!r}")
-    _check_regexes(key, value)
-    schemes = {pattern: _scheme(f"{key}[{pattern!r}]", name) for pattern, name in value.items()}
-    empty = [pattern for pattern, scheme in schemes.items() if scheme is None]
-    if empty:
-        raise OptionsError(
-            f"qtensor: {key}[{empty[0]!r}] names no scheme; put the pattern in `ignore` to leave layers alone"
-        )
-    return {pattern: scheme for pattern, scheme in schemes.items() if scheme is not None}
-
-
-def _check_regexes(key: str, patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise OptionsError(f"qtensor: {key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _flag(key: str, value: Any) -> bool:
@@ -150,10 +112,10 @@ def _text(key: str, value: Any) -> str:
 
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {
-    "linear": _scheme,
-    "moe": _scheme,
-    "ignore": _patterns,
-    "targets": _targets,
+    "linear": read_scheme,
+    "moe": read_scheme,
+    "ignore": read_patterns,
+    "targets": read_targets,
     "lm_head": _flag,
     "activation": _one_of("auto", "dynamic", "none"),
     "on_nonfinite": _one_of("error", "keep"),

@@ -1,4 +1,4 @@
-"""Codes back to floats: value = e4m3fn code times its scale in fp32, rounded once to the output dtype.
+"""Codes back to floats: value = code times its scale in fp32, rounded once to the output dtype.
 
 Roofline: per element 1 byte read + 2 written (bf16) = 3, and the scales, which are few.
 """
@@ -10,14 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ..formats import WeightFormat
 from . import launch
-from .encode import decode, narrow
+from .encode import decode, decode_element, narrow
 
 
 @triton.jit(do_not_specialize=["rows"])
 def per_row(
     q, s, out, rows, cols, q_e, q_n, q_k, s_e, s_n, o_e, o_n, o_k,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ELEMENT: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): ROWS rows of matrix e, BLOCK columns at a time. A per-tensor scale has s_n = 0."""
     expert = tl.program_id(1).to(tl.int64)
@@ -26,7 +27,8 @@ def per_row(
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         inside = (row < rows) & (col < cols)
-        value = decode(tl.load(q + expert * q_e + row * q_n + col * q_k, mask=inside, other=0), CAST) * scale
+        code = tl.load(q + expert * q_e + row * q_n + col * q_k, mask=inside, other=0)
+        value = decode_element(code, ELEMENT, CAST) * scale
         value = narrow(value, out.dtype.element_ty, CAST)
         tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
@@ -50,27 +52,25 @@ def per_block(
     tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
 
-def dequantize(
-    qdata: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, granularity: str, block: tuple[int, int]
-) -> None:
-    """qdata `[..., N, K]` and its fp32 `scale` → `out` `[..., N, K]`, bf16, fp16 or fp32."""
+def dequantize(qdata: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, fmt: WeightFormat) -> None:
+    """qdata `[..., N, K]` and its fp32 `scale` → `out` `[..., N, K]`, bf16, fp16 or fp32; not for groups."""
     experts, rows, cols = launch.geometry(qdata)
     codes, cast = launch.codes(qdata), launch.target(qdata.device)["CAST"]
     q_strides, out_strides = launch.strides(qdata), launch.strides(out)
     with launch.on(qdata.device):
-        if granularity == "block":
-            down, across = block
+        if fmt.granularity == "block":
+            down, across = fmt.block
             per_block[(triton.cdiv(rows, down) * triton.cdiv(cols, across), experts)](
                 codes, scale, out, rows, cols, *q_strides, *launch.strides(scale), *out_strides,
                 DOWN=down, ACROSS=across, CAST=cast, num_warps=launch.warps(256),
             )  # fmt: skip
             return
-        if granularity == "tensor":
+        if fmt.granularity == "tensor":
             scale_strides = (scale.stride(0) if scale.dim() == 2 else 0, 0)
         else:
             scale_strides = launch.strides(scale)[:2]
         tile_rows, tile_cols, threads = launch.loop_tile(cols)
         per_row[(triton.cdiv(rows, tile_rows), experts)](
             codes, scale, out, rows, cols, *q_strides, *scale_strides, *out_strides,
-            ROWS=tile_rows, BLOCK=tile_cols, CAST=cast, num_warps=launch.warps(threads),
+            ROWS=tile_rows, BLOCK=tile_cols, ELEMENT=fmt.element, CAST=cast, num_warps=launch.warps(threads),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Numbers in and out of fp32 inside a kernel: e4m3fn codes, bf16, and an exact division.
+"""Numbers in and out of fp32 inside a kernel: codes of e4m3fn, e2m1, int8 and int4, e8m0 scales, bf16, exact division.
 
 `CAST`, a constexpr, says how fp32 becomes e4m3fn on the target:
 
@@ -115,3 +115,64 @@ def reciprocal_or_zero(scale):
     """1 / scale; 0 where that is not finite."""
     inverse = tl.math.div_rn(1.0, scale)
     return tl.where(inverse < float("inf"), inverse, 0.0)
+
+
+@triton.jit
+def divide_or_zero(x, y):
+    """x / y rounded to nearest even; 0 where y is 0."""
+    return tl.where(y == 0.0, 0.0, tl.math.div_rn(x, y))
+
+
+@triton.jit
+def encode_int(x, LIMIT: tl.constexpr):
+    """fp32 → signed integer in the bits of uint8: clamp to ±LIMIT, round half to even; NaN gives 0."""
+    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -LIMIT), LIMIT)
+    rounded = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: one unit in the last place is 1.
+    return rounded.to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def encode_e2m1(x):
+    """fp32 → e2m1 code as uint8, in the manner of `encode`'s integer path; NaN gives 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x40C00000)  # 6
+    # Below 1 the codes count steps of 0.5, which is the last place of an fp32 near 2^22.
+    shifted = magnitude.to(tl.float32, bitcast=True) + 4194304.0
+    subnormal = shifted.to(tl.int32, bitcast=True) - 0x4A800000
+    normal = (magnitude + (0x1FFFFF - (126 << 23)) + ((magnitude >> 22) & 1)) >> 22
+    code = tl.where(magnitude < 0x3F800000, subnormal, normal) | ((bits >> 28) & 8)
+    return tl.where(x == x, code, 0).to(tl.uint8)
+
+
+@triton.jit
+def encode_element(x, ELEMENT: tl.constexpr, CAST: tl.constexpr):
+    """fp32, in units of the scale → code as uint8; a 4-bit one in the low bits."""
+    if ELEMENT == "e2m1":
+        return encode_e2m1(x)
+    if ELEMENT == "int4":
+        return encode_int(x, 7.0) & 0xF
+    if ELEMENT == "int8":
+        return encode_int(x, 127.0)
+    return encode(x, CAST)
+
+
+@triton.jit
+def decode_element(code, ELEMENT: tl.constexpr, CAST: tl.constexpr):
+    """Code as uint8 → fp32."""
+    if ELEMENT == "e2m1":
+        wide = code.to(tl.int32)
+        # Sign, exponent and mantissa in place, short of 2^126 for the exponent's bias.
+        bits = ((wide & 7) << 22) | ((wide & 8) << 28)
+        return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+    if ELEMENT == "int4":
+        wide = code.to(tl.int32)
+        return tl.where(wide > 7, wide - 16, wide).to(tl.float32)
+    if ELEMENT == "int8":
+        return code.to(tl.int8, bitcast=True).to(tl.float32)
+    return decode(code, CAST)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """Biased exponent (int32, 0 to 254) → fp32 power of two; 0 gives 2^-127."""
+    return tl.where(exponent == 0, 0x400000, exponent << 23).to(tl.float32, bitcast=True)

@@ -20,11 +20,12 @@ _SLOTS = tl.constexpr(SLOTS)
 
 
 @triton.jit
-def finite_amax(tile, x, x_k, start, stop, row_start, row_inside, found, CHECK: tl.constexpr):
+def finite_amax(tile, x, x_k, start, stop, row_start, row_stop, found, CHECK: tl.constexpr):
     """Largest finite magnitude in each row of an fp32 tile `[R, C]` → (fp32 `[R, 1]`, whether it has a non-finite one).
 
     `tile` holds columns start to stop of R rows, and 0 outside the matrix. `x` `[R, 1]` points at each row's column 0,
-    `row_start` `[R, 1]` is the flat index of that element. With CHECK the first non-finite element goes to `found`.
+    `row_start` `[R, 1]` is the flat index of that element, `row_stop` `[R, 1]` the row's own last column if that comes
+    before `stop`. With CHECK the first non-finite element goes to `found`.
     """
     if tile.dtype == tl.float32:
         largest = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
@@ -33,18 +34,18 @@ def finite_amax(tile, x, x_k, start, stop, row_start, row_inside, found, CHECK: 
         largest = widen(short.to(tl.int16).to(tile.dtype, bitcast=True)).to(tl.int32, bitcast=True)
     dirty = tl.max(largest) >= INF_BITS
     if dirty:
-        largest = _second_look(x, x_k, start, stop, row_start, row_inside, found, CHECK)
+        largest = _second_look(x, x_k, start, stop, row_start, row_stop, found, CHECK)
     return largest.to(tl.float32, bitcast=True), dirty
 
 
 @triton.jit
-def _second_look(x, x_k, start, stop, row_start, row_inside, found, CHECK: tl.constexpr):
+def _second_look(x, x_k, start, stop, row_start, row_stop, found, CHECK: tl.constexpr):
     ROWS: tl.constexpr = x.shape[0]
     STEP: tl.constexpr = 4 if ROWS >= 64 else 256 // ROWS
     largest = tl.zeros((ROWS, 1), tl.int32)
     for first in range(start, stop, STEP):
         col = first + tl.arange(0, STEP)[None, :].to(tl.int64)
-        value = widen(tl.load(x + col * x_k, mask=row_inside & (col < stop), other=0.0))
+        value = widen(tl.load(x + col * x_k, mask=(col < row_stop) & (col < stop), other=0.0))
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         finite = bits < INF_BITS
         largest = tl.maximum(largest, tl.max(tl.where(finite, bits, 0), axis=1, keep_dims=True))
@@ -66,6 +67,18 @@ def add_sums(sums, slot, scaled, code, scale, CAST: tl.constexpr):
     weight = weight * weight
     signal = tl.sum(scaled * scaled, axis=1, keep_dims=True).to(tl.float64) * weight
     noise = tl.sum(error * error, axis=1, keep_dims=True).to(tl.float64) * weight
+    _add_pair(sums, slot, signal, noise)
+
+
+@triton.jit
+def add_sums_of(sums, slot, value, restored):
+    """As `add_sums`, from the values themselves: for scales that may vanish and for errors that may be small."""
+    value, error = value.to(tl.float64), (value - restored).to(tl.float64)
+    _add_pair(sums, slot, value * value, error * error)
+
+
+@triton.jit
+def _add_pair(sums, slot, signal, noise):
     pair = sums + (slot % _SLOTS) * 2
     tl.atomic_add(pair, tl.sum(tl.sum(signal, axis=1)), sem="relaxed")
     tl.atomic_add(pair + 1, tl.sum(tl.sum(noise, axis=1)), sem="relaxed")

@@ -28,6 +28,11 @@ def codes(qdata: torch.Tensor) -> torch.Tensor:
     return qdata.view(torch.uint8)
 
 
+def scales(scale: torch.Tensor) -> torch.Tensor:
+    """As `codes` for scales that are one byte each."""
+    return scale if scale.dtype == torch.float32 else scale.view(torch.uint8)
+
+
 def row_tile(cols: int) -> tuple[int, int, int]:
     """(rows, columns, threads) of a tile of whole rows: 16 elements per thread, 32 where the rows are long."""
     block = max(16, triton.next_power_of_2(cols))

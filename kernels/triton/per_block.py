@@ -37,7 +37,7 @@ def per_block(
     first = origin + (expert * rows + row) * cols
     start = (strip * ACROSS).to(tl.int32)
     stop = tl.minimum(start + ACROSS, cols)
-    amax, _ = finite_amax(raw, x, x_k, start, stop, first, row < rows, found, CHECK)
+    amax, _ = finite_amax(raw, x, x_k, start, stop, first, tl.where(row < rows, cols, 0), found, CHECK)
     scale = tl.math.div_rn(tl.maximum(tl.max(amax), 1e-4), 448.0)
     tl.store(s + expert * s_e + band * s_n + strip * s_k, scale)
     scaled = widen(raw) * reciprocal_or_zero(scale)

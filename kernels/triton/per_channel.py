@@ -1,4 +1,5 @@
-"""One scale per row: scale = max(amax / 448, 1 / (448 * 512)), data = x / scale.
+"""One scale per row: scale = max(amax / 448, 1 / (448 * 512)), data = x / scale for fp8; for int8, scale = amax / 127,
+data = x / scale, both rounded to the source's dtype.
 
 Roofline: a row is read once and stays in registers, so per element 2 bytes read (bf16) + 1 written = 3, and 4 bytes of
 scale per row. Beyond ONE_PASS_COLS a multiprocessor could hold only one row at a time, and its loads would wait for its
@@ -13,16 +14,41 @@ import triton
 import triton.language as tl
 
 from ..audit import Audit
+from ..formats import Element
 from . import launch
-from .encode import bring_within, divide, encode, widen
-from .findings import add_sums, finite_amax
+from .encode import bring_within, decode_element, divide, divide_or_zero, encode, encode_int, narrow, widen
+from .findings import add_sums, add_sums_of, finite_amax
 
 ONE_PASS_COLS = 16384
 
 
 @triton.jit
-def channel_scale(amax):
+def channel_scale(amax, dtype: tl.constexpr, ELEMENT: tl.constexpr, CAST: tl.constexpr):
+    if ELEMENT == "int8":
+        return widen(narrow(tl.math.div_rn(amax, 127.0), dtype, CAST))
     return tl.maximum(tl.math.div_rn(amax, 448.0), 1.0 / (448.0 * 512.0))
+
+
+@triton.jit
+def scaled_codes(raw, dirty, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr):
+    """Source elements → (in units of their scale, as fp32; their codes, as uint8)."""
+    value = widen(raw)
+    if ELEMENT == "int8":
+        scaled = divide_or_zero(value, scale)
+        return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), 127.0)
+    if dirty:
+        value = bring_within(value, scale)
+    scaled = divide(value, scale, FUSED)
+    return scaled, encode(scaled, CAST)
+
+
+@triton.jit
+def add_all_sums(sums, raw, scaled, code, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr):
+    slot = tl.program_id(0) + tl.program_id(1)
+    if ELEMENT == "int8":
+        add_sums_of(sums, slot, widen(raw), decode_element(code, ELEMENT, CAST) * scale)
+    else:
+        add_sums(sums, slot, scaled, code, scale, CAST)
 
 
 @triton.jit(do_not_specialize=["rows", "origin"])
@@ -30,7 +56,7 @@ def one_pass(
     x, q, s, found, sums, rows, cols, origin,
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
-    CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    ELEMENT: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): ROWS rows of matrix e, each whole in BLOCK >= cols columns."""
     expert = tl.program_id(1).to(tl.int64)
@@ -40,17 +66,13 @@ def one_pass(
     x += expert * x_e + row * x_n
     raw = tl.load(x + col * x_k, mask=inside, other=0.0)
     first = origin + (expert * rows + row) * cols
-    amax, dirty = finite_amax(raw, x, x_k, 0, cols, first, row < rows, found, CHECK)
-    scale = channel_scale(amax)
-    value = widen(raw)
-    if dirty:
-        value = bring_within(value, scale)
+    amax, dirty = finite_amax(raw, x, x_k, 0, cols, first, tl.where(row < rows, cols, 0), found, CHECK)
+    scale = channel_scale(amax, raw.dtype, ELEMENT, CAST)
     tl.store(s + expert * s_e + row * s_n, scale, mask=row < rows)
-    scaled = divide(value, scale, FUSED)
-    code = encode(scaled, CAST)
+    scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED)
     tl.store(q + expert * q_e + row * q_n + col * q_k, code, mask=inside)
     if MEASURE:
-        add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
+        add_all_sums(sums, raw, scaled, code, scale, ELEMENT, CAST)
 
 
 @triton.jit(do_not_specialize=["rows", "origin"])
@@ -58,7 +80,7 @@ def two_reads(
     x, q, s, found, sums, rows, cols, origin,
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
     BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
-    CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    ELEMENT: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): row i of matrix e, BLOCK columns at a time, once for its amax and once to store it."""
     expert = tl.program_id(1).to(tl.int64)
@@ -72,21 +94,18 @@ def two_reads(
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         raw = tl.load(x + col * x_k, mask=col < cols, other=0.0)
         stop = tl.minimum(start + BLOCK, cols)
-        largest, dirt = finite_amax(raw, x, x_k, start, stop, first, row < rows, found, CHECK)
+        largest, dirt = finite_amax(raw, x, x_k, start, stop, first, tl.where(row < rows, cols, 0), found, CHECK)
         amax = tl.maximum(amax, largest)
         dirty = dirty | dirt
-    scale = channel_scale(amax)
+    scale = channel_scale(amax, x.dtype.element_ty, ELEMENT, CAST)
     tl.store(s + expert * s_e + row * s_n, scale)
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
-        value = widen(tl.load(x + col * x_k, mask=col < cols, other=0.0))
-        if dirty:
-            value = bring_within(value, scale)
-        scaled = divide(value, scale, FUSED)
-        code = encode(scaled, CAST)
+        raw = tl.load(x + col * x_k, mask=col < cols, other=0.0)
+        scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED)
         tl.store(q + col * q_k, code, mask=col < cols)
         if MEASURE:
-            add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
+            add_all_sums(sums, raw, scaled, code, scale, ELEMENT, CAST)
 
 
 def quantize(
@@ -95,6 +114,7 @@ def quantize(
     scale: torch.Tensor,
     audit: Audit,
     origin: int,
+    element: Element = "e4m3",
     one_pass_cols: int = ONE_PASS_COLS,
 ) -> None:
     """source `[..., N, K]` → qdata `[..., N, K]`, scale `[..., N, 1]`."""
@@ -103,7 +123,7 @@ def quantize(
     found, sums = launch.findings(audit, qdata)
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale)[:2])
     args = (source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides)
-    flags = {"CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
+    flags = {"ELEMENT": element, "CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
     with launch.on(qdata.device):
         if cols > one_pass_cols:
             two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=launch.warps(256), **flags)

@@ -36,7 +36,7 @@ def amax_kernel(
         inside = (row < rows) & (col < cols)
         raw = tl.load(x + col * x_k, mask=inside, other=0.0)
         stop = tl.minimum(start + BLOCK, cols)
-        amount, _ = finite_amax(raw, x, x_k, start, stop, first, row < rows, found, CHECK)
+        amount, _ = finite_amax(raw, x, x_k, start, stop, first, tl.where(row < rows, cols, 0), found, CHECK)
         largest = tl.maximum(largest, amount)
     bits = tl.max(largest.to(tl.int32, bitcast=True))
     # Most programs find nothing larger than what is there already, and need not queue for the word.

@@ -37,6 +37,7 @@ def test_names() -> None:
     [
         ({"lienar": "fp8"}, "lienar"),
         ({"linear": "fp9"}, "fp9"),
+        ({"moe": "mxfp4"}, "not mxfp4"),
         ({"targets": {"*": "none"}}, "names no scheme"),
         ({"targets": {"re:(": "fp8"}}, "not a regular expression"),
         ({"targets": {"*": "fp8"}, "linear": "fp8"}, "targets"),

@@ -1,0 +1,188 @@
+"""One scale per row and group of columns: mxfp8, mxfp4 (32 columns), nvfp4 (16), int4 (128). See ../formats.py.
+
+Two 4-bit codes leave in one byte, the first in the low nibble. nvfp4 needs the largest magnitude of each matrix first,
+which per_tensor's kernel finds; the others are one launch.
+
+Roofline: a group is read once and stays in registers, so per element 2 bytes read (bf16) + 1 or 1/2 written, and one
+scale (1 byte, 4 for int4) per group. nvfp4 reads twice.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..audit import Audit
+from ..formats import WeightFormat
+from . import launch, per_tensor
+from .encode import (
+    decode,
+    decode_element,
+    divide_or_zero,
+    encode,
+    encode_element,
+    narrow,
+    power_of_two,
+    reciprocal_or_zero,
+    widen,
+)
+from .findings import add_sums_of, finite_amax
+
+TILE = 4096  # Elements of a program.
+
+
+@triton.jit
+def pack(code):
+    """Nibbles `[T, G]` → bytes `[T, G/2]`."""
+    low, high = tl.split(tl.reshape(code, (code.shape[0], code.shape[1] // 2, 2)))
+    return low | (high << 4)
+
+
+@triton.jit
+def unpack(byte):
+    """Bytes `[T, G/2]` → nibbles `[T, G]`."""
+    return tl.reshape(tl.join(byte & 0xF, byte >> 4), (byte.shape[0], byte.shape[1] * 2))
+
+
+@triton.jit
+def mx_exponent(amax, ELEMENT: tl.constexpr):
+    """fp32 amax → biased exponent of its group's scale, as int32."""
+    if ELEMENT == "e2m1":
+        exponent = (amax.to(tl.int32, bitcast=True) + 0x200000) >> 23
+        return tl.where(exponent == 255, 254, tl.maximum(exponent - 2, 0))
+    bits = tl.math.div_rn(amax, 448.0).to(tl.int32, bitcast=True)
+    return tl.where(bits <= 0x400000, 0, (bits + 0x7FFFFF) >> 23)
+
+
+@triton.jit(do_not_specialize=["rows", "origin"])
+def quantize_kernel(
+    x, q, s, gain, found, sums, rows, cols, q_cols, origin,
+    x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n, s_k,
+    TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr,
+    CAST: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
+):  # fmt: skip
+    """Program (i, e): TILE_GROUPS groups, in row-major order, of matrix e. `gain`: fp32, one per matrix, for nvfp4."""
+    expert = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(cols, GROUP)
+    index = tl.program_id(0).to(tl.int64) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)[:, None]
+    row, strip = index // across, index % across
+    col = strip * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (row < rows) & (col < cols)
+    x += expert * x_e + row * x_n
+    raw = tl.load(x + col * x_k, mask=inside, other=0.0)
+    first = origin + (expert * rows + row) * cols + strip * GROUP
+    row_stop = tl.where(row < rows, cols - strip * GROUP, 0)
+    amax, _ = finite_amax(raw, x + strip * GROUP * x_k, x_k, 0, GROUP, first, row_stop, found, CHECK)
+    s += expert * s_e + row * s_n + strip * s_k
+    value = widen(raw)
+    if SCALE == "e8m0":
+        exponent = mx_exponent(amax, ELEMENT)
+        step = power_of_two(exponent)
+        tl.store(s, exponent.to(tl.uint8), mask=row < rows)
+        scaled = value * power_of_two(254 - exponent)
+    elif SCALE == "e4m3":
+        matrix_gain = tl.load(gain + expert)
+        code = encode(tl.minimum(matrix_gain * (amax * 0.16666666666666666), 448.0), CAST)
+        step = decode(code, CAST) * tl.math.div_rn(1.0, matrix_gain)
+        tl.store(s, code, mask=row < rows)
+        scaled = value * reciprocal_or_zero(step)
+    else:
+        step = tl.math.div_rn(amax, 7.0)
+        tl.store(s, step, mask=row < rows)
+        scaled = divide_or_zero(value, step)
+    code = encode_element(scaled, ELEMENT, CAST)
+    q += expert * q_e + row * q_n
+    if ELEMENT == "e4m3":
+        tl.store(q + col * q_k, code, mask=inside)
+    else:
+        byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        tl.store(q + byte * q_k, pack(code), mask=(row < rows) & (byte < q_cols))
+    if MEASURE:
+        restored = decode_element(code, ELEMENT, CAST) * step
+        add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, restored)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def dequantize_kernel(
+    q, s, g, out, rows, cols, q_cols, q_e, q_n, q_k, s_e, s_n, s_k, o_e, o_n, o_k,
+    TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """Program (i, e): TILE_GROUPS groups, in row-major order, of matrix e. `g`: global scales, for nvfp4."""
+    expert = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(cols, GROUP)
+    index = tl.program_id(0).to(tl.int64) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)[:, None]
+    row, strip = index // across, index % across
+    col = strip * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = (row < rows) & (col < cols)
+    scale = tl.load(s + expert * s_e + row * s_n + strip * s_k, mask=row < rows, other=0)
+    if SCALE == "e8m0":
+        step = power_of_two(scale.to(tl.int32))
+    elif SCALE == "e4m3":
+        step = decode(scale, CAST) * tl.load(g + expert)
+    else:
+        step = scale
+    q += expert * q_e + row * q_n
+    if ELEMENT == "e4m3":
+        code = tl.load(q + col * q_k, mask=inside, other=0)
+    else:
+        byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        code = unpack(tl.load(q + byte * q_k, mask=(row < rows) & (byte < q_cols), other=0))
+    value = narrow(decode_element(code, ELEMENT, CAST) * step, out.dtype.element_ty, CAST)
+    tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
+
+
+def constants(fmt: WeightFormat) -> dict[str, Any]:
+    """The constexprs that tell the kernels a format."""
+    scale = "e8m0" if fmt.has_e8m0_scale else "e4m3" if fmt.has_global_scale else "fp32"
+    group = fmt.block[1]
+    return {"TILE_GROUPS": TILE // group, "GROUP": group, "ELEMENT": fmt.element, "SCALE": scale}
+
+
+def _grid(fmt: WeightFormat, experts: int, rows: int, cols: int) -> tuple[int, int]:
+    return triton.cdiv(rows * triton.cdiv(cols, fmt.block[1]), TILE // fmt.block[1]), experts
+
+
+def quantize(
+    source: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    audit: Audit,
+    origin: int,
+    global_scale: torch.Tensor | None,
+) -> None:
+    """source `[..., N, K]` → qdata and scale of a format with groups, and global_scale `[..., 1]` where it has one."""
+    experts, rows, cols = launch.geometry(source)
+    gain = torch.ones(experts, dtype=torch.float32, device=source.device)
+    if global_scale is not None:
+        amax = torch.zeros_like(gain)
+        per_tensor.accumulate_amax(source, amax, audit, origin)
+        gain = fmt.gain_from_amax(amax)
+        global_scale.copy_((1.0 / gain).view(global_scale.shape))
+    found, sums = launch.findings(audit, qdata)
+    strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale))
+    with launch.on(qdata.device):
+        quantize_kernel[_grid(fmt, experts, rows, cols)](
+            source, launch.codes(qdata), launch.scales(scale), gain, found, sums, rows, cols, qdata.shape[-1],
+            origin, *strides,
+            **constants(fmt), CAST=launch.target(qdata.device)["CAST"], CHECK=audit.refuse_nonfinite,
+            MEASURE=audit.measure_sqnr, num_warps=launch.warps(128),
+        )  # fmt: skip
+
+
+def dequantize(
+    qdata: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None
+) -> None:
+    """qdata and scale of a format with groups → `out` `[..., N, K]`, bf16, fp16 or fp32."""
+    experts, rows, cols = launch.geometry(out)
+    strides = (*launch.strides(qdata), *launch.strides(scale), *launch.strides(out))
+    per_matrix = out.new_ones(1, dtype=torch.float32) if global_scale is None else global_scale.contiguous()
+    with launch.on(qdata.device):
+        dequantize_kernel[_grid(fmt, experts, rows, cols)](
+            launch.codes(qdata), launch.scales(scale), per_matrix, out, rows, cols, qdata.shape[-1], *strides,
+            **constants(fmt), CAST=launch.target(qdata.device)["CAST"], num_warps=launch.warps(128),
+        )  # fmt: skip
