@@ -178,7 +178,11 @@ def test_a_model_that_waits_for_its_loader_takes_a_checkpoint(sources, tmp_path)
 
 
 def test_schemes_may_differ_by_layer(sources, tmp_path):
-    targets = {"*.self_attn.*": fp8_per_channel, "*.up_proj": fp8_per_tensor.weight_only(), "*.mlp.*": fp8_per_block}
+    targets = {
+        "*.self_attn.*": fp8_per_channel,
+        "*.up_proj": fp8_per_tensor.weight_only(),
+        r"re:.*\.mlp\.(gate|down)_": fp8_per_block,
+    }
     model = load_online(sources["llama"], fp8, targets=targets)
     folder = save_checkpoint(model, tmp_path / "mixed")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
