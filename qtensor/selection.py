@@ -89,12 +89,9 @@ class Selection:
             return None
         if self.targets is None:
             return self.config.linear if isinstance(module, nn.Linear) else self.config.moe
-        found = {pattern: scheme for pattern, scheme in self.targets.items() if matches(pattern, module_name, full)}
+        found = [pattern for pattern in self.targets if matches(pattern, module_name, full)]
         self._unused.difference_update(found)
-        if len(set(found.values())) > 1:
-            which = ", ".join(f"{pattern!r} ({scheme})" for pattern, scheme in found.items())
-            raise ConfigError(f"{full}: matches targets with different schemes: {which}. Let one pattern match it.")
-        return next(iter(found.values()), None)
+        return self.targets[found[0]] if found else None
 
 
 def matches(pattern: str, module_name: str, weight_name: str) -> bool:

@@ -98,16 +98,6 @@ def test_bad_configs_are_refused_before_anything_is_armed(spec: object, options:
     assert_no_hooks()
 
 
-@pytest.mark.parametrize("form", ["construct", "model"])
-def test_patterns_with_different_schemes_clash_by_name(form: str) -> None:
-    spec = {"*.mlp.*": mxfp4, "re:.*up_proj": fp8}
-    given = model() if form == "model" else None
-    words = r"up_proj.weight: matches targets with different schemes: '\*\.mlp\.\*' \(mxfp4\), 're:\.\*up_proj'"
-    state = model().state_dict()
-    with pytest.raises(RuntimeError, match=words), online_quant(spec, given):
-        (given or model()).load_state_dict(state)
-    assert_no_hooks()
-
-
-def test_patterns_of_one_scheme_may_overlap() -> None:
-    assert schemes({"*.mlp.*": mxfp4, "re:.*up_proj": "mxfp4"}) == {"mlp.up_proj": mxfp4, "mlp.experts.w": mxfp4}
+def test_the_first_pattern_that_matches_decides() -> None:
+    assert schemes({"re:.*up_proj": "fp8", "*.mlp.*": mxfp4}) == {"mlp.up_proj": fp8, "mlp.experts.w": mxfp4}
+    assert schemes({"*.mlp.*": mxfp4, "re:.*up_proj": "fp8"}) == {"mlp.up_proj": mxfp4, "mlp.experts.w": mxfp4}
