@@ -93,7 +93,7 @@ class ReloadSession(Session):
         self._touched: set[ArmedWeight] = set()
         self._finished_layers: dict[tuple[str, nn.Module], None] = {}
         self._refuse_what_cannot_be_reloaded(model)
-        self._before = _Snapshot(model, atomic)
+        self._before = Snapshot(model, atomic)
         self._begin()
         try:
             self._arm(model)
@@ -286,7 +286,7 @@ class ReloadSession(Session):
         return report
 
 
-class _Snapshot:
+class Snapshot:
     """What a model was before a reload: its Parameters and buffers as objects, their addresses and attributes, and
     (with `values`) the bytes of those tensors that no store looks after."""
 

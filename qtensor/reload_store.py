@@ -7,6 +7,7 @@ live ones; `Undo` saves the live ones in host memory and lets the new ones be wr
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, Protocol
@@ -22,6 +23,7 @@ from .kernels.formats import ceil_div
 from .quantized import QTensor
 from .store import _QUANTIZED, PlainStore, QuantStore, View, cover, whole
 
+_MAPPED_BYTES = 1 << 20
 _LIVE = 8  # a unit whose values are the live ones: nothing new has been quantized
 ShadowKind = Literal["device", "host"]
 Parts = tuple[torch.Tensor, ...]
@@ -44,7 +46,7 @@ class Shadow:
 
     def __init__(self, live: Parts) -> None:
         self.live = live
-        self.target = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in live)
+        self.target = tuple(_room_for(t) for t in live)
         self.nbytes = sum(t.nbytes for t in self.target)
 
     def publish(self, new: Parts, live: Parts) -> None:
@@ -73,6 +75,15 @@ class Undo:
 
 
 SECOND_COPIES: dict[ShadowKind, Callable[[Parts], SecondCopy]] = {"device": Shadow, "host": Undo}
+
+
+def _room_for(tensor: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory for an equal tensor. On a host large ones are mappings of their own, which go back to the
+    system when they are freed; the C allocator would keep a second model's worth of memory between reloads."""
+    if not tensor.is_cpu or tensor.nbytes < _MAPPED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    own = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(own, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
