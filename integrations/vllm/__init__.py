@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-__all__ = ["register", "reports"]
+__all__ = ["checksums", "register", "reports"]
 
 
 def register() -> None:
@@ -41,4 +41,11 @@ def reports(llm: Any) -> list[dict[str, Any]]:
     if llm.llm_engine.vllm_config.model_config.quantization not in NAMES:
         return []
     found: list[dict[str, Any]] = llm.collective_rpc("qtensor_report")
+    return found
+
+
+def checksums(llm: Any) -> list[dict[str, str]]:
+    """`qtensor.weight_checksums` of every worker's model, one dictionary per worker. Quantized weights go by the names
+    of vLLM's layers (`...qkv_proj.weight`) and have the checksum that `quantize` of the fused weight has."""
+    found: list[dict[str, str]] = llm.collective_rpc("qtensor_checksums")
     return found

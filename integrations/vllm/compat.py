@@ -9,6 +9,9 @@ import functools
 import importlib
 import importlib.util
 import logging
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -141,10 +144,10 @@ def native_expert_method(granularity: str) -> type:
 def keep_plain_reload_record(
     layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict
 ) -> None:
-    """Let vLLM's reload re-create the weight as an ordinary Parameter.
+    """Have vLLM note the weight as an ordinary Parameter.
 
-    vLLM notes the class and attributes of every parameter when a model has been built, and makes that object again on
-    a reload. What it noted of a LazyWeight would be tied to a load that is over.
+    vLLM notes the class and attributes of every parameter when a model has been built, for its reload. What it noted of
+    a LazyWeight would keep a load alive that is over.
     """
     try:
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -187,3 +190,122 @@ def process_like_other_loaders(model: nn.Module, model_config: Any) -> None:
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     process_weights_after_loading(model, model_config, torch.get_default_device())
+
+
+def load_time_parameters(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that the layer had when it was built, as vLLM noted them: on the meta device, with the classes and
+    attributes (weight_loader, ...) that loaders look for. Processing after a load may have replaced or dropped them."""
+    try:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+        from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
+        from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+    except ImportError:
+        return {name: param for name, param in layer._parameters.items() if param is not None}
+    noted = get_layerwise_info(layer).restore_metadata[0]
+    found = {}
+    for name, tensor in noted.items():
+        twin = tensor.detach()
+        twin.__class__, twin.__dict__ = tensor.__class__, dict(tensor.__dict__)
+        found[name] = restore_layer_refs(twin, layer)
+    found |= {name: p for name, p in layer._parameters.items() if p is not None and name in SKIP_TENSORS - noted.keys()}
+    return found
+
+
+def processing_method(layer: nn.Module) -> Any:
+    """The quantization method that processes the layer's weights after a load; None if it has none."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    method = getattr(layer, "quant_method", None)
+    return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def process_again(layer: nn.Module) -> None:
+    """`process_weights_after_loading` of one layer, whole: a second time vLLM's method for experts leaves out the
+    repacking that its CPU kernel asks for."""
+    method: Any = layer.quant_method
+    method.process_weights_after_loading(layer)
+    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    if experts is not None and hasattr(experts, "process_weights_after_loading"):
+        experts.process_weights_after_loading(layer)
+
+
+def attention_layers(model: nn.Module) -> list[Any]:
+    """The layers that vLLM processes after all others, because they absorb weights of others."""
+    try:
+        from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    except ImportError:
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+        def is_deferred_attention_layer(layer: Any) -> bool:
+            return isinstance(layer, AttentionLayerBase) and hasattr(layer, "process_weights_after_loading")
+
+    return [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
+
+
+def wrap_layerwise_reload(initialize: Callable[[nn.Module], bool], finalize: Callable[[nn.Module], bool]) -> None:
+    """Ask `initialize(model)` and `finalize(model)` before vLLM's functions of these names run, wherever vLLM calls
+    them; where the answer is True, vLLM's do not run."""
+    layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
+    for name, ours in (("initialize_layerwise_reload", initialize), ("finalize_layerwise_reload", finalize)):
+        original = getattr(layerwise, name)
+        if hasattr(original, "_qtensor"):
+            continue
+        wrapped = _asking_first(original, ours)
+        # Modules that have imported the name hold vLLM's function; the package passes ours on to later ones.
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get(name) is original:
+                setattr(module, name, wrapped)
+
+
+def _asking_first(original: Any, ours: Callable[[nn.Module], bool]) -> Any:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else kwargs["model"]
+        return None if ours(model) else original(*args, **kwargs)
+
+    wrapped._qtensor = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def wrap_worker(method: str, around: Callable[[Any, Any], AbstractContextManager[None]]) -> None:
+    """Run a method of every worker within `around(worker, first argument)`. A version without it is left alone."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    inner = getattr(Worker, method, None)
+    if inner is None or hasattr(inner, "_qtensor"):
+        return
+
+    @functools.wraps(inner)
+    def wrapped(worker: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(worker, kwargs.get("weights_iterator", args[0] if args else None)):
+            return inner(worker, *args, **kwargs)
+
+    wrapped._qtensor = True  # type: ignore[attr-defined]
+    setattr(Worker, method, wrapped)
+
+
+def tell_all_ranks(problem: str | None) -> list[str]:
+    """What is wrong on any rank of this engine. All of them have to call it."""
+    group = _world()
+    if group is None:
+        return [problem] if problem else []
+    found: list[str | None] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, problem, group=group.cpu_group)
+    return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]
+
+
+def answers_last() -> bool:
+    """Whether this rank's answer to a call is the last that vLLM reads. It stops at the first error, and takes answers
+    that it has not read for those of the next call."""
+    group = _world()
+    return group is None or group.rank_in_group == group.world_size - 1
+
+
+def _world() -> Any:
+    """vLLM's group of all ranks of this engine, if there are several."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    from vllm.distributed import get_world_group
+
+    group = get_world_group()
+    return group if group.world_size > 1 else None

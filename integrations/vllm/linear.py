@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from qtensor.errors import QTensorError
 from qtensor.lazy import LazyWeight, LiveQTensor
-from qtensor.quantized import QTensor, quantize
+from qtensor.quantized import QTensor
 from qtensor.scheme import Scheme
 
 from .compute import linear_compute
@@ -66,15 +66,10 @@ class QTensorLinearMethod(LinearMethodBase):
         self.compute.publish(layer, weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Verify and publish. The weights were quantized while they were loaded, except on vLLM's reload, which hands
-        over a whole layer in high precision."""
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, (LazyWeight, LiveQTensor)):
+        """Verify and publish, for loaders that do not call `model.load_weights`. The weights are quantized already."""
+        if isinstance(getattr(layer, "weight", None), (LazyWeight, LiveQTensor)):
             assert self.load is not None
             self.load.finish()
-        elif isinstance(weight, torch.Tensor) and weight.dtype.itemsize > 1:
-            layer.weight = nn.Parameter(_quantize_reloaded(self, weight, f"{self.prefix}.weight"), requires_grad=False)
-            self.publish(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x `[..., K]` → `[..., N]`."""
@@ -83,10 +78,3 @@ class QTensorLinearMethod(LinearMethodBase):
     def dequantize_weight(self, layer: Any) -> torch.Tensor:
         """The weight in high precision `[N, K]`, for vLLM's code that absorbs or requantizes it."""
         return self.compute.dequantize(layer)
-
-
-def _quantize_reloaded(method: Any, weight: torch.Tensor, name: str) -> QTensor:
-    try:
-        return quantize(weight, method.scheme, on_nonfinite=method.config.choice.options.on_nonfinite)
-    except QTensorError as error:
-        raise type(error)(str(error).replace("weight", name, 1)) from None

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch import nn
 from qtensor.armed import ArmedWeight
 from qtensor.counter import CopyCounter
 from qtensor.coverage import Box
-from qtensor.errors import IncompleteLoadError, QTensorError, WeightShapeError
+from qtensor.errors import QTensorError, WeightShapeError
 from qtensor.host import LoadHost
 from qtensor.lazy import LazyWeight, LiveQTensor, close, parameter
 from qtensor.report import LoadReport
@@ -27,28 +27,17 @@ from qtensor.scheme import Scheme
 from qtensor.store import QuantStore
 
 from . import compat
-from .names import Names
+from .derived import aliases
+from .names import Names, refuse_incomplete
 from .options import Choice
+from .published import Published, Slot
 from .reports import announce, rank, resident_bytes, write
 from .truncated import describe_truncated
 
+if TYPE_CHECKING:
+    from .reload import Reload
+
 _ATTRIBUTE = "_qtensor_load"
-_SHOWN = 20
-
-
-@dataclass
-class Slot:
-    """Where an armed weight lives. publish: gives the layer the finished weight in the form its kernel wants."""
-
-    prefix: str
-    layer: nn.Module
-    name: str
-    publish: Callable[[nn.Module], None]
-    attributes: dict[str, Any]
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.prefix}.{self.name}"
 
 
 def load_of(choice: Choice) -> Load:
@@ -60,8 +49,11 @@ def load_of(choice: Choice) -> Load:
     root = _module_under_construction()
     load: Load | None = root.__dict__.get(_ATTRIBUTE)
     if load is None:
+        from . import takeover
+
         load = Load(root, choice)
         compat.add_worker_method("qtensor_report", worker_report)
+        takeover.take_over()
         compat.shield_llvmlite()
         object.__setattr__(root, _ATTRIBUTE, load)
     return load
@@ -103,6 +95,9 @@ class Load(LoadHost):
         self.refuse_nonfinite = choice.options.on_nonfinite == "error"
         self.names = Names()
         self.slots: dict[ArmedWeight, Slot] = {}
+        self.published: list[Published] = []
+        self.aliases: dict[tuple[int, str], torch.Tensor] = {}
+        self.reload: Reload | None = None
         self.report: LoadReport | None = None
         self.resident_peak = 0
         self.padding = False
@@ -112,6 +107,11 @@ class Load(LoadHost):
         # vLLM's dummy loader "loads" random initial values.
         self.on_missing = "init" if self._setting.load_format == "dummy" else "error"
         self._listen()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the model computes in."""
+        return self._setting.model_config.dtype if self._setting.model_config is not None else None
 
     # Arming
 
@@ -135,7 +135,7 @@ class Load(LoadHost):
         loader = attributes.get("weight_loader")
         param.__dict__.update(attributes)
         if loader is not None:
-            param.weight_loader = self._guarded(weight, loader)  # type: ignore[attr-defined]
+            param.weight_loader = self.guarded(weight, loader)  # type: ignore[attr-defined]
         layer.register_parameter(name, param)  # type: ignore[arg-type]
         return weight
 
@@ -147,7 +147,7 @@ class Load(LoadHost):
             self._weights.discard(weight)
             weight.discard()
 
-    def _guarded(self, weight: ArmedWeight, loader: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(self, weight: ArmedWeight, loader: Callable[..., Any]) -> Callable[..., Any]:
         """vLLM's weight loader, whose errors name the tensor of the checkpoint, the layer and the remedy."""
 
         @functools.wraps(loader)
@@ -209,11 +209,19 @@ class Load(LoadHost):
 
         @functools.wraps(inner)
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
-            if self.closed or self._context.active:
+            if self._context.active or (self.closed and self.report is None):
                 return inner(weights, *args, **kwargs)
+            if self.closed:
+                from .takeover import load_again
+
+                return load_again(self, inner, weights, args, kwargs)
             self.choice_is_settled()
-            with CopyCounter(self.root) as counter:
-                loaded = self._run(inner, weights, args, kwargs)
+            try:
+                with CopyCounter(self.root) as counter:
+                    loaded = self.run(inner, weights, args, kwargs)
+            except BaseException:
+                self._abort()
+                raise
             self._finish(self._plain_gaps(counter, set(loaded or ())))
             if self._setting.load_format == "tensorizer":
                 compat.process_like_other_loaders(self.root, self._setting.model_config)
@@ -221,9 +229,10 @@ class Load(LoadHost):
 
         object.__setattr__(self.root, "load_weights", load_weights)
 
-    def _run(
+    def run(
         self, inner: Callable[..., Any], weights: Iterable[tuple[str, torch.Tensor]], args: Any, kwargs: Any
     ) -> Any:
+        """The model's own `load_weights`, whose errors name the tensor that was being loaded."""
         context = self._context
         context.active = True
         try:
@@ -234,8 +243,7 @@ class Load(LoadHost):
             self._reraise(error)
         finally:
             context.active = False
-            if sys.exc_info()[1] is not None:
-                self._abort()
+            context.current = None
 
     def _reraise(self, error: Exception) -> NoReturn:
         context = self._context
@@ -298,13 +306,16 @@ class Load(LoadHost):
             self._abort()
             raise
         self.report = self._summary("finished")
+        self.aliases = aliases(self.root)
         slots, self.slots = self.slots, {}
         self._close("its model has been loaded")
         for weight, slot in slots.items():
             compat.keep_plain_reload_record(slot.layer, slot.name, weight.shape, weight.dtype, slot.attributes)
         for layer, publish in {id(s.layer): (s.layer, s.publish) for s in slots.values()}.values():
             publish(layer)
-        for weight in slots:
+        for weight, slot in slots.items():
+            if isinstance(weight.store, QuantStore):
+                self.published.append(Published.find(slot, weight, weight.store.result))
             for param in weight.params:
                 close(param)
         self._announce()
@@ -322,13 +333,7 @@ class Load(LoadHost):
             weight.verify()
         lines += gaps
         if lines:
-            shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
-            raise IncompleteLoadError(
-                "the checkpoint is incomplete, so the model was not loaded:\n  " + "\n  ".join(shown) + "\n"
-                "Check that all of its files are there and listed in its index, and that it was made for this "
-                "config.json; then load again.",
-                boxes,
-            )
+            refuse_incomplete("the checkpoint is incomplete, so the model was not loaded", lines, boxes)
 
     def _abort(self) -> None:
         self._close("its load failed")

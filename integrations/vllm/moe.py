@@ -9,7 +9,7 @@ kernels; on a GPU through vLLM's fused fp8 experts.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -23,7 +23,6 @@ from qtensor.scheme import Scheme
 
 from . import compat
 from .compute import _define, frozen, scale_name
-from .linear import _quantize_reloaded
 from .load import Load, load_of
 
 if TYPE_CHECKING:
@@ -98,15 +97,10 @@ class _Experts:
                 param.data[:, shard * step + true_rows : (shard + 1) * step].copy_(zero)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Verify and publish; on vLLM's reload, which hands over whole layers in high precision, quantize first."""
-        stacks = [getattr(layer, name, None) for name in _STACKS]
-        if any(isinstance(w, (LazyWeight, LiveQTensor)) for w in stacks):
+        """Verify and publish, for loaders that do not call `model.load_weights`."""
+        if any(isinstance(getattr(layer, name, None), (LazyWeight, LiveQTensor)) for name in _STACKS):
             assert self.load is not None
             self.load.finish()
-        elif all(isinstance(w, torch.Tensor) and w.dtype.itemsize > 1 for w in stacks):
-            for name, w in zip(_STACKS, stacks, strict=True):
-                setattr(layer, name, frozen(_quantize_reloaded(self, cast(torch.Tensor, w), f"{self.prefix}.{name}")))
-            self.publish(layer)
 
     def publish(self, layer: Any) -> None:
         """Give the layer both finished stacks in the kernel's format."""

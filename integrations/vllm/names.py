@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from qtensor.coverage import Box
+from qtensor.errors import IncompleteLoadError
 from qtensor.report import describe_boxes
 
 _QKV = ("q", "k", "v")
+_SHOWN = 20
+_ADVICE = (
+    "Check that all of its files are there and listed in its index, and that it was made for this config.json; then "
+    "load again."
+)
+
+
+def refuse_incomplete(what: str, lines: list[str], boxes: dict[str, list[Box]], advice: str = _ADVICE) -> NoReturn:
+    """Raise IncompleteLoadError with one line per tensor that is missing."""
+    shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
+    raise IncompleteLoadError(f"{what}:\n  " + "\n  ".join(shown) + f"\n{advice}", boxes)
 
 
 class Names:

@@ -35,6 +35,10 @@ class Options:
     activation: "auto" quantizes activations where the device multiplies in fp8 (GPUs) and keeps them elsewhere;
         "dynamic" and "none" force it.
     on_nonfinite: "error" refuses NaN and infinity; "keep" stores them.
+    reload: "atomic" makes every reload all or nothing, with a second copy of what is written; "per_weight" replaces
+        each weight when it has arrived, without one.
+    reload_partial: what a reload does that brings only a part of what shares a scale: "error" refuses it, "keep"
+        quantizes the rest again from its quantized values.
     report: where each worker writes its report, as JSON and HTML unless the path ends in .json or .html; "{rank}" in it
         is replaced.
     """
@@ -46,6 +50,8 @@ class Options:
     lm_head: bool = False
     activation: str = "auto"
     on_nonfinite: str = "error"
+    reload: str = "atomic"
+    reload_partial: str = "error"
     report: str | None = None
 
 
@@ -119,6 +125,8 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "lm_head": _flag,
     "activation": _one_of("auto", "dynamic", "none"),
     "on_nonfinite": _one_of("error", "keep"),
+    "reload": _one_of("atomic", "per_weight"),
+    "reload_partial": _one_of("error", "keep"),
     "report": _text,
 }
 

@@ -3,7 +3,7 @@
 #   make test-vllm        the plugin on real vLLM, on a CPU: the core grid
 #   make test-vllm-full   with the cases marked slow
 #   make test-matrix      the core grid on VLLM, and on each of VLLM_VERSIONS in an environment of its own
-#   make bench-vllm       load time, memory and decode speed beside vLLM's own fp8; the plugin's cost when unused
+#   make bench-vllm       load and reload time, memory and decode speed beside vLLM's own fp8; the plugin's cost when unused
 #
 # VLLM         the vLLM to install. VLLM_TORCH: the torch it was built for.
 

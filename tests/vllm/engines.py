@@ -57,6 +57,9 @@ def engine(folder: Path, quantization: str | None, **options: Any) -> Iterator[L
         llm = LLM(str(folder), quantization=quantization, skip_tokenizer_init=True, **settings)
         yield llm
     finally:
+        if llm is not None:
+            # What someone still refers to would shut down when it dies, and take the next engine's groups with it.
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()

@@ -1,0 +1,105 @@
+"""What vLLM's layers make of their weights after a load, made again after a reload.
+
+On a CPU an unquantized linear layer packs its weight for a product of its own and drops it; experts are repacked;
+multi-head latent attention keeps absorbed copies of kv_b_proj. All of it is computed from the new values while the old
+state still serves, and put in the old one's place, at the same addresses wherever the geometry allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_ROWS = 256
+
+
+@dataclass
+class Processed:
+    """A layer's parameters and attributes as processing new values leaves them; `place` makes them the layer's own."""
+
+    layer: nn.Module
+    parameters: dict[str, torch.Tensor]
+    attributes: dict[str, Any]
+
+    def place(self) -> None:
+        own: dict[str, Any] = self.layer._parameters
+        for name, new in self.parameters.items():
+            if own.get(name) is None:
+                own[name] = new
+            else:
+                put(own[name], new)
+        self.layer.__dict__.update(self.attributes)
+
+
+def process(layer: nn.Module, values: Mapping[str, torch.Tensor], run: Callable[[nn.Module], None]) -> Processed:
+    """What `run(layer)` makes of these values, with the layer left as it was. values: its parameters at load time."""
+    before = dict(layer.__dict__)
+    parameters: dict[str, Any] = dict(values)
+    layer.__dict__["_parameters"] = parameters
+    try:
+        run(layer)
+        made = {k: v for k, v in layer.__dict__.items() if k != "_parameters" and before.get(k, layer) is not v}
+    finally:
+        for key in layer.__dict__.keys() - before.keys():
+            del layer.__dict__[key]
+        layer.__dict__.update(before)
+    return Processed(layer, {name: p for name, p in parameters.items() if p is not None}, made)
+
+
+def put(old: torch.Tensor, new: torch.Tensor) -> None:
+    """Give `old` the values of `new`, in its own memory if they are laid out alike."""
+    if _geometry(old) == _geometry(new):
+        if old.data_ptr() != new.data_ptr():
+            old.data.copy_(new.data)
+    else:
+        old.data = new.data
+
+
+def aliases(model: nn.Module) -> dict[tuple[int, str], torch.Tensor]:
+    """Buffers that are views of all of a parameter, by the parameter's module (its id) and name. Asked before layers
+    are processed: where that gives the parameter other memory, the buffer is what keeps the loaded values."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for module in model.modules():
+        views = module._non_persistent_buffers_set
+        found |= {(b.data_ptr(), b.numel()): b for n, b in module._buffers.items() if n in views and b is not None}
+    return {
+        (id(module), name): found[param.data_ptr(), param.numel()]
+        for module in model.modules()
+        for name, param in module._parameters.items()
+        if param is not None and param.numel() and (param.data_ptr(), param.numel()) in found
+    }
+
+
+def absorb_again(attention: Any, dtype: torch.dtype) -> None:
+    """Run an attention layer's own processing again; tensors that it makes anew go where the old ones were."""
+    homes = (attention.__dict__, attention._parameters, attention._buffers)
+    before = [(home, name, t) for home in homes for name, t in home.items() if isinstance(t, torch.Tensor)]
+    attention.process_weights_after_loading(dtype)
+    for home, name, old in before:
+        new = home.get(name)
+        if isinstance(new, torch.Tensor) and new is not old and _geometry(new) == _geometry(old):
+            old.data.copy_(new.data)
+            home[name] = old
+
+
+def read_back(layer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+    """A weight `[N, K]` that the layer has packed away: its product with the rows of the identity, which is exact.
+    None if the layer has no such product."""
+    product = getattr(layer, "cpu_linear", None)
+    if product is None or len(shape) != 2:
+        return None
+    found = torch.empty(shape, dtype=dtype)
+    for start in range(0, shape[1], _ROWS):
+        rows = min(_ROWS, shape[1] - start)
+        ones = torch.zeros(rows, shape[1], dtype=dtype)
+        ones[torch.arange(rows), torch.arange(start, start + rows)] = 1
+        found[:, start : start + rows] = product(ones, layer.weight, None).t()
+    return found
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

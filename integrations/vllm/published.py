@@ -1,0 +1,59 @@
+"""Where a quantized weight of a layer is: while it is loaded, and once the layer has published it for its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtensor.armed import ArmedWeight
+from qtensor.geometry import contiguous_strides
+from qtensor.quantized import QTensor
+from qtensor.scheme import Scheme
+
+
+@dataclass
+class Slot:
+    """Where an armed weight lives. publish: gives the layer the finished weight in the form its kernel wants."""
+
+    prefix: str
+    layer: nn.Module
+    name: str
+    publish: Callable[[nn.Module], None]
+    attributes: dict[str, Any]
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.prefix}.{self.name}"
+
+
+@dataclass
+class Published:
+    """A weight that its layer has published. places: for its quantized values, then its scales, the layer's parameter
+    that shares their memory, their shape and their address; fewer than two if the kernel keeps them in another form."""
+
+    slot: Slot
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scheme: Scheme
+    places: list[tuple[str, torch.Size, int]]
+
+    @classmethod
+    def find(cls, slot: Slot, weight: ArmedWeight, result: QTensor) -> Published:
+        params = {p.data_ptr(): name for name, p in slot.layer._parameters.items() if p is not None}
+        parts = [(params.get(t.data_ptr()), t.shape, t.data_ptr()) for t in result.parts()]
+        places = [(name, shape, address) for name, shape, address in parts if name is not None]
+        return cls(slot, weight.shape, weight.dtype, result.scheme, places)
+
+    def live(self) -> QTensor | None:
+        """The weight where the layer's kernel reads it, row-major; None if it is not there in this form."""
+        parts = []
+        for name, shape, address in self.places:
+            param = self.slot.layer._parameters.get(name)
+            if param is None or param.data_ptr() != address:
+                return None
+            parts.append(param.data.as_strided(shape, contiguous_strides(shape), param.storage_offset()))
+        return QTensor(parts[0], parts[1], self.scheme, self.dtype) if len(parts) == 2 else None
