@@ -10,10 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from qtensor.errors import QTensorError
 from qtensor.lazy import LazyWeight, LiveQTensor
 from qtensor.quantized import QTensor
 from qtensor.scheme import Scheme

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -51,7 +51,6 @@ class Reload(LoadHost):
         self.load, self.whole_checkpoint, self.one_call = load, whole_checkpoint, one_call
         self.atomic, self.keep_parts = options.reload == "atomic", options.reload_partial == "keep"
         self.refuse_nonfinite = load.refuse_nonfinite
-        self._started = time.perf_counter()
         self._second_copies = self._peak_second_copies = 0
         self._names_loaded: set[str] = set()
         self._warnings: list[str] = []
@@ -138,10 +137,10 @@ class Reload(LoadHost):
         return self.load.name_of(weight)
 
     def completed(self, weight: ArmedWeight) -> None:
-        pass  # A loader sees a lazy weight to the end; the layer serves what it has published.
+        self._hold(weight)  # A loader sees a lazy weight to the end; the layer serves what it has published.
 
     def reopened(self, weight: ArmedWeight) -> None:
-        pass
+        self._hold(weight, -1)
 
     def second_copy(self, delta: int) -> None:
         """Bytes of second copies changed by so much."""
@@ -392,9 +391,9 @@ class Reload(LoadHost):
     def _summary(self, state: str) -> LoadReport:
         first = self.load.report
         assert first is not None
-        report = LoadReport(state, first.scheme, first.layers, first.quantized_bytes, first.passthrough_bytes)
-        report.peak_staged_bytes, report.lossy_reads = self._peak_staged, self._lossy_reads
-        report.seconds = time.perf_counter() - self._started
+        report = self._summary_of(state, first.scheme)
+        report.layers = [replace(layer, lossy_reads=0, began=None, done=None) for layer in first.layers]
+        report.passthrough_bytes = first.passthrough_bytes
         report.peak_second_copy_bytes = self._peak_second_copies
         report.warnings = list(self._warnings)
         for weight, slot in self.load.slots.items():
@@ -404,7 +403,7 @@ class Reload(LoadHost):
                 report.missing[slot.full_name] = weight.coverage.missing()
         for warning in self._warnings:
             compat.logger().warning("qtensor: %s", warning)
-        return report
+        return self._sum_up(report)
 
 
 def _live_parts(weight: ArmedWeight) -> tuple[torch.Tensor, ...]:
