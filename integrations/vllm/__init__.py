@@ -36,16 +36,20 @@ def register() -> None:
 def reports(llm: Any) -> list[dict[str, Any]]:
     """The load report of every worker of a `vllm.LLM`, one dictionary per worker: `LoadReport`'s fields, and "rank",
     "model", "resident_peak_bytes" (see docs/vllm.md). Empty if the model was loaded by another method."""
-    from .config import NAMES
-
-    if llm.llm_engine.vllm_config.model_config.quantization not in NAMES:
-        return []
-    found: list[dict[str, Any]] = llm.collective_rpc("qtensor_report")
-    return found
+    return _ask(llm, "qtensor_report")
 
 
 def checksums(llm: Any) -> list[dict[str, str]]:
     """`qtensor.weight_checksums` of every worker's model, one dictionary per worker. Quantized weights go by the names
-    of vLLM's layers (`...qkv_proj.weight`) and have the checksum that `quantize` of the fused weight has."""
-    found: list[dict[str, str]] = llm.collective_rpc("qtensor_checksums")
+    of vLLM's layers (`...qkv_proj.weight`) and have the checksum that `quantize` of the fused weight has. Empty if the
+    model was loaded by another method."""
+    return _ask(llm, "qtensor_checksums")
+
+
+def _ask(llm: Any, method: str) -> list[Any]:
+    from .config import NAMES
+
+    if llm.llm_engine.vllm_config.model_config.quantization not in NAMES:
+        return []
+    found: list[Any] = llm.collective_rpc(method)
     return found
