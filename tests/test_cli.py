@@ -1,5 +1,6 @@
 """The command line: what doctor and demo print, the files they leave, and the exit codes."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -85,7 +86,24 @@ def test_doctor_tells_of_an_unusable_backend(monkeypatch, capsys):
     assert "abacus" in capsys.readouterr().out
 
 
-def test_demo_memory_part(tmp_path, capsys):
+@pytest.fixture
+def measured_once(monkeypatch):
+    """The demo's three loads are measured by the first test that asks; later ones get the same measurements."""
+    right = demo.measure
+
+    def measure(command):
+        way = command[3]
+        if way not in MEASURED:
+            MEASURED[way] = right(command)
+        return copy.deepcopy(MEASURED[way])
+
+    monkeypatch.setattr(demo, "measure", measure)
+
+
+MEASURED: dict[str, memory.Measurement] = {}
+
+
+def test_demo_memory_part(measured_once, tmp_path, capsys):
     assert cli.main(["demo", "--part", "memory", "--size", "3", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "every byte of values and scales is equal" in out
@@ -116,14 +134,14 @@ def test_demo_model_part(tmp_path, capsys):
     assert len(report["layers"]) == 37
 
 
-def test_demo_for_programs(tmp_path, capsys):
+def test_demo_for_programs(measured_once, tmp_path, capsys):
     assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path), "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"ok": True, "memory": json.loads((tmp_path / "memory.json").read_text())}
     assert "every byte of values and scales is equal" in said.err
 
 
-def test_demo_without_matplotlib_has_no_picture(monkeypatch, tmp_path, capsys):
+def test_demo_without_matplotlib_has_no_picture(measured_once, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 0
     assert "no picture: pictures need matplotlib: pip install 'qtensor-online[plot]'" in capsys.readouterr().out
@@ -156,7 +174,7 @@ def test_completion_names_the_extra_it_needs(monkeypatch, capsys):
     assert "qtensor-online[completion]" in capsys.readouterr().err
 
 
-def test_demo_fails_when_bytes_differ(monkeypatch, tmp_path, capsys):
+def test_demo_fails_when_bytes_differ(measured_once, monkeypatch, tmp_path, capsys):
     right = demo.measure
 
     def wrong(command, *args):

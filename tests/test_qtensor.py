@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -167,12 +168,17 @@ def test_embedding_and_experts(scheme) -> None:
 # Slices and writes ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def quantized(shape: tuple[int, ...], scheme) -> tuple[QTensor, torch.Tensor]:
+    q = quantize(weight(*shape), scheme)
+    return q, q.dequantize()
+
+
 @every_scheme
 @given(st.data())
 def test_any_slice_reads_as_the_slice_of_the_dequantized_weight(scheme, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([(300, 260), (3, 140, 260)]))
-    q = quantize(weight(*shape), scheme)
-    full = q.dequantize()
+    q, full = quantized(shape, scheme)
     if data.draw(st.booleans()):
         q, full = q.transpose(-1, -2), full.transpose(-1, -2)
     for _ in range(data.draw(st.integers(1, 3))):
