@@ -107,8 +107,9 @@ class ReloadStore(QuantStore):
         on_second_copy: OnBytes,
         kind: ShadowKind,
         early: bool,
+        whole_weight: bool = False,
     ) -> None:
-        super().__init__(live.scheme, live.dtype, live.device, coverage, audit, on_staged, result=live)
+        super().__init__(live.scheme, live.dtype, live.device, coverage, audit, on_staged, whole_weight, live)
         self._second_copy, self._on_second_copy, self._early = SECOND_COPIES[kind], on_second_copy, early
         self._copies: dict[int, SecondCopy] = {}
         self._state[...] = _QUANTIZED | _LIVE

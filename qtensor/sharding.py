@@ -9,6 +9,7 @@ loading. The same store carries bad news: a rank that fails says so there, and a
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -102,11 +103,22 @@ class Agreement:
             raise QTensorError("process_group: torch.distributed is not initialised; call init_process_group first")
         self._timeout = timeout
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         # A group of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
-        self._group = dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True)
+        self._group = dist.new_group(
+            self._ranks, timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
+        )
+        self._begin()
+
+    def next(self) -> Agreement:
+        """Another agreement of the same ranks, after this one is over."""
+        other = copy.copy(self)
+        other._begin()
+        return other
+
+    def _begin(self) -> None:
         store: Any = dist.distributed_c10d._get_default_store()
-        members = "-".join(map(str, ranks))
+        members = "-".join(map(str, self._ranks))
         _sessions[members] += 1
         self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{members}/{_sessions[members]}", store)
         self._lock = threading.Lock()

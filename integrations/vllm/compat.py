@@ -301,6 +301,16 @@ def answers_last() -> bool:
     return group is None or group.rank_in_group == group.world_size - 1
 
 
+def tensor_parallel_group() -> Any:
+    """The process group over which vLLM splits layers; None if it splits none."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    return group.cpu_group if group.world_size > 1 else None
+
+
 def _world() -> Any:
     """vLLM's group of all ranks of this engine, if there are several."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:

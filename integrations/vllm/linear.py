@@ -18,6 +18,7 @@ from qtensor.scheme import Scheme
 
 from .compute import linear_compute
 from .load import Load, load_of
+from .ranks import split_axes
 
 if TYPE_CHECKING:
     from .config import QTensorConfig
@@ -54,7 +55,8 @@ class QTensorLinearMethod(LinearMethodBase):
         self.load = load_of(self.config.choice)
         self.load.names.packed = self.config.packed_modules_mapping
         attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
-        self.load.arm(self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes)
+        split = split_axes(rows=shape[0] < output_size, columns=shape[1] < input_size)
+        self.load.arm(self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes, split)
 
     def publish(self, layer: Any) -> None:
         """Give the layer its finished weight in the kernel's format. `layer.weight` is complete and quantized."""

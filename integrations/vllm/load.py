@@ -20,7 +20,6 @@ from qtensor.armed import ArmedWeight
 from qtensor.counter import CopyCounter
 from qtensor.coverage import Box
 from qtensor.errors import QTensorError, WeightShapeError
-from qtensor.host import LoadHost
 from qtensor.lazy import LazyWeight, LiveQTensor, close, parameter
 from qtensor.report import LoadReport
 from qtensor.scheme import Scheme
@@ -31,6 +30,7 @@ from .derived import aliases
 from .names import Names, refuse_incomplete
 from .options import Choice
 from .published import Published, Slot
+from .ranks import RankHost
 from .reports import announce, rank, resident_bytes, write
 from .truncated import describe_truncated
 
@@ -83,7 +83,7 @@ def _module_under_construction() -> nn.Module:
     return outermost
 
 
-class Load(LoadHost):
+class Load(RankHost):
     """The armed weights of one model, from their creation to their publication.
 
     padding: a layer that is being built writes zeros where no checkpoint will.
@@ -125,12 +125,17 @@ class Load(LoadHost):
         scheme: Scheme,
         publish: Callable[[nn.Module], None],
         attributes: dict[str, Any],
+        split: frozenset[int],
     ) -> ArmedWeight:
-        """Register a lazy parameter `name` on `layer`, with vLLM's `attributes` (weight_loader, input_dim, ...)."""
+        """Register a lazy parameter `name` on `layer`, with vLLM's `attributes` (weight_loader, input_dim, ...).
+
+        split: the dimensions of its matrices that are split over ranks.
+        """
         device = torch.get_default_device()
         weight = ArmedWeight(self, shape, dtype, device, (layer, name))
         weight.scheme = scheme
-        self.slots[weight] = Slot(prefix, layer, name, publish, dict(attributes))
+        self.slots[weight] = slot = Slot(prefix, layer, name, publish, dict(attributes), split)
+        self.share(weight, slot)
         param = parameter(weight, requires_grad=False)
         loader = attributes.get("weight_loader")
         param.__dict__.update(attributes)
@@ -219,8 +224,8 @@ class Load(LoadHost):
             try:
                 with CopyCounter(self.root) as counter:
                     loaded = self.run(inner, weights, args, kwargs)
-            except BaseException:
-                self._abort()
+            except BaseException as error:
+                self._abort(error)
                 raise
             self._finish(self._plain_gaps(counter, set(loaded or ())))
             if self._setting.load_format == "tensorizer":
@@ -302,8 +307,9 @@ class Load(LoadHost):
     def _finish(self, gaps: list[str]) -> None:
         try:
             self._verify(gaps)
-        except BaseException:
-            self._abort()
+            self.agree()
+        except BaseException as error:
+            self._abort(error)
             raise
         self.report = self._summary("finished")
         self.aliases = aliases(self.root)
@@ -335,7 +341,8 @@ class Load(LoadHost):
         if lines:
             refuse_incomplete("the checkpoint is incomplete, so the model was not loaded", lines, boxes)
 
-    def _abort(self) -> None:
+    def _abort(self, error: BaseException | None) -> None:
+        self.withdraw(error)
         self._close("its load failed")
         for weight in list(self._weights):
             weight.discard()

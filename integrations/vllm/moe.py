@@ -24,6 +24,7 @@ from qtensor.scheme import Scheme
 from . import compat
 from .compute import _define, frozen, scale_name
 from .load import Load, load_of
+from .ranks import split_axes
 
 if TYPE_CHECKING:
     from .config import QTensorConfig
@@ -68,8 +69,10 @@ class _Experts:
         self.load = load_of(self.config.choice)
         self.load.names.packed = self.config.packed_modules_mapping
         for name, shape in zip(_STACKS, ((num_experts, rows, hidden), (num_experts, hidden, inner)), strict=True):
+            parallel = self.moe.moe_parallel_config.tp_size > 1
+            split = split_axes(rows=parallel and name == "w13_weight", columns=parallel and name == "w2_weight")
             weight = self.load.arm(
-                self.prefix, layer, name, shape, params_dtype, self.scheme, self.publish, extra_weight_attrs
+                self.prefix, layer, name, shape, params_dtype, self.scheme, self.publish, extra_weight_attrs, split
             )
             self.load.padding = True
             self._cover_padding(weight)

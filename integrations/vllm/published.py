@@ -17,13 +17,15 @@ from qtensor.scheme import Scheme
 
 @dataclass
 class Slot:
-    """Where an armed weight lives. publish: gives the layer the finished weight in the form its kernel wants."""
+    """Where an armed weight lives. publish: gives the layer the finished weight in the form its kernel wants. split:
+    the dimensions of its matrices that are split over ranks, 0 for rows and 1 for columns."""
 
     prefix: str
     layer: nn.Module
     name: str
     publish: Callable[[nn.Module], None]
     attributes: dict[str, Any]
+    split: frozenset[int] = frozenset()
 
     @property
     def full_name(self) -> str:

@@ -19,7 +19,6 @@ from torch import nn
 from qtensor.armed import ArmedWeight
 from qtensor.coverage import Box
 from qtensor.errors import QTensorError
-from qtensor.host import LoadHost
 from qtensor.kernels import Audit
 from qtensor.lazy import LazyWeight, parameter
 from qtensor.quantized import QTensor
@@ -34,9 +33,10 @@ from .derived import Processed, absorb_again, process, read_back
 from .load import Load
 from .names import refuse_incomplete
 from .published import Published, Slot
+from .ranks import RankHost
 
 
-class Reload(LoadHost):
+class Reload(RankHost):
     """The armed weights of one reload of one model.
 
     whole_checkpoint: everything must arrive. Otherwise what does not arrive keeps its bytes.
@@ -49,6 +49,7 @@ class Reload(LoadHost):
         super().__init__()
         options = load.choice.options
         self.load, self.whole_checkpoint, self.one_call = load, whole_checkpoint, one_call
+        self.slots = load.slots
         self.atomic, self.keep_parts = options.reload == "atomic", options.reload_partial == "keep"
         self.refuse_nonfinite = load.refuse_nonfinite
         self._second_copies = self._peak_second_copies = 0
@@ -93,11 +94,12 @@ class Reload(LoadHost):
         device = live.device if live is not None else _device_of(slot.layer)
         weight = made(self, published.shape, published.dtype, device, (slot.layer, slot.name))
         weight.scheme = published.scheme
-        self.load.slots[weight] = slot
+        self.slots[weight] = slot
+        self.share(weight, slot, self.load.agreement)
         if live is not None:
-            audit = Audit(self.refuse_nonfinite)
+            audit, whole_weight = Audit(self.refuse_nonfinite), bool(weight.shared)
             weight.store = ReloadStore(
-                live, weight.coverage, audit, self.staged, self.second_copy, "device", not self.atomic
+                live, weight.coverage, audit, self.staged, self.second_copy, "device", not self.atomic, whole_weight
             )
         lazy = _lazy(weight)
         lazy.__dict__.update(slot.attributes)
@@ -118,7 +120,7 @@ class Reload(LoadHost):
         device = _device_of(module) if live is None else live.device
         weight = made(self, shape, dtype if repacked else live.dtype, device, (module, name))  # type: ignore[union-attr]
         weight.scheme = None
-        self.load.slots[weight] = Slot(prefix, module, name, lambda _: None, {})
+        self.slots[weight] = Slot(prefix, module, name, lambda _: None, {})
         if not repacked:
             values = cast(torch.Tensor, live).detach()
             weight.store = PlainReloadStore(values, weight.coverage, self.second_copy, "device", not self.atomic)
@@ -184,10 +186,12 @@ class Reload(LoadHost):
         try:
             self._release_all()
             self._verify()
+            self.agree()
             processed = list(self._process()) if self.atomic else []
             self._absorb()
         except BaseException as error:
             problem = error
+            self.withdraw(error)
         problems = compat.tell_all_ranks(None if problem is None else str(problem) or type(problem).__name__)
         if problems:
             problem = problem or QTensorError("the new weights were not taken: " + "; ".join(problems))
@@ -213,6 +217,7 @@ class Reload(LoadHost):
         if self.closed:
             return
         self.closed = "its reload was given up"
+        self.withdraw(error)
         _insist(self._roll_back)
         self._close()
         if error is not None and self.one_call:
@@ -239,7 +244,7 @@ class Reload(LoadHost):
     def _close(self) -> None:
         self.closed = self.closed or "its reload is over"
         self._writing.clear()
-        self.load.slots.clear()
+        self.slots.clear()
         self.load.reload = None
         self._at_load.clear()
         self._weights_of.clear()
@@ -247,7 +252,7 @@ class Reload(LoadHost):
     def _verify(self) -> None:
         lines: list[str] = []
         boxes: dict[str, list[Box]] = {}
-        for weight, slot in self.load.slots.items():
+        for weight, slot in self.slots.items():
             if not weight.coverage.complete:
                 if weight.error is not None:
                     raise weight.error
@@ -277,7 +282,8 @@ class Reload(LoadHost):
         if self.whole_checkpoint:
             return True
         if isinstance(weight.store, ReloadStore):
-            return weight.store.has_open_units() and not self.keep_parts
+            # What ranks share is quantized by all of them together, or not at all.
+            return weight.store.has_open_units() and not (self.keep_parts and weight.shared is False)
         # A kernel that keeps its own form of the weights takes all of a layer's at once.
         return weight.scheme is not None and any(w.coverage.covered for w in self._quantized(weight.owner[0]))
 
@@ -285,7 +291,7 @@ class Reload(LoadHost):
         """The model's own `load_weights` reports it as loaded, and wrote nothing: it stands for another parameter."""
         if weight.scheme is not None or weight.coverage.covered:
             return False
-        return self.load.slots[weight].full_name in self._names_loaded
+        return self.slots[weight].full_name in self._names_loaded
 
     def _touched(self, module: nn.Module) -> list[ArmedWeight]:
         return [w for w in self._weights_of.get(module, {}).values() if w.coverage.covered]
@@ -296,7 +302,7 @@ class Reload(LoadHost):
             touched = self._touched(module)
             ours = self._quantized(module) if touched else []
             if any(not isinstance(w, ReloadedWeight) and w.coverage.covered for w in ours):
-                yield self._processed(module, self.load.slots[ours[0]].publish)
+                yield self._processed(module, self.slots[ours[0]].publish)
             elif touched and not self._quantized(module) and compat.processing_method(module) is not None:
                 yield self._processed(module, compat.process_again)
 
@@ -339,7 +345,7 @@ class Reload(LoadHost):
             if old is None and live is not None and live.shape == weight.shape and live.dim() < 3:
                 old = live.detach().to(weight.dtype)
             if old is None:
-                slot, missing = self.load.slots[weight], weight.coverage.missing()
+                slot, missing = self.slots[weight], weight.coverage.missing()
                 lines = self.load.names.describe(slot.prefix, slot.layer, slot.name, weight.shape, missing)
                 refuse_incomplete(
                     "the update is incomplete, so nothing of it was taken", lines, {slot.full_name: missing},
@@ -396,7 +402,7 @@ class Reload(LoadHost):
         report.passthrough_bytes = first.passthrough_bytes
         report.peak_second_copy_bytes = self._peak_second_copies
         report.warnings = list(self._warnings)
-        for weight, slot in self.load.slots.items():
+        for weight, slot in self.slots.items():
             if not weight.coverage.covered:
                 report.untouched.append(slot.full_name)
             elif not weight.coverage.complete:

@@ -133,8 +133,8 @@ def _likely_on_one_rank() -> list[dict[int, float]]:
 
 @pytest.mark.usefixtures("_ranks")
 def test_two_ranks_share_layers_and_experts(tmp_path: Path) -> None:
-    """Tensor-parallel attention, expert-parallel experts: each rank holds the oracle's bytes of its own part, and
-    writes its own report."""
+    """Tensor-parallel attention, expert-parallel experts: each rank holds its part of the unsharded bytes, also where a
+    scale spans ranks, and writes its own report."""
     options = _with_options(report=str(tmp_path / "report.json"))
     with engine(
         checkpoint("qwen3-moe"), "qtensor", tensor_parallel_size=2, enable_expert_parallel=True, **options
