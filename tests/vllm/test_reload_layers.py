@@ -161,7 +161,7 @@ def test_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         spoilt = b[LAYER + "mlp.down_proj.weight"].clone()
         spoilt[3, 5] = float("nan")  # The first rank's columns.
         folder = variant("llama", "spoilt", lambda t: t.update(b | {LAYER + "mlp.down_proj.weight": spoilt}))
-        with pytest.raises(RuntimeError, match=r"rank 0: .*nan at index"):
+        with pytest.raises(RuntimeError, match=r"rank 0( failed)?: .*nan at index"):
             reload(llm, folder)
         assert llm.collective_rpc("qtensor_checksums") == before
         reload(llm, other("llama"))
