@@ -12,7 +12,7 @@ from qtensor.report import LoadReport
 from . import compat
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_WRITERS = {ending: name for ending, name in ((".json", "to_json"), (".html", "to_html")) if hasattr(LoadReport, name)}
+_WRITERS = {".json": LoadReport.to_json, ".html": LoadReport.to_html}
 
 
 def announce(report: LoadReport, resident_peak: int) -> None:
@@ -35,7 +35,7 @@ def write(report: LoadReport, where: str) -> list[Path]:
     paths = report_paths(where, *rank())
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        getattr(report, _WRITERS[path.suffix])(path)
+        _WRITERS[path.suffix](report, path)
     return paths
 
 
