@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .armed import ArmedWeight
+from .dtensor import is_dtensor, local_tensor
 from .errors import QTensorError, WeightShapeError
 from .kernels import Audit
 from .lazy import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
@@ -84,6 +85,8 @@ class ReloadSession(Session):
         if shadow not in SECOND_COPIES:
             raise ValueError(f'shadow is "device" or "host", not {shadow!r}')
         schemes = sorted({str(p.scheme) for *_, p in parameters(model) if isinstance(p, QTensor)})
+        if any(is_dtensor(p) and isinstance(local_tensor(p), QTensor) for *_, p in parameters(model)):
+            raise QTensorError("online_reload: models of DTensors cannot be reloaded in place yet; load a new one")
         if not schemes:
             raise QTensorError("online_reload: no weight of this model is quantized; load it with online_quant(...)")
         super().__init__(model, ", ".join(schemes), on_missing, on_nonfinite, strict_reads, progress)

@@ -19,7 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from qtensor import QTensor, QTensorError, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, quantize
+from qtensor import (
+    QTensor,
+    QTensorError,
+    fp8_per_block,
+    fp8_per_channel,
+    fp8_per_tensor,
+    online_quant,
+    online_reload,
+    quantize,
+)
 
 SCHEMES = (fp8_per_channel, fp8_per_tensor, fp8_per_block)
 
@@ -115,6 +124,8 @@ def tensor_parallel_models_load_to_the_unsharded_bytes(rank: int, world: int) ->
                     loader(model, state())
                 assert_unsharded_bytes(model, scheme)
                 assert all(param is before[name] for name, param in model.named_parameters()), loader
+        with pytest.raises(QTensorError, match="models of DTensors"):
+            online_reload(model)
         unsharded = Mlp().bfloat16()
         with online_quant(scheme.weight_only(), unsharded):
             unsharded.load_state_dict(state())
