@@ -13,7 +13,7 @@ from torch import nn
 from . import kernels
 from .online import online_quant
 from .quantized import QTensor, empty
-from .scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
+from .scheme import SCHEMES, Scheme
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors", "transformers", "accelerate", "torchao", "tqdm")
 
@@ -24,7 +24,7 @@ def examine() -> dict[str, Any]:
     checks = [
         {"device": device, "scheme": str(scheme), "problem": _problem(device, scheme)}
         for device in _devices()
-        for scheme in (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+        for scheme in dict.fromkeys(SCHEMES.values())
     ]
     return {
         "qtensor": _version("qtensor-online"),
@@ -81,7 +81,8 @@ def _problem(device: str, scheme: Scheme) -> str | None:
     weight = torch.randn(300, 200, generator=generator).to(torch.bfloat16)
     expected = empty(weight.shape, scheme, weight.dtype, "cpu")
     try:
-        kernels.quantize_into(weight, expected.qdata, expected.scale, scheme.format, backend="torch")
+        qdata, scale, fmt = expected.qdata, expected.scale, scheme.format
+        kernels.quantize_into(weight, qdata, scale, fmt, global_scale=expected.global_scale, backend="torch")
         layer = nn.Linear(200, 300, bias=False, dtype=torch.bfloat16, device=device)
         with online_quant(scheme, layer, progress=False):
             for start in range(0, 300, 70):
@@ -91,6 +92,8 @@ def _problem(device: str, scheme: Scheme) -> str | None:
     found: Any = layer.weight
     if not isinstance(found, QTensor):
         return "the weight was not quantized"
-    if not torch.equal(found.qdata.cpu().view(torch.uint8), expected.qdata.view(torch.uint8)):
-        return "quantized values differ from the reference"
-    return None if torch.equal(found.scale.cpu(), expected.scale) else "scales differ from the reference"
+    names = ("quantized values", "scales", "global scale")
+    for name, ours, wanted in zip(names, found.parts(), expected.parts(), strict=False):
+        if not torch.equal(ours.cpu().view(torch.uint8), wanted.view(torch.uint8)):
+            return f"{name} differ from the reference"
+    return None

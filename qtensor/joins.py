@@ -28,11 +28,14 @@ def _cat(func: Any, weights: Sequence[Any], dim: int = 0) -> Any:
     if _alike(weights, 2) or _alike(weights, 3):
         first = weights[0]
         fmt, row_dim = first.scheme.format, first.dim() - 2
-        by_rows = dim % first.dim() == row_dim and fmt.granularity != "tensor"
-        if (by_rows and all(w.shape[row_dim] % fmt.block[0] == 0 for w in weights[:-1])) or dim % first.dim() < row_dim:
+        if dim % first.dim() < row_dim:
             return _joined(torch.cat, weights, dim)
-        if dim % first.dim() == row_dim and all(torch.equal(w.scale, first.scale) for w in weights):
-            return first._with(_bytes(torch.cat, [w.qdata for w in weights], dim), first.scale.clone())
+        by_rows = dim % first.dim() == row_dim
+        if by_rows and fmt.needs_whole_matrix and all(torch.equal(w.parts()[-1], first.parts()[-1]) for w in weights):
+            *split, shared = zip(*(w.parts() for w in weights), strict=True)
+            return first._with(*(_bytes(torch.cat, parts, dim) for parts in split), shared[0].clone())
+        if by_rows and not fmt.needs_whole_matrix and all(w.shape[row_dim] % fmt.block[0] == 0 for w in weights[:-1]):
+            return _joined(torch.cat, weights, dim)
     return _on_dequantized(func, weights, dim)
 
 
@@ -43,16 +46,15 @@ def _alike(weights: Sequence[Any], dims: int) -> bool:
         isinstance(w, QTensor)
         and w.dim() == dims
         and not w.transposed
-        and (w.whole_units or w.scheme.format.granularity == "tensor")
+        and (w.whole_units or w.scheme.format.needs_whole_matrix)
         and (w.scheme, w.dtype) == (first.scheme, first.dtype)
         for w in weights
     )
 
 
 def _joined(join: Any, weights: Sequence[QTensor], dim: int) -> QTensor:
-    parts = [_bytes(join, tensors, dim) for tensors in zip(*(w.parts() for w in weights), strict=True)]
-    qdata, scale = parts
-    return QTensor(qdata, scale, weights[0].scheme, weights[0].dtype)
+    parts = (_bytes(join, tensors, dim) for tensors in zip(*(w.parts() for w in weights), strict=True))
+    return weights[0]._with(*parts, whole_units=True)
 
 
 def _bytes(join: Any, tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

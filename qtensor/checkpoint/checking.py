@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from .. import kernels
 from ..errors import CheckpointError
+from ..quantized import QTensor
 from .layouts import LAYOUTS, Layout, reader
 from .reading import DTYPE_NAMES, Checkpoint, Stored, bytes_of, read_json
 from .writing import MANIFEST
@@ -27,8 +29,27 @@ class Weight:
     layout: Layout
     tensors: dict[str, Stored]
 
-    def read(self, dtype: torch.dtype) -> Any:
-        return self.layout.weight(self.module, {suffix: s.read() for suffix, s in self.tensors.items()}, dtype)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, whatever its tensors look like."""
+        return self.layout.shape({n: s.read() if self.layout.entries[n].shared else _meta(s) for n, s in self._items})
+
+    def read(self, dtype: torch.dtype) -> QTensor:
+        return self.layout.weight(self.module, {name: s.read() for name, s in self._items}, dtype)
+
+    def outline(self) -> QTensor:
+        """The weight with its scales, and without its values, which are on the meta device."""
+        data = self.layout.data
+        tensors = {name: _meta(s) if name == data else s.read() for name, s in self._items}
+        return self.layout.weight(self.module, tensors, torch.bfloat16)
+
+    @property
+    def _items(self) -> Iterable[tuple[str, Stored]]:
+        return self.tensors.items()
+
+
+def _meta(stored: Stored) -> torch.Tensor:
+    return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 
 def weights_of(checkpoint: Checkpoint) -> tuple[dict[str, Weight], dict[str, Stored]]:
@@ -38,7 +59,9 @@ def weights_of(checkpoint: Checkpoint) -> tuple[dict[str, Weight], dict[str, Sto
     """
     plain = dict(checkpoint.tensors)
     config = checkpoint.config.get("quantization_config")
-    scales = {layout.scale for rows in LAYOUTS.values() for layout in rows.values()}
+    layouts = [layout for rows in LAYOUTS.values() for layout in rows.values()]
+    scales = {layout.scale for layout in layouts}
+    values = {layout.data for layout in layouts} - {"weight"}
     found: dict[str, Weight] = {}
     layout_for = reader(config) if config is not None else None
     for name in checkpoint.tensors:
@@ -49,14 +72,14 @@ def weights_of(checkpoint: Checkpoint) -> tuple[dict[str, Weight], dict[str, Sto
         if layout is None:
             raise CheckpointError(f"{name}: config.json does not say how {module} is quantized")
         tensors = {}
-        for suffix in layout.specs((1, 1)):
+        for suffix in layout.entries:
             part = plain.pop(f"{module}.{suffix}" if module else suffix, None)
             if part is None:
                 raise CheckpointError(f"{module}: is quantized, and the checkpoint has no {module}.{suffix}")
             tensors[suffix] = part
         found[module] = Weight(module, layout, tensors)
     for name, stored in plain.items():
-        if stored.dtype.is_floating_point and stored.dtype.itemsize == 1:
+        if name.rpartition(".")[2] in values or (stored.dtype.is_floating_point and stored.dtype.itemsize == 1):
             raise CheckpointError(f"{name}: holds {stored.dtype} values, and the checkpoint has no scales for them")
     return found, plain
 
@@ -137,24 +160,31 @@ def _against_manifest(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _scale_problems(weight: Weight) -> list[str]:
-    module, layout = weight.module, weight.layout
-    data, scale = weight.tensors[layout.data], weight.tensors[layout.scale]
+    """Scales are finite and not negative, and 0 only where all values are."""
     try:
-        shape = (data.shape[0], data.shape[-1])
-        meta = {s: torch.empty(t.shape, dtype=t.dtype, device="meta") for s, t in weight.tensors.items()}
-        layout.weight(module, meta, torch.bfloat16)
+        outline = weight.outline()
     except CheckpointError as error:
         return [str(error)]
-    values = scale.read().float()
-    if bool((values > 0).all()) and bool(values.isfinite().all()):
+    fmt = outline.scheme.format
+    steps = [fmt.step(outline.scale), *outline.parts()[2:]]
+    if all(bool((step > 0).all() and step.isfinite().all()) for step in steps):
         return []
-    if layout.scheme.format.granularity == "tensor" and float(values.reshape(-1)[0]) == 0 and not _any_nonzero(data):
-        return []  # a weight of zeros
-    return [f"{scale.name}: holds scales that are not finite and positive ({list(shape)} weight)"]
+    if all(bool((step >= 0).all() and step.isfinite().all()) for step in steps) and not _any_value_at_zero(weight):
+        return []
+    name = weight.tensors[weight.layout.scale].name
+    return [f"{name}: holds scales that are not finite and positive ({list(outline.shape)} weight)"]
 
 
-def _any_nonzero(stored: Stored) -> bool:
-    return bool(stored.read().view(torch.uint8).any())
+def _any_value_at_zero(weight: Weight) -> bool:
+    """Is there a value that is not 0 under a scale, or global scale, that is?"""
+    held = weight.read(torch.float32)
+    zero = held.scale.float() == 0
+    if held.global_scale is not None:
+        zero |= held.global_scale == 0
+    fmt = held.scheme.format
+    marks = torch.where(zero, 1.0, 0.0).to(fmt.scale_dtype)
+    ones = None if held.global_scale is None else torch.ones_like(held.global_scale)
+    return bool(kernels.dequantize(held.qdata, marks, fmt, torch.float32, global_scale=ones).any())
 
 
 def _checksum_problems(stored: Stored, expected: str | None, on_bytes: Callable[[int], None]) -> list[str]:

@@ -23,11 +23,19 @@ import torch
 from .. import kernels
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..kernels import SOURCE_DTYPES, NonFinite
-from ..quantized import nonfinite_message
+from ..quantized import QTensor, nonfinite_message
 from ..scheme import Scheme, SchemeLike, as_scheme
 from ..selection import DEFAULT_IGNORE, matches
 from .checking import problems
-from .layouts import COMPRESSED_TENSORS, Spec, fused_group, layout_of, quantization_config, refuse_misaligned
+from .layouts import (
+    COMPRESSED_TENSORS,
+    Spec,
+    fused_group,
+    layout_of,
+    quantization_config,
+    refuse_misaligned,
+    refuse_short_groups,
+)
 from .reading import CONFIG, Checkpoint, Stored, read_json
 from .writing import Records, ShardWriter, Staging, carry_over, write_json, write_manifest
 
@@ -83,9 +91,10 @@ def quantize_checkpoint(
 ) -> ConversionReport:
     """Quantize a checkpoint's matrices; everything else is copied. Each equals `quantize(tensor, scheme)`.
 
-    A matrix is a 2-d tensor called "….weight" that no pattern of `ignore` selects. Per tensor, matrices that servers
-    fuse (q, k, v; gate, up) get the scale of the fused matrix. What an interrupted run left in `TARGET.partial` is
-    continued, and the result is that of an uninterrupted one, byte for byte. An existing target is refused.
+    A matrix is a 2-d tensor called "….weight" that no pattern of `ignore` selects. A scale that is one for a whole
+    matrix (fp8_per_tensor, nvfp4) is that of the matrix servers fuse of it (q, k, v; gate, up). What an interrupted run
+    left in `TARGET.partial` is continued, and the result is that of an uninterrupted one, byte for byte. An existing
+    target is refused.
 
     workers: threads. on_bytes: called with the bytes just read and the bytes there are to read in all.
 
@@ -135,7 +144,7 @@ def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], forma
         module = _module(name)
         chosen = schemes.get(module) if module is not None else None
         partners: tuple[Stored, ...] = ()
-        if chosen is not None and chosen.format.granularity == "tensor":
+        if chosen is not None and chosen.format.needs_whole_matrix:
             partners = tuple(by_module[m] for m in fused_group(module or "") if m in schemes)
         tensors[stored.path.name].append(TensorTask(stored, chosen, partners))
     return [
@@ -210,6 +219,7 @@ def _choose(
         raise CheckpointError(
             f'{checkpoint.folder}: has no 2-d "….weight" that is not ignored; there is nothing to quantize'
         )
+    refuse_short_groups({m: checkpoint.tensors[_weight(m)].shape[1] for m in schemes}, schemes)
     refuse_misaligned({m: checkpoint.tensors[_weight(m)].shape[0] for m in schemes}, schemes)
     return schemes
 
@@ -273,35 +283,42 @@ def _copy(stored: Stored, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes
 def _quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
     """Chunk by chunk: whole units, so that each chunk's scales depend on nothing else.
 
-    Per tensor the unit is the whole matrix, and its partners. Their amax is found in a first pass, and put into an
-    extra row above each chunk: every chunk then has the scale of the whole.
+    A scale of the whole matrix depends on all of it, and on its partners. Their amax is found in a first pass, and put
+    into an extra row above each chunk: every chunk then has the scale of the whole.
     """
     stored, scheme = tensor.stored, tensor.scheme
     assert scheme is not None
     layout, fmt = layout_of(scheme, format, stored.name), scheme.format
     rows, cols = stored.shape
-    per_tensor = fmt.granularity == "tensor"
-    amax = max(_amax(partner) for partner in tensor.partners) if per_tensor else 0.0
-    unit, extra = (1, 1) if per_tensor else (fmt.unit_rows(rows), 0)
+    amax = max(_amax(partner) for partner in tensor.partners) if fmt.needs_whole_matrix else 0.0
+    extra = int(fmt.needs_whole_matrix)
     prefix = stored.name.removesuffix("weight")
-    scales = []
-    for start, stop in _chunks(stored, unit):
+    for start, stop in _chunks(stored, fmt.block[0]):
         source = _buffers.take("source", (extra + stop - start, cols), stored.dtype)
         if extra and cols:
             source[0].zero_()
             source[0, 0] = amax
         stored.read(start * cols, source[extra:])
-        qdata = _buffers.take("data", tuple(source.shape), fmt.dtype)
-        scale = torch.empty(fmt.scale_shape(tuple(source.shape)))
+        made = _empty((source.shape[0], cols), scheme)
         try:
-            kernels.quantize_into(source, qdata, scale, fmt, None, (start - extra) * cols)
+            kernels.quantize_into(
+                source, made.qdata, made.scale, fmt, None, (start - extra) * cols, global_scale=made.global_scale
+            )
         except NonFinite as error:
             raise NonFiniteWeightError(_nonfinite(stored, error)) from None
-        parts = layout.tensors(qdata[extra:], scale)
-        writer.write(out, prefix + layout.data, parts[layout.data])
-        scales.append(parts[layout.scale])
+        band: Any = made[extra:]
+        for suffix, entry in layout.entries.items():
+            if not entry.shared or stop == rows:
+                writer.write(out, prefix + suffix, entry.encode(band, rows))
         on_bytes((stop - start) * cols * stored.dtype.itemsize)
-    writer.write(out, prefix + layout.scale, scales[0] if per_tensor else torch.cat(scales))
+
+
+def _empty(shape: tuple[int, int], scheme: Scheme) -> QTensor:
+    """A QTensor in memory that the thread uses again."""
+    fmt = scheme.format
+    qdata = _buffers.take("data", fmt.qdata_shape(shape), fmt.dtype)
+    scale = _buffers.take("scale", fmt.scale_shape(shape), fmt.scale_dtype)
+    return QTensor(qdata, scale, scheme, global_scale=torch.empty(1) if fmt.has_global_scale else None, cols=shape[1])
 
 
 def _amax(stored: Stored) -> float:

@@ -72,7 +72,7 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
     report.plain = {name: stored.nbytes for name, stored in plain.items()}
     for module, weight in weights.items():
         name = f"{module}.weight" if module else "weight"
-        shape, held = weight.tensors[weight.layout.data].shape, sum(s.nbytes for s in weight.tensors.values())
+        shape, held = weight.shape, sum(s.nbytes for s in weight.tensors.values())
         sqnr = _sqnr(name, weight, source) if source is not None else None
         report.quantized.append(WeightReport(name, str(weight.layout.scheme), shape, held, sqnr))
     return report

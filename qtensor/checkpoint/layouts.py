@@ -1,31 +1,38 @@
 """Layouts: how a quantized weight lies in a checkpoint, and how config.json says so.
 
-`LAYOUTS` has one row per format and scheme: the names of the tensors a weight becomes, and the arguments that other
-tools read it by. Adding a scheme is adding a row. Everything else in this package goes through the row's methods.
+`LAYOUTS` has one row per format and scheme: the tensors a weight becomes, and the arguments that other tools read it
+by. Adding a scheme is adding a row. Everything else in this package goes through the row's methods.
 
-Sources: the compressed-tensors schema (`compressed_tensors.quantization.QuantizationConfig`), and what vLLM and
-transformers accept. As few fields as they need: older readers refuse unknown ones.
+Sources: the compressed-tensors package (its `QuantizationConfig`, and the compressor of each packing), and what vLLM
+and transformers accept. As few fields as they need: older readers refuse unknown ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
-from ..quantized import QTensor
-from ..scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
+from ..kernels import WeightFormat
+from ..quantized import QTensor, empty
+from ..scheme import (
+    Scheme,
+    fp8_per_block,
+    fp8_per_channel,
+    fp8_per_tensor,
+    int4_per_group,
+    int8_per_channel,
+    mxfp4,
+    mxfp8,
+    nvfp4,
+)
 from ..selection import matches
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 Spec = tuple[torch.dtype, tuple[int, ...]]
-_FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-_PER_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
-_PER_GROUP = {**_PER_TOKEN, "strategy": "group", "group_size": 128}
-
 # Matrices that serving systems keep as one. Per tensor they share a scale; per block each but the last has to end on
 # a block's border.
 FUSED: tuple[tuple[str, ...], ...] = (
@@ -37,59 +44,165 @@ FUSED: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One of the tensors that a quantized matrix `[N, K]` becomes.
+
+    encode: the tensor for a band of the matrix's rows, given as a QTensor, and N.
+    decode: the part of a QTensor that it is, given the tensor, the format and `(N, K)`. None: it is no part of one.
+    shared: it belongs to the matrix, and is the same for each band of rows.
+    """
+
+    encode: Callable[[QTensor, int], torch.Tensor]
+    decode: Callable[[torch.Tensor, WeightFormat, tuple[int, int]], torch.Tensor] | None
+    shared: bool = False
+
+
+def _to_words(weight: QTensor, rows: int) -> torch.Tensor:
+    """Integers as compressed-tensors packs them: without sign (offset by half the range), the first in the lowest bits
+    of a 32-bit word, zeros at the end of a row."""
+    codes = weight.qdata.view(torch.uint8) ^ _SIGNS[weight.scheme.format.per_byte]
+    return torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4)).contiguous().view(torch.int32)
+
+
+def _from_words(words: torch.Tensor, fmt: WeightFormat, shape: tuple[int, int]) -> torch.Tensor:
+    codes = words.contiguous().view(torch.uint8)[:, : fmt.qdata_shape(shape)[-1]]
+    return (codes ^ _SIGNS[fmt.per_byte]).contiguous().view(fmt.dtype)
+
+
+_SIGNS = {1: 0x80, 2: 0x88}
+"""The sign bits of a byte, by the integers in it: to flip them is to add half the range."""
+
+_ELEMENTS = Entry(lambda w, rows: w.qdata, lambda t, fmt, shape: t)
+_WORDS = Entry(_to_words, _from_words)
+_SHAPE = Entry(lambda w, rows: torch.tensor([rows, w.cols]), None, shared=True)
+_SCALE = Entry(lambda w, rows: w.scale, lambda t, fmt, shape: t.to(fmt.scale_dtype).reshape(fmt.scale_shape(shape)))
+_ONE_SCALE = replace(_SCALE, shared=True)
+# A divisor on disk. Of every fp32 g that is some 1 / G, 1 / (1 / g) is g again, so the way there and back is exact.
+_GAIN = Entry(lambda w, rows: w.parts()[2].reciprocal(), lambda t, fmt, shape: t.float().reciprocal(), shared=True)
+
+
+@dataclass(frozen=True)
 class Layout:
     """One scheme in one format.
 
-    data, scale: what the weight's two tensors are called, below the module's name.
+    entries: the weight's tensors by their names below the module's; the first two hold values and scales.
     weights, activations: compressed-tensors' arguments; activations None where the scheme has no quantized ones.
     packing: compressed-tensors' name of the layout, for quantized and for plain activations.
     """
 
     scheme: Scheme
+    entries: Mapping[str, Entry]
     weights: Mapping[str, Any]
-    activations: Mapping[str, Any]
-    data: str = "weight"
-    scale: str = "weight_scale"
+    activations: Mapping[str, Any] | None = None
     packing: tuple[str, str] = ("float-quantized", "naive-quantized")
+
+    @property
+    def data(self) -> str:
+        return next(iter(self.entries))
+
+    @property
+    def scale(self) -> str:
+        return list(self.entries)[1]
 
     def specs(self, shape: tuple[int, int]) -> dict[str, Spec]:
         """dtype and shape of each tensor that a weight `[N, K]` becomes."""
-        fmt = self.scheme.format
-        return {self.data: (fmt.dtype, shape), self.scale: (torch.float32, fmt.scale_shape(shape))}
+        outline = empty(shape, self.scheme, torch.bfloat16, "meta")
+        made = {name: entry.encode(outline, shape[0]) for name, entry in self.entries.items()}
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()}
 
-    def tensors(self, qdata: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors that a quantized matrix becomes."""
-        return {self.data: qdata, self.scale: scale}
+    def shape(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+        """The shape `(N, K)` of the weight with those tensors; the values may be on the meta device."""
+        for name, entry in self.entries.items():
+            if entry is _SHAPE:
+                rows, cols = tensors[name].tolist()
+                return rows, cols
+        rows, items = tensors[self.data].shape
+        return rows, items * self.scheme.format.per_byte
 
     def weight(self, module: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> QTensor:
         """The quantized matrix of those tensors. Raises CheckpointError where they do not belong together."""
-        qdata, scale = tensors[self.data], tensors[self.scale]
-        fmt = self.scheme.format
-        if qdata.dtype != fmt.dtype or qdata.dim() != 2:
-            raise CheckpointError(
-                f"{module}.{self.data} is {qdata.dtype} {list(qdata.shape)}; "
-                f"{self.scheme.name} stores a {fmt.dtype} matrix"
-            )
-        wanted = fmt.scale_shape(tuple(qdata.shape))
-        if scale.dtype not in (torch.float32, torch.bfloat16, torch.float16) or scale.numel() != _count(wanted):
-            raise CheckpointError(
-                f"{module}.{self.scale} is {scale.dtype} {list(scale.shape)}; a {self.scheme.name} weight "
-                f"{list(qdata.shape)} has fp32 {list(wanted)}"
-            )
-        return QTensor(qdata, scale.to(torch.float32).reshape(wanted), self.scheme, dtype)
+        for name, (wanted, _) in self.specs((1, 1)).items():
+            if name not in tensors:
+                raise CheckpointError(f"{module}: is quantized, and the checkpoint has no {module}.{name}")
+            held = tensors[name]
+            wide = (torch.float32, torch.bfloat16, torch.float16) if wanted == torch.float32 else (wanted,)
+            if held.dtype not in wide or (name == self.data and held.dim() != 2):
+                raise CheckpointError(
+                    f"{module}.{name} is {held.dtype} {list(held.shape)}; {self.scheme.name} stores {wanted}"
+                    + (" matrices" if name == self.data else "")
+                )
+            if self.entries[name] is _SHAPE and (held.numel() != 2 or min(held.tolist()) < 0):
+                raise CheckpointError(f"{module}.{name} is {held.tolist()}, and should be the shape of a matrix")
+        shape, fmt = self.shape(tensors), self.scheme.format
+        for name, (_, expected) in self.specs(shape).items():
+            held = tensors[name]
+            if held.numel() != _count(expected) or (name == self.data and tuple(held.shape) != expected):
+                raise CheckpointError(
+                    f"{module}.{name} is {held.dtype} {list(held.shape)}; a {self.scheme.name} weight "
+                    f"{list(shape)} has {list(expected)}"
+                )
+        decoded = ((entry.decode, tensors[name]) for name, entry in self.entries.items())
+        qdata, scale, *rest = (decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None)
+        return QTensor(qdata, scale, self.scheme, dtype, global_scale=rest[0] if rest else None, cols=shape[1])
 
 
-_FP8_LAYOUTS = (
-    Layout(fp8_per_tensor, {**_FLOAT8, "strategy": "tensor"}, _PER_TOKEN),
-    Layout(fp8_per_channel, {**_FLOAT8, "strategy": "channel"}, _PER_TOKEN),
-    Layout(fp8_per_block, {**_FLOAT8, "strategy": "block", "block_structure": [128, 128]}, _PER_GROUP),
-)
+_STATIC = {"symmetric": True, "dynamic": False}
+_FLOAT8 = {"num_bits": 8, "type": "float", **_STATIC}
+_FLOAT4 = {"num_bits": 4, "type": "float", **_STATIC}
+_PER_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
+_PER_GROUP = {**_PER_TOKEN, "strategy": "group", "group_size": 128}
+# vLLM tells mxfp8 by the scales' dtype.
+_OF_32 = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+
+_PLAIN = {"weight": _ELEMENTS, "weight_scale": _SCALE}
+_PACKED = {"weight_packed": _ELEMENTS, "weight_scale": _SCALE}
+_PACKED_INT = {"weight_packed": _WORDS, "weight_scale": _SCALE, "weight_shape": _SHAPE}
+
+
+def _rows(*layouts: Layout) -> dict[str, Layout]:
+    return {layout.scheme.name: layout for layout in layouts}
+
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
-    COMPRESSED_TENSORS: {layout.scheme.name: layout for layout in _FP8_LAYOUTS},
+    COMPRESSED_TENSORS: _rows(
+        Layout(
+            fp8_per_tensor,
+            {"weight": _ELEMENTS, "weight_scale": _ONE_SCALE},
+            {**_FLOAT8, "strategy": "tensor"},
+            _PER_TOKEN,
+        ),
+        Layout(fp8_per_channel, _PLAIN, {**_FLOAT8, "strategy": "channel"}, _PER_TOKEN),
+        Layout(fp8_per_block, _PLAIN, {**_FLOAT8, "strategy": "block", "block_structure": [128, 128]}, _PER_GROUP),
+        Layout(mxfp8, _PLAIN, {**_FLOAT8, **_OF_32}, {**_PER_TOKEN, **_OF_32}, ("mxfp8-quantized",) * 2),
+        Layout(
+            mxfp4,
+            _PACKED,
+            {**_FLOAT4, "strategy": "group", "group_size": 32},
+            packing=("mxfp4-pack-quantized",) * 2,
+        ),
+        Layout(
+            nvfp4,
+            {**_PACKED, "weight_global_scale": _GAIN},
+            {**_FLOAT4, "strategy": "tensor_group", "group_size": 16},
+            packing=("nvfp4-pack-quantized",) * 2,
+        ),
+        # Not "int-quantized": that is for quantized activations, and vLLM refuses it without.
+        Layout(
+            int8_per_channel,
+            _PACKED_INT,
+            {"num_bits": 8, "type": "int", **_STATIC, "strategy": "channel"},
+            packing=("pack-quantized",) * 2,
+        ),
+        Layout(
+            int4_per_group,
+            _PACKED_INT,
+            {"num_bits": 4, "type": "int", **_STATIC, "strategy": "group", "group_size": 128},
+            packing=("pack-quantized",) * 2,
+        ),
+    ),
     # transformers' fine-grained fp8, which DeepSeek-V3 introduced. Other scales mean different things to vLLM and to
     # transformers there, so they have no row.
-    FP8: {fp8_per_block.name: Layout(fp8_per_block, {}, {}, scale="weight_scale_inv")},
+    FP8: _rows(Layout(fp8_per_block, {"weight": _ELEMENTS, "weight_scale_inv": _SCALE}, {})),
 }
 
 
@@ -134,7 +247,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
     for i, scheme in enumerate(distinct):
         layout = LAYOUTS[COMPRESSED_TENSORS][scheme.name]
         activations: dict[str, Any] | None = None
-        if scheme.activation == "dynamic":
+        if scheme.activation == "dynamic" and layout.activations is not None:
             activations = dict(layout.activations)
             if experts and layout.weights["strategy"] == "tensor":
                 activations["strategy"] = "tensor"
@@ -195,15 +308,18 @@ def _targeted(module: str, targets: Sequence[str], only_group: bool) -> bool:
 def _layout_of_group(group: Mapping[str, Any]) -> Layout:
     weights, activations = group.get("weights") or {}, group.get("input_activations")
     for layout in LAYOUTS[COMPRESSED_TENSORS].values():
-        if all(weights.get(key) == value for key, value in layout.weights.items()):
-            if activations is None:
-                return Layout(**{**layout.__dict__, "scheme": layout.scheme.weight_only()})
-            if activations.get("dynamic"):
-                return layout
+        if not all(weights.get(key) == value for key, value in layout.weights.items()):
+            continue
+        if weights.get("actorder") in ("group", "dynamic"):
+            break  # columns in another order, which a further tensor gives
+        if activations is None:
+            return replace(layout, scheme=layout.scheme.weight_only())
+        if activations.get("dynamic") and layout.activations is not None:
+            return layout
     known = ", ".join(LAYOUTS[COMPRESSED_TENSORS])
     raise CheckpointError(
         f"config.json: weights {dict(weights)} with activations {activations} are none of the schemes that can be read "
-        f"({known}, with dynamic activations or none)"
+        f"({known}; of those with 8-bit floats, with dynamic activations or none, of the others with none)"
     )
 
 
@@ -232,6 +348,20 @@ def refuse_misaligned(rows: Mapping[str, int], schemes: Mapping[str, Scheme]) ->
             f"{shown}: not a multiple of 128, so its 128 × 128 blocks are not those of the fused matrix that servers "
             "build of it. Add it and its partners to `ignore`, or use fp8_per_channel."
         )
+
+
+def refuse_short_groups(cols: Mapping[str, int], schemes: Mapping[str, Scheme]) -> None:
+    """Formats on disk have no short last group, nor an odd element.
+
+    cols: K of every quantized module. Raises CheckpointError that names those whose K is no multiple of the group.
+    """
+    for module, scheme in schemes.items():
+        fmt = scheme.format
+        if fmt.granularity == "group" and cols[module] % fmt.block[1]:
+            raise CheckpointError(
+                f"{module} has {cols[module]} columns: {scheme.name} is stored in groups of {fmt.block[1]}, and "
+                "compressed-tensors has no short ones. Add it to `ignore`, or use fp8_per_channel or int8_per_channel."
+            )
 
 
 def _count(shape: tuple[int, ...]) -> int:

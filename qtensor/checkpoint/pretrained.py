@@ -1,8 +1,8 @@
 """transformers' from_pretrained of a quantized checkpoint, inside `online_quant`: QTensors, bytes unchanged.
 
 While a session is open, the entries of transformers' table of quantizers for the methods of `LAYOUTS` give way to a
-quantizer that pairs values with scales as they are read. It builds no other modules than the model's own, and leaves
-no trace on the finished model. Threads that no session listens to, and checkpoints with other schemes, get
+quantizer that puts values and scales together as they are read. It builds no other modules than the model's own, and
+leaves no trace on the finished model. Threads that no session listens to, and checkpoints with other schemes, get
 transformers' own quantizer, as they would without us.
 """
 
@@ -18,7 +18,8 @@ from ..errors import CheckpointError
 from ..quantized import QTensor
 from .layouts import LAYOUTS, Layout, reader
 
-_SCALES = sorted({layout.scale for rows in LAYOUTS.values() for layout in rows.values()})
+_SUFFIXES = {m: list(dict.fromkeys(s for row in rows.values() for s in row.entries)) for m, rows in LAYOUTS.items()}
+"""What the tensors of a quantized weight may be called, by method; "weight", which all have, is the first."""
 _originals: dict[str, Any] = {}
 
 
@@ -60,7 +61,7 @@ def _classes() -> tuple[Any, Any]:
     from transformers.quantizers.base import HfQuantizer
 
     class Pair(ConversionOps):  # type: ignore[misc]
-        """Lists of values and lists of scales, by pattern, become lists of QTensors under the values' pattern."""
+        """Lists of a weight's tensors, by pattern, become lists of QTensors under the pattern of the weight."""
 
         def __init__(self, hf_quantizer: Any) -> None:
             self.hf_quantizer = hf_quantizer
@@ -69,20 +70,18 @@ def _classes() -> tuple[Any, Any]:
             self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
         ) -> Any:
             dtype = model.get_parameter(full_layer_name).dtype
-            given = {pattern.removesuffix("$"): _listed(tensors) for pattern, tensors in input_dict.items()}
-            scales = {name: given.pop(name) for name in list(given) if name.rpartition(".")[2] in _SCALES}
+            weights: dict[str, dict[str, list[Any]]] = {}
+            for pattern, tensors in input_dict.items():
+                prefix, dot, suffix = pattern.removesuffix("$").rpartition(".")
+                weights.setdefault(prefix + dot, {})[suffix] = _listed(tensors)
             out: dict[str, Any] = {}
-            for name, values in given.items():
-                prefix = name.removesuffix("weight")
-                own = next((scales[prefix + s] for s in _SCALES if prefix + s in scales), None)
-                if own is None:
-                    out[name] = [v.to(dtype) for v in values]
+            for prefix, given in weights.items():
+                if given.keys() == {"weight"}:
+                    out[prefix + "weight"] = [tensor.to(dtype) for tensor in given["weight"]]
                     continue
                 layout = self.hf_quantizer.layout_of(full_layer_name, input_dict)
-                out[name] = [
-                    layout.weight(full_layer_name, {layout.data: v, layout.scale: s}, dtype)
-                    for v, s in zip(values, own, strict=True)
-                ]
+                each = (dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True))
+                out[prefix + "weight"] = [layout.weight(full_layer_name, tensors, dtype) for tensors in each]
             return {full_layer_name: out["weight"]} if out.keys() == {"weight"} else out
 
         @property
@@ -97,7 +96,7 @@ def _classes() -> tuple[Any, Any]:
         def __init__(self, config: Any, find: Callable[[str], Layout | None], **kwargs: Any) -> None:
             super().__init__(config, **kwargs)
             self._find = find
-            self._scale = next(iter(LAYOUTS[config.quant_method].values())).scale
+            self._suffixes = _SUFFIXES[config.quant_method]
             self._replaced: dict[int, Any] = {}
 
         def layout_of(self, weight: str, patterns: Iterable[str]) -> Layout:
@@ -116,11 +115,11 @@ def _classes() -> tuple[Any, Any]:
                 sources = entry.source_patterns if isinstance(entry, WeightConverter) else []
                 paired = entry
                 if sources and all(s.endswith(".weight") for s in sources):
-                    both = [name for s in sources for name in (s, s.removesuffix("weight") + self._scale)]
-                    paired = WeightConverter(both, list(entry.target_patterns), [Pair(self), *entry.operations])
+                    parts = [source.removesuffix("weight") + suffix for source in sources for suffix in self._suffixes]
+                    paired = WeightConverter(parts, list(entry.target_patterns), [Pair(self), *entry.operations])
                 updated.append(paired)
                 self._replaced[id(paired)] = entry
-            return [*updated, WeightConverter(["weight$", f"{self._scale}$"], "weight", [Pair(self)])]
+            return [*updated, WeightConverter([f"{s}$" for s in self._suffixes], "weight", [Pair(self)])]
 
         def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
             """`Pair` casts what has no scales; before it nothing may be cast."""

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from ..lazy import LAZY
 from ..quantized import QTensor
 from ..scheme import Scheme
 from .checking import require_sound
-from .layouts import COMPRESSED_TENSORS, Spec, fused_group, layout_of, quantization_config, refuse_misaligned
+from .layouts import (
+    COMPRESSED_TENSORS,
+    Spec,
+    fused_group,
+    layout_of,
+    quantization_config,
+    refuse_misaligned,
+    refuse_short_groups,
+)
 from .names import Part, is_transformers, matrix, parts_of, tensors_of
 from .reading import CONFIG, DTYPE_NAMES, SINGLE, read_json
 from .writing import Records, ShardWriter, Staging, carry_over, write_json, write_manifest
@@ -53,7 +62,7 @@ def save_checkpoint(
     """
     tensors = tensors_of(model)
     contents, schemes, plain = _contents(model, tensors, format)
-    _warn_of_scales(contents, schemes)
+    _warn_of_scales(contents, schemes, format)
     config = quantization_config(format, schemes, plain) if schemes else None
     staging = Staging(folder)
     with staging.building() as path:
@@ -78,7 +87,7 @@ def _contents(
     """What goes to disk; the scheme of each quantized module; the linear modules that are not quantized."""
     contents: dict[str, _Tensor] = {}
     schemes: dict[str, Scheme] = {}
-    rows: dict[str, int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     plain: set[str] = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
     for name, part in sorted(parts_of(model, tensors).items(), key=lambda item: _natural(item[0])):
         tensor = tensors[part.name]
@@ -100,13 +109,16 @@ def _contents(
                 "quantized form for that. Add it to `ignore`."
             )
         for module, box in _matrices(name, tensor, part):
-            qdata, scale = _cut(name, tensor, box)
+            weight = _cut(name, tensor, box)
+            n, k = shapes[module] = (weight.shape[0], weight.shape[1])
             prefix = f"{module}." if module else ""
-            for suffix, values in layout.tensors(qdata, scale).items():
-                contents[prefix + suffix] = _Tensor((values.dtype, tuple(values.shape)), lambda v=values: v)  # type: ignore[misc]
-            schemes[module], rows[module] = tensor.scheme, qdata.shape[0]
+            specs = layout.specs((n, k))
+            for suffix, entry in layout.entries.items():
+                contents[prefix + suffix] = _Tensor(specs[suffix], partial(entry.encode, weight, n))
+            schemes[module] = tensor.scheme
+    refuse_short_groups({module: k for module, (_, k) in shapes.items()}, schemes)
     if is_transformers(model):
-        refuse_misaligned(rows, schemes)
+        refuse_misaligned({module: n for module, (n, _) in shapes.items()}, schemes)
     return contents, schemes, sorted(plain - schemes.keys())
 
 
@@ -141,38 +153,42 @@ def expert_names(name: str, count: int) -> list[str]:
     return [".".join([*filter(None, [parent]), str(e), *middle]) for e in range(count)]
 
 
-def _cut(name: str, weight: QTensor, box: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantized values and scale of whole rows of one matrix."""
-    qdata, scale = weight.qdata, weight.scale
-    if weight.dim() == 3:
-        qdata, scale = qdata[box[0][0]], scale[box[0][0]]
-    start, stop = box[-2]
-    fmt, n = weight.scheme.format, weight.qdata.shape[-2]
-    if fmt.granularity != "tensor":
-        unit = fmt.unit_rows(n)
-        if start % unit or (stop % unit and stop != n):
-            raise CheckpointError(
-                f"{name}: is rows {start}:{stop} of a fused {fmt.name} weight, and its scales are per {unit} rows. Add "
-                "it to `ignore`, or use fp8_per_channel."
-            )
-        scale = scale[start // unit : -(-stop // unit)]
-    return qdata[start:stop], scale
+def _cut(name: str, weight: QTensor, box: Any) -> QTensor:
+    """Whole rows of one matrix."""
+    matrix: Any = weight[box[0][0]] if weight.dim() == 3 else weight
+    (start, stop), unit = box[-2], weight.scheme.format.block[0]
+    if start % unit or (stop % unit and stop != matrix.shape[0]):
+        raise CheckpointError(
+            f"{name}: is rows {start}:{stop} of a fused {weight.scheme.name} weight, and its scales are per {unit} "
+            "rows. Add it to `ignore`, or use fp8_per_channel."
+        )
+    rows: QTensor = matrix[start:stop]
+    return rows
 
 
-def _warn_of_scales(contents: dict[str, _Tensor], schemes: dict[str, Scheme]) -> None:
-    """Per tensor, parts that servers fuse should share a scale; a model whose parts are apart has one for each."""
+def _warn_of_scales(contents: dict[str, _Tensor], schemes: dict[str, Scheme], format: str) -> None:
+    """Parts that servers fuse should share the scale that is one for a whole matrix; a model whose parts are apart has
+    one for each."""
     apart = []
     for module, scheme in schemes.items():
-        group = [name for name in fused_group(module) if name in schemes]
-        if scheme.format.granularity == "tensor" and module == group[0]:
-            scales = [contents[f"{name}.weight_scale"].values() for name in group]
-            if any(not torch.equal(s, scales[0]) for s in scales):
-                apart.append(module)
+        group = [name for name in fused_group(module) if schemes.get(name) == scheme]
+        if not scheme.format.needs_whole_matrix or module != group[0]:
+            continue
+        shared = [name for name, entry in layout_of(scheme, format, module).entries.items() if entry.shared]
+        scales = [[contents[f"{name}.{s}" if name else s].values() for s in shared] for name in group]
+        if any(not torch.equal(a, b) for others in scales[1:] for a, b in zip(scales[0], others, strict=True)):
+            apart.append(module)
     if apart:
+        scheme = schemes[apart[0]]
+        fate = (
+            "rounds to the largest scale"
+            if scheme.format.granularity == "tensor"
+            else "decodes all of them with one part's scale, which is wrong for the others"
+        )
         warnings.warn(
-            f"save_checkpoint: {apart[0]} and its partners, and {len(apart) - 1} other groups, are quantized per "
-            "tensor with a scale for each part. vLLM fuses them and rounds to the largest scale. `qtensor quantize`, "
-            "from the high-precision checkpoint, writes shared scales; fp8_per_channel needs none.",
+            f"save_checkpoint: {apart[0]} and its partners, and {len(apart) - 1} other groups, are quantized to "
+            f"{scheme.name} with a scale for each part. vLLM fuses them and {fate}. `qtensor quantize`, from the "
+            "high-precision checkpoint, writes shared scales; fp8_per_channel needs none.",
             stacklevel=3,
         )
 
