@@ -127,8 +127,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no data": (change(WEIGHT, lambda t: None), r"has no model\.layers\.1\.mlp\.down_proj\.weight"),
     "NaN scale": (change(f"{WEIGHT}_scale", lambda t: t * float("nan")), "not finite and positive"),
     "negative scale": (change(f"{WEIGHT}_scale", lambda t: -t), "not finite and positive"),
-    "scale shape": (change(f"{WEIGHT}_scale", lambda t: t[:-1]), r"has fp32 \[64, 1\]"),
-    "stored as bytes": (change(WEIGHT, lambda t: t.view(torch.uint8)), "stores a torch.float8_e4m3fn matrix"),
+    "scale shape": (change(f"{WEIGHT}_scale", lambda t: t[:-1]), r"\[64, 200\] has \[64, 1\]"),
+    "stored as bytes": (change(WEIGHT, lambda t: t.view(torch.uint8)), "stores torch.float8_e4m3fn matrices"),
     "one bit": (
         change("lm_head.weight", lambda t: (t.view(torch.int16) ^ 1).view(t.dtype)),
         r"lm_head\.weight: its bytes",

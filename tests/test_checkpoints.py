@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.mx_utils import compress_mx_scale
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from helpers import Experts, same_bytes
 from hypothesis import given, settings
@@ -26,14 +31,29 @@ from qtensor import (
     fp8_per_block,
     fp8_per_channel,
     fp8_per_tensor,
+    int4_per_group,
+    int8_per_channel,
     load_checkpoint,
+    mxfp4,
+    mxfp8,
+    nvfp4,
     online_quant,
     quantize,
     save_checkpoint,
 )
-from qtensor.checkpoint import problems, quantize_checkpoint
+from qtensor.checkpoint import inspect_checkpoint, problems, quantize_checkpoint
+from qtensor.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, quantization_config
+from qtensor.scheme import SCHEMES as NAMED
 
-SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+SCHEMES = tuple(dict.fromkeys(NAMED.values()))
+FP8_SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+PACKINGS = {
+    mxfp8: "mxfp8-quantized",
+    mxfp4: "mxfp4-pack-quantized",
+    nvfp4: "nvfp4-pack-quantized",
+    int8_per_channel: "pack-quantized",
+    int4_per_group: "pack-quantized",
+}
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 128,
@@ -73,7 +93,7 @@ def load_online(source: Path, scheme: Any, **options: Any) -> Any:
 
 def save_quietly(model: nn.Module, folder: Path, *args: Any, **options: Any) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # per-tensor scales of q, k and v that differ
+        warnings.simplefilter("ignore", UserWarning)  # scales of whole matrices, of q, k and v, that differ
         return save_checkpoint(model, folder, *args, **options)
 
 
@@ -110,17 +130,24 @@ class Zoo(nn.Module):
 sizes = st.integers(1, 300)
 
 
-@settings(max_examples=25)
+def fitting(scheme: Any, shape: tuple[int, ...]) -> Any:
+    """The shape with as many columns as a format without short groups takes."""
+    group = scheme.format.block[1] if scheme.format.granularity == "group" else 1
+    return (*shape[:-1], -(-shape[-1] // group) * group)
+
+
+@settings(max_examples=40)
 @given(
     shapes=st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3),
     experts=st.tuples(st.integers(1, 3), sizes, sizes),
-    scheme=st.sampled_from([*SCHEMES, *(s.weight_only() for s in SCHEMES)]),
+    scheme=st.sampled_from(list(dict.fromkeys([*SCHEMES, *(s.weight_only() for s in SCHEMES)]))),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     shard=st.sampled_from([10_000, 100_000, "5GB"]),
 )
 def test_what_is_saved_is_what_is_loaded_and_saved_again(tmp_path_factory, shapes, experts, scheme, dtype, shard):
     folder = tmp_path_factory.mktemp("zoo")
     torch.manual_seed(len(shapes))
+    shapes, experts = [fitting(scheme, shape) for shape in shapes], fitting(scheme, experts)
     values = Zoo(shapes, experts, dtype)
     nn.init.normal_(values.experts.w)
     with online_quant(scheme):
@@ -141,8 +168,9 @@ def test_what_is_saved_is_what_is_loaded_and_saved_again(tmp_path_factory, shape
     assert problems(one) == []
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "scheme"), [(n, s) for n in CONFIGS for s in (FP8_SCHEMES if n == "tied" else SCHEMES)], ids=str
+)
 def test_every_way_back_gives_identical_files(name, scheme, sources, tmp_path):
     model = load_online(sources[name], scheme)
     one = digests(save_quietly(model, tmp_path / "one"))
@@ -161,9 +189,12 @@ def test_every_way_back_gives_identical_files(name, scheme, sources, tmp_path):
     prompt = torch.arange(3, 20)[None]
     assert torch.equal(fresh.eval()(prompt).logits, model(prompt).logits)
 
-    # From the high-precision files, without the model. Per tensor, q, k and v share a scale there.
+    # From the high-precision files, without the model. Scales of whole matrices are shared by q, k and v there.
     quantize_checkpoint(sources[name], tmp_path / "three", scheme)
-    if scheme is not fp8_per_tensor:
+    if scheme.format.needs_whole_matrix:
+        converted = load_online(tmp_path / "three", fp8)
+        assert digests(save_checkpoint(converted, tmp_path / "four")) == digests(tmp_path / "three")
+    else:
         assert digests(tmp_path / "three") == one
 
 
@@ -196,28 +227,87 @@ def test_schemes_may_differ_by_layer(sources, tmp_path):
 # What others make of it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, *(s.weight_only() for s in SCHEMES)], ids=str)
+@pytest.mark.parametrize("scheme", dict.fromkeys([*SCHEMES, *(s.weight_only() for s in SCHEMES)]), ids=str)
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_the_config_is_what_compressed_tensors_defines(name, scheme, sources, tmp_path):
     folder = save_quietly(load_online(sources[name], scheme), tmp_path / "saved")
     config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
     (group,) = config.config_groups.values()
-    assert group.weights.num_bits == 8
-    assert group.weights.strategy == scheme.format.granularity
+    fmt = scheme.format
+    assert group.weights.num_bits == 8 // fmt.per_byte
+    assert group.weights.type == ("int" if fmt.element.startswith("int") else "float")
+    assert group.weights.strategy == ("tensor_group" if fmt.has_global_scale else fmt.granularity)
+    assert group.weights.group_size == (fmt.block[1] if fmt.granularity == "group" else None)
     assert (group.input_activations is None) == (scheme.activation == "none")
-    assert config.format == ("naive-quantized" if scheme.activation == "none" else "float-quantized")
+    packing = "naive-quantized" if scheme.activation == "none" else "float-quantized"
+    assert config.format == {s.format: packing for s, packing in PACKINGS.items()}.get(fmt, packing)
     assert "lm_head" in config.ignore
     assert any("gate" in module for module in config.ignore) == (name == "mixtral"), "routers are named"
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "fp8"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_transformers_reads_it_by_itself(scheme, format, sources, tmp_path):
+def test_packing_and_scales_are_those_of_compressed_tensors(scheme):
+    """Its own functions read our tensors as the weight we mean, and make the same bytes of it."""
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(48, 256) * 0.02, scheme)
+    layout = LAYOUTS[COMPRESSED_TENSORS][scheme.name]
+    tensors = {name: entry.encode(weight, 48) for name, entry in layout.entries.items()}
+    config = QuantizationConfig.model_validate(quantization_config(COMPRESSED_TENSORS, {"a": scheme}, ()))
+    (group,) = config.config_groups.values()
+    theirs = BaseCompressor.get_value_from_registry(config.format)
+    assert set(theirs.compression_param_names(group)) == tensors.keys()
+    read = theirs.decompress(tensors, group)["weight"].float()
+    # They multiply in bfloat16 where scales are kept in 8 bits.
+    exact = scheme.format.has_e8m0_scale or scheme.format.scale_dtype == torch.float32
+    assert torch.allclose(read, weight.dequantize(torch.float32), rtol=1e-6 if exact else 2**-7, atol=0)
+    packed, fmt = tensors[layout.data], scheme.format
+    if fmt.element == "e2m1":
+        assert torch.equal(pack_fp4_to_uint8(unpack_fp4_from_uint8(packed, 48, 256)), packed)
+    if fmt.element.startswith("int"):
+        bits = 8 // fmt.per_byte
+        assert torch.equal(pack_to_int32(unpack_from_int32(packed, bits, (48, 256)), bits), packed)
+        assert tensors["weight_shape"].tolist() == [48, 256]
+    if fmt.has_e8m0_scale:
+        assert torch.equal(compress_mx_scale(fmt.step(weight.scale), torch.uint8), tensors["weight_scale"])
+
+
+@settings(max_examples=50)
+@given(cols=st.integers(1, 70), rows=st.integers(1, 5), seed=st.integers(0, 99))
+def test_int8_of_any_width_packs_as_compressed_tensors_packs_it(cols, rows, seed):
+    torch.manual_seed(seed)
+    weight = quantize(torch.randn(rows, cols), int8_per_channel)
+    layout = LAYOUTS[COMPRESSED_TENSORS]["int8_per_channel"]
+    tensors = {name: entry.encode(weight, rows) for name, entry in layout.entries.items()}
+    assert torch.equal(tensors["weight_packed"], pack_to_int32(weight.qdata, 8))
+    again = layout.weight("a", tensors, weight.dtype)
+    assert again.shape == weight.shape
+    assert all(same_bytes(a, b) for a, b in zip(again.parts(), weight.parts(), strict=True))
+
+
+def test_global_scales_survive_being_stored_as_divisors():
+    """compressed-tensors and vLLM keep nvfp4's G; a QTensor keeps 1 / G. For every mantissa there is."""
+    gains = (torch.arange(1 << 23, dtype=torch.int32) | (127 << 23)).view(torch.float32)
+    for exponent in (-40, 0, 38):
+        held = (gains * 2.0**exponent).reciprocal()
+        assert torch.equal(held.reciprocal().reciprocal(), held)
+
+
+# No mixtral in mxfp8 and nvfp4: transformers decodes experts as if they had neither groups of 32 nor a global scale.
+@pytest.mark.parametrize(
+    ("name", "scheme", "format"),
+    [
+        *(("llama", scheme, "compressed-tensors") for scheme in SCHEMES),
+        *(("llama", scheme, "fp8") for scheme in (fp8_per_tensor, fp8_per_block, mxfp4)),
+        *(("mixtral", scheme, "compressed-tensors") for scheme in (mxfp4, int8_per_channel, int4_per_group)),
+    ],
+    ids=str,
+)
+def test_transformers_reads_it_by_itself(name, scheme, format, sources, tmp_path):
+    model = load_online(sources[name], scheme)
     if format == "fp8" and scheme is not fp8_per_block:
-        with pytest.raises(CheckpointError, match="no place for fp8_per_"):
-            save_checkpoint(load_online(sources["llama"], scheme), tmp_path / "saved", format)
+        with pytest.raises(CheckpointError, match=f"no place for {scheme.name}"):
+            save_checkpoint(model, tmp_path / "saved", format)
         return
-    model = load_online(sources["llama"], scheme)
     folder = save_quietly(model, tmp_path / "saved", format)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     theirs(torch.arange(3, 20)[None])  # compressed-tensors decompresses at the first call
@@ -246,10 +336,28 @@ def test_llm_compressors_bf16_scales_are_read(sources, tmp_path):
         assert torch.equal(weight.scale, rounded[f"{name}_scale"].float())
 
 
-def test_per_tensor_parts_that_servers_fuse_are_warned_of(sources, tmp_path):
-    """vLLM fuses q, k and v, and rounds them to the largest of their scales."""
-    with pytest.warns(UserWarning, match=r"layers.0.\w+.\w+ and its partners, and 3 other.*largest scale"):
-        save_checkpoint(load_online(sources["llama"], fp8_per_tensor), tmp_path / "saved")
+@pytest.mark.parametrize(
+    ("scheme", "fate"), [(fp8_per_tensor, "rounds to the largest scale"), (nvfp4, "wrong for the others")], ids=str
+)
+def test_parts_that_servers_fuse_are_warned_of_where_their_scales_differ(scheme, fate, sources, tmp_path):
+    """vLLM fuses q, k and v. Per tensor it rounds them to the largest of their scales, of nvfp4 it takes one's."""
+    with pytest.warns(UserWarning, match=rf"layers.0.\w+.\w+ and its partners, and 3 other.*{fate}"):
+        save_checkpoint(load_online(sources["llama"], scheme), tmp_path / "saved")
+    quantize_checkpoint(sources["llama"], tmp_path / "converted", scheme)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        save_checkpoint(load_online(tmp_path / "converted", scheme), tmp_path / "again")
+
+
+def test_a_packed_checkpoint_is_inspected_by_the_weights_own_shape(sources, tmp_path):
+    quantize_checkpoint(sources["llama"], tmp_path / "saved", nvfp4)
+    report = inspect_checkpoint(tmp_path / "saved", sources["llama"])
+    down = next(w for w in report.quantized if w.name == "model.layers.1.mlp.down_proj.weight")
+    source = load_file(sources["llama"] / "model.safetensors")[down.name]
+    assert (down.scheme, down.shape, down.bytes) == ("nvfp4", (128, 256), 128 * 128 + 128 * 16 + 4)
+    noise = source.float() - quantize(source, nvfp4).dequantize(torch.float32)
+    expected = 10 * torch.log10(source.float().square().sum() / noise.square().sum())
+    assert down.sqnr == pytest.approx(float(expected), abs=1e-3)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -271,6 +379,77 @@ def test_blocks_across_a_fused_border_are_refused_by_name(tmp_path):
     assert not (tmp_path / "saved").exists()
     online = load_online(tmp_path / "source", fp8_per_block, ignore=["lm_head", "*.self_attn.?_proj"])
     assert problems(save_checkpoint(online, tmp_path / "saved")) == []
+
+
+@pytest.mark.parametrize(("scheme", "cols"), [(mxfp8, 48), (mxfp4, 33), (nvfp4, 8), (int4_per_group, 64)], ids=str)
+def test_short_groups_are_refused_by_name(scheme, cols, tmp_path):
+    """compressed-tensors refuses columns that are no multiple of the group; qtensor in memory does not."""
+    model = nn.Sequential(nn.Linear(cols, 32))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    model[0].weight = nn.Parameter(quantize(model[0].weight, scheme), requires_grad=False)
+    message = rf"0 has {cols} columns: {scheme} is stored in groups of {scheme.format.block[1]}.*use fp8_per_channel"
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(model, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=message):
+        quantize_checkpoint(tmp_path, tmp_path / "saved", scheme)
+    assert not (tmp_path / "saved").exists()
+
+
+SPOILED: dict[str, tuple[Any, str, Any, str]] = {
+    "zero scale": (int4_per_group, "weight_scale", lambda t: t * 0, "not finite and positive"),
+    "e8m0 NaN": (mxfp4, "weight_scale", lambda t: t | 255, "not finite and positive"),
+    "zero divisor": (nvfp4, "weight_global_scale", lambda t: t * 0, "not finite and positive"),
+    "no divisor": (nvfp4, "weight_global_scale", lambda t: None, r"has no 0\.weight_global_scale"),
+    "no scale": (int8_per_channel, "weight_scale", lambda t: None, r"0\.weight_packed: .* has no scales"),
+    "other shape": (int4_per_group, "weight_shape", lambda t: t * 2, r"a int4_per_group weight \[64, 256\] has"),
+    "no shape": (int4_per_group, "weight_shape", lambda t: t[:1], "should be the shape of a matrix"),
+    "signed": (mxfp4, "weight_packed", lambda t: t.view(torch.int8), "stores torch.uint8 matrices"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_damage_to_packed_weights_is_found(what, tmp_path):
+    scheme, suffix, spoil, message = SPOILED[what]
+    model = nn.Sequential(nn.Linear(128, 32))
+    model[0].weight = nn.Parameter(quantize(model[0].weight, scheme), requires_grad=False)
+    file = save_checkpoint(model, tmp_path / "saved") / "model.safetensors"
+    (tmp_path / "saved" / "qtensor.json").unlink()
+    assert problems(tmp_path / "saved") == []
+    tensors = load_file(file)
+    spoiled = spoil(tensors.pop(f"0.{suffix}"))
+    save_file(tensors | ({} if spoiled is None else {f"0.{suffix}": spoiled}), file)
+    (problem,) = problems(tmp_path / "saved")
+    assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_weights_of_zeros_are_sound(scheme, tmp_path):
+    """Where a scale may be 0, its values are."""
+    model = nn.Sequential(nn.Linear(128, 32, bias=False))
+    model[0].weight = nn.Parameter(quantize(torch.zeros(32, 128), scheme), requires_grad=False)
+    assert problems(save_checkpoint(model, tmp_path / "saved")) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}},
+        {"weights": {"actorder": "group"}},
+        {"weights": {"symmetric": False}},
+        {"input_activations": {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}},
+    ],
+)
+def test_integer_checkpoints_of_another_kind_are_not_misread(change, tmp_path):
+    model = nn.Sequential(nn.Linear(128, 32))
+    model[0].weight = nn.Parameter(quantize(model[0].weight, int4_per_group), requires_grad=False)
+    folder = save_checkpoint(model, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    for key, value in change.items():
+        group[key] = (group[key] or {}) | value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="none of the schemes that can be read"):
+        load_checkpoint(nn.Sequential(nn.Linear(128, 32)), folder)
 
 
 def test_experts_that_no_tool_has_a_form_for_are_refused(tmp_path):

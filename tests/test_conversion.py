@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupted import convert_alone, elsewhere, kill_at_random, quantize_folder, save_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_checkpoints import digests
 from torch import nn
 
@@ -29,9 +30,13 @@ from qtensor import (
     save_checkpoint,
 )
 from qtensor.checkpoint import converting, problems, quantize_checkpoint, writing
+from qtensor.checkpoint.checking import weights_of
 from qtensor.checkpoint.layouts import fused_group
+from qtensor.checkpoint.reading import Checkpoint
+from qtensor.scheme import SCHEMES as NAMED
 
-SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+FP8_SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+SCHEMES = tuple(dict.fromkeys(NAMED.values()))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,14 +55,16 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], files: int = 1, config
     return folder
 
 
-def layers(seed: int = 0, count: int = 4, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """A small decoder's names and values."""
+def layers(
+    seed: int = 0, count: int = 4, dtype: torch.dtype = torch.bfloat16, cols: tuple[int, int] = (64, 200)
+) -> dict[str, torch.Tensor]:
+    """A small decoder's names and values; cols: of its matrices."""
     make = torch.Generator().manual_seed(seed)
     shapes = {
-        "self_attn.q_proj": (128, 64),
-        "self_attn.k_proj": (128, 64),
-        "self_attn.v_proj": (40, 64),
-        "mlp.down_proj": (64, 200),
+        "self_attn.q_proj": (128, cols[0]),
+        "self_attn.k_proj": (128, cols[0]),
+        "self_attn.v_proj": (40, cols[0]),
+        "mlp.down_proj": (64, cols[1]),
     }
     tensors = {"model.embed_tokens.weight": torch.randn(32, 64, generator=make).to(dtype)}
     for i in range(count):
@@ -68,7 +75,7 @@ def layers(seed: int = 0, count: int = 4, dtype: torch.dtype = torch.bfloat16) -
     return tensors | {"lm_head.weight": torch.randn(32, 64, generator=make).to(dtype)}
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     scheme=st.sampled_from(SCHEMES),
@@ -78,29 +85,28 @@ def layers(seed: int = 0, count: int = 4, dtype: torch.dtype = torch.bfloat16) -
     workers=st.integers(1, 3),
 )
 def test_every_matrix_is_the_oracles(tmp_path_factory, seed, scheme, dtype, files, chunk, workers):
-    """Per tensor, q, k and v have the scale of the fused matrix: vLLM rounds parts to the largest of their scales."""
+    """A scale of whole matrices is that of q, k and v as one, which is how vLLM keeps them."""
     folder = tmp_path_factory.mktemp("conversion")
-    tensors = layers(seed, 2, dtype)
+    tensors = layers(seed, 2, dtype, (128, 384) if scheme.format.granularity == "group" else (64, 200))
     source = write(folder / "source", tensors, files)
     before, converting.CHUNK_BYTES = converting.CHUNK_BYTES, chunk
     try:
         report = quantize_checkpoint(source, folder / "out", scheme, workers=workers)
     finally:
         converting.CHUNK_BYTES = before
-    made = {n: t for file in (folder / "out").glob("*.safetensors") for n, t in load_file(file).items()}
-    assert report.quantized == 8
+    weights, plain = weights_of(Checkpoint(folder / "out"))
+    assert report.quantized == len(weights) == 8
     for name, values in tensors.items():
         if "proj" not in name:
-            assert torch.equal(made.pop(name), values)
+            assert torch.equal(plain.pop(name).read(), values)
             continue
         module = name.removesuffix(".weight")
-        group = [f"{m}.weight" for m in fused_group(module)] if scheme is fp8_per_tensor else [name]
-        expected = quantize(torch.cat([tensors[n] for n in group]), scheme)
+        group = [f"{m}.weight" for m in fused_group(module)] if scheme.format.needs_whole_matrix else [name]
+        fused: Any = quantize(torch.cat([tensors[n] for n in group]), scheme)
         start = sum(tensors[n].shape[0] for n in group[: group.index(name)])
-        qdata = expected.qdata[start : start + values.shape[0]]
-        assert torch.equal(made.pop(name).view(torch.uint8), qdata.view(torch.uint8)), name
-        assert torch.equal(made.pop(f"{module}.weight_scale"), expected.scale), name
-    assert not made
+        made, expected = weights[module].read(dtype), fused[start : start + values.shape[0]]
+        assert all(same_bytes(a, b) for a, b in zip(made.parts(), expected.parts(), strict=True)), name
+    assert not plain
 
 
 def test_a_shard_is_a_task_of_its_own(tmp_path):
