@@ -23,8 +23,6 @@ from qtensor import (
     CheckpointError,
     NonFiniteWeightError,
     fp8,
-    fp8_per_block,
-    fp8_per_channel,
     fp8_per_tensor,
     quantize,
     save_checkpoint,
@@ -35,7 +33,6 @@ from qtensor.checkpoint.layouts import fused_group
 from qtensor.checkpoint.reading import Checkpoint
 from qtensor.scheme import SCHEMES as NAMED
 
-FP8_SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
 SCHEMES = tuple(dict.fromkeys(NAMED.values()))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -262,7 +259,7 @@ def test_nothing_is_overwritten(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_nonfinite_weight_is_refused_by_name_and_index(tmp_path, scheme, value, monkeypatch):
     monkeypatch.setattr(converting, "CHUNK_BYTES", 4096)
-    tensors = layers()
+    tensors = layers(cols=(128, 256))
     tensors["model.layers.2.self_attn.k_proj.weight"][77, 5] = value
     with pytest.raises(NonFiniteWeightError, match=r"layers\.2\.self_attn\.k_proj\.weight: .* at index \[77, 5\]"):
         quantize_checkpoint(write(tmp_path / "source", tensors), tmp_path / "out", scheme)

@@ -42,7 +42,8 @@ class ShardWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
         self.path, self._specs = path, dict(specs)
-        order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+        rank = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+        order = sorted(specs, key=lambda name: (rank[specs[name][0]], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offsets, end = {}, 0
         for name in order:
