@@ -2,26 +2,30 @@
 
 The oracle is vLLM's own online quantization of the bf16 source: the same runtime weights and scales, byte for byte, the
 same logprobs and greedy tokens. A CPU has no operators for vLLM's per-tensor and per-block fp8; their files
-are compared with vLLM's formulas, and their config.json with what vLLM makes of it.
+are compared with vLLM's formulas, and their config.json with what vLLM makes of it. Of the other schemes a CPU serves
+int4; for the rest, the class vLLM picks must have the parameters that are in the files.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from checkpoints import checkpoint, tensors_of
+from checkpoints import checkpoint, tensors_of, variant
 from engines import Seen, engine, look
+from vllm.model_executor import parameter
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.online.fp8 import _fp8_channel_scale, _fp8_quant_per_channel, _fp8_scale
 from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
-from qtensor import fp8_per_channel, online_quant, save_checkpoint
+from qtensor import fp8_per_channel, online_quant, quantize, save_checkpoint
 from qtensor.checkpoint import quantize_checkpoint
 from qtensor.checkpoint.layouts import fused_group
 
@@ -106,3 +110,70 @@ def test_files_follow_vllms_formulas(scheme, format, tmp_path):
         weights = understood.target_scheme_map["Linear"]["weights"]
         assert f"fp8_per_{weights.strategy.value if hasattr(weights.strategy, 'value') else weights.strategy}" == scheme
         assert "lm_head" in understood.ignore
+
+
+def test_a_cpu_serves_int4(tmp_path):
+    """As the bf16 model whose weights are what the codes and scales stand for."""
+
+    def decode(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if "_proj.weight" in n]:
+            tensors[name] = quantize(tensors[name], "int4_per_group").dequantize()
+
+    quantize_checkpoint(checkpoint("llama"), tmp_path / "made", "int4_per_group")
+    stock, expected, source = (
+        seen(folder) for folder in (tmp_path / "made", variant("llama", "int4", decode), checkpoint("llama"))
+    )
+    assert stock.distance(expected) < source.distance(expected) / 4
+    assert stock.agreement(expected) == 1
+
+
+CLASSES = {
+    "mxfp8": "CompressedTensorsW8A8Mxfp8",
+    "mxfp4": "CompressedTensorsW4A4Mxfp4",
+    "nvfp4": "CompressedTensorsW4A4Fp4",
+    "int8_per_channel": "CompressedTensorsWNA16",
+    "int4_per_group": "CompressedTensorsWNA16",
+}
+_PACKAGE = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
+
+
+@pytest.mark.parametrize("scheme", CLASSES)
+def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeypatch):
+    """Only what multiplies them is left out: it is chosen by the device, and a CPU has little."""
+    quantize_checkpoint(checkpoint("llama"), tmp_path / "made", scheme)
+    config = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    understood = CompressedTensorsConfig.from_config(config)
+    for module in [m for name, m in sys.modules.items() if name.startswith(_PACKAGE)]:
+        for chooser in [n for n in vars(module) if n.startswith("init_") and n.endswith("_linear_kernel")]:
+            monkeypatch.setattr(module, chooser, lambda *_, **__: None)
+        for other, stand_in in {
+            "choose_mp_linear_kernel": lambda config: lambda *_, **__: None,
+            "expose_input_quant_key": lambda *_: None,
+        }.items():
+            if hasattr(module, other):
+                monkeypatch.setattr(module, other, stand_in)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    parts: Any = understood.target_scheme_map["Linear"]
+    found: Any = understood._get_scheme_from_parts(
+        parts["weights"], parts["input_activations"], format=parts["format"], layer_name="down_proj"
+    )
+    assert type(found).__name__ == CLASSES[scheme]
+    layer, (rows, cols) = torch.nn.Module(), (128, 256)
+    found.create_weights(
+        layer=layer,
+        output_size=rows,
+        input_size=cols,
+        output_partition_sizes=[rows],
+        input_size_per_partition=cols,
+        params_dtype=torch.float32,  # vLLM keeps the scales of integers in the model's own dtype.
+        weight_loader=SimpleNamespace(),
+    )
+    prefix = "model.layers.0.mlp.down_proj."
+    made = {n.removeprefix(prefix): t for n, t in tensors_of(tmp_path / "made").items() if n.startswith(prefix)}
+    wanted = {n: (p.dtype, tuple(p.shape)) for n, p in layer.named_parameters()}
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in made.items()} == wanted
+    if scheme == "nvfp4":
+        source = tensors_of(checkpoint("llama"))[f"{prefix}weight"]
+        # As vLLM inverts it after loading.
+        assert torch.equal(1.0 / made["weight_global_scale"], quantize(source, "nvfp4").parts()[2])
