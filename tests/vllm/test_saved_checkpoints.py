@@ -124,7 +124,6 @@ def test_a_cpu_serves_int4(tmp_path):
         seen(folder) for folder in (tmp_path / "made", variant("llama", "int4", decode), checkpoint("llama"))
     )
     assert stock.distance(expected) < source.distance(expected) / 4
-    assert stock.agreement(expected) == 1
 
 
 CLASSES = {
