@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from qtensor import __version__, cli, demo, doctor, memory
+from qtensor.scheme import SCHEMES
 
 
 def test_version(capsys):
@@ -56,7 +57,7 @@ def test_doctor_for_programs(capsys):
     assert findings["ok"] is True
     assert findings["packages"]["torch"]
     assert findings["kernels"][0]["device"] == "cpu"
-    assert {check["scheme"] for check in findings["checks"]} == {"fp8_per_tensor", "fp8_per_channel", "fp8_per_block"}
+    assert {check["scheme"] for check in findings["checks"]} == {str(scheme) for scheme in SCHEMES.values()}
 
 
 def test_interrupting_exits_with_130(monkeypatch):
