@@ -57,8 +57,8 @@ def _as_strided(func: Any, args: tuple, kwargs: dict) -> Any:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and not 0 <= last < view._armed.coverage.numel:
         raise WeightShapeError(
-            f"{view._armed.name}: as_strided({list(size)}, {list(stride)}, {offset}) reaches element {last} of a weight "
-            f"of {view._armed.coverage.numel}"
+            f"{view._armed.name}: as_strided({list(size)}, {list(stride)}, {offset}) reaches element {last} of "
+            f"a weight of {view._armed.coverage.numel}"
         )
     return view
 
@@ -137,6 +137,10 @@ def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     wanted = index.flatten().tolist()
     if source.dtype != lazy.dtype:
         raise WeightDtypeError(f"{lazy._armed.name}: index_copy_ of {source.dtype} into {lazy.dtype}; cast it first")
+    if any(n > 1 and not step for n, step in zip(lazy.shape, lazy.stride(), strict=True)):
+        raise QTensorError(
+            f"{lazy._armed.name}: index_copy_ into an expanded view, which has each element several times"
+        )
     size = lazy.shape[dim] if lazy.dim() else 1
     if wrong := [i for i in wanted if not 0 <= i < size]:
         raise IndexError(f"{lazy._armed.name}: index_copy_ at {wrong[0]} of dimension {dim}, which has {size}")

@@ -1,11 +1,12 @@
-"""Random programs of views, writes and reads, and the machine that runs one on a lazy weight and a plain tensor at once.
+"""Random programs of views, writes and reads, and the machine that runs one on a lazy weight and a plain tensor.
 
 A program is data: numbers that each operation reduces to legal arguments (or, rarely, illegal ones) for the tensor it
 meets. Both sides, and a mask of what was written so far, go through the same function, so they must agree: on shapes
 and strides of views, on every value read, on which calls raise, and at the end on the weight, byte for byte.
 
-Values are 0 and ±448·2^-j. Each is a multiple of any unit's fp8 step, whatever its amax, so quantizing loses nothing and
-even reads of quantized elements have one right answer. Arithmetic that leaves this set ends a program.
+Values are 0 and ±448·2^-j: each is a multiple of any unit's fp8 step, whatever its amax. Quantizing loses nothing, so that
+even reads of quantized elements have one right answer. Arithmetic that leaves this set ends a program; none
+compares 0 with -0, whose order is the kernel's choice.
 """
 
 from __future__ import annotations
@@ -271,11 +272,12 @@ WRITES: dict[str, Write] = {
     "where assign": Write(lambda v, new, n: v.copy_(torch.where(_mask(v, n), new(tuple(v.shape)), v)), reads=True),
     "neg_": Write(lambda v, new, n: v.neg_(), reads=True),
     "abs_": Write(lambda v, new, n: v.abs_(), reads=True),
-    "relu_": Write(lambda v, new, n: torch.relu_(v), reads=True),
     "mul_ -1": Write(lambda v, new, n: v.mul_(-1), reads=True),
     "mul_ signs": Write(lambda v, new, n: v.mul_(new(tuple(v.shape)).sign()), reads=True),
-    "clamp_": Write(lambda v, new, n: v.clamp_(min=-448.0, max=0.0), reads=True),
-    "maximum out": Write(lambda v, new, n: torch.maximum(v, new(tuple(v.shape)), out=v), reads=True),
+    "clamp_": Write(lambda v, new, n: v.clamp_(min=-448.0, max=14.0), reads=True),
+    "maximum out": Write(
+        lambda v, new, n: torch.maximum(v, new(tuple(v.shape)).abs().clamp(min=14.0), out=v), reads=True
+    ),
     "flip": Write(lambda v, new, n: v.copy_(v.flip(0)), reads=True),
     "swap rows": Write(lambda v, new, n: v.__setitem__([0, -1], v[[-1, 0]]), reads=True),
     "row from row": Write(_rows_from_rows, reads=True),
@@ -423,13 +425,16 @@ class Machine:
             assert got.dtype == want.dtype
             if action in METADATA and not _overlaps(plain):
                 assert _steps(got) == _steps(want)
-            assert torch.equal(got, want) and torch.equal(got.signbit(), want.signbit()), f"{action} read\n{got}\nnot\n{want}"
+            assert torch.equal(got, want), f"{action} read\n{got}\nnot\n{want}"
+            assert torch.equal(got.signbit(), want.signbit())
 
     def _write(self, step: Step, lazy: torch.Tensor, plain: torch.Tensor, written: torch.Tensor) -> bool:
         write = WRITES[step.action]
-        if write.reads and not written.all() and (error := _error(lambda: _with_sources(write, lazy, step))):
+        if write.reads and not written.all() and (error := _outcome(lambda: _with_sources(write, lazy, step))[0]):
             # It needs elements that nobody wrote (or is illegal); nothing has been changed.
-            assert isinstance(error, IncompleteLoadError) or _error(lambda: _with_sources(write, plain.clone(), step))
+            assert (
+                isinstance(error, IncompleteLoadError) or _outcome(lambda: _with_sources(write, plain.clone(), step))[0]
+            )
             self.trouble |= not isinstance(error, IncompleteLoadError)
             return True
         if write.reads and not written.all():
@@ -446,7 +451,7 @@ class Machine:
     def _whole(self, step: Step) -> None:
         value = exact_values(tuple(self.plain.shape), self.plain.dtype, step.seed)
         if step.action == "misfit":
-            error = _error(lambda: WHOLE[step.action](self.module, self.name, value))
+            error, _ = _outcome(lambda: WHOLE[step.action](self.module, self.name, value))
             assert isinstance(error, RuntimeError)
             self.trouble = True
             return
@@ -469,26 +474,24 @@ def _with_sources(write: Write, target: torch.Tensor, step: Step) -> None:
         source.fill_(float("nan"))
 
 
-def _error(call: Callable[[], Any]) -> Exception | None:
+def _outcome(call: Callable[[], Any]) -> tuple[Exception | None, Any]:
+    """What a call raises, and what it returns."""
     try:
-        call()
+        return None, call()
     except Exception as error:
-        return error
-    return None
+        return error, None
 
 
 def _both(call: Callable[[torch.Tensor], Any], lazy: torch.Tensor, plain: torch.Tensor) -> tuple[Any, Any] | None:
     """What both sides answer; the lazy one's IncompleteLoadError counts as an answer. None if both refuse."""
-    try:
-        want = call(plain)
-    except Exception as refusal:
-        error = _error(lambda: call(lazy))
+    refusal, want = _outcome(lambda: call(plain))
+    error, got = _outcome(lambda: call(lazy))
+    if refusal is not None:
         assert isinstance(error, type(refusal)), f"{refusal!r} of a plain tensor, {error!r} of a lazy weight"
         return None
-    try:
-        return call(lazy), want
-    except IncompleteLoadError as error:
-        return error, want
+    if error is not None and not isinstance(error, IncompleteLoadError):
+        raise error
+    return (got if error is None else error), want
 
 
 def _overlaps(view: torch.Tensor) -> bool:
