@@ -4,8 +4,8 @@ A program is data: numbers that each operation reduces to legal arguments (or, r
 meets. Both sides, and a mask of what was written so far, go through the same function, so they must agree: on shapes
 and strides of views, on every value read, on which calls raise, and at the end on the weight, byte for byte.
 
-Values are 0 and ±448·2^-j: each is a multiple of any unit's fp8 step, whatever its amax. Quantizing loses nothing, so that
-even reads of quantized elements have one right answer. Arithmetic that leaves this set ends a program; none
+Values are 0 and ±448·2^-j: each is a multiple of any unit's fp8 step, whatever its amax. Quantizing loses nothing, so
+that even reads of quantized elements have one right answer. Arithmetic that leaves this set ends a program; none
 compares 0 with -0, whose order is the kernel's choice.
 """
 

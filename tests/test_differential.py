@@ -13,9 +13,12 @@ from fuzz_programs import DTYPES, SHAPES, Machine, Step, exact_values, programs,
 from helpers import assert_oracle, holder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from programs import SCHEMES, slices
+from programs import slices
 
-from qtensor import Session, online_quant, online_reload
+from qtensor import Session, fp8_per_block, fp8_per_channel, fp8_per_tensor, mxfp8, online_quant, online_reload
+
+SCHEMES = (fp8_per_channel, fp8_per_block, fp8_per_tensor, mxfp8)
+"""Schemes that represent the values of `exact_values` exactly."""
 
 PROGRAMS = max(100, settings().max_examples)
 program_search = settings(
