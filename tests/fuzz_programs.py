@@ -408,8 +408,8 @@ class Machine:
                 assert mask.all() or not mask.numel(), f"{name} copied what was never written"
         if step.keep:
             self.kept = [*self.kept, (lazy, plain, written)][-3:]
-        overlaps = _overlaps(plain)
-        if step.action in READS or (overlaps and WRITES[step.action].reads):
+        write = WRITES.get(step.action)
+        if write is None or (_overlaps(plain) and (write.reads or write.marked)):
             self._read(step.action if step.action in READS else "clone", lazy, plain, written)
             return True
         return self._write(step, lazy, plain, written)
@@ -495,7 +495,7 @@ def _both(call: Callable[[torch.Tensor], Any], lazy: torch.Tensor, plain: torch.
 
 
 def _overlaps(view: torch.Tensor) -> bool:
-    """Does it reach an element twice? What arithmetic in place does to such a view is undefined."""
+    """Does it reach an element twice? What becomes of it is undefined, unless all of it is set."""
     last = sum((n - 1) * step for n, step in zip(view.shape, view.stride(), strict=True) if n)
     if 0 in view.shape:
         return False

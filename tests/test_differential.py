@@ -20,6 +20,7 @@ from qtensor import Session, fp8_per_block, fp8_per_channel, fp8_per_tensor, mxf
 SCHEMES = (fp8_per_channel, fp8_per_block, fp8_per_tensor, mxfp8)
 """Schemes that represent the values of `exact_values` exactly."""
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use of .* on expanded tensors is deprecated")
 PROGRAMS = max(100, settings().max_examples)
 program_search = settings(
     max_examples=PROGRAMS, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
