@@ -137,7 +137,7 @@ def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     wanted = index.flatten().tolist()
     if source.dtype != lazy.dtype:
         raise WeightDtypeError(f"{lazy._armed.name}: index_copy_ of {source.dtype} into {lazy.dtype}; cast it first")
-    if any(n > 1 and not step for n, step in zip(lazy.shape, lazy.stride(), strict=True)):
+    if 0 not in lazy.shape and any(n > 1 and not step for n, step in zip(lazy.shape, lazy.stride(), strict=True)):
         raise QTensorError(
             f"{lazy._armed.name}: index_copy_ into an expanded view, which has each element several times"
         )

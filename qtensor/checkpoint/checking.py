@@ -154,7 +154,7 @@ def _scale_problems(weight: Weight) -> list[str]:
 
 
 def _any_nonzero(stored: Stored) -> bool:
-    return bool(stored.read().view(torch.uint8).any())
+    return bool(stored.read().reshape(-1).view(torch.uint8).any())
 
 
 def _checksum_problems(stored: Stored, expected: str | None, on_bytes: Callable[[int], None]) -> list[str]:
