@@ -15,7 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import slices
 
-from qtensor import Session, fp8_per_block, fp8_per_channel, fp8_per_tensor, mxfp8, online_quant, online_reload
+from qtensor import (
+    QTensorError,
+    Session,
+    fp8_per_block,
+    fp8_per_channel,
+    fp8_per_tensor,
+    mxfp8,
+    online_quant,
+    online_reload,
+)
 
 SCHEMES = (fp8_per_channel, fp8_per_block, fp8_per_tensor, mxfp8)
 """Schemes that represent the values of `exact_values` exactly."""
@@ -72,3 +81,39 @@ def test_a_reload_does_what_a_plain_tensor_does(
             if machine.trouble:
                 getattr(module, name).data.copy_(plain)
     assert_oracle(getattr(module, name), plain, scheme)
+
+
+N = (0, 1, 0, 0)
+ONCE_DIFFERED = {
+    "foreach arithmetic was an IndexError": [
+        Step(0, (), "copy_", N, 3, False),
+        Step(0, (), "foreach_neg_", N, 3, False),
+    ],
+    "index_copy_ took a negative index": [Step(0, (), "index_copy_", (0, 1, 2, 30), 3, False)],
+    "index_copy_ cast its source": [Step(0, (), "index_copy_ wide", N, 3, False)],
+    "as_strided left the weight": [Step(0, (("as_strided", (1, 1, 1, 31)),), "fill_", N, 3, False)],
+    "an expanded view was not filled": [Step(0, (("expand", N),), "zero_", N, 3, False)],
+    "zeros_like forgot the strides": [Step(0, (("mT", N),), "empty_like", N, 3, False)],
+}
+
+
+@pytest.mark.parametrize("program", ONCE_DIFFERED.values(), ids=ONCE_DIFFERED)
+def test_programs_that_once_differed(program: list[Step]) -> None:
+    plain = torch.zeros(5, 8)
+    module, name = holder(plain)
+    machine = Machine(module, name, plain, torch.zeros(5, 8, dtype=torch.bool))
+    with online_quant(fp8_per_channel, module, on_missing="zero") as session:
+        machine.run(program)
+        deliver_again(machine, session)
+    assert_oracle(getattr(module, name), plain, fp8_per_channel)
+
+
+@pytest.mark.parametrize("change", ["t_", "unsqueeze_", "squeeze_"])
+def test_a_handle_does_not_change_its_shape_in_place(change: str) -> None:
+    """These were taken for arithmetic: the weight was read and written back, and nothing had another shape."""
+    module, name = holder(torch.zeros(1, 8))
+    with online_quant(fp8_per_channel, module, on_missing="zero"):
+        weight = getattr(module, name).data
+        with pytest.raises(QTensorError, match="in place"):
+            weight.unsqueeze_(0) if change == "unsqueeze_" else getattr(weight, change)()
+        assert weight.shape == (1, 8)
