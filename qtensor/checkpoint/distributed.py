@@ -1,0 +1,356 @@
+"""One checkpoint, many machines: a conversion's shards dealt out to torchrun's ranks, or to Ray.
+
+Machines share a folder, and the ranks a key-value store, the one of their launcher. Each shard is a task of its own that
+may be done by anyone, and again when whoever had it is lost (`attempt`), so the result is that of one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from .. import __version__
+from ..errors import CheckpointError, QTensorError
+from ..scheme import SchemeLike
+from ..selection import DEFAULT_IGNORE
+from .converting import (
+    Conversion,
+    ConversionReport,
+    OnBytes,
+    ShardTask,
+    attempt,
+    finished,
+    prepare,
+    quantize_checkpoint,
+)
+from .layouts import COMPRESSED_TENSORS
+from .writing import MARK, partial_folder
+
+LOST_AFTER = 60.0
+_JOIN_SECONDS = 300.0  # A cold import of torch from a network drive takes minutes.
+_FAREWELL_SECONDS = 10.0
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+T = TypeVar("T")
+
+
+def launched() -> bool:
+    """Is this process one of several that torchrun, or a launcher that sets the same variables, started?"""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and all(name in os.environ for name in _LAUNCHED)
+
+
+def quantize_on_ranks(
+    source: str | Path,
+    target: str | Path,
+    scheme: SchemeLike,
+    *,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    format: str = COMPRESSED_TENSORS,
+    workers: int = 2,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    lost_after: float = LOST_AFTER,
+) -> ConversionReport | None:
+    """`quantize_checkpoint` by all ranks that torchrun started, each with `workers` threads; a report on rank 0.
+
+    Each rank takes a shard when it is done with the last. Rank 0 writes what is written once, after all shards. The
+    shard of a rank that has given no sign of life for `lost_after` seconds is done by another. A rank that fails makes
+    every rank raise CheckpointError, naming that rank and its shard; what was finished is kept, for the next run.
+    """
+    ranks = Ranks(lost_after)
+
+    def work() -> ConversionReport | None:
+        if ranks.rank == 0:
+            return quantize_checkpoint(
+                source,
+                target,
+                scheme,
+                ignore=ignore,
+                format=format,
+                workers=workers,
+                on_bytes=on_bytes,
+                share=lambda *given: ranks.lead(*given, workers=workers),
+            )
+        ranks.follow(lambda: prepare(source, Path(target), scheme, ignore, format), target, workers)
+        return None
+
+    return ranks.run(work)
+
+
+def quantize_on_ray(
+    source: str | Path,
+    target: str | Path,
+    scheme: SchemeLike,
+    *,
+    address: str | None = None,
+    workers: int = 2,
+    **options: Any,
+) -> ConversionReport:
+    """`quantize_checkpoint` with a Ray task for each shard, of `workers` threads and CPUs; options are its own.
+
+    address: of the cluster. None: the one this process or machine belongs to, or else a new one of this machine alone.
+    Every machine has qtensor, and the folders under the same paths. A shard whose worker is lost is given to another,
+    three times. A task that fails ends all: CheckpointError names its machine and shard.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise CheckpointError("Ray is not installed: pip install 'qtensor-online[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"no Ray cluster at {address or 'this machine'}: {error}") from None
+
+    def share(conversion: Conversion, todo: list[ShardTask], notes: Path, on_bytes: OnBytes) -> None:
+        most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        if most < workers:
+            raise CheckpointError(f"no machine of the Ray cluster has {workers} CPUs; give --workers {int(most)} or less")
+        remote = ray.remote(num_cpus=workers, max_retries=3)(_attempt_on_ray)
+        waiting = {remote.remote(task, notes, workers): task for task in todo}
+        try:
+            while waiting:
+                for done in ray.wait(list(waiting))[0]:
+                    task = waiting.pop(done)
+                    try:
+                        failure = ray.get(done)
+                    except ray.exceptions.RayError as error:
+                        failure = f"{task.target.name}: {error}"
+                    if failure is not None:
+                        raise CheckpointError(failure)
+                    _await_visible(task, notes, LOST_AFTER)
+                    on_bytes(task.nbytes)
+        finally:
+            for unneeded in waiting:
+                ray.cancel(unneeded, force=True)
+
+    try:
+        return quantize_checkpoint(os.path.abspath(source), target, scheme, workers=workers, share=share, **options)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _attempt_on_ray(task: ShardTask, notes: Path, workers: int) -> str | None:
+    """What went wrong, in words: an error would come back as Ray's, with its whole way."""
+    import ray
+
+    if finished(task, notes) is not None:
+        return None  # The worker was lost after its work was done.
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            attempt(task, notes, pool)
+    except (QTensorError, OSError) as error:
+        return f"{ray.util.get_node_ip_address()}, {task.target.name}: {error}"
+    return None
+
+
+def _await_visible(task: ShardTask, notes: Path, seconds: float) -> None:
+    """Network drives let a machine see another's new file only after a while."""
+    until = time.monotonic() + seconds
+    while finished(task, notes) is None:
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"{task.target} was written by another machine and is not seen here; "
+                f"do all machines see one {task.target.parent}?"
+            )
+        time.sleep(0.1)
+
+
+class Ranks:
+    """The ranks of one launch, and what they tell each other through the launcher's store.
+
+    | key | value |
+    | --- | --- |
+    | plan | rank 0's digest of the work, and the files to do |
+    | claim/FILE | the rank that has it, or "done" |
+    | beat/RANK | a count that grows while the rank lives: clocks are never compared |
+    | bytes | of the source, done by all |
+    | failure | the first one, in words |
+    | finished, left/RANK | the result is in its place; the rank has nothing more to ask |
+    """
+
+    def __init__(self, lost_after: float) -> None:
+        self.lost_after = lost_after
+        try:
+            joined = distributed.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))
+            self._store, self.rank, self.world = next(joined)
+        except (ValueError, RuntimeError) as error:
+            where = ", ".join(f"{name}={os.environ.get(name)}" for name in _LAUNCHED)
+            raise CheckpointError(f"the ranks did not find each other ({where}): {error}") from None
+        self._store.set_timeout(timedelta(seconds=max(lost_after, 1.0)))
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._at, self._unsent, self._failure = "", 0, ""
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._on_total: OnBytes = lambda total: None
+        self._pulse = threading.Thread(target=self._live, daemon=True)
+        self._pulse.start()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do this rank's part. All ranks return, or all that live raise CheckpointError with the first failure."""
+        try:
+            result = work()
+            if self.rank == 0:
+                self._store.set("finished", "1")
+            self._await("finished")
+        except (QTensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(self._fail(str(error))) from error
+        except BaseException as error:
+            self._fail(repr(error))
+            raise
+        finally:
+            self._leave()
+        return result
+
+    def lead(
+        self, conversion: Conversion, todo: list[ShardTask], notes: Path, on_bytes: OnBytes, *, workers: int
+    ) -> None:
+        """Rank 0: say what there is to do, do a part of it, and wait for all of it."""
+        most, told = sum(task.nbytes for task in todo), 0
+
+        def on_total(total: int) -> None:  # Shards done twice count once.
+            nonlocal told
+            fresh, told = min(total, most) - told, min(total, most)
+            if fresh > 0:
+                on_bytes(fresh)
+
+        self._on_total = on_total
+        files = [task.target.name for task in todo]
+        self._store.set("plan", json.dumps([self._identity(conversion), files]))
+        self._work(todo, notes, workers)
+        for task in todo:
+            self._await_unless_failed(task, notes)
+        self._send()
+
+    def follow(self, prepared: Callable[[], Conversion], target: str | Path, workers: int) -> None:
+        """Any other rank: find the same work to be done, and do a part of it."""
+        identity, files = json.loads(self._await("plan"))
+        conversion = prepared()
+        if self._identity(conversion) != identity:
+            raise CheckpointError(
+                "has another source, other settings or another version of qtensor than rank 0 "
+                f"({conversion.checkpoint.folder}, qtensor {__version__})"
+            )
+        notes = partial_folder(target) / MARK
+        if files and not notes.is_dir():
+            raise CheckpointError(f"{notes} is not seen here; do all machines see one {Path(target).parent}?")
+        self._work([task for task in conversion.tasks if task.target.name in set(files)], notes, workers)
+
+    def _identity(self, conversion: Conversion) -> list[str]:
+        return [__version__, conversion.digest()]
+
+    def _work(self, todo: list[ShardTask], notes: Path, workers: int) -> None:
+        """Take shards until all are done. Each rank looks from another place on, so that most first tries succeed."""
+        start = self.rank * len(todo) // self.world
+        open_tasks = todo[start:] + todo[:start]
+        with ThreadPoolExecutor(workers) as pool:
+            while open_tasks:
+                left = []
+                for task in open_tasks:
+                    self._require_no_failure()
+                    holder = self._claim(task)
+                    if holder == str(self.rank):
+                        self._at = task.target.name
+                        attempt(task, notes, pool, self._done)
+                        self._at = ""
+                        self._store.compare_set(f"claim/{task.target.name}", holder, "done")
+                    elif holder != "done":
+                        left.append(task)
+                open_tasks = left
+                if open_tasks:
+                    time.sleep(self._pause)
+
+    def _claim(self, task: ShardTask) -> str:
+        """Who has it now: this rank, if nobody had, or who had it is lost."""
+        key, me = f"claim/{task.target.name}", str(self.rank)
+        holder = self._store.compare_set(key, "", me).decode()
+        if holder not in (me, "done") and self._lost(int(holder)):
+            holder = self._store.compare_set(key, holder, me).decode()
+        return holder
+
+    @property
+    def _pause(self) -> float:
+        """Seconds between two questions of a rank that waits; a thousand ranks must not wear out one store."""
+        return max(0.1, 0.02 * self.world)
+
+    # Life, loss and failure
+
+    def _live(self) -> None:
+        every = min(1.0, self.lost_after / 5)
+        try:
+            while not self._over.wait(every):
+                self._store.add(f"beat/{self.rank}", 1)
+                self._send()
+                if self._store.check(["failure"]):
+                    self._failure = self._store.get("failure").decode()
+        except RuntimeError as error:
+            self._failure = self._failure or f"rank 0, or the launcher's store, was lost ({_line(error)})"
+
+    def _done(self, nbytes: int) -> None:
+        self._require_no_failure()
+        with self._lock:
+            self._unsent += nbytes
+
+    def _send(self) -> None:
+        with self._lock:
+            fresh, self._unsent = self._unsent, 0
+            self._on_total(self._store.add("bytes", fresh))
+
+    def _lost(self, rank: int) -> bool:
+        count, now = self._store.add(f"beat/{rank}", 0), time.monotonic()
+        seen = self._beats.setdefault(rank, (count, now))
+        if seen[0] != count:
+            seen = self._beats[rank] = (count, now)
+        return now - seen[1] > self.lost_after
+
+    def _require_no_failure(self) -> None:
+        if self._failure:
+            raise CheckpointError(self._failure)
+
+    def _await(self, key: str) -> str:
+        """The value that rank 0 gives a key."""
+        while not self._store.check([key]):
+            self._require_no_failure()
+            if self._lost(0):
+                raise CheckpointError("rank 0 was lost; run it again: finished shards are kept")
+            time.sleep(self._pause)
+        return self._store.get(key).decode()
+
+    def _await_unless_failed(self, task: ShardTask, notes: Path) -> None:
+        self._require_no_failure()
+        _await_visible(task, notes, max(self.lost_after, LOST_AFTER))
+
+    def _fail(self, error: str) -> str:
+        """Tell all ranks, unless they know of another failure. Returns the first, naming rank and shard."""
+        if self._failure:
+            return self._failure
+        text = f"rank {self.rank}{', ' + self._at if self._at else ''}: {error}"
+        try:
+            return self._store.compare_set("failure", "", text).decode()
+        except RuntimeError:
+            return text
+
+    def _leave(self) -> None:
+        """The store may live in rank 0, which therefore leaves last, a little later at most."""
+        self._over.set()
+        self._pulse.join()
+        try:
+            self._store.set(f"left/{self.rank}", "1")
+            until = time.monotonic() + _FAREWELL_SECONDS
+            for rank in range(1, self.world) if self.rank == 0 else ():
+                while time.monotonic() < until and not self._store.check([f"left/{rank}"]) and not self._lost(rank):
+                    time.sleep(0.05)
+        except RuntimeError:
+            pass  # The launcher is gone already.
+
+
+def _line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
