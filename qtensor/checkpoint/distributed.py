@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-from .. import __version__
+import qtensor
+
 from ..errors import CheckpointError, QTensorError
 from ..scheme import SchemeLike
 from ..selection import DEFAULT_IGNORE
@@ -237,7 +238,7 @@ class Ranks:
         if self._identity(conversion) != identity:
             raise CheckpointError(
                 "has another source, other settings or another version of qtensor than rank 0 "
-                f"({conversion.checkpoint.folder}, qtensor {__version__})"
+                f"({conversion.checkpoint.folder}, qtensor {qtensor.__version__})"
             )
         notes = partial_folder(target) / MARK
         if files and not notes.is_dir():
@@ -245,7 +246,7 @@ class Ranks:
         self._work([task for task in conversion.tasks if task.target.name in set(files)], notes, workers)
 
     def _identity(self, conversion: Conversion) -> list[str]:
-        return [__version__, conversion.digest()]
+        return [qtensor.__version__, conversion.digest()]
 
     def _work(self, todo: list[ShardTask], notes: Path, workers: int) -> None:
         """Take shards until all are done. Each rank looks from another place on, so that most first tries succeed."""
