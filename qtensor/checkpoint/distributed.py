@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,6 +173,7 @@ class Ranks:
     | key | value |
     | --- | --- |
     | plan | rank 0's digest of the work, and the files to do |
+    | agreed/RANK, start | the rank has found the same plan; all have, or are lost |
     | claim/FILE | the rank that has it, or "done" |
     | beat/RANK | a count that grows while the rank lives: clocks are never compared |
     | bytes | of the source, done by all |
@@ -226,6 +228,8 @@ class Ranks:
         self._on_total = on_total
         files = [task.target.name for task in todo]
         self._store.set("plan", json.dumps([self._identity(conversion), files]))
+        self._await_all("agreed", self._require_no_failure)
+        self._store.set("start", "1")
         self._work(todo, notes, workers)
         for task in todo:
             self._await_unless_failed(task, notes)
@@ -240,10 +244,10 @@ class Ranks:
                 "has another source, other settings or another version of qtensor than rank 0 "
                 f"({conversion.checkpoint.folder}, qtensor {qtensor.__version__})"
             )
-        notes = partial_folder(target) / MARK
-        if files and not notes.is_dir():
-            raise CheckpointError(f"{notes} is not seen here; do all machines see one {Path(target).parent}?")
-        self._work([task for task in conversion.tasks if task.target.name in set(files)], notes, workers)
+        self._store.set(f"agreed/{self.rank}", "1")
+        self._await("start")
+        todo = [task for task in conversion.tasks if task.target.name in set(files)]
+        self._work(todo, partial_folder(target) / MARK, workers)
 
     def _identity(self, conversion: Conversion) -> list[str]:
         return [qtensor.__version__, conversion.digest()]
@@ -259,15 +263,25 @@ class Ranks:
                     self._require_no_failure()
                     holder = self._claim(task)
                     if holder == str(self.rank):
-                        self._at = task.target.name
-                        attempt(task, notes, pool, self._done)
-                        self._at = ""
-                        self._store.compare_set(f"claim/{task.target.name}", holder, "done")
+                        self._do(task, notes, pool)
                     elif holder != "done":
                         left.append(task)
                 open_tasks = left
                 if open_tasks:
                     time.sleep(self._pause)
+
+    def _do(self, task: ShardTask, notes: Path, pool: ThreadPoolExecutor) -> None:
+        key, me, self._at = f"claim/{task.target.name}", str(self.rank), task.target.name
+        try:
+            if not notes.is_dir():
+                raise CheckpointError(f"{notes} is not seen here; do all machines see one {task.target.parent}?")
+            attempt(task, notes, pool, self._done)
+        except (CheckpointError, OSError):
+            if self._store.compare_set(key, me, me).decode() == me:
+                raise
+            # This rank stood still for so long that another has taken the shard, and maybe all has been finished.
+        self._store.compare_set(key, me, "done")
+        self._at = ""
 
     def _claim(self, task: ShardTask) -> str:
         """Who has it now: this rank, if nobody had, or who had it is lost."""
@@ -329,6 +343,13 @@ class Ranks:
         self._require_no_failure()
         _await_visible(task, notes, max(self.lost_after, LOST_AFTER))
 
+    def _await_all(self, key: str, meanwhile: Callable[[], None]) -> None:
+        """Every other rank has set its key, or is lost."""
+        for rank in range(1, self.world):
+            while not self._store.check([f"{key}/{rank}"]) and not self._lost(rank):
+                meanwhile()
+                time.sleep(self._pause)
+
     def _fail(self, error: str) -> str:
         """Tell all ranks, unless they know of another failure. Returns the first, naming rank and shard."""
         if self._failure:
@@ -337,20 +358,24 @@ class Ranks:
         try:
             return self._store.compare_set("failure", "", text).decode()
         except RuntimeError:
+            self._failure = text
             return text
 
     def _leave(self) -> None:
         """The store may live in rank 0, which therefore leaves last, a little later at most."""
         self._over.set()
         self._pulse.join()
-        try:
-            self._store.set(f"left/{self.rank}", "1")
-            until = time.monotonic() + _FAREWELL_SECONDS
-            for rank in range(1, self.world) if self.rank == 0 else ():
-                while time.monotonic() < until and not self._store.check([f"left/{rank}"]) and not self._lost(rank):
-                    time.sleep(0.05)
-        except RuntimeError:
-            pass  # The launcher is gone already.
+        until = time.monotonic() + _FAREWELL_SECONDS
+
+        def not_for_long() -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
+        with suppress(RuntimeError, TimeoutError):  # The store is gone already, or a rank is late.
+            if self.rank == 0:
+                self._await_all("left", not_for_long)
+            else:
+                self._store.set(f"left/{self.rank}", "1")
 
 
 def _line(error: BaseException) -> str:
