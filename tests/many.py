@@ -59,7 +59,7 @@ def _rank(number: int, variables: dict[str, str], arguments: list[str], log: Pat
 
 def be_slow() -> None:
     """What befalls most ranks: the others find something left to do."""
-    befall_at_the_end_of_a_shard(partial(time.sleep, 0.2))
+    befall_at_the_end_of_a_shard(partial(time.sleep, 0.05))
 
 
 class Ranks:
@@ -86,10 +86,10 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def end(self, seconds: float = 60) -> list[int | None]:
-        """Exit codes; None of a rank that has not ended in time, which is then killed."""
+    def end(self, seconds: float = 60, of: int | None = None) -> list[int | None]:
+        """Exit codes, when all have ended, or the first so many; None of a rank that was still alive, and is killed."""
         until = time.monotonic() + seconds
-        for process in self.processes:
+        for process in self.processes[:of]:
             process.join(max(0.0, until - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
@@ -101,15 +101,34 @@ class Ranks:
         return [log.read_text() for log in self.logs]
 
 
-def torchrun(*arguments: Any, inside: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*inside, sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "QTENSOR_KERNELS": "torch"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+class Torchrun:
+    """The torchrun command, without the seconds that importing torch for it would take; its ranks are new programs."""
+
+    def __init__(self, arguments: list[Any], log: Path, host: str = "") -> None:
+        self.log = log
+        self.process = elsewhere.Process(target=_torchrun, args=([str(a) for a in arguments], log, host))
+        self.process.start()
+
+    def end(self, seconds: float = 120) -> tuple[int | None, str]:
+        """Exit code and all that was said."""
+        self.process.join(seconds)
+        code = self.process.exitcode
+        self.process.kill()
+        self.process.join()
+        return code, self.log.read_text()
+
+
+def _torchrun(arguments: list[str], log: Path, host: str) -> None:
+    from torch.distributed.run import main
+
+    if host:
+        enter(host)
+    os.environ |= {"OMP_NUM_THREADS": "1", "QTENSOR_KERNELS": "torch"}
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    main(arguments)
 
 
 def free_port() -> int:
@@ -149,9 +168,6 @@ class Hosts:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
             subprocess.run(["ip", "link", "del", self._tag], capture_output=True, check=False)
 
-    def inside(self, i: int) -> tuple[str, ...]:
-        return ("ip", "netns", "exec", self.names[i])
-
 
 def _ip(arguments: str) -> None:
     subprocess.run(["ip", *arguments.split()], check=True, capture_output=True, text=True, timeout=10)
@@ -182,7 +198,7 @@ def enter_and_be_cut_off(name: str) -> None:
 
     def cut() -> None:
         _ip("link set eth0 down")
-        time.sleep(15)
+        time.sleep(60)
 
     befall_at_the_end_of_a_shard(cut)
 
@@ -190,6 +206,40 @@ def enter_and_be_cut_off(name: str) -> None:
 def enter_and_be_slow(name: str) -> None:
     enter(name)
     be_slow()
+
+
+def inside(name: str, *arguments: Any) -> str:
+    """Run Python on a host; what it prints."""
+    command = ["ip", "netns", "exec", name, sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextlib.contextmanager
+def ray_cluster(hosts: Hosts, logs: Path) -> Iterator[str]:
+    """A Ray node of one CPU on each host."""
+    address, nodes = f"{hosts.addresses[0]}:6379", []
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    try:
+        for i, (name, own) in enumerate(zip(hosts.names, hosts.addresses, strict=True)):
+            role = ["--head", "--port=6379", "--include-dashboard=false"] if i == 0 else [f"--address={address}"]
+            with (logs / f"ray{i}").open("w") as log:
+                start = ["ip", "netns", "exec", name, *command, *role, f"--node-ip-address={own}"]
+                nodes.append(subprocess.Popen(start, stdout=log, stderr=log, start_new_session=True))
+            until = time.monotonic() + 60
+            while "runtime started" not in (logs / f"ray{i}").read_text():
+                assert time.monotonic() < until, (logs / f"ray{i}").read_text()
+                assert nodes[i].poll() is None, (logs / f"ray{i}").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(20)
+            node.kill()
 
 
 if __name__ == "__main__":

@@ -390,7 +390,7 @@ def _nonfinite(stored: Stored, error: NonFinite) -> str:
     return nonfinite_message(stored.name, stored.shape, error).partition("; pass")[0] + "."
 
 
-# Sharing and resuming --------------------------------------------------------------------------------------------------
+# Sharing and resuming -------------------------------------------------------------------------------------------------
 
 
 def _alone(workers: int) -> Share:

@@ -1,7 +1,7 @@
 """One checkpoint, many machines: a conversion's shards dealt out to torchrun's ranks, or to Ray.
 
-Machines share a folder, and the ranks a key-value store, the one of their launcher. Each shard is a task of its own that
-may be done by anyone, and again when whoever had it is lost (`attempt`), so the result is that of one process.
+Machines share a folder, and the ranks a key-value store, the one of their launcher. Each shard is a task of its own
+that may be done by anyone, and again when whoever had it is lost (`attempt`), so the result is that of one process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from torch import distributed
 
@@ -115,7 +116,9 @@ def quantize_on_ray(
     def share(conversion: Conversion, todo: list[ShardTask], notes: Path, on_bytes: OnBytes) -> None:
         most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
         if most < workers:
-            raise CheckpointError(f"no machine of the Ray cluster has {workers} CPUs; give --workers {int(most)} or less")
+            raise CheckpointError(
+                f"no machine of the Ray cluster has {workers} CPUs; give --workers {int(most)} or less"
+            )
         remote = ray.remote(num_cpus=workers, max_retries=3)(_attempt_on_ray)
         waiting = {remote.remote(task, notes, workers): task for task in todo}
         try:
@@ -185,17 +188,45 @@ class Ranks:
         self.lost_after = lost_after
         try:
             joined = distributed.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))
-            self._store, self.rank, self.world = next(joined)
+            self._hall, self.rank, self.world = next(joined)
+            self._store = self._enter()
         except (ValueError, RuntimeError) as error:
             where = ", ".join(f"{name}={os.environ.get(name)}" for name in _LAUNCHED)
             raise CheckpointError(f"the ranks did not find each other ({where}): {error}") from None
-        self._store.set_timeout(timedelta(seconds=max(lost_after, 1.0)))
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._lock, self._over, self._started = threading.Lock(), threading.Event(), False
         self._at, self._unsent, self._failure = "", 0, ""
         self._beats: dict[int, tuple[int, float]] = {}
+        self._greeted: dict[int, str] = {}
         self._on_total: OnBytes = lambda total: None
         self._pulse = threading.Thread(target=self._live, daemon=True)
         self._pulse.start()
+
+    def _enter(self) -> distributed.Store:
+        """A part of the launcher's store for this launch alone: torchrun's holds what ranks said before a restart.
+
+        A rank says hello with a fresh number, and rank 0 answers with that number, and the name of the part.
+        """
+        fresh = uuid4().hex
+        if self.rank == 0:
+            self._launch = fresh
+            return distributed.PrefixStore(fresh, self._hall)
+        self._hall.set(f"hello/{self.rank}", fresh)
+        until, answer = time.monotonic() + _JOIN_SECONDS, [""]
+        while answer[0] != fresh:
+            if time.monotonic() > until:
+                raise RuntimeError("rank 0 does not answer")
+            time.sleep(0.05)
+            if self._hall.check([f"welcome/{self.rank}"]):
+                answer = self._hall.get(f"welcome/{self.rank}").decode().split()
+        return distributed.PrefixStore(answer[1], self._hall)
+
+    def _greet(self) -> None:
+        for rank in range(1, self.world):
+            if self._hall.check([f"hello/{rank}"]):
+                name = self._hall.get(f"hello/{rank}").decode()
+                if self._greeted.get(rank) != name:
+                    self._greeted[rank] = name
+                    self._hall.set(f"welcome/{rank}", f"{name} {self._launch}")
 
     def run(self, work: Callable[[], T]) -> T:
         """Do this rank's part. All ranks return, or all that live raise CheckpointError with the first failure."""
@@ -204,7 +235,10 @@ class Ranks:
             if self.rank == 0:
                 self._store.set("finished", "1")
             self._await("finished")
-        except (QTensorError, OSError, RuntimeError) as error:
+        except distributed.DistError as error:
+            self._failure = self._failure or _gone(error)
+            raise CheckpointError(self._failure) from None
+        except (QTensorError, OSError) as error:
             raise CheckpointError(self._fail(str(error))) from error
         except BaseException as error:
             self._fail(repr(error))
@@ -230,6 +264,7 @@ class Ranks:
         self._store.set("plan", json.dumps([self._identity(conversion), files]))
         self._await_all("agreed", self._require_no_failure)
         self._store.set("start", "1")
+        self._started = True
         self._work(todo, notes, workers)
         for task in todo:
             self._await_unless_failed(task, notes)
@@ -301,13 +336,15 @@ class Ranks:
     def _live(self) -> None:
         every = min(1.0, self.lost_after / 5)
         try:
-            while not self._over.wait(every):
+            while not self._over.wait(every if self._started or self.rank else 0.05):
+                if self.rank == 0 and not self._started:
+                    self._greet()
                 self._store.add(f"beat/{self.rank}", 1)
                 self._send()
                 if self._store.check(["failure"]):
                     self._failure = self._store.get("failure").decode()
-        except RuntimeError as error:
-            self._failure = self._failure or f"rank 0, or the launcher's store, was lost ({_line(error)})"
+        except distributed.DistError as error:
+            self._failure = self._failure or _gone(error)
 
     def _done(self, nbytes: int) -> None:
         self._require_no_failure()
@@ -357,26 +394,27 @@ class Ranks:
         text = f"rank {self.rank}{', ' + self._at if self._at else ''}: {error}"
         try:
             return self._store.compare_set("failure", "", text).decode()
-        except RuntimeError:
+        except distributed.DistError:
             self._failure = text
             return text
 
     def _leave(self) -> None:
         """The store may live in rank 0, which therefore leaves last, a little later at most."""
-        self._over.set()
-        self._pulse.join()
         until = time.monotonic() + _FAREWELL_SECONDS
 
         def not_for_long() -> None:
             if time.monotonic() > until:
                 raise TimeoutError
 
-        with suppress(RuntimeError, TimeoutError):  # The store is gone already, or a rank is late.
+        with suppress(distributed.DistError, TimeoutError):  # The store is gone already, or a rank is late.
             if self.rank == 0:
                 self._await_all("left", not_for_long)
             else:
                 self._store.set(f"left/{self.rank}", "1")
+        self._over.set()
+        self._pulse.join()
 
 
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
+def _gone(error: Exception) -> str:
+    reason = str(error).partition("\n")[0]
+    return f"rank 0, or the launcher, was lost ({reason}); run it again: finished shards are kept"
