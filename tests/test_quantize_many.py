@@ -228,8 +228,9 @@ def test_ray_failures_name_machine_and_shard(source, tmp_path):
     with pytest.raises(CheckpointError, match=rf"^[\d.]+, {file}: {re.escape(name)}.* nan at"):
         quantize_on_ray(tmp_path / "faulty", tmp_path / "fp8", "fp8", workers=1)
     with pytest.raises(CheckpointError, match="has 3 CPUs; ask for 2 workers"):
-        quantize_on_ray(source, tmp_path / "fp8", "fp8", workers=3)
+        quantize_on_ray(source, tmp_path / "new", "fp8", workers=3)
     assert not (tmp_path / "fp8").exists()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from torch import distributed
+import torch.distributed
 
 import qtensor
 
@@ -42,12 +42,14 @@ LOST_AFTER = 60.0
 _JOIN_SECONDS = 300.0  # A cold import of torch from a network drive takes minutes.
 _FAREWELL_SECONDS = 10.0
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_dist: Any = torch.distributed  # It does not tell type checkers all that it exports.
 T = TypeVar("T")
 
 
 def launched() -> bool:
     """Is this process one of several that torchrun, or a launcher that sets the same variables, started?"""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and all(name in os.environ for name in _LAUNCHED)
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and all(name in os.environ for name in _LAUNCHED)
+    return several and torch.distributed.is_available()
 
 
 def quantize_on_ranks(
@@ -187,7 +189,7 @@ class Ranks:
     def __init__(self, lost_after: float) -> None:
         self.lost_after = lost_after
         try:
-            joined = distributed.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))
+            joined = _dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))
             self._hall, self.rank, self.world = next(joined)
             self._store = self._enter()
         except (ValueError, RuntimeError) as error:
@@ -201,7 +203,7 @@ class Ranks:
         self._pulse = threading.Thread(target=self._live, daemon=True)
         self._pulse.start()
 
-    def _enter(self) -> distributed.Store:
+    def _enter(self) -> Any:
         """A part of the launcher's store for this launch alone: torchrun's holds what ranks said before a restart.
 
         A rank says hello with a fresh number, and rank 0 answers with that number, and the name of the part.
@@ -209,7 +211,7 @@ class Ranks:
         fresh = uuid4().hex
         if self.rank == 0:
             self._launch = fresh
-            return distributed.PrefixStore(fresh, self._hall)
+            return _dist.PrefixStore(fresh, self._hall)
         self._hall.set(f"hello/{self.rank}", fresh)
         until, answer = time.monotonic() + _JOIN_SECONDS, [""]
         while answer[0] != fresh:
@@ -218,7 +220,7 @@ class Ranks:
             time.sleep(0.05)
             if self._hall.check([f"welcome/{self.rank}"]):
                 answer = self._hall.get(f"welcome/{self.rank}").decode().split()
-        return distributed.PrefixStore(answer[1], self._hall)
+        return _dist.PrefixStore(answer[1], self._hall)
 
     def _greet(self) -> None:
         for rank in range(1, self.world):
@@ -235,7 +237,7 @@ class Ranks:
             if self.rank == 0:
                 self._store.set("finished", "1")
             self._await("finished")
-        except distributed.DistError as error:
+        except _dist.DistError as error:
             self._failure = self._failure or _gone(error)
             raise CheckpointError(self._failure) from None
         except (QTensorError, OSError) as error:
@@ -343,7 +345,7 @@ class Ranks:
                 self._send()
                 if self._store.check(["failure"]):
                     self._failure = self._store.get("failure").decode()
-        except distributed.DistError as error:
+        except _dist.DistError as error:
             self._failure = self._failure or _gone(error)
 
     def _done(self, nbytes: int) -> None:
@@ -394,7 +396,7 @@ class Ranks:
         text = f"rank {self.rank}{', ' + self._at if self._at else ''}: {error}"
         try:
             return self._store.compare_set("failure", "", text).decode()
-        except distributed.DistError:
+        except _dist.DistError:
             self._failure = text
             return text
 
@@ -406,7 +408,7 @@ class Ranks:
             if time.monotonic() > until:
                 raise TimeoutError
 
-        with suppress(distributed.DistError, TimeoutError):  # The store is gone already, or a rank is late.
+        with suppress(_dist.DistError, TimeoutError):  # The store is gone already, or a rank is late.
             if self.rank == 0:
                 self._await_all("left", not_for_long)
             else:
