@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from interrupted import elsewhere
 
-from qtensor.checkpoint import converting, distributed
+from qtensor.checkpoint import converting, ranks
 from qtensor.cli import main
 
 CLONE_NEWNET = 0x40000000
@@ -45,7 +47,7 @@ def befall_at_the_end_of_a_shard(fate: Callable[[], None]) -> None:
 
 def befall_before_the_end(fate: Callable[[], None]) -> None:
     """All shards are in their places, and the index is not written."""
-    distributed.Ranks._await_unless_failed = lambda *_: fate()  # type: ignore[method-assign]
+    ranks.Ranks._await_unless_failed = lambda *_: fate()  # type: ignore[method-assign]
 
 
 def _rank(number: int, variables: dict[str, str], arguments: list[str], log: Path, setup: Callable[[], None]) -> None:
@@ -219,11 +221,17 @@ def inside(name: str, *arguments: Any) -> str:
 @contextlib.contextmanager
 def ray_cluster(hosts: Hosts, logs: Path) -> Iterator[str]:
     """A Ray node of one CPU on each host."""
+    # Ray remembers the last cluster in its folder; paths of sockets are short.
+    folder = tempfile.mkdtemp(prefix="qt")
     address, nodes = f"{hosts.addresses[0]}:6379", []
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
     try:
         for i, (name, own) in enumerate(zip(hosts.names, hosts.addresses, strict=True)):
-            role = ["--head", "--port=6379", "--include-dashboard=false"] if i == 0 else [f"--address={address}"]
+            role = (
+                ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}"]
+                if i == 0
+                else [f"--address={address}"]
+            )
             with (logs / f"ray{i}").open("w") as log:
                 start = ["ip", "netns", "exec", name, *command, *role, f"--node-ip-address={own}"]
                 nodes.append(subprocess.Popen(start, stdout=log, stderr=log, start_new_session=True))
@@ -240,6 +248,7 @@ def ray_cluster(hosts: Hosts, logs: Path) -> Iterator[str]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(20)
             node.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def test_three_hosts_of_which_one_is_cut_off(source, expected, tmp_path):
 def one_machine() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -19,9 +19,10 @@ from ..scheme import SCHEMES, as_scheme
 from ..selection import DEFAULT_IGNORE
 from .checking import problems
 from .converting import ConversionReport, quantize_checkpoint
-from .distributed import LOST_AFTER, launched, quantize_on_ranks, quantize_on_ray
+from .distributed import quantize_on_ranks, quantize_on_ray
 from .inspecting import inspect_checkpoint
 from .layouts import COMPRESSED_TENSORS, LAYOUTS
+from .ranks import LOST_AFTER, launched
 
 
 def add_parsers(commands: Any) -> None:
