@@ -95,10 +95,8 @@ def quantize_on_ray(
     def share(conversion: Conversion, todo: list[ShardTask], notes: Path, on_bytes: OnBytes) -> None:
         most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
         if most < workers:
-            raise CheckpointError(
-                f"no machine of the Ray cluster has {workers} CPUs; give --workers {int(most)} or less"
-            )
-        remote = ray.remote(num_cpus=workers, max_retries=3)(_attempt_on_ray)
+            raise CheckpointError(f"no machine of the Ray cluster has {workers} CPUs; ask for {int(most)} workers")
+        remote = ray.remote(num_cpus=workers, max_retries=3, scheduling_strategy="SPREAD")(_attempt_on_ray)
         waiting = {remote.remote(task, notes, workers): task for task in todo}
         try:
             while waiting:
