@@ -3,6 +3,8 @@
 #   make demo    install what is needed and run the demo
 #   make test    lint, type-check and run all tests: what continuous integration runs
 #   make lint    the first half of that;  make docs, make wheel, make clean
+#   make endurance   the tests of threads, growth and random programs in full length (minutes)
+#   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
 # TORCH        the torch to install. TORCH_INDEX: a package index to take it from, for example one with CPU builds.
 # PYTHON       the Python to use, 3.11 or newer.
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 TYPECHECK := build/typecheck/qtensor
 FRESH := build/fresh
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test lint docs wheel endurance audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -36,6 +38,14 @@ lint: $(VENV)/.dev
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
 	@ln -s $(CURDIR)/qtensor/*.py $(CURDIR)/qtensor/py.typed $(CURDIR)/qtensor/checkpoint $(CURDIR)/kernels $(CURDIR)/integrations $(TYPECHECK)
 	@cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p qtensor
+
+endurance: $(VENV)/.dev
+	@echo "Running 16 threads, 1000 loads, 500 reloads, and thousands of random programs"
+	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py
+
+audit: $(VENV)/.audit
+	@echo "Looking up known vulnerabilities of what is installed (pip-audit)"
+	@$(BIN)/python -m pip_audit --local --skip-editable --progress-spinner off
 
 docs: $(VENV)/.docs
 	@echo "Building the documentation into site/"
@@ -76,6 +86,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing the development tools"
 	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.audit: $(VENV)/.dev
+	@echo "Installing pip-audit"
+	@$(PIP) "pip-audit>=2.7"
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.dev

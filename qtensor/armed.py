@@ -29,7 +29,6 @@ from .store import (
     PlainStore,
     QuantStore,
     View,
-    cover_mask,
     view_mask,
     whole,
 )
@@ -150,16 +149,13 @@ class ArmedWeight:
             finally:
                 self._after_write()
 
-    def write_masked(self, view: View, values: torch.Tensor, touched: torch.Tensor) -> None:
-        """Write those elements of `values` (of the view's size) where `touched` is true."""
+    def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
+        """Write those elements of `values` (of the weight's shape) where `touched` is true."""
+        region = Coverage(self.shape)
+        region.add_mask(touched.cpu().numpy())
         with self.lock:
-            region = Coverage(self.shape)
-            cover_mask(region, view, touched)
-            dense = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
-            dense.as_strided(*view).copy_(values)
             for box in region.covered_boxes():
-                part = dense[tuple(slice(*span) for span in box)]
-                self.write(self._view(box), part)
+                self.write(self._view(box), values[tuple(slice(*span) for span in box)])
 
     def accept(self, source: QTensor, view: View | None = None) -> bool:
         """Take values, of all of the weight or of a view, that are already in its final form. False if they are of

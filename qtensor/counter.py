@@ -15,7 +15,7 @@ from .coverage import Box, Coverage
 from .lazy import LazyWeight, LiveQTensor, view_of
 from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
 from .report import describe_boxes
-from .store import View, cover, cover_mask
+from .store import View, cover
 
 _COLLECTIVES = collectives()
 
@@ -129,9 +129,9 @@ class CopyCounter(TorchDispatchMode):
         if 0 in view.size or last < 0 or view.offset >= coverage.numel:
             return
         if func in SCATTERED and not accumulates(func, args, kwargs):
-            touched = touched_elements(func, args, kwargs).cpu()
+            touched = touched_elements(func, args, kwargs, coverage.shape, view).cpu()
             self.copied_numel += int(touched.sum())
-            cover_mask(coverage, view, touched)
+            coverage.add_mask(touched.numpy())
         elif view.offset >= 0 and last < coverage.numel and entry.tensor.is_contiguous():
             self.copied_numel += target.numel()
             cover(coverage, view)

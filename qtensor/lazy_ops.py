@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_map_only
 
-from .errors import QTensorError, WeightShapeError
+from .errors import QTensorError, WeightDtypeError, WeightShapeError
 from .lazy import LAZY, OPS, Handler, answers_live, assign, materialize, view_of, wrap, written
 from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
 from .quantized import QTensor
+from .store import View
 
 aten = torch.ops.aten
 
@@ -46,6 +47,20 @@ def _view(func: Any, args: tuple, kwargs: dict) -> Any:
 @_implements(aten.detach.default, aten.alias.default)
 def _alias(func: Any, args: tuple, kwargs: dict) -> Any:
     return wrap(args[0]._armed, args[0]._meta)
+
+
+@_implements(aten.as_strided.default)
+def _as_strided(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The one view that may leave the weight; a meta tensor does not mind."""
+    view = _view(func, args, kwargs)
+    size, stride, offset = view_of(view)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and not 0 <= last < view._armed.coverage.numel:
+        raise WeightShapeError(
+            f"{view._armed.name}: as_strided({list(size)}, {list(stride)}, {offset}) reaches element {last} of "
+            f"a weight of {view._armed.coverage.numel}"
+        )
+    return view
 
 
 @_implements(aten.view.dtype, aten.view_as_real.default, aten.view_as_complex.default)
@@ -89,7 +104,10 @@ def _fill_(func: Any, args: tuple, kwargs: dict) -> Any:
     if _initialising():
         lazy._armed.initialize(view_of(lazy), partial(_replay, func, args[1:], kwargs))
     else:
-        lazy._armed.write(view_of(lazy), torch.as_tensor(value, dtype=lazy.dtype))
+        size, stride, offset = view_of(lazy)
+        if func is not aten.fill_.Tensor:  # the others may fill an expanded view
+            size = tuple(n if step else min(n, 1) for n, step in zip(size, stride, strict=True))
+        lazy._armed.write(View(size, stride, offset), torch.as_tensor(value, dtype=lazy.dtype))
     return lazy
 
 
@@ -97,6 +115,12 @@ def _fill_(func: Any, args: tuple, kwargs: dict) -> Any:
 def _foreach_copy_(func: Any, args: tuple, kwargs: dict) -> None:
     for dst, src in zip(args[0], args[1], strict=True):
         dst.copy_(src)
+
+
+@_implements(aten._foreach_zero_.default)
+def _foreach_zero_(func: Any, args: tuple, kwargs: dict) -> None:
+    for dst in args[0]:
+        dst.zero_()
 
 
 @_implements(aten.set_.source_Tensor)
@@ -109,7 +133,19 @@ def _set_(func: Any, args: tuple, kwargs: dict) -> Any:
 def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     """Row by row in the order given, neighbouring rows together."""
     lazy, dim, index, source = args
-    wanted = index.tolist()
+    func(*tree_map_only(torch.Tensor, _on_meta, args))  # complains of shapes and dtypes before anything is written
+    wanted = index.flatten().tolist()
+    if source.dtype != lazy.dtype:
+        raise WeightDtypeError(f"{lazy._armed.name}: index_copy_ of {source.dtype} into {lazy.dtype}; cast it first")
+    if 0 not in lazy.shape and any(n > 1 and not step for n, step in zip(lazy.shape, lazy.stride(), strict=True)):
+        raise QTensorError(
+            f"{lazy._armed.name}: index_copy_ into an expanded view, which has each element several times"
+        )
+    size = lazy.shape[dim] if lazy.dim() else 1
+    if wrong := [i for i in wanted if not 0 <= i < size]:
+        raise IndexError(f"{lazy._armed.name}: index_copy_ at {wrong[0]} of dimension {dim}, which has {size}")
+    if not lazy.dim():
+        return lazy.copy_(source.reshape(()))
     start = 0
     for i in range(1, len(wanted) + 1):
         if i == len(wanted) or wanted[i] != wanted[i - 1] + 1:
@@ -118,15 +154,20 @@ def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
     return lazy
 
 
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._meta if isinstance(tensor, LAZY) else tensor.to("meta")
+
+
 def _scattered_write(func: Any, args: tuple, kwargs: dict) -> Any:
     """Writes to elements that only the operation knows: run it once on values and once on a mask of what it touches."""
     if accumulates(func, args, kwargs):
         return _mutate(func, args, kwargs)
     lazy = args[0]
     rest, kwargs = tree_map_only(LAZY, materialize, (args[1:], kwargs))
-    values = torch.zeros(lazy.shape, dtype=lazy.dtype, device=lazy.device)
-    func(values, *rest, **kwargs)
-    lazy._armed.write_masked(view_of(lazy), values, touched_elements(func, (lazy, *rest), kwargs))
+    armed, view = lazy._armed, view_of(lazy)
+    values = torch.zeros(armed.shape, dtype=armed.dtype, device=armed.device)
+    func(values.as_strided(*view), *rest, **kwargs)
+    armed.write_masked(values, touched_elements(func, (lazy, *rest), kwargs, armed.shape, view))
     return lazy
 
 
@@ -138,22 +179,37 @@ def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
     specs = {spec.name: spec for spec in func._schema.arguments}
     bound = dict(zip(specs, args, strict=False)) | kwargs
     written = [
-        n for n, v in bound.items() if isinstance(v, LAZY) and specs[n].alias_info and specs[n].alias_info.is_write
+        n
+        for n, v in bound.items()
+        if (alias := specs[n].alias_info) and alias.is_write and any(isinstance(t, LAZY) for t in flatten([v]))
     ]
     first = bound[written[0]]
-    if len(written) == 1 and (func.overloadpacket in RANDOM or _initialising()):
+    alone = len(written) == 1 and isinstance(first, LAZY)
+    if alone and (func.overloadpacket in RANDOM or _initialising()):
         rest = {n: tree_map_only(LAZY, materialize, v) for n, v in bound.items() if n != written[0]}
         first._armed.initialize(view_of(first), lambda target: func(**rest, **{written[0]: target}))
         return first
     pure_output = {n for n in written if specs[n].is_out}
-    real = {
-        n: torch.empty(v.shape, dtype=v.dtype, device=v.device) if n in pure_output else tree_map_only(LAZY, _own, v)
-        for n, v in bound.items()
-    }
+    real = {n: tree_map_only(LAZY, _blank if n in pure_output else _own, v) for n, v in bound.items()}
     out = func(**real)
     for n in written:
-        bound[n]._armed.write(view_of(bound[n]), real[n])
-    return bound[written[0]] if len(written) == 1 else out
+        for lazy, values in zip(flatten([bound[n]]), flatten([real[n]]), strict=True):
+            if isinstance(lazy, LAZY):
+                lazy._armed.write(view_of(lazy), values)
+    return first if alone else out
+
+
+def _regeometry(func: Any, args: tuple, kwargs: dict) -> Any:
+    """unsqueeze_, t_ and their like give a tensor another shape in place. The shape of a handle is what it is."""
+    lazy = args[0]
+    changed = func(lazy._meta.detach(), *args[1:], **kwargs)
+    if View(changed.size(), changed.stride(), changed.storage_offset()) == view_of(lazy):
+        return lazy
+    name = func._schema.name.removeprefix("aten::")
+    raise QTensorError(
+        f"{lazy._armed.name}: {name} would change the shape of a weight that is being loaded, in place. Take a view "
+        f"instead ({name.rstrip('_')}), or change it when the session is over."
+    )
 
 
 def _replay(func: Any, args: Sequence[Any], kwargs: dict, target: torch.Tensor) -> None:
@@ -215,6 +271,10 @@ def _read(func: Any, args: tuple, kwargs: dict) -> Any:
     return func(*args, **kwargs)
 
 
+def _blank(lazy: Any) -> torch.Tensor:
+    return torch.empty(lazy.shape, dtype=lazy.dtype, device=lazy.device)
+
+
 def _own(lazy: Any) -> torch.Tensor:
     return written(lazy).clone()
 
@@ -251,14 +311,15 @@ def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
 def _like(func: Any, args: tuple, kwargs: dict) -> Any:
     """empty_like, new_zeros and the like: only shape, dtype and device matter."""
     lazy = args[0]
-    stand_in = torch.empty((), dtype=lazy.dtype, device=lazy.device).expand(lazy.shape)
-    return func(stand_in, *args[1:], **kwargs)
+    return func(lazy._meta, *args[1:], **({"device": lazy.device} | kwargs))
 
 
 def _classify(func: Any) -> Handler:
     """The handler of an operation that has no entry of its own, from its schema. The answer is cached in the table."""
     schema = func._schema
     name = schema.name.split("::")[-1]
+    if torch.Tag.inplace_view in func.tags:
+        return _regeometry
     if written_arguments(func):
         return _mutate
     if name.endswith("_like") or name.startswith("new_"):
@@ -277,7 +338,7 @@ def _collective(func: Any, args: tuple, kwargs: dict) -> Any:
     real: dict[int, torch.Tensor] = {}
     for w in lazies:
         readable = _COLLECTIVES[func] and w._armed.readable(view_of(w))
-        real[id(w)] = _own(w) if readable else torch.empty(w.shape, dtype=w.dtype, device=w.device)
+        real[id(w)] = _own(w) if readable else _blank(w)
     swapped = tree_map_only(LAZY, lambda w: real[id(w)] if id(w) in real else materialize(w), args)
     result = func(*swapped, **kwargs)
     (result[-1] if isinstance(result, (tuple, list)) else result).wait()

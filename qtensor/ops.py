@@ -74,11 +74,13 @@ def accumulates(func: Any, args: tuple, kwargs: dict) -> bool:
     return bool(bound.get("accumulate"))
 
 
-def touched_elements(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
-    """Which elements of its first argument a scattered write touches: the operation itself, run on a mask."""
-    target = args[0]
-    touched = torch.zeros(target.shape, dtype=torch.bool, device=target.device)
-    marked = [touched]
+def touched_elements(
+    func: Any, args: tuple, kwargs: dict, shape: tuple[int, ...], view: tuple[Any, Any, int]
+) -> torch.Tensor:
+    """Which elements of an array of `shape` a scattered write touches whose first argument is a view (size, stride,
+    offset) of it: the operation itself, run on the same view of a mask."""
+    touched = torch.zeros(shape, dtype=torch.bool, device=args[0].device)
+    marked: list[Any] = [touched.as_strided(*view)]
     for spec, arg in zip(func._schema.arguments[1:], args[1:], strict=False):
         if spec.name in ("values", "value", "source", "src"):
             arg = torch.ones_like(arg, dtype=torch.bool) if isinstance(arg, torch.Tensor) else True

@@ -99,13 +99,6 @@ def cover(coverage: Coverage, view: View) -> None:
         coverage.add_box(box)
 
 
-def cover_mask(coverage: Coverage, view: View, touched: torch.Tensor) -> None:
-    """Mark those elements of a view as covered where `touched` (bool, of the view's size) is true."""
-    mask = torch.zeros(coverage.shape, dtype=torch.bool)
-    mask.as_strided(*view).copy_(touched)
-    coverage.add_mask(mask.numpy())
-
-
 class PlainStore:
     """A weight that stays in high precision: a real tensor of the weight's shape.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from ..scheme import SCHEMES, as_scheme
 from ..selection import DEFAULT_IGNORE
 from .checking import problems
 from .converting import ConversionReport, quantize_checkpoint
+from .distributed import quantize_on_ranks, quantize_on_ray
 from .inspecting import inspect_checkpoint
 from .layouts import COMPRESSED_TENSORS, LAYOUTS
+from .ranks import LOST_AFTER, launched
 
 
 def add_parsers(commands: Any) -> None:
@@ -38,6 +42,22 @@ def add_parsers(commands: Any) -> None:
     )
     quantize.add_argument("--format", choices=list(LAYOUTS), default=COMPRESSED_TENSORS)
     quantize.add_argument("--workers", type=_count, default=2, metavar="N", help="threads (default 2)")
+    quantize.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="share the files with the machines of a Ray cluster; the one this machine belongs to, or one of its own, "
+        "without an address",
+    )
+    quantize.add_argument(
+        "--lost-after",
+        type=_count,
+        default=int(LOST_AFTER),
+        metavar="S",
+        help="under torchrun, a rank without a sign of life for so many seconds is lost, and its file done by another "
+        f"(default {LOST_AFTER:.0f})",
+    )
     quantize.set_defaults(run=_quantize)
 
     inspect = commands.add_parser("inspect", help="what is quantized how in a checkpoint")
@@ -63,8 +83,13 @@ def _count(text: str) -> int:
 
 def _quantize(args: argparse.Namespace) -> int:
     scheme = as_scheme(args.scheme)
+    work: Callable[..., ConversionReport | None] = quantize_checkpoint
+    if args.ray is not None:
+        work = partial(quantize_on_ray, address=args.ray or None)
+    elif launched():
+        work = partial(quantize_on_ranks, lost_after=float(args.lost_after))
     with _failures(args) as outcome, _bar() as on_bytes:
-        report = quantize_checkpoint(
+        report = work(
             args.source,
             args.target,
             scheme.weight_only() if args.weight_only else scheme,
@@ -73,7 +98,8 @@ def _quantize(args: argparse.Namespace) -> int:
             workers=args.workers,
             on_bytes=on_bytes,
         )
-        outcome(report.to_json(), _describe(report, args.target))
+        if report is not None:  # Ranks other than 0 have none.
+            outcome(report.to_json(), _describe(report, args.target))
     return outcome.code
 
 
@@ -137,9 +163,9 @@ def _failures(args: argparse.Namespace) -> Iterator[_Outcome]:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes per second and time left, on a terminal that has tqdm."""
+    """A bar with bytes per second and time left, on a terminal that has tqdm; of many ranks, rank 0 has it."""
     found: Any = None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         with suppress(ImportError):
             found = importlib.import_module("tqdm").tqdm
     if found is None:

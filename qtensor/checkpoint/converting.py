@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,10 +39,11 @@ from .layouts import (
     refuse_short_groups,
 )
 from .reading import CONFIG, Checkpoint, Stored, read_json
-from .writing import Records, ShardWriter, Staging, carry_over, write_json, write_manifest
+from .writing import Records, ShardWriter, Staging, carry_over, partial_folder, write_json, write_manifest
 
 CHUNK_BYTES = 4 << 20
 OnBytes = Callable[[int], None]
+_ATTEMPT = "attempt-"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class ShardTask:
     target: Path
     format: str
     tensors: tuple[TensorTask, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the source's tensors."""
+        return sum(tensor.stored.nbytes for tensor in self.tensors)
 
 
 @dataclass
@@ -79,6 +87,36 @@ class ConversionReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """All there is to do, as the headers of the source tell it: the same on every machine that sees the source."""
+
+    checkpoint: Checkpoint
+    schemes: dict[str, Scheme]
+    format: str
+    tasks: list[ShardTask]
+    report: ConversionReport
+
+    def digest(self) -> str:
+        """Of the source and the settings. Work that was begun is of use only to a conversion with the same digest."""
+        text = json.dumps(
+            {
+                "format": self.format,
+                "schemes": {module: str(scheme) for module, scheme in sorted(self.schemes.items())},
+                "files": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in self.checkpoint.files},
+                "tensors": {
+                    n: [str(s.dtype), s.shape, s.offset, s.path.name]
+                    for n, s in sorted(self.checkpoint.tensors.items())
+                },
+            }
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+Share = Callable[[Conversion, list[ShardTask], Path, OnBytes], None]
+"""Does those of a conversion's tasks that are listed, each by `attempt` with the folder of notes that is given."""
+
+
 def quantize_checkpoint(
     source: str | Path,
     target: str | Path,
@@ -88,6 +126,7 @@ def quantize_checkpoint(
     format: str = COMPRESSED_TENSORS,
     workers: int = 2,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    share: Share | None = None,
 ) -> ConversionReport:
     """Quantize a checkpoint's matrices; everything else is copied. Each equals `quantize(tensor, scheme)`.
 
@@ -96,44 +135,50 @@ def quantize_checkpoint(
     left in `TARGET.partial` is continued, and the result is that of an uninterrupted one, byte for byte. An existing
     target is refused.
 
-    workers: threads. on_bytes: called with the bytes just read and the bytes there are to read in all.
+    workers: threads. on_bytes: called with the bytes just read and the bytes there are to read in all. share: who does
+    the tasks, if not this process alone.
 
     Raises CheckpointError, and NonFiniteWeightError naming the tensor; the target then does not exist.
     """
     started = time.perf_counter()
-    scheme, target = as_scheme(scheme), Path(target)
+    target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists; nothing is overwritten. Give a new folder.")
-    checkpoint = Checkpoint(source)
-    report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
-    schemes = _choose(checkpoint, scheme, ignore, format, report)
+    conversion = prepare(source, target, scheme, ignore, format)
+    report = conversion.report
     staging = Staging(target, resume=True)
     with staging.building(keep=True) as folder:
-        tasks = plan(checkpoint, folder, schemes, format)
-        _require_same_plan(staging, checkpoint, schemes, format)
-        staging.require_space(sum(_missing_bytes(task) for task in tasks))
+        _require_same_plan(staging, conversion)
+        for unfinished in staging.notes.glob(f"{_ATTEMPT}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        todo = [task for task in conversion.tasks if finished(task, staging.notes) is None]
+        report.resumed_files = len(conversion.tasks) - len(todo)
+        staging.require_space(sum(_nbytes(task) for task in todo))
+        if there := report.source_bytes - sum(task.nbytes for task in todo):
+            on_bytes(there, report.source_bytes)
+        (share or _alone(workers))(conversion, todo, staging.notes, lambda n: on_bytes(n, report.source_bytes))
         records: Records = {}
-        with ThreadPoolExecutor(workers) as pool:
-            for task in tasks:
-                notes = staging.notes / f"{task.target.name}.json"
-                done = _finished(notes, task)
-                if done is None:
-                    done = convert_shard(task, pool, lambda n: on_bytes(n, report.source_bytes))
-                    _leave_note(notes, done)
-                else:
-                    report.resumed_files += 1
-                    on_bytes(sum(t.stored.nbytes for t in task.tensors), report.source_bytes)
-                records |= done
-        finish(checkpoint, folder, schemes, format, records)
+        for task in conversion.tasks:
+            records |= finished(task, staging.notes) or {}
+        finish(conversion.checkpoint, folder, conversion.schemes, format, records)
         if found := problems(folder, workers):
             raise CheckpointError(
                 f"{folder}: does not read back as it was written: {found[0]}. Remove it and start again."
             )
         staging.publish()
-    report.quantized = len(schemes)
+    report.quantized = len(conversion.schemes)
     report.written_bytes = Checkpoint(target).nbytes
     report.seconds = time.perf_counter() - started
     return report
+
+
+def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequence[str], format: str) -> Conversion:
+    """What there is to do, from the headers alone; nothing is written. Raises CheckpointError."""
+    scheme, checkpoint = as_scheme(scheme), Checkpoint(source)
+    report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
+    schemes = _choose(checkpoint, scheme, ignore, format, report)
+    tasks = plan(checkpoint, partial_folder(target), schemes, format)
+    return Conversion(checkpoint, schemes, format, tasks, report)
 
 
 def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str) -> list[ShardTask]:
@@ -173,6 +218,25 @@ def convert_shard(task: ShardTask, pool: ThreadPoolExecutor, on_bytes: OnBytes =
             job.cancel()
         raise
     return writer.finish()
+
+
+def attempt(task: ShardTask, notes: Path, pool: ThreadPoolExecutor, on_bytes: OnBytes = lambda n: None) -> None:
+    """`convert_shard` aside; then the file, and after it a note of its records, take their places in one step each.
+
+    A shard may be attempted any number of times, at the same time too: all attempts write the same bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix=_ATTEMPT, dir=notes) as aside:
+        file = Path(aside, task.target.name)
+        note = Path(aside, "note")
+        write_json(note, convert_shard(replace(task, target=file), pool, on_bytes))
+        file.replace(task.target)
+        note.replace(_note(task, notes))
+
+
+def finished(task: ShardTask, notes: Path) -> Records | None:
+    """The records of a shard that was finished, in this run or an earlier one."""
+    note = _note(task, notes)
+    return read_json(note) if note.exists() and task.target.exists() else None
 
 
 def finish(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str, records: Records) -> None:
@@ -247,9 +311,8 @@ def _specs(task: ShardTask) -> dict[str, Spec]:
     return specs
 
 
-def _missing_bytes(task: ShardTask) -> int:
-    size = sum(dtype.itemsize * int(torch.Size(shape).numel()) for dtype, shape in _specs(task).values())
-    return max(0, size - (task.target.stat().st_size if task.target.exists() else 0))
+def _nbytes(task: ShardTask) -> int:
+    return sum(dtype.itemsize * int(torch.Size(shape).numel()) for dtype, shape in _specs(task).values())
 
 
 # One tensor -----------------------------------------------------------------------------------------------------------
@@ -344,24 +407,25 @@ def _nonfinite(stored: Stored, error: NonFinite) -> str:
     return nonfinite_message(stored.name, stored.shape, error).partition("; pass")[0] + "."
 
 
-# Resuming -------------------------------------------------------------------------------------------------------------
+# Sharing and resuming -------------------------------------------------------------------------------------------------
 
 
-def _require_same_plan(staging: Staging, checkpoint: Checkpoint, schemes: dict[str, Scheme], format: str) -> None:
+def _alone(workers: int) -> Share:
+    def share(conversion: Conversion, todo: list[ShardTask], notes: Path, on_bytes: OnBytes) -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            for task in todo:
+                attempt(task, notes, pool, on_bytes)
+
+    return share
+
+
+def _require_same_plan(staging: Staging, conversion: Conversion) -> None:
     """What an interrupted run left is only of use to a run with the same source and settings."""
-    text = json.dumps(
-        {
-            "format": format,
-            "schemes": {module: str(scheme) for module, scheme in sorted(schemes.items())},
-            "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files},
-            "tensors": {
-                n: [str(s.dtype), s.shape, s.offset, s.path.name] for n, s in sorted(checkpoint.tensors.items())
-            },
-        }
-    )
-    digest, note = hashlib.sha256(text.encode()).hexdigest(), staging.notes / "plan"
+    digest, note = conversion.digest(), staging.notes / "plan"
     if not note.exists():
-        _leave_note(note, digest)
+        fresh = note.with_name("plan.new")
+        write_json(fresh, digest)
+        fresh.replace(note)
     elif json.loads(note.read_text()) != digest:
         raise CheckpointError(
             f"{staging.path} holds an unfinished conversion of another source, or with other settings. Remove it, or "
@@ -369,12 +433,5 @@ def _require_same_plan(staging: Staging, checkpoint: Checkpoint, schemes: dict[s
         )
 
 
-def _leave_note(path: Path, value: Any) -> None:
-    fresh = path.with_name(path.name + ".new")
-    write_json(fresh, value)
-    fresh.replace(path)
-
-
-def _finished(note: Path, task: ShardTask) -> Records | None:
-    """The records of a shard that an earlier run finished."""
-    return read_json(note) if note.exists() and task.target.exists() else None
+def _note(task: ShardTask, notes: Path) -> Path:
+    return notes / f"{task.target.name}.json"

@@ -142,7 +142,7 @@ class Checkpoint:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    flat: Any = tensor.view(torch.uint8).reshape(-1).numpy() if tensor.numel() else b""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
     return memoryview(flat)
 
 

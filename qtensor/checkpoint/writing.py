@@ -26,7 +26,7 @@ from .layouts import Spec
 from .reading import CONFIG, DTYPE_NAMES, DTYPES, INDEX, PICKLES, bytes_of
 
 MANIFEST = "qtensor.json"
-_MARK = ".qtensor-partial"  # A folder within a folder that is being built: its lock, and notes for a resumed run.
+MARK = ".qtensor-partial"  # A folder within a folder that is being built: its lock, and notes for a resumed run.
 _WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 Records = dict[str, dict[str, Any]]
@@ -103,19 +103,19 @@ class Staging:
 
     def __init__(self, target: str | Path, resume: bool = False) -> None:
         self.target = Path(os.path.abspath(target))
-        self.path = self.target.with_name(self.target.name + ".partial")
+        self.path = partial_folder(target)
         _require_replaceable(self.target)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._lock: IO[bytes] | None = None
         if self.path.exists():
-            if not (self.path / _MARK).exists() and not (self.path / MANIFEST).exists():
+            if not (self.path / MARK).exists() and not (self.path / MANIFEST).exists():
                 raise CheckpointError(f"{self.path} is in the way, and was not made by qtensor; move it elsewhere")
             self._lock = _lock(self.path)
-            if not resume or not (self.path / _MARK).exists():
+            if not resume or not (self.path / MARK).exists():
                 _unlock(self._lock)
                 self._lock = None
                 shutil.rmtree(self.path)
-        self.notes = self.path / _MARK
+        self.notes = self.path / MARK
         self.notes.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._lock = _lock(self.path)
@@ -159,6 +159,12 @@ class Staging:
         _unlock(self._lock)
 
 
+def partial_folder(target: str | Path) -> Path:
+    """Where a checkpoint is built."""
+    path = Path(os.path.abspath(target))
+    return path.with_name(path.name + ".partial")
+
+
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -173,7 +179,7 @@ def write_manifest(folder: Path, format: str, records: Records) -> None:
     content = {
         "version": 1,
         "format": format,
-        "files": sorted({p.name for p in folder.iterdir() if p.name != _MARK} | {MANIFEST}),
+        "files": sorted({p.name for p in folder.iterdir() if p.name != MARK} | {MANIFEST}),
         "tensors": {name: records[name] for name in sorted(records)},
     }
     write_json(folder / MANIFEST, content)
@@ -198,7 +204,7 @@ def _require_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder")
-    held = {p.name for p in target.iterdir()} - {_MARK}
+    held = {p.name for p in target.iterdir()} - {MARK}
     if not held:
         return
     try:
@@ -247,9 +253,9 @@ def _lock(folder: Path) -> IO[bytes] | None:
         import fcntl
     except ImportError:
         return None
-    if not (folder / _MARK).is_dir():
+    if not (folder / MARK).is_dir():
         return None  # a finished checkpoint that was about to be removed
-    file = (folder / _MARK / "lock").open("wb")
+    file = (folder / MARK / "lock").open("wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
