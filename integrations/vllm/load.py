@@ -31,7 +31,7 @@ from .names import Names, refuse_incomplete
 from .options import Choice
 from .published import Published, Slot
 from .ranks import RankHost
-from .reports import announce, rank, resident_bytes, write
+from .reporting import announce, rank, resident_bytes, write
 from .truncated import describe_truncated
 
 if TYPE_CHECKING:

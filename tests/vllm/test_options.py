@@ -17,7 +17,7 @@ from qtensor.integrations.vllm import compat, register
 from qtensor.integrations.vllm.config import NAMES, QTensorConfig
 from qtensor.integrations.vllm.moe import expert_method
 from qtensor.integrations.vllm.options import OptionsError, parse
-from qtensor.integrations.vllm.reports import report_paths
+from qtensor.integrations.vllm.reporting import report_paths
 
 
 def test_names() -> None:
