@@ -56,6 +56,7 @@ def test_grid(architecture: str, scheme: str, record: Callable[..., None]) -> No
         assert mistakes(tensors_of(checkpoint(architecture)), seen.tensors, scheme) == []
 
 
+@pytest.mark.slow
 def test_mla_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     with engine(checkpoint("deepseek-v3"), None) as llm:
@@ -86,6 +87,7 @@ def test_native_has_no_experts_on_a_cpu(architecture: str, record: Callable[...,
     record(_TABLE, architecture, _NATIVE, "missing operator")
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     """Without enforce_eager the model is compiled; the products are custom operators there. Same tokens."""
     with engine(checkpoint("qwen3-moe"), "qtensor") as llm:

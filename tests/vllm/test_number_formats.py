@@ -113,6 +113,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_mxfp4_equals_vllm() -> None:
     pytest.importorskip("triton", reason="vLLM's mxfp4 quantizer is a Triton kernel")
     search = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])

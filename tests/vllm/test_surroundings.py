@@ -55,7 +55,7 @@ def _addresses(model: torch.nn.Module) -> dict[str, int]:
     return {name: param.data_ptr() for name, param in model.named_parameters()}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen3-moe", marks=pytest.mark.slow)])
 def test_sleep_and_reload(architecture: str) -> None:
     """A CPU ignores sleep itself. What a GPU would find after level 2 is made by hand; a reload then gives a fresh
     load's bytes at the old addresses."""
@@ -155,6 +155,7 @@ def test_two_ranks_share_layers_and_experts(tmp_path: Path) -> None:
     assert sum(gaps) / len(gaps) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_ranks")
 def test_pipeline_stages() -> None:
     """Each stage quantizes its own layers, once. (vLLM 0.32's CPU workers cannot generate with stages, whatever the
