@@ -21,17 +21,12 @@ from .coverage import Box, Coverage
 from .errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from .geometry import as_box
 from .kernels import Audit, NonFinite
+from .plain_store import NeverWritten, PlainStore
 from .quantized import QTensor, nonfinite_message
 from .report import describe_boxes
 from .scheme import Scheme
-from .store import (
-    NeverWritten,
-    PlainStore,
-    QuantStore,
-    View,
-    view_mask,
-    whole,
-)
+from .store import QuantStore
+from .views import View, view_mask, whole
 
 UNDECIDED = object()
 _serial = count()

@@ -15,7 +15,7 @@ from .coverage import Box, Coverage
 from .lazy import LazyWeight, LiveQTensor, view_of
 from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
 from .report import describe_boxes
-from .store import View, cover
+from .views import View, cover
 
 _COLLECTIVES = collectives()
 

@@ -18,7 +18,7 @@ from .armed import ArmedWeight
 from .errors import QTensorError, WeightShapeError
 from .quantized import _OPS as _QUANTIZED_OPS
 from .quantized import QTensor
-from .store import View
+from .views import View
 
 aten = torch.ops.aten
 Handler = Callable[[Any, tuple, dict], Any]

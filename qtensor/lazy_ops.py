@@ -18,7 +18,7 @@ from .errors import QTensorError, WeightDtypeError, WeightShapeError
 from .lazy import LAZY, OPS, Handler, answers_live, assign, materialize, view_of, wrap, written
 from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
 from .quantized import QTensor
-from .store import View
+from .views import View
 
 aten = torch.ops.aten
 

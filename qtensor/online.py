@@ -20,6 +20,7 @@ from .config import SchemeSpec
 from .dtensor import Split, home, is_dtensor, local_tensor, splits
 from .errors import NonFiniteWeightError, QTensorError
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, view_of
+from .plain_store import PlainStore
 from .progress import ProgressLike
 from .quantized import QTensor, quantize
 from .report import LoadReport
@@ -27,7 +28,6 @@ from .scheme import Scheme, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
 from .sharding import Agreement, Sharding, sharing_group
-from .store import PlainStore
 from .tree import full_name, parameters
 
 

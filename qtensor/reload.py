@@ -24,8 +24,8 @@ from .report import LoadReport
 from .scheme import Scheme
 from .selection import Owner
 from .session import OnMissing, OnNonfinite, Session, attributes_of
-from .store import whole
 from .tree import full_name, parameters
+from .views import whole
 
 
 def online_reload(

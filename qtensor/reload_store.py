@@ -20,8 +20,10 @@ from .coverage import Box, Coverage
 from .errors import QTensorError
 from .kernels import Audit
 from .kernels.formats import ceil_div
+from .plain_store import PlainStore
 from .quantized import QTensor
-from .store import _QUANTIZED, PlainStore, QuantStore, View, cover, whole
+from .store import QUANTIZED, QuantStore
+from .views import View, cover, whole
 
 _MAPPED_BYTES = 1 << 20
 _LIVE = 8  # a unit whose values are the live ones: nothing new has been quantized
@@ -112,7 +114,7 @@ class ReloadStore(QuantStore):
         super().__init__(live.scheme, live.dtype, live.device, coverage, audit, on_staged, whole_weight, live)
         self._second_copy, self._on_second_copy, self._early = SECOND_COPIES[kind], on_second_copy, early
         self._copies: dict[int, SecondCopy] = {}
-        self._state[...] = _QUANTIZED | _LIVE
+        self._state[...] = QUANTIZED | _LIVE
 
     def write(self, view: View, source: torch.Tensor) -> None:
         super().write(view, source)
@@ -142,7 +144,7 @@ class ReloadStore(QuantStore):
             self._on_second_copy(-copy.nbytes)
         self._copies.clear()
         self.discard_staging()
-        self._state[...] = _QUANTIZED | _LIVE
+        self._state[...] = QUANTIZED | _LIVE
 
     def copy(self, coverage: Coverage) -> NoReturn:
         raise QTensorError("a model whose weights are being reloaded cannot be deep-copied; finish the reload first")
@@ -161,7 +163,7 @@ class ReloadStore(QuantStore):
 
     def _lose(self, e: int, start: int, stop: int) -> None:
         super()._lose(e, start, stop)
-        self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED | _LIVE
+        self._state[e, start // self._unit : ceil_div(stop, self._unit)] = QUANTIZED | _LIVE
 
     def _dequantized(self, e: int, start: int, stop: int) -> torch.Tensor:
         runs = list(self._runs(e, start, stop))

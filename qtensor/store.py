@@ -1,139 +1,34 @@
-"""Stores: where the elements of one weight go while it is being loaded, and how they come back when read.
+"""QuantStore: where the elements of one weight go while it is being loaded, and how they come back when read.
 
-`QuantStore` quantizes whole units the moment they arrive and stages the parts of units that are not complete yet.
-`PlainStore` keeps a weight that is not quantized in an ordinary tensor. Both answer in terms of views (size, stride,
-offset over the contiguous weight) and share the weight's `Coverage`. Callers hold the weight's lock.
+It quantizes whole units the moment they arrive and stages the parts of units that are not complete yet. It is asked in
+terms of views (size, stride, offset over the contiguous weight) and shares the weight's `Coverage`, as the `PlainStore`
+of a weight that is not quantized does. Callers hold the weight's lock.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
-from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from . import kernels
 from .coverage import Box, Coverage
-from .geometry import as_box, contiguous_strides, is_flat_run, split_run
+from .geometry import as_box
 from .kernels import Audit, NonFinite
 from .kernels.formats import ceil_div
 from .kernels.pipeline import upload_rows
+from .plain_store import NeverWritten
 from .quantized import QTensor, empty
 from .scheme import Scheme
+from .views import View, regions
 
 CHUNK_BYTES = 32 << 20
 _STAGING_GROUP_BYTES = 2 << 20
 
 # What a unit's bytes are: quantized in qdata, present in staging, and (while staged) waiting for more elements.
-_QUANTIZED, _STAGED, _OPEN = 1, 2, 4
-
-
-class View(NamedTuple):
-    """A strided view of a contiguous weight, in elements."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-class NeverWritten(Exception):
-    """A read touched elements that were never written. `boxes` holds them, in the weight's dimensions."""
-
-    def __init__(self, boxes: list[Box]) -> None:
-        super().__init__(boxes)
-        self.boxes = boxes
-
-
-def whole(shape: tuple[int, ...]) -> View:
-    return View(shape, contiguous_strides(shape), 0)
-
-
-def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[[torch.Tensor], torch.Tensor]]]:
-    """The boxes that make up a view, each with a function that cuts its part out of a tensor of the view's size.
-
-    The part has the box's extents. It aliases the tensor unless a flattened view has to be copied to be split.
-    """
-    if 0 in view.size:
-        return
-    found = as_box(shape, *view)
-    if found is not None:
-        dims = [d for d in found.order if d is not None]
-        dims += [d for d in range(len(view.size)) if d not in dims]
-        extents = [b - a for a, b in found.box]
-        yield found.box, lambda src: src.permute(dims).reshape(extents)
-        return
-    if is_flat_run(view.size, view.stride):
-        at = 0
-        for box in split_run(shape, view.offset, view.offset + prod(view.size)):
-            extents = [b - a for a, b in box]
-            count = prod(extents)
-            yield box, lambda src, at=at, n=count, ext=extents: src.reshape(-1)[at : at + n].reshape(ext)  # type: ignore[misc]
-            at += count
-        return
-    touched = Coverage(shape)
-    touched.add_mask(view_mask(shape, view))
-
-    def scattered(src: torch.Tensor, box: Box) -> torch.Tensor:
-        dense = torch.empty(shape, dtype=src.dtype, device=src.device)
-        dense.as_strided(*view).copy_(src)
-        return dense[tuple(slice(*span) for span in box)]
-
-    for box in touched.covered_boxes():
-        yield box, partial(scattered, box=box)
-
-
-def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
-    """True where the view touches the weight."""
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask.as_strided(*view).fill_(True)
-    return mask.numpy()
-
-
-def cover(coverage: Coverage, view: View) -> None:
-    """Mark all elements of a view as covered."""
-    for box, _ in regions(coverage.shape, view):
-        coverage.add_box(box)
-
-
-class PlainStore:
-    """A weight that stays in high precision: a real tensor of the weight's shape.
-
-    initialised: the tensor held meaningful values before any load, so that unwritten elements may be read.
-    """
-
-    def __init__(self, tensor: torch.Tensor, coverage: Coverage, initialised: bool = False) -> None:
-        self.tensor = tensor
-        self.coverage = coverage
-        self.initialised = initialised
-
-    def copy(self, coverage: Coverage) -> PlainStore:
-        return PlainStore(self.tensor.clone(), coverage, self.initialised)
-
-    def write(self, view: View, source: torch.Tensor) -> None:
-        self.at(view).copy_(source)
-        cover(self.coverage, view)
-
-    def at(self, view: View) -> torch.Tensor:
-        """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
-        return self.tensor.as_strided(view.size, view.stride, self.tensor.storage_offset() + view.offset)
-
-    def read(self, view: View) -> tuple[torch.Tensor, bool]:
-        """The elements (a live view of the store) and whether they are lossy, which they never are."""
-        if not self.initialised:
-            require_covered(self.coverage, view)
-        return self.at(view), False
-
-
-def require_covered(coverage: Coverage, view: View) -> None:
-    if coverage.complete:
-        return
-    boxes = [gap for box, _ in regions(coverage.shape, view) for gap in coverage.missing(box)]
-    if boxes:
-        raise NeverWritten(boxes)
+QUANTIZED, _STAGED, _OPEN = 1, 2, 4
 
 
 class _Group:
@@ -251,7 +146,7 @@ class QuantStore:
             self._lose(e, start, stop)
             raise
         self.coverage.add_box(self._box(e, (start, stop), (0, self._k)))
-        self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
+        self._state[e, start // self._unit : ceil_div(stop, self._unit)] = QUANTIZED
         self._accepted.discard(e)
         if self._groups:
             self._free_unused(e, start, stop)
@@ -306,7 +201,7 @@ class QuantStore:
             self.coverage.discard(self._box(e, (0, self._n), (0, self._k)))
         first, last = start // self._unit, ceil_div(stop, self._unit)
         units = self._state[e, first:last]
-        finished = (units & (_QUANTIZED | _STAGED)) == _QUANTIZED
+        finished = (units & (QUANTIZED | _STAGED)) == QUANTIZED
         if finished.any():
             for u in (np.flatnonzero(finished) + first).tolist():
                 a, b = u * self._unit, min((u + 1) * self._unit, self._n)
@@ -324,7 +219,7 @@ class QuantStore:
                 group = self._groups[key]
                 self._quantize_rows(e, first, last, group.rows[first - group.first_row : last - group.first_row])
                 units = self._state[e, first // self._unit : ceil_div(last, self._unit)]
-                units |= _QUANTIZED
+                units |= QUANTIZED
                 units &= ~np.uint8(_OPEN)
                 if not (self._units_of(key) & _OPEN).any():
                     self._retained[key] = self._clock
@@ -365,7 +260,7 @@ class QuantStore:
                 ours.copy_(theirs)
             self.coverage.add_box(self._box(e, (start, stop), cols))
             if aligned or self.coverage.full_rows((e,) if self._lead else (), 0, self._n) == [(0, self._n)]:
-                self._state[e, start // self._unit : ceil_div(stop, self._unit)] = _QUANTIZED
+                self._state[e, start // self._unit : ceil_div(stop, self._unit)] = QUANTIZED
             if self._groups:
                 self._free_unused(e, start, stop)
         return True
@@ -487,7 +382,7 @@ class QuantStore:
                 carrier[0, 0] = amax[e]
                 self._quantize_carried(e, 0, self._n, torch.cat([self._staged_whole[e], carrier]))
         self.discard_staging()
-        self._state[...] = _QUANTIZED
+        self._state[...] = QUANTIZED
 
     def _quantize_carried(self, e: int, start: int, stop: int, values: torch.Tensor) -> None:
         fmt = self.scheme.format
@@ -517,7 +412,7 @@ class QuantStore:
 
     def keep_missing(self) -> bool:
         """Let unwritten elements keep their earlier quantized values. False if some have none."""
-        if not bool((self._state & _QUANTIZED).all()):
+        if not bool((self._state & QUANTIZED).all()):
             return False
         self.coverage.add([(0, n) for n in self.coverage.shape])
         for e, g in list(self._groups):
@@ -558,7 +453,7 @@ class QuantStore:
                         group = self._groups[key]
                         rows = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
                         target[a - start : b - start] = rows
-                        lossy |= bool((self._state[e, a // self._unit] & (_QUANTIZED | _OPEN)) == _QUANTIZED | _OPEN)
+                        lossy |= bool((self._state[e, a // self._unit] & (QUANTIZED | _OPEN)) == QUANTIZED | _OPEN)
                 else:
                     target[first - start : last - start] = self._dequantized(e, first, last)[:, cols[0] : cols[1]]
                     lossy = True
@@ -579,7 +474,7 @@ class QuantStore:
         for gap in self.coverage.missing(box):
             (e0, e1), (a, b), cols = gap if self._lead else ((0, 1), *gap)
             for e in range(e0, e1):
-                units = (self._state[e, a // self._unit : ceil_div(b, self._unit)] & _QUANTIZED) == 0
+                units = (self._state[e, a // self._unit : ceil_div(b, self._unit)] & QUANTIZED) == 0
                 edges = np.flatnonzero(np.diff(units, prepend=False, append=False)) + a // self._unit
                 for first, last in edges.reshape(-1, 2).tolist():
                     rows = (max(a, first * self._unit), min(b, last * self._unit))

@@ -21,12 +21,14 @@ from qtensor.coverage import Box
 from qtensor.errors import QTensorError
 from qtensor.kernels import Audit
 from qtensor.lazy import LazyWeight, parameter
+from qtensor.plain_store import PlainStore
 from qtensor.quantized import QTensor
 from qtensor.reload import Snapshot
 from qtensor.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore
 from qtensor.report import LoadReport
 from qtensor.scheme import Scheme
-from qtensor.store import PlainStore, QuantStore, whole
+from qtensor.store import QuantStore
+from qtensor.views import whole
 
 from . import compat
 from .derived import Processed, absorb_again, process, read_back

@@ -17,7 +17,7 @@ from ..quantized import QTensor
 from ..report import LoadReport
 from ..scheme import Scheme
 from ..selection import Owner, Selection
-from ..store import View
+from ..views import View
 from .checking import Weight, weights_of
 from .names import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint

@@ -18,7 +18,7 @@ from torch import nn
 from ..coverage import Box
 from ..errors import CheckpointError
 from ..geometry import as_box
-from ..store import View, whole
+from ..views import View, whole
 
 
 class Part(NamedTuple):

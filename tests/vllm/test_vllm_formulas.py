@@ -98,7 +98,7 @@ import vllm.triton_utils
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl  # A CPU build of vLLM puts stand-ins there.
 from vllm.model_executor.layers.quantization.utils.mxfp4_utils import downcast_to_mxfp
 from qtensor import mxfp4, quantize
-from test_number_formats import every, weights
+from test_vllm_formulas import every, weights
 
 for dtype in (torch.bfloat16, torch.float16):
     # Every 16th to save time. Triton's interpreter widens subnormal bf16 wrongly: those must not be in the sources.
