@@ -147,7 +147,7 @@ def _cells() -> Iterator[Any]:
             yield pytest.param(architecture, load_format, marks=() if core else (pytest.mark.slow,))
 
 
-@pytest.mark.parametrize(("architecture", "load_format"), _cells())
+@pytest.mark.parametrize(("architecture", "load_format"), list(_cells()))
 def test_every_load_format(architecture: str, load_format: str, record: Callable[..., None]) -> None:
     _need_package(load_format)
     folder, options = FORMATS[load_format](architecture)
