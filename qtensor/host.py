@@ -39,6 +39,7 @@ class LoadHost:
         self._counters = threading.Lock()
         self._memory = MemoryTimeline()
         self._lossy_reads = 0
+        self._second_copies = self._peak_second_copies = 0
 
     def enroll(self, weight: ArmedWeight) -> None:
         self._weights.add(weight)
@@ -55,6 +56,12 @@ class LoadHost:
     def staged(self, delta: int) -> None:
         """High-precision bytes that wait for the rest of their unit changed by so much."""
         self._memory.stage(delta)
+
+    def second_copy(self, delta: int) -> None:
+        """Bytes of a reload's second copies changed by so much."""
+        with self._counters:
+            self._second_copies += delta
+            self._peak_second_copies = max(self._peak_second_copies, self._second_copies)
 
     def lossy_read(self, weight: ArmedWeight) -> None:
         """A loader reads elements that are quantized already."""
@@ -105,6 +112,7 @@ class LoadHost:
         """What the host itself knows of its load; the caller fills in the weights."""
         report = LoadReport(state, scheme, peak_staged_bytes=self._memory.peak_staged, lossy_reads=self._lossy_reads)
         report.seconds = time.perf_counter() - self._memory.started
+        report.peak_second_copy_bytes = self._peak_second_copies
         return report
 
     def _sum_up(self, report: LoadReport) -> LoadReport:

@@ -6,7 +6,7 @@ computing with the old values until `finish` commits the new ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,6 @@ from .lazy import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
 from .progress import ProgressLike
 from .quantized import QTensor
 from .reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
-from .report import LoadReport
 from .scheme import Scheme
 from .selection import Owner
 from .session import OnMissing, OnNonfinite, Session, attributes_of
@@ -91,7 +90,6 @@ class ReloadSession(Session):
             raise QTensorError("online_reload: no weight of this model is quantized; load it with online_quant(...)")
         super().__init__(model, ", ".join(schemes), on_missing, on_nonfinite, strict_reads, progress)
         self.atomic, self._shadow, self._assert_identity = atomic, shadow, assert_identity
-        self._second_copies = self._peak_second_copies = 0
         self._armed: dict[ArmedWeight, torch.Tensor] = {}  # weight → the other half of a swap, for plain ones
         self._touched: set[ArmedWeight] = set()
         self._finished_layers: dict[tuple[str, nn.Module], None] = {}
@@ -172,12 +170,6 @@ class ReloadSession(Session):
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         raise AssertionError("the weights of a reload are decided on")
 
-    def second_copy(self, delta: int) -> None:
-        """Bytes of second copies changed by so much."""
-        with self._counters:
-            self._second_copies += delta
-            self._peak_second_copies = max(self._peak_second_copies, self._second_copies)
-
     def touch(self, weight: ArmedWeight) -> None:
         self._touched.add(weight)
         super().touch(weight)
@@ -229,28 +221,20 @@ class ReloadSession(Session):
         super()._complete()
 
     def _realise(self) -> None:
-        self._commit()
-        for weight in self._armed:
-            self._disarm(weight)
-        if self._assert_identity:
-            self._before.require_same()
+        try:
+            insist(self._commit)
+            if self._assert_identity:
+                self._before.require_same()
+        except BaseException:
+            self._close("finished", "the session has finished")
+            raise
 
     def _commit(self) -> None:
-        """Once begun, carried through: an interrupt in the middle is raised when everything is new."""
-        interrupted: BaseException | None = None
         for weight in self._armed:
-            while True:
-                try:
-                    with weight.lock:
-                        cast(ReloadedWeight, weight).store.commit()
-                    break
-                except KeyboardInterrupt as error:
-                    interrupted = error
-        if interrupted is not None:
-            for weight in self._armed:
-                self._disarm(weight)
-            self._close("finished", "the session has finished")
-            raise interrupted
+            with weight.lock:
+                cast(ReloadedWeight, weight).store.commit()
+        for weight in self._armed:
+            self._disarm(weight)
 
     def _close(self, state: str, reason: str) -> None:
         layers = list(self._finished_layers) if state == "finished" else []
@@ -260,6 +244,9 @@ class ReloadSession(Session):
                 hook(name, module)
 
     def _undo(self) -> None:
+        insist(self._roll_back)
+
+    def _roll_back(self) -> None:
         for weight in self._armed:
             with weight.lock:
                 cast(ReloadedWeight, weight).store.rollback()
@@ -277,16 +264,22 @@ class ReloadSession(Session):
                 other.__dict__.update(attributes_of(param))
                 swap(param, other)
 
-    # Reporting
-
     def _settings(self) -> dict[str, str]:
         told = {"atomic": self.atomic, "shadow": self._shadow, "assert_identity": self._assert_identity}
         return super()._settings() | {key: str(value) for key, value in told.items()}
 
-    def _summary(self, state: str) -> LoadReport:
-        report = super()._summary(state)
-        report.peak_second_copy_bytes = self._peak_second_copies
-        return report
+
+def insist(action: Callable[[], object]) -> None:
+    """Do it, whatever the keyboard says: an interrupt is raised when it is done. The action may be begun again."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            action()
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 class Snapshot:

@@ -104,11 +104,10 @@ class Agreement:
         self._timeout = timeout
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        # A group of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
-        self._group = dist.new_group(
-            self._ranks, timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
-        )
         self._begin()
+        # Connections of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
+        # Not by `new_group`, which keeps a group for the life of the process and knows it by the number of groups.
+        self._gloo = dist.ProcessGroupGloo(self._store, self._rank, self._world, timedelta(seconds=timeout))
 
     def next(self) -> Agreement:
         """Another agreement of the same ranks, after this one is over."""
@@ -212,7 +211,9 @@ class Agreement:
 
     def _reduce(self, weights: list[ArmedWeight]) -> None:
         amax = torch.cat([weight.close_for_agreement() for weight in weights])
-        work = dist.all_reduce(amax, dist.ReduceOp.MAX, self._group, async_op=True)
+        maximum = dist.AllreduceOptions()
+        maximum.reduceOp = dist.ReduceOp.MAX
+        work = self._gloo.allreduce([amax], maximum)
         self._flying.append((work, amax, weights))
         self._buckets += 1
         self.collectives, self.bytes = self.collectives + 1, self.bytes + amax.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import threading
@@ -34,6 +35,7 @@ from qtensor import (
     weight_checksums,
 )
 from qtensor.memory import resident_bytes
+from qtensor.reload_store import ReloadStore, Undo
 
 MODES: dict[str, dict[str, Any]] = {
     "shadow": {},
@@ -402,8 +404,6 @@ def test_what_cannot_be_reloaded_is_refused_before_anything_changes() -> None:
 
 
 def test_an_interrupt_during_the_commit_is_raised_when_everything_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtensor.reload_store import ReloadStore
-
     model, new = quantized(), weights_of(TinyNet, seed=1)
     commit, calls = ReloadStore.commit, []
 
@@ -417,6 +417,50 @@ def test_an_interrupt_during_the_commit_is_raised_when_everything_is_new(monkeyp
     with pytest.raises(KeyboardInterrupt), online_reload(model):
         model.load_state_dict(new)
     assert_reloaded(model, new, fp8_per_channel)
+
+
+def test_an_interrupt_during_the_rollback_is_raised_when_everything_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, new = quantized(), weights_of(TinyNet, seed=1)
+    before, rollback, calls = everything(model), Undo.rollback, []
+
+    def interrupted_rollback(self: Undo) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rollback(self)
+
+    monkeypatch.setattr(Undo, "rollback", interrupted_rollback)
+    with pytest.raises(KeyboardInterrupt), online_reload(model, shadow="host"):
+        model.load_state_dict(new)
+        raise ValueError
+    assert len(calls) > 1
+    assert everything(model) == before
+
+
+def test_assert_identity_names_what_is_not_the_same() -> None:
+    model, new = quantized(), weights_of(TinyNet, seed=1)
+    with pytest.raises(QTensorError, match=r"assert_identity: up\.weight has other attributes now"):  # noqa: SIM117
+        with online_reload(model, assert_identity=True):
+            model.load_state_dict(new)
+            model.up.weight.marked = True  # type: ignore[assignment]
+    assert_reloaded(model, new, fp8_per_channel)
+
+
+@modes
+def test_whoever_holds_the_addresses_computes_with_the_new_weights(mode: str) -> None:
+    """What a captured CUDA graph relies on, without a GPU: raw memory taken before the reload holds the new values."""
+    model, new = quantized(), weights_of(TinyNet, seed=1)
+    held = {}
+    for name, param in model.named_parameters():
+        for i, part in enumerate(param.parts() if isinstance(param, QTensor) else [param]):
+            held[name, i] = (ctypes.c_uint8 * part.nbytes).from_address(part.data_ptr())
+    with online_reload(model, on_missing="error", **MODES[mode]):
+        model.load_state_dict(new)
+    fresh = dict(quantized(seed=1).named_parameters())
+    for (name, i), memory in held.items():
+        param = fresh[name]
+        part = (param.parts() if isinstance(param, QTensor) else [param.detach()])[i]
+        assert bytes(memory) == part.contiguous().view(torch.uint8).numpy().tobytes(), name
 
 
 def test_a_finished_weight_that_meets_an_invalid_rewrite_is_unwritten_again() -> None:

@@ -23,7 +23,7 @@ from qtensor.kernels import Audit
 from qtensor.lazy import LazyWeight, parameter
 from qtensor.plain_store import PlainStore
 from qtensor.quantized import QTensor
-from qtensor.reload import Snapshot
+from qtensor.reload import Snapshot, insist
 from qtensor.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore
 from qtensor.report import LoadReport
 from qtensor.scheme import Scheme
@@ -54,7 +54,6 @@ class Reload(RankHost):
         self.slots = load.slots
         self.atomic, self.keep_parts = options.reload == "atomic", options.reload_partial == "keep"
         self.refuse_nonfinite = load.refuse_nonfinite
-        self._second_copies = self._peak_second_copies = 0
         self._names_loaded: set[str] = set()
         self._warnings: list[str] = []
         self._weights_of: dict[nn.Module, dict[str, ArmedWeight]] = {}
@@ -146,12 +145,6 @@ class Reload(RankHost):
     def reopened(self, weight: ArmedWeight) -> None:
         self._hold(weight, -1)
 
-    def second_copy(self, delta: int) -> None:
-        """Bytes of second copies changed by so much."""
-        with self._counters:
-            self._second_copies += delta
-            self._peak_second_copies = max(self._peak_second_copies, self._second_copies)
-
     # Loading
 
     def load_weights(self, inner: Any, weights: Iterable[tuple[str, torch.Tensor]], args: Any, kwargs: Any) -> Any:
@@ -178,7 +171,7 @@ class Reload(RankHost):
                     if given is not lazy and given is not None and isinstance(lazy, LazyWeight):
                         lazy._armed.write(whole(lazy._armed.shape), given.detach())
         finally:
-            _insist(lambda: [module.__dict__.update(_parameters=p) for module, p in serving])
+            insist(lambda: [module.__dict__.update(_parameters=p) for module, p in serving])
 
     # The end
 
@@ -201,7 +194,7 @@ class Reload(RankHost):
             self.abort()
             raise problem
         try:
-            _insist(lambda: self._commit(processed))
+            insist(lambda: self._commit(processed))
         finally:
             report = self._summary("finished")
             self._close()
@@ -220,7 +213,7 @@ class Reload(RankHost):
             return
         self.closed = "its reload was given up"
         self.withdraw(error)
-        _insist(self._roll_back)
+        insist(self._roll_back)
         self._close()
         if error is not None and self.one_call:
             compat.tell_all_ranks(str(error) or type(error).__name__)
@@ -402,7 +395,6 @@ class Reload(RankHost):
         report = self._summary_of(state, first.scheme)
         report.layers = [replace(layer, lossy_reads=0, began=None, done=None) for layer in first.layers]
         report.passthrough_bytes = first.passthrough_bytes
-        report.peak_second_copy_bytes = self._peak_second_copies
         report.warnings = list(self._warnings)
         for weight, slot in self.slots.items():
             if not weight.coverage.covered:
@@ -441,16 +433,3 @@ def _lazy_class(cls: type) -> type:
 def _device_of(module: nn.Module) -> torch.device:
     found = next((t.device for t in (*module.parameters(), *module.buffers()) if not t.is_meta), None)
     return found or torch.get_default_device()
-
-
-def _insist(action: Callable[[], object]) -> None:
-    """Do it, whatever the keyboard says: an interrupt is raised when it is done. The action may be begun again."""
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            action()
-            break
-        except KeyboardInterrupt as error:
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
