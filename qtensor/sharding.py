@@ -107,7 +107,7 @@ class Agreement:
         self._begin()
         # Connections of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
         # Not by `new_group`, which keeps a group for the life of the process and knows it by the number of groups.
-        self._gloo = dist.ProcessGroupGloo(self._store, self._rank, self._world, timedelta(seconds=timeout))
+        self._gloo: Any = dist.ProcessGroupGloo(self._store, self._rank, self._world, timedelta(seconds=timeout))
 
     def next(self) -> Agreement:
         """Another agreement of the same ranks, after this one is over."""
@@ -211,9 +211,7 @@ class Agreement:
 
     def _reduce(self, weights: list[ArmedWeight]) -> None:
         amax = torch.cat([weight.close_for_agreement() for weight in weights])
-        maximum = dist.AllreduceOptions()
-        maximum.reduceOp = dist.ReduceOp.MAX
-        work = self._gloo.allreduce([amax], maximum)
+        work = self._gloo.allreduce([amax], dist.ReduceOp.MAX)
         self._flying.append((work, amax, weights))
         self._buckets += 1
         self.collectives, self.bytes = self.collectives + 1, self.bytes + amax.nbytes
