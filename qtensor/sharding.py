@@ -9,7 +9,6 @@ loading. The same store carries bad news: a rank that fails says so there, and a
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 import time
@@ -33,6 +32,7 @@ from .tree import full_name
 BUCKET_BYTES = 64 << 20
 _POLL_SECONDS = 0.002
 _sessions: Counter[str] = Counter()  # of each group, in the order that all its ranks open them
+_open: set[Any] = set()  # connections of sessions under way or failed: their destructor would wait for lost ranks
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,21 @@ class Agreement:
             raise QTensorError("process_group: torch.distributed is not initialised; call init_process_group first")
         self._timeout = timeout
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
-        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        self._begin()
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        members = "-".join(map(str, ranks))
+        _sessions[members] += 1
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{members}/{_sessions[members]}", store)
         # Connections of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
         # Not by `new_group`, which keeps a group for the life of the process and knows it by the number of groups.
-        self._gloo: Any = dist.ProcessGroupGloo(self._store, self._rank, self._world, timedelta(seconds=timeout))
-
-    def next(self) -> Agreement:
-        """Another agreement of the same ranks, after this one is over."""
-        other = copy.copy(self)
-        other._begin()
-        return other
-
-    def _begin(self) -> None:
-        store: Any = dist.distributed_c10d._get_default_store()
-        members = "-".join(map(str, self._ranks))
-        _sessions[members] += 1
-        self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{members}/{_sessions[members]}", store)
+        try:
+            self._gloo: Any = dist.ProcessGroupGloo(self._store, self._rank, self._world, timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise QTensorError(
+                f"rank {self._rank}: not every rank of {', '.join(map(str, ranks))} opened this session within "
+                f"{timeout:g} s: {error}"
+            ) from error
+        _open.add(self._gloo)
         self._lock = threading.Lock()
         self._complete: dict[str, ArmedWeight] = {}
         self._waiting: list[str] = []  # the leader's next bucket
@@ -169,6 +167,7 @@ class Agreement:
             self._store.set(f"done/{self._rank}", "yes")
             while missing := [r for r in range(self._world) if not self._store.check([f"done/{r}"])]:
                 self._wait(deadline, lambda: f"no word of rank {', '.join(map(str, missing))}")
+        _open.discard(self._gloo)
 
     def fail(self, reason: str) -> None:
         """Tell the other ranks that this one has given up."""

@@ -210,6 +210,13 @@ def what_has_to_be_known_is_asked_for(rank: int, world: int) -> None:
         online_quant(fp8_per_tensor, model, process_group=dist.group.WORLD, min_sqnr=20.0)
 
 
+def a_rank_that_does_not_come_is_not_waited_for(rank: int, world: int) -> None:
+    if rank == 0:
+        with pytest.raises(QTensorError, match="not every rank of 0, 1 opened this session within 1 s"):
+            online_quant(fp8_per_tensor, nn.Linear(24, 40), process_group=Sharding(timeout=1.0))
+    dist.barrier()
+
+
 def test_two_ranks() -> None:
     spawn(
         2,
@@ -219,6 +226,7 @@ def test_two_ranks() -> None:
         a_rank_that_raises_stops_all,
         late_writes_are_refused,
         what_has_to_be_known_is_asked_for,
+        a_rank_that_does_not_come_is_not_waited_for,
     )
 
 

@@ -37,14 +37,14 @@ class RankHost(LoadHost):
         super().__init__()
         self.agreement: Agreement | None = None
 
-    def share(self, weight: ArmedWeight, slot: Slot, before: Agreement | None = None) -> None:
-        """Note whether a weight's scales span ranks. before: an earlier agreement of the same ranks."""
+    def share(self, weight: ArmedWeight, slot: Slot) -> None:
+        """Note whether a weight's scales span ranks."""
         group = compat.tensor_parallel_group()
         if group is None or not shares_scales(weight.scheme.format, slot.split):
             return
         weight.shared = True
         if self.agreement is None:
-            self.agreement = Agreement(group, TIMEOUT_SECONDS) if before is None else before.next()
+            self.agreement = Agreement(group, TIMEOUT_SECONDS)
 
     def touch(self, weight: ArmedWeight) -> None:
         if self.agreement is not None:

@@ -96,7 +96,7 @@ class Reload(RankHost):
         weight = made(self, published.shape, published.dtype, device, (slot.layer, slot.name))
         weight.scheme = published.scheme
         self.slots[weight] = slot
-        self.share(weight, slot, self.load.agreement)
+        self.share(weight, slot)
         if live is not None:
             audit, whole_weight = Audit(self.refuse_nonfinite), bool(weight.shared)
             weight.store = ReloadStore(
