@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import QTensorError
+from .errors import ConfigError
 from .scheme import SCHEMES, Scheme, SchemeLike, Targets, as_scheme
 
 KEYS = ("linear", "moe", "ignore", "targets")
@@ -30,10 +30,6 @@ _VLLM_NAMES = {
 
 SchemeSpec = SchemeLike | Mapping[str, Any]
 """What `online_quant` takes first: see the module's documentation."""
-
-
-class ConfigError(QTensorError, ValueError):
-    """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def read_config(spec: SchemeSpec, targets: Targets | None = None) -> QuantConfig
     if isinstance(spec, str) and spec.lstrip()[:1] == "{":
         try:
             spec = json.loads(spec)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"qtensor: the config is not JSON: {error}") from None
     if not isinstance(spec, Mapping):
         scheme = as_scheme(spec)
@@ -99,7 +95,7 @@ def read_scheme(key: str, value: Any) -> Scheme | None:
         value = value["weight"]
     try:
         return as_scheme(_VLLM_NAMES.get(value, value) if isinstance(value, str) else value)
-    except ValueError:
+    except ConfigError:
         known = ", ".join(sorted(SCHEMES))
         raise ConfigError(f"qtensor: {key}={value!r} is no scheme; use one of {known}, or none") from None
 
@@ -133,5 +129,5 @@ def _check_regexes(key: str, patterns: Iterable[str]) -> None:
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(f"qtensor: {key}: {pattern!r} is not a regular expression: {error}") from None

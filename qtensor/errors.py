@@ -34,5 +34,9 @@ class WeightDtypeError(QTensorError, TypeError):
     """A source tensor, or a weight, has a dtype that cannot be quantized or cast without guessing."""
 
 
+class ConfigError(QTensorError, ValueError):
+    """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
+
+
 class CheckpointError(QTensorError, ValueError):
     """A checkpoint folder is missing, damaged, unsafe, or holds what cannot be read or written as asked."""

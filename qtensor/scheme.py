@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .errors import ConfigError
 from .kernels import (
     FP8_PER_BLOCK,
     FP8_PER_CHANNEL,
@@ -70,9 +71,9 @@ Targets = Sequence[str] | Mapping[str, SchemeLike]
 
 
 def as_scheme(value: SchemeLike) -> Scheme:
-    """A `Scheme`, or its name as a string ("fp8_per_block"), as a `Scheme`."""
+    """A `Scheme`, or its name as a string ("fp8_per_block"), as a `Scheme`. Raises ConfigError for another name."""
     if isinstance(value, Scheme):
         return value
     if isinstance(value, str) and value in SCHEMES:
         return SCHEMES[value]
-    raise ValueError(f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, or a qtensor.Scheme")
+    raise ConfigError(f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, or a qtensor.Scheme")

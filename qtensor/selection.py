@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from .config import ConfigError, SchemeSpec, read_config, read_patterns
+from .config import SchemeSpec, read_config, read_patterns
+from .errors import ConfigError
 from .scheme import Scheme, Targets
 
 # Output heads, embeddings, norms and expert routers: small, or known to cost accuracy.

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from qtensor.config import TARGETS_ALONE, ConfigError, read_patterns, read_scheme, read_targets
+from qtensor.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
+from qtensor.errors import ConfigError
 from qtensor.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.selection import DEFAULT_IGNORE, matches
 

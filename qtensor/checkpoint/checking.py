@@ -15,8 +15,7 @@ from .. import kernels
 from ..errors import CheckpointError
 from ..quantized import QTensor
 from .layouts import LAYOUTS, Layout, reader
-from .reading import DTYPE_NAMES, Checkpoint, Stored, bytes_of, read_json
-from .writing import MANIFEST
+from .reading import DTYPE_NAMES, MANIFEST, Checkpoint, Stored, bytes_of, read_manifest
 
 _PIECE = 16 << 20
 
@@ -28,11 +27,6 @@ class Weight:
     module: str
     layout: Layout
     tensors: dict[str, Stored]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight, whatever its tensors look like."""
-        return self.layout.shape({n: s.read() if self.layout.entries[n].shared else _meta(s) for n, s in self._items})
 
     def read(self, dtype: torch.dtype) -> QTensor:
         return self.layout.weight(self.module, {name: s.read() for name, s in self._items}, dtype)
@@ -58,7 +52,7 @@ def weights_of(checkpoint: Checkpoint) -> tuple[dict[str, Weight], dict[str, Sto
     Raises CheckpointError for a weight without its scale, or a scale without its weight.
     """
     plain = dict(checkpoint.tensors)
-    config = checkpoint.config.get("quantization_config")
+    config = checkpoint.quantization
     layouts = [layout for rows in LAYOUTS.values() for layout in rows.values()]
     scales = {layout.scale for layout in layouts}
     values = {layout.data for layout in layouts} - {"weight"}
@@ -89,15 +83,15 @@ def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], Non
     try:
         checkpoint = Checkpoint(folder)
         weights, _ = weights_of(checkpoint)
+        content = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).exists() else None
     except CheckpointError as error:
         return [str(error)]
-    found = list(_against_manifest(checkpoint))
+    found = list(_against_manifest(checkpoint, content)) if content is not None else []
     jobs: list[Callable[[], list[str]]] = [lambda w=w: _scale_problems(w) for w in weights.values()]  # type: ignore[misc]
-    if (checkpoint.folder / MANIFEST).exists():
-        expected = _manifest(checkpoint)["tensors"]
+    if content is not None:
         for name, stored in checkpoint.tensors.items():
-            if name in expected:
-                sha = expected[name].get("sha256")
+            if name in content["tensors"]:
+                sha = content["tensors"][name].get("sha256")
                 jobs.append(lambda s=stored, sha=sha: _checksum_problems(s, sha, on_bytes))  # type: ignore[misc]
     with ThreadPoolExecutor(workers) as pool:
         for result in pool.map(lambda job: job(), jobs):
@@ -124,23 +118,8 @@ def sha256(stored: Stored, on_bytes: Callable[[int], None] = lambda n: None) -> 
     return digest.hexdigest()
 
 
-def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.folder / MANIFEST
-    content = read_json(path)
-    if not isinstance(content.get("tensors"), dict) or not isinstance(content.get("files"), list):
-        raise CheckpointError(f"{path}: is not the list of contents that qtensor writes")
-    return content
-
-
-def _against_manifest(checkpoint: Checkpoint) -> Iterator[str]:
-    """Names, dtypes, shapes and files, compared with qtensor.json, if the folder has one."""
-    if not (checkpoint.folder / MANIFEST).exists():
-        return
-    try:
-        content = _manifest(checkpoint)
-    except CheckpointError as error:
-        yield str(error)
-        return
+def _against_manifest(checkpoint: Checkpoint, content: dict[str, Any]) -> Iterator[str]:
+    """Names, dtypes, shapes and files, compared with qtensor.json."""
     for file in content["files"]:
         if not (checkpoint.folder / file).exists():
             yield f"{file}: is missing"

@@ -255,8 +255,8 @@ def _choose(
     checkpoint: Checkpoint, scheme: Scheme, ignore: Sequence[str], format: str, report: ConversionReport
 ) -> dict[str, Scheme]:
     """The scheme of each module that is going to be quantized."""
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method")
+    if checkpoint.quantization is not None:
+        method = checkpoint.quantization.get("quant_method")
         raise CheckpointError(
             f"{checkpoint.folder}: is quantized already ({method}); start from its high-precision source"
         )

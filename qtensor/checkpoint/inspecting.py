@@ -67,12 +67,12 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
     checkpoint = Checkpoint(folder)
     weights, plain = weights_of(checkpoint)
     source = Checkpoint(against) if against is not None else None
-    config = checkpoint.config.get("quantization_config") or {}
+    config = checkpoint.quantization or {}
     report = CheckpointReport(str(folder), config.get("quant_method"), len(checkpoint.files))
     report.plain = {name: stored.nbytes for name, stored in plain.items()}
     for module, weight in weights.items():
         name = f"{module}.weight" if module else "weight"
-        shape, held = weight.shape, sum(s.nbytes for s in weight.tensors.values())
+        shape, held = tuple(weight.outline().shape), sum(s.nbytes for s in weight.tensors.values())
         sqnr = _sqnr(name, weight, source) if source is not None else None
         report.quantized.append(WeightReport(name, str(weight.layout.scheme), shape, held, sqnr))
     return report

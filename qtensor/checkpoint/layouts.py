@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..config import read_patterns
+from ..errors import CheckpointError, ConfigError
 from ..kernels import WeightFormat
 from ..quantized import QTensor, empty
 from ..scheme import (
@@ -289,7 +290,8 @@ def reader(config: Mapping[str, Any]) -> Callable[[str], Layout | None]:
         raise CheckpointError(
             f"config.json: checkpoints quantized with {method!r} cannot be read; there is {', '.join(LAYOUTS)}"
         )
-    groups = [(group.get("targets", ()), _layout_of_group(group)) for group in config["config_groups"].values()]
+    named = _object(config, "config_groups")
+    groups = [(_targets(name, group), _layout_of_group(group)) for name in named if (group := _object(named, name))]
 
     def find(module: str) -> Layout | None:
         for targets, layout in groups:
@@ -305,8 +307,23 @@ def _targeted(module: str, targets: Sequence[str], only_group: bool) -> bool:
     return (bool(classes) and only_group) or any(matches(t, module, module) for t in targets if t not in classes)
 
 
+def _object(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under a key of config.json; empty if there is none. Raises CheckpointError for anything else."""
+    found = holder.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json: {key} is {found!r}, not an object")
+    return found or {}
+
+
+def _targets(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        return read_patterns(f"{name}.targets", group.get("targets") or ())
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {error}") from None
+
+
 def _layout_of_group(group: Mapping[str, Any]) -> Layout:
-    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    weights, activations = _object(group, "weights"), _object(group, "input_activations") or None
     for layout in LAYOUTS[COMPRESSED_TENSORS].values():
         if not all(weights.get(key) == value for key, value in layout.weights.items()):
             continue

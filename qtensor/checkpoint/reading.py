@@ -8,7 +8,7 @@ refused: reading one can run code. Tensors are read with plain reads into memory
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+MANIFEST = "qtensor.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 # The names safetensors gives dtypes, in the order in which it lays them out in a file.
@@ -95,6 +96,14 @@ class Checkpoint:
         path = self.folder / CONFIG
         return read_json(path) if path.exists() else {}
 
+    @cached_property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """config.json's "quantization_config"; None if it has none."""
+        found = self.config.get("quantization_config")
+        if found is not None and not isinstance(found, Mapping):
+            raise CheckpointError(f"{self.folder / CONFIG}: quantization_config is {found!r}, not an object")
+        return found
+
     @property
     def nbytes(self) -> int:
         return sum(stored.nbytes for stored in self.tensors.values())
@@ -108,7 +117,7 @@ class Checkpoint:
         if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
             raise CheckpointError(f'{path}: has no "weight_map" of names to files')
         for name, file in found.items():
-            if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+            if not _is_name(file):
                 raise CheckpointError(f"{path}: {name} is said to be in {file!r}, which is not a file of this folder")
         return found
 
@@ -150,11 +159,30 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds {type(found).__name__}, not a JSON object")
     return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The list of contents that writers leave in a folder: "files" by name, and "tensors", by name, as objects.
+
+    Raises CheckpointError if there is none, or it is no such list.
+    """
+    path = folder / MANIFEST
+    content = read_json(path)
+    files, tensors = content.get("files"), content.get("tensors")
+    sound = isinstance(files, list) and isinstance(tensors, dict) and all(isinstance(t, dict) for t in tensors.values())
+    if not sound or not all(isinstance(file, str) and _is_name(file) for file in files or ()):
+        raise CheckpointError(f"{path}: is not the list of contents that qtensor writes")
+    return content
+
+
+def _is_name(file: str) -> bool:
+    """Of a file in the folder itself, on any system."""
+    return Path(file).name == file and not set(file) & {"\\", "\0"} and file not in ("", ".", "..")
 
 
 def _header(path: Path) -> Iterator[Stored]:

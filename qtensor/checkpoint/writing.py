@@ -23,9 +23,8 @@ import torch
 
 from ..errors import CheckpointError
 from .layouts import Spec
-from .reading import CONFIG, DTYPE_NAMES, DTYPES, INDEX, PICKLES, bytes_of
+from .reading import CONFIG, DTYPE_NAMES, DTYPES, INDEX, MANIFEST, PICKLES, bytes_of, read_manifest
 
-MANIFEST = "qtensor.json"
 MARK = ".qtensor-partial"  # A folder within a folder that is being built: its lock, and notes for a resumed run.
 _WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -208,8 +207,8 @@ def _require_replaceable(target: Path) -> None:
     if not held:
         return
     try:
-        known = set(json.loads((target / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        known = set(read_manifest(target)["files"])
+    except CheckpointError:
         known = set()
     if alien := sorted(held - known):
         raise CheckpointError(
