@@ -92,10 +92,6 @@ def _sample(what: str, folder: Path, side: str) -> dict[str, float]:
     return found
 
 
-def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=7)
