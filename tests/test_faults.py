@@ -7,7 +7,6 @@ QTENSOR_WRITE_TABLE=1 writes the table anew.
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
@@ -17,12 +16,13 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import faults
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from faults import FILE, Patch, at_write
 from interrupted import elsewhere
 from loading import TinyNet, assert_equals_oracle, assert_nothing_armed, weights_of
 from safetensors import safe_open
@@ -30,13 +30,9 @@ from safetensors.torch import load_file, save_file
 from test_reload import assert_reloaded, everything, quantized
 from torch import nn
 
-from qtensor import QTensorError, fp8, kernels, online_quant, online_reload, reload_store, save_checkpoint, store
-from qtensor.armed import ArmedWeight
+from qtensor import QTensorError, fp8, online_quant, online_reload, save_checkpoint
 from qtensor.checkpoint import problems, quantize_checkpoint
 
-PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
-BEGIN, END = "<!-- observed -->\n", "<!-- end -->\n"
-FILE = "model.safetensors"
 OBSERVED: dict[tuple[str, str], str] = {}
 
 # Doors --------------------------------------------------------------------------------------------------------------
@@ -44,6 +40,8 @@ OBSERVED: dict[tuple[str, str], str] = {}
 
 class Load:
     """Into a model that has values of its own, with `online_quant`."""
+
+    victim = "up.weight"
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.model = folder, TinyNet().bfloat16()
@@ -169,7 +167,6 @@ TENSORS = ["load_state_dict", "safetensors slices", "DCP", "online_reload"]
 
 # Faults -------------------------------------------------------------------------------------------------------------
 
-Patch = pytest.MonkeyPatch
 FAULTS: dict[str, tuple[list[str], Callable[[Load, Patch], None]]] = {}
 
 
@@ -193,80 +190,15 @@ def _edit(path: Path, at: int, change: Callable[[int], int]) -> None:
     path.write_bytes(raw)
 
 
-@fault("file cut in half", READERS)
-def _cut(door: Load, patch: Patch) -> None:
-    for path in [*door.folder.glob("*.safetensors"), *door.folder.glob("*.distcp")]:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@fault("bits flipped in the header", FROM_SAFETENSORS)
-def _header(door: Load, patch: Patch) -> None:
-    _edit(door.folder / FILE, 9, lambda b: b ^ 0xFF)
-
-
-@fault("bits flipped to NaN", FROM_SAFETENSORS)
-def _nan(door: Load, patch: Patch) -> None:
-    at = _tensor_at(door.folder / FILE, "up.weight") + 2 * 777
-    _edit(door.folder / FILE, at, lambda b: b | 0x81)
-    _edit(door.folder / FILE, at + 1, lambda b: b | 0x7F)
-
-
-@fault("lowest bit of a value flipped", FROM_SAFETENSORS)
-def _bit(door: Load, patch: Patch) -> None:
-    _edit(door.folder / FILE, _tensor_at(door.folder / FILE, "up.weight") + 2 * 777, lambda b: b ^ 1)
-
-
-def _at_write(number: int, act: Callable[[], Any]) -> Callable[[Load, Patch], None]:
-    """Act at the write of this number into an armed weight."""
-
-    def arm(door: Load, patch: Patch) -> None:
-        real, seen = ArmedWeight.write, [0]
-
-        def write(self: ArmedWeight, *args: Any) -> None:
-            seen[0] += 1
-            if seen[0] == number:
-                act()
-            real(self, *args)
-
-        patch.setattr(ArmedWeight, "write", write)
-
-    return arm
-
-
-def _raise(error: BaseException) -> None:
-    raise error
-
-
-fault("EIO in a copy", TENSORS)(_at_write(3, lambda: _raise(OSError(errno.EIO, os.strerror(errno.EIO)))))
-fault("Ctrl-C at the 2nd write", TENSORS)(_at_write(2, lambda: signal.raise_signal(signal.SIGINT)))
-fault("Ctrl-C at the last write", TENSORS)(_at_write(5, lambda: signal.raise_signal(signal.SIGINT)))
-
-
-@fault("memory runs out in a kernel", [*TENSORS, "qtensor quantize"])
-def _kernel(door: Load, patch: Patch) -> None:
-    real, calls = kernels.choose, [0]
-
-    def quantize_into(*args: Any, **kwargs: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 2:
-            raise MemoryError
-        real(torch.device("cpu")).quantize_into(*args, **kwargs)
-
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        backend = real(*args, **kwargs)
-        names = {n: getattr(backend, n) for n in dir(backend) if n[0] != "_"}
-        return SimpleNamespace(**names | {"quantize_into": quantize_into})
-
-    patch.setattr(kernels, "choose", choose)
-
-
-@fault("memory runs out for the result", TENSORS)
-def _allocator(door: Load, patch: Patch) -> None:
-    def full(*args: Any) -> Any:
-        raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
-
-    patch.setattr(store, "empty", full)
-    patch.setitem(reload_store.SECOND_COPIES, "device", full)
+fault("file cut in half", READERS)(faults.cut)
+fault("bits flipped in the header", FROM_SAFETENSORS)(faults.flip_header)
+fault("bits flipped to NaN", FROM_SAFETENSORS)(faults.flip_to_nan)
+fault("lowest bit of a value flipped", FROM_SAFETENSORS)(faults.flip_lowest_bit)
+fault("EIO in a copy", TENSORS)(faults.eio_at(3))
+fault("Ctrl-C at the 2nd write", TENSORS)(faults.interrupt_at(2))
+fault("Ctrl-C at the last write", TENSORS)(faults.interrupt_at(5))
+fault("memory runs out in a kernel", [*TENSORS, "qtensor quantize"])(faults.no_memory_in_a_kernel)
+fault("memory runs out for the result", TENSORS)(faults.no_memory_for_the_result)
 
 
 @fault("no room on the disk", ["qtensor quantize", "save_checkpoint"])
@@ -287,7 +219,7 @@ def _fork(door: Load, patch: Patch) -> None:
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
-    _at_write(2, fork)(door, patch)
+    at_write(2, fork)(door, patch)
 
 
 @fault("spawn at the 2nd write", TENSORS)
@@ -298,7 +230,7 @@ def _spawn(door: Load, patch: Patch) -> None:
         child.join()
         assert child.exitcode == 0
 
-    _at_write(2, spawn)(door, patch)
+    at_write(2, spawn)(door, patch)
 
 
 def killed(kind: str, folder: Path) -> None:
@@ -306,7 +238,7 @@ def killed(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
     door = DOORS[kind](folder)
     with pytest.MonkeyPatch.context() as patch:
-        _at_write(3, lambda: os.kill(os.getpid(), signal.SIGKILL))(door, patch)
+        at_write(3, lambda: os.kill(os.getpid(), signal.SIGKILL))(door, patch)
         door.run()
 
 
@@ -379,18 +311,8 @@ def test_a_fault_leaves_nothing_half_done(name: str, kind: str, tmp_path: Path, 
     door.assert_done()
 
 
-def table() -> str:
-    rows = [["fault", *DOORS], ["---"] * (len(DOORS) + 1)]
-    rows += [[name, *(OBSERVED.get((name, door), "–") for door in DOORS)] for name in FAULTS]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
 def test_the_page_says_what_was_observed() -> None:
     if len(OBSERVED) < len(CASES):
         pytest.skip("only some of the faults were tried in this run")
-    head, rest = PAGE.read_text().split(BEGIN)
-    found, tail = rest.split(END)
-    if os.environ.get("QTENSOR_WRITE_TABLE"):
-        PAGE.write_text(head + BEGIN + table() + END + tail)
-    else:
-        assert found == table(), "docs/reliability.md is out of date: run this file with QTENSOR_WRITE_TABLE=1"
+    rows = [[name, *(OBSERVED.get((name, door), "–") for door in DOORS)] for name in FAULTS]
+    faults.Page("observed").check([["fault", *DOORS], *rows])

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .reload import Reload
 
 _ATTRIBUTE = "_qtensor_load"
+# What vLLM's loaders and PyTorch's copies raise for a tensor of another shape.
+_MISFITS = (AssertionError, IndexError, RuntimeError, ValueError)
 
 
 def load_of(choice: Choice) -> Load:
@@ -170,11 +172,13 @@ class Load(RankHost):
             except QTensorError:
                 raise
             except Exception as error:
-                found = f" {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else ""
-                raise WeightShapeError(
-                    f"{self._source(slot)}{found} does not fit {slot.full_name} {list(weight.shape)}{_because(error)}. "
-                    "Is this checkpoint made for this model's config.json and this parallel layout?"
-                ) from error
+                found = f"{self._source(slot)} {list(tensor.shape) if isinstance(tensor, torch.Tensor) else ''}".strip()
+                if isinstance(error, _MISFITS) and not isinstance(error, torch.OutOfMemoryError):
+                    raise WeightShapeError(
+                        f"{found} does not fit {slot.full_name} {list(weight.shape)}{_because(error)}. "
+                        "Is this checkpoint made for this model's config.json and this parallel layout?"
+                    ) from error
+                raise QTensorError(f"{found} could not be written to {slot.full_name}{_because(error)}") from error
 
         return weight_loader
 
@@ -456,5 +460,4 @@ def worker_report(worker: Any) -> dict[str, Any] | None:
 
 
 def _because(error: Exception) -> str:
-    text = str(error).rstrip(". ")
-    return f": {text}" if text else ""
+    return f": {str(error).rstrip('. ') or type(error).__name__}"

@@ -1,0 +1,136 @@
+"""Faults to inject: damaged files, errors in the middle of a write, memory that runs out. Used at every door.
+
+Each takes the door (whose `folder` holds the checkpoint, and whose `victim` names one of its bf16 tensors) and a patch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import pytest
+import torch
+
+from qtensor import kernels, reload_store, store
+from qtensor.armed import ArmedWeight
+
+FILE = "model.safetensors"
+Patch = pytest.MonkeyPatch
+
+
+class Door(Protocol):
+    """folder: of the checkpoint. victim: one of its bf16 tensors."""
+
+    folder: Path
+    victim: str
+
+
+Fault = Callable[[Door, Patch], None]
+
+
+def cut(door: Door, patch: Patch) -> None:
+    for path in [*door.folder.glob("*.safetensors"), *door.folder.glob("*.distcp")]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_header(door: Door, patch: Patch) -> None:
+    _edit(door.folder / FILE, 9, lambda b: b ^ 0xFF)
+
+
+def flip_to_nan(door: Door, patch: Patch) -> None:
+    at = _tensor_at(door.folder / FILE, door.victim) + 2 * 777
+    _edit(door.folder / FILE, at, lambda b: b | 0x81)
+    _edit(door.folder / FILE, at + 1, lambda b: b | 0x7F)
+
+
+def flip_lowest_bit(door: Door, patch: Patch) -> None:
+    _edit(door.folder / FILE, _tensor_at(door.folder / FILE, door.victim) + 2 * 777, lambda b: b ^ 1)
+
+
+def _tensor_at(path: Path, name: str) -> int:
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    return int(8 + size + json.loads(raw[8 : 8 + size])[name]["data_offsets"][0])
+
+
+def _edit(path: Path, at: int, change: Callable[[int], int]) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] = change(raw[at])
+    path.write_bytes(raw)
+
+
+def at_write(number: int, act: Callable[[], Any]) -> Fault:
+    """Act at the write of this number into an armed weight."""
+
+    def arm(door: Door, patch: Patch) -> None:
+        real, seen = ArmedWeight.write, [0]
+
+        def write(self: ArmedWeight, *args: Any) -> None:
+            seen[0] += 1
+            if seen[0] == number:
+                act()
+            real(self, *args)
+
+        patch.setattr(ArmedWeight, "write", write)
+
+    return arm
+
+
+def eio_at(number: int) -> Fault:
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    return at_write(number, fail)
+
+
+def interrupt_at(number: int) -> Fault:
+    return at_write(number, lambda: signal.raise_signal(signal.SIGINT))
+
+
+def no_memory_in_a_kernel(door: Door, patch: Patch) -> None:
+    real, calls = kernels.choose, [0]
+
+    def quantize_into(*args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise MemoryError
+        real(torch.device("cpu")).quantize_into(*args, **kwargs)
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        backend = real(*args, **kwargs)
+        names = {n: getattr(backend, n) for n in dir(backend) if n[0] != "_"}
+        return SimpleNamespace(**names | {"quantize_into": quantize_into})
+
+    patch.setattr(kernels, "choose", choose)
+
+
+def no_memory_for_the_result(door: Door, patch: Patch) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
+
+    patch.setattr(store, "empty", full)
+    patch.setitem(reload_store.SECOND_COPIES, "device", full)
+
+
+class Page:
+    """A table in docs/reliability.md, behind a mark of its own. QTENSOR_WRITE_TABLE=1 writes it anew."""
+
+    PATH = Path(__file__).parents[1] / "docs" / "reliability.md"
+
+    def __init__(self, mark: str) -> None:
+        self.begin, self.end = f"<!-- {mark} -->\n", "<!-- end -->\n"
+
+    def check(self, rows: list[list[str]]) -> None:
+        table = "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+        head, rest = self.PATH.read_text().split(self.begin)
+        found, tail = rest.split(self.end, 1)
+        if os.environ.get("QTENSOR_WRITE_TABLE"):
+            self.PATH.write_text(head + self.begin + table + self.end + tail)
+        else:
+            assert found == table, f"{self.PATH.name} is out of date: run this file with QTENSOR_WRITE_TABLE=1"
