@@ -1,5 +1,9 @@
 """The numba loops of the CPU path: encode, decode, quantize, dequantize and the small-batch fp8 linear.
 
+Per tensor, channel and block of fp8 have loops that do everything in one pass. The other formats have three that do the
+work on elements (`amax_groups`, `encode_groups`, `decode_groups`); their scales are few, and the format's own formula
+gives them in between.
+
 Nothing here knows torch. Arrays are flat and contiguous, a matrix is a flat array plus the distance between its rows,
 and the element type of an array says what its bits mean: uint16 is bfloat16, int16 is float16, uint8 is e4m3fn. Each
 loop runs over a range of rows without the GIL and starts no threads; `cpu_numba` shares the ranges out. The file stays
@@ -385,6 +389,175 @@ def dequantize_rows(codes, codes_stride, out, out_stride, cols, scale, down, acr
             for g in range(groups):
                 factors[g * across : g * across + across] = scale[first + g]
         _decode_times_each(row, factors, target)
+
+
+E4M3, E2M1, INT8, INT4 = range(4)
+_ROUND = f32(1.5 * 2.0**23)  # The low bits of a float32 added to this are the integer nearest to it, half to even.
+
+
+@_jit()
+def _rounded(value):
+    """The integer nearest to a float32 below 2^22, half to even, in the low bits of a uint32 (two's complement)."""
+    return _bits(value + _ROUND)
+
+
+@_jit()
+def _encode_e2m1(value):
+    """float32 → e2m1 code: clamp to ±6, round to nearest even. Codes count steps of 0.5 below 2, of 1 below 4, of 2."""
+    bits = _bits(value)
+    m = min(_float(u32(bits & u32(0x7FFFFFFF))), f32(6))
+    low = u32(_rounded(m * f32(2)) & u32(7))
+    middle = u32(u32(_rounded(m) & u32(7)) + u32(2))
+    high = u32(u32(_rounded(m * f32(0.5)) & u32(7)) + u32(4))
+    code = low if m < f32(2) else (middle if m < f32(4) else high)
+    return np.uint8(code | u32(u32(bits >> u32(28)) & u32(8)))
+
+
+@_jit()
+def _decode_e2m1(code):
+    """The low nibble's value in float32."""
+    m = f32(np.uint8(code & np.uint8(7)))
+    m = m * f32(0.5) if m < f32(4) else (m - f32(2) if m < f32(6) else f32(2) * m - f32(8))
+    return -m if np.uint8(code & np.uint8(8)) else m
+
+
+@_jit()
+def _decode_int4(code):
+    """The low nibble's value, two's complement, in float32."""
+    return f32(np.int8(np.int8(code << np.uint8(4)) >> np.int8(4)))
+
+
+@_jit()
+def amax_groups(source, stride, cols, group, amax, start, stop):
+    """The largest magnitude of each `group` columns of rows start..stop, ceil(cols / group) values per row."""
+    groups = (cols + group - 1) // group
+    for r in range(start, stop):
+        for g in range(groups):
+            left, right = g * group, min(g * group + group, cols)
+            amax[r * groups + g] = _float(_amax(source[r * stride + left : r * stride + right]))
+
+
+@_jit()
+def _divided(row, step, out):
+    for i in range(row.size):
+        out[i] = _widen(row[i]) / step
+
+
+@_jit()
+def _divided_in_its_type(row, step, out):
+    for i in range(row.size):
+        out[i] = _widen(_narrow(_widen(row[i]) / step, row))
+
+
+@_jit()
+def _times(row, factor, out):
+    for i in range(row.size):
+        out[i] = _widen(row[i]) * factor
+
+
+@_jit()
+def _to_e4m3(values, codes):
+    for i in range(values.size):
+        codes[i] = _encode(values[i])
+
+
+@_jit()
+def _to_e2m1(values, codes):
+    for i in range(values.size):
+        codes[i] = _encode_e2m1(values[i])
+
+
+@_jit()
+def _to_integers(values, largest, mask, codes):
+    for i in range(values.size):
+        codes[i] = np.uint8(u32(_rounded(min(max(values[i], -largest), largest)) & mask))
+
+
+@_jit()
+def _pack(nibbles, codes):
+    for i in range(codes.size):
+        codes[i] = np.uint8(nibbles[2 * i] | np.uint8(nibbles[2 * i + 1] << np.uint8(4)))
+
+
+@_jit()
+def encode_groups(element, divides, source, stride, codes, codes_stride, cols, group, steps, start, stop):
+    """Rows start..stop of a finite source, in units of `steps`, ceil(cols / group) float32 values per row.
+
+    `divides`: by the step, and what has a step of 0 is 0; otherwise multiply by its inverse. int8 rounds the quotient
+    to the source's type. Groups of nibbles have an even number of columns.
+    """
+    groups = (cols + group - 1) // group
+    values = np.zeros(group + 1, np.float32)
+    nibbles = np.zeros(group + 1, np.uint8)
+    for r in range(start, stop):
+        for g in range(groups):
+            left, right = g * group, min(g * group + group, cols)
+            row, step = source[r * stride + left : r * stride + right], steps[r * groups + g]
+            scaled = values[: right - left]
+            if divides and step == f32(0):
+                scaled[:] = f32(0)
+            elif element == INT8:
+                _divided_in_its_type(row, step, scaled)
+            elif divides:
+                _divided(row, step, scaled)
+            else:
+                _times(row, _inverse(step), scaled)
+            if element == E4M3:
+                _to_e4m3(scaled, codes[r * codes_stride + left : r * codes_stride + right])
+            elif element == INT8:
+                _to_integers(scaled, f32(127), u32(0xFF), codes[r * codes_stride + left : r * codes_stride + right])
+            else:
+                found = nibbles[: right - left]
+                if element == E2M1:
+                    _to_e2m1(scaled, found)
+                else:
+                    _to_integers(scaled, f32(7), u32(0xF), found)
+                nibbles[right - left] = 0  # the partner of an odd last one
+                _pack(nibbles, codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2])
+
+
+@_jit()
+def _from_int8(codes, step, out):
+    for i in range(codes.size):
+        out[i] = _narrow(f32(np.int8(codes[i])) * step, out)
+
+
+@_jit()
+def _from_e2m1(codes, step, out):
+    for i in range(out.size // 2):
+        out[2 * i] = _narrow(_decode_e2m1(codes[i]) * step, out)
+        out[2 * i + 1] = _narrow(_decode_e2m1(np.uint8(codes[i] >> np.uint8(4))) * step, out)
+    if out.size % 2:
+        out[out.size - 1] = _narrow(_decode_e2m1(codes[out.size // 2]) * step, out)
+
+
+@_jit()
+def _from_int4(codes, step, out):
+    for i in range(out.size // 2):
+        out[2 * i] = _narrow(_decode_int4(codes[i]) * step, out)
+        out[2 * i + 1] = _narrow(_decode_int4(np.uint8(codes[i] >> np.uint8(4))) * step, out)
+    if out.size % 2:
+        out[out.size - 1] = _narrow(_decode_int4(codes[out.size // 2]) * step, out)
+
+
+@_jit()
+def decode_groups(element, codes, codes_stride, out, out_stride, cols, group, steps, start, stop):
+    """The inverse of `encode_groups`, rounded once to the type of `out`."""
+    groups = (cols + group - 1) // group
+    for r in range(start, stop):
+        for g in range(groups):
+            left, right = g * group, min(g * group + group, cols)
+            step, target = steps[r * groups + g], out[r * out_stride + left : r * out_stride + right]
+            whole = codes[r * codes_stride + left : r * codes_stride + right]
+            halved = codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2]
+            if element == E4M3:
+                _decode_times(whole, step, target)
+            elif element == INT8:
+                _from_int8(whole, step, target)
+            elif element == E2M1:
+                _from_e2m1(halved, step, target)
+            else:
+                _from_int4(halved, step, target)
 
 
 @_jit(fastmath=_REORDER)

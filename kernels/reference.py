@@ -6,7 +6,7 @@ memory it needs does not grow with the weight. It runs on any device torch runs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -62,7 +62,7 @@ def dequantize(
             dequantize(qdata[e], scale[e], fmt, dtype, out[e], None if global_scale is None else global_scale[e])
         return out
     height, cols = out.shape
-    for rows in _row_chunks(height, cols, fmt.block[0]):
+    for rows in row_chunks(height, cols, fmt.block[0]):
         out[rows] = _restore(qdata[rows], scale[fmt.scale_rows(rows.start, rows.stop)], fmt, global_scale, cols)
     return out
 
@@ -91,13 +91,16 @@ def linear(
     fmt: WeightFormat,
     bias: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
+    restore: Callable[..., torch.Tensor] = dequantize,
+    band_elements: int = 4 * CHUNK_ELEMENTS,
 ) -> torch.Tensor:
-    """x `[M, K]` times the weight `[N, K]` transposed, plus bias: dequantized in bands of rows that stay in cache."""
+    """x `[M, K]` times the weight `[N, K]` transposed, plus bias: dequantized (by `restore`) in bands of rows that stay
+    in cache."""
     rows, cols = qdata.shape[0], x.shape[1]
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    for band in _row_chunks(rows, cols, fmt.block[0], 4 * CHUNK_ELEMENTS):
+    for band in row_chunks(rows, cols, fmt.block[0], band_elements):
         weight = torch.empty((band.stop - band.start, cols), dtype=x.dtype, device=x.device)
-        dequantize(qdata[band], scale[fmt.scale_rows(band.start, band.stop)], fmt, x.dtype, weight, global_scale)
+        restore(qdata[band], scale[fmt.scale_rows(band.start, band.stop)], fmt, x.dtype, weight, global_scale)
         out[:, band] = torch.nn.functional.linear(x, weight, None if bias is None else bias[band])
     return out
 
@@ -130,7 +133,7 @@ def _quantize_matrix(
     gain = None
     if fmt.needs_whole_matrix:
         amax = torch.zeros((), dtype=torch.float32, device=source.device)
-        for chunk in _row_chunks(rows, cols, 1):
+        for chunk in row_chunks(rows, cols, 1):
             amax = torch.maximum(amax, _amax(source[chunk].float(), fmt, audit, origin + chunk.start * cols).amax())
         if global_scale is None:
             scale.copy_(fmt.scale_from_amax(amax))
@@ -139,12 +142,12 @@ def _quantize_matrix(
             global_scale.copy_(1.0 / gain)
     elif source.numel() == 0:
         scale.copy_(fmt.scale_from_amax(torch.zeros(scale.shape, device=scale.device)))
-    for chunk in _row_chunks(rows, cols, fmt.block[0]):
+    for chunk in row_chunks(rows, cols, fmt.block[0]):
         x = source[chunk].float()
         chunk_scale = scale[fmt.scale_rows(chunk.start, chunk.stop)]
         if fmt.granularity != "tensor":
-            new = fmt.scale_from_amax(_amax(x, fmt, audit, origin + chunk.start * cols), gain)
-            chunk_scale.copy_(_round_through(new, source.dtype) if fmt.element == "int8" else new)
+            amax = _amax(x, fmt, audit, origin + chunk.start * cols)
+            chunk_scale.copy_(scale_of(amax, fmt, source.dtype, gain))
         qdata[chunk] = _quantized(x, chunk_scale, fmt, global_scale, source.dtype)
         if audit.measure_sqnr:
             restored = _restore(qdata[chunk], chunk_scale, fmt, global_scale, cols)
@@ -152,7 +155,20 @@ def _quantize_matrix(
             audit.noise += float((x - restored).double().square().sum())
 
 
-def _row_chunks(rows: int, cols: int, unit: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+def scale_of(
+    amax: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype, gain: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The stored scales of a weight of `dtype` with those largest magnitudes; `gain`: that of the matrix."""
+    scale = fmt.scale_from_amax(amax, gain)
+    return _round_through(scale, dtype) if fmt.element == "int8" else scale
+
+
+def step_of(scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """What one unit of the element format is worth, fp32, by stored scale."""
+    return fmt.step(scale) if global_scale is None else fmt.step(scale) * global_scale
+
+
+def row_chunks(rows: int, cols: int, unit: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
     """Slices of whole units that hold about `elements` elements each."""
     step = unit * max(1, elements // max(1, unit * cols))
     for start in range(0, rows if cols else 0, step):
@@ -189,8 +205,8 @@ def _unblock(blocks: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 
 
 def _step(scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None) -> torch.Tensor:
-    """What one unit of the element format is worth, fp32, broadcastable against `_blocks`."""
-    step = fmt.step(scale) if global_scale is None else fmt.step(scale) * global_scale
+    """`step_of`, broadcastable against `_blocks`."""
+    step = step_of(scale, fmt, global_scale)
     return step.view(1, 1, 1, 1) if step.dim() == 1 else step[:, None, :, None]
 
 
