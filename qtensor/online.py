@@ -17,9 +17,9 @@ from torch import nn
 from . import hooks
 from .armed import ArmedWeight
 from .config import SchemeSpec
-from .dtensor import Split, home, is_dtensor, local_tensor, splits
+from .dtensor import Split, home, is_dtensor, local_tensor, rehome, splits
 from .errors import NonFiniteWeightError, QTensorError
-from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, view_of
+from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, swap, view_of
 from .plain_store import PlainStore
 from .progress import ProgressLike
 from .quantized import QTensor, quantize
@@ -122,6 +122,7 @@ class OnlineSession(Session):
             self._begin()
             try:
                 self._arm_model(model)
+                self._fsdp.let_go_of_values()
             except BaseException as error:
                 self._abandon(error)
                 raise
@@ -201,6 +202,8 @@ class OnlineSession(Session):
         weight.scheme = self._decide(weight, owners, whole)
         self._replace(param, lazy, owners)
         weight.params = [local_tensor(module._parameters[name])]
+        if whole.is_meta and whole is not param:
+            swap(whole, rehome(whole))
 
     def _lazy(
         self,
