@@ -97,17 +97,15 @@ class Hold:
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._modules = [m for m in model.modules() if _is_fully_sharded(m)] if model is not None else []
-        self.reshard()
+        self._modules = reshard(model) if model is not None else []
         self._params = [p for module in self._modules for p in _managed(module)]
         self._quantized = {id(p) for p in self._params if isinstance(_local(p), QTensor)}
         for param in self._params:
             param.reset_sharded_param = _nothing
 
     def reshard(self) -> None:
-        """A forward pass leaves unsharded Parameters in the modules; put the sharded ones there."""
         for module in self._modules:
-            module.reshard()  # type: ignore[operator]
+            module.reshard()
 
     def let_go_of_values(self) -> None:
         """Of those that are being loaded anew, FSDP holds the old values, too."""
@@ -146,9 +144,13 @@ class Hold:
         self._modules, self._params = [], []
 
 
-def _is_fully_sharded(module: nn.Module) -> bool:
+def reshard(model: nn.Module) -> list[Any]:
+    """A forward pass leaves unsharded Parameters in the modules of FSDP; put the sharded ones there. Returns them."""
     fsdp = sys.modules.get(FSDP)  # not imported: then nobody has called fully_shard
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    modules = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp is not None else []
+    for module in modules:
+        module.reshard()
+    return modules
 
 
 def _managed(module: Any) -> list[Any]:

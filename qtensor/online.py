@@ -6,9 +6,8 @@ takes in what was assigned where no hook could see it and gives every weight its
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch import nn
 from . import hooks
 from .armed import ArmedWeight
 from .config import SchemeSpec
-from .dtensor import Split, home, is_dtensor, local_tensor, rehome, splits
+from .dtensor import home, is_dtensor, local_tensor, rehome
 from .errors import NonFiniteWeightError, QTensorError
 from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, swap, view_of
 from .plain_store import PlainStore
@@ -27,7 +26,7 @@ from .report import LoadReport
 from .scheme import Scheme, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
-from .sharding import Agreement, Sharding, sharing_group
+from .sharding import Agreements, Sharding
 from .tree import full_name, parameters
 
 
@@ -109,13 +108,7 @@ class OnlineSession(Session):
         if process_group is not None and min_sqnr is not None:
             raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
         self.min_sqnr, self.measure_sqnr = min_sqnr, measure_sqnr
-        sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
-        self._sharding = sharding
-        self._agreements: dict[Any, Agreement] = {}
-        self._agreeing = threading.Lock()
-        self._shared: dict[ArmedWeight, Agreement] = {}
-        if sharding is not None:
-            self._agreement(sharding.group, sharding.timeout)
+        self._agreements = Agreements(process_group)
         self._selection = selection
         self._device = torch.device(device) if device is not None else None
         if model is not None:
@@ -236,12 +229,11 @@ class OnlineSession(Session):
         return lazy
 
     def touch(self, weight: ArmedWeight) -> None:
-        for agreement in list(self._agreements.values()):
-            agreement.advance()
+        self._agreements.advance()
         super().touch(weight)
 
     def submit(self, weight: ArmedWeight) -> None:
-        self._shared[weight].submit(weight.name, weight)
+        self._agreements.submit(weight)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         owners = self._tree.owners(weight)
@@ -253,26 +245,9 @@ class OnlineSession(Session):
         scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
             self._progress.expect(1)
-            splits = self._splits(owners, param, scheme)
-            group = sharing_group(full_name(owners[0]), splits, weight.shape, scheme.format) if splits else None
-            if group is not None:
-                if self.min_sqnr is not None:
-                    raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
-                weight.shared = True
-                self._shared[weight] = self._agreement(group)
+            if self._agreements.share(weight, owners, param, scheme.format) and self.min_sqnr is not None:
+                raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
         return scheme
-
-    def _splits(self, owners: Sequence[Owner], param: torch.Tensor, scheme: Scheme) -> list[Split]:
-        if is_dtensor(param):
-            return splits(param)
-        return self._sharding.splits(owners, param, scheme.format) if self._sharding is not None else []
-
-    def _agreement(self, group: dist.ProcessGroup | None, timeout: float = 300.0) -> Agreement:
-        key = group or dist.group.WORLD
-        with self._agreeing:
-            if key not in self._agreements:
-                self._agreements[key] = Agreement(group, timeout)
-            return self._agreements[key]
 
     # Finishing
 
@@ -334,21 +309,16 @@ class OnlineSession(Session):
             close(param)
 
     def _agree(self) -> None:
-        for agreement in self._agreements.values():
-            agreement.finish()
-        for weight in self._shared:
-            weight.verify()
+        self._agreements.finish()
 
     def _abandon(self, error: BaseException | None) -> None:
         if self._state == "open":
-            for agreement in self._agreements.values():
-                agreement.fail(str(error) if error is not None else "its session was aborted")
+            self._agreements.fail(str(error) if error is not None else "its session was aborted")
         super()._abandon(error)
 
     def _summary(self, state: str) -> LoadReport:
         report = super()._summary(state)
-        report.collectives = sum(a.collectives for a in self._agreements.values())
-        report.collective_bytes = sum(a.bytes for a in self._agreements.values())
+        report.collectives, report.collective_bytes = self._agreements.collectives, self._agreements.bytes
         return report
 
     def _undo(self) -> None:
