@@ -28,6 +28,7 @@ from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
 from .sharding import Agreements, Sharding
 from .tree import full_name, parameters
+from .verdict import describe
 
 
 def online_quant(
@@ -313,7 +314,7 @@ class OnlineSession(Session):
 
     def _abandon(self, error: BaseException | None) -> None:
         if self._state == "open":
-            self._agreements.fail(str(error) if error is not None else "its session was aborted")
+            self._agreements.fail(describe(error) if error is not None else "its session was aborted")
         super()._abandon(error)
 
     def _summary(self, state: str) -> LoadReport:

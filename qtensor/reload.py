@@ -28,6 +28,7 @@ from .selection import Owner
 from .session import OnMissing, OnNonfinite, Session, attributes_of
 from .sharding import Agreements, Sharding, session_verdict
 from .tree import full_name, parameters
+from .verdict import describe
 from .views import whole
 
 
@@ -256,14 +257,14 @@ class ReloadSession(Session):
         try:
             self._verdict.settle()
         except BaseException as error:
-            if self._verdict.fail(str(error) or type(error).__name__):
+            if self._verdict.fail(describe(error)):
                 raise
             self._late = error
         self._agreements.close()
 
     def _abandon(self, error: BaseException | None) -> None:
         if self._state == "open" and self._verdict is not None:
-            self._verdict.fail(str(error) if error is not None else "its session was aborted")
+            self._verdict.fail(describe(error) if error is not None else "its session was aborted")
         super()._abandon(error)
 
     def _realise(self) -> None:

@@ -195,6 +195,9 @@ class ReloadStore(QuantStore):
 
     def _runs(self, e: int, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """Rows start:stop cut where units change between live and new: first row, last row, are they live."""
+        if start == stop:  # A weight without rows may have a scale that it shares with other ranks.
+            yield start, stop, False
+            return
         first = start // self._unit
         live = (self._state[e, first : ceil_div(stop, self._unit)] & _LIVE) != 0
         borders = [0, *(np.flatnonzero(np.diff(live)) + 1).tolist(), len(live)]

@@ -24,6 +24,7 @@ from .armed import ArmedWeight
 from .dtensor import Split, is_dtensor, splits
 from .errors import QTensorError
 from .kernels import WeightFormat
+from .kernels.formats import ceil_div
 from .selection import Owner, matches
 from .store import QuantStore
 from .tree import full_name, parameters
@@ -68,20 +69,24 @@ class Sharding:
 
 
 def sharing_group(
-    name: str, splits: Sequence[Split], shape: Sequence[int], fmt: WeightFormat
+    name: str, splits: Sequence[Split], shape: Sequence[int], fmt: WeightFormat, whole: Sequence[int] | None = None
 ) -> dist.ProcessGroup | None:
     """The ranks that have to agree on the scales of a weight whose part on this rank has `shape`; None if no scale is
-    split. Raises QTensorError where a scale's elements are split in a way that no rank can hold."""
+    split. Raises QTensorError where a scale's elements are split in a way that no rank can hold: on every rank, if the
+    shape of the `whole` weight is known, and it is split evenly."""
     found: list[dist.ProcessGroup] = []
+    part = list(whole or shape)
     for dim, group in splits:
-        axis = dim - (len(shape) - 2)  # 0 rows, 1 columns, -1 experts
-        if axis < 0 or dist.get_world_size(group) == 1:
+        axis, ranks = dim - (len(shape) - 2), dist.get_world_size(group)  # 0 rows, 1 columns, -1 experts
+        part[dim] = ceil_div(part[dim], ranks) if whole else part[dim]
+        if axis < 0 or ranks == 1:
             continue
         block = fmt.block[axis]
-        if block > 1 and shape[dim] % block and dist.get_rank(group) < dist.get_world_size(group) - 1:
+        goes_on = part[dim] < whole[dim] if whole else dist.get_rank(group) < ranks - 1
+        if block > 1 and part[dim] % block and goes_on:
             raise QTensorError(
-                f"{name}: this rank's {shape[dim]} of dimension {dim} end inside a group of {block} with one "
-                f"{fmt.name} scale. Split at multiples of {block}, or choose another scheme for this weight."
+                f"{name}: {'a' if whole else 'this'} rank's {part[dim]} of dimension {dim} end inside a group of {block}"
+                f" with one {fmt.name} scale. Split at multiples of {block}, or choose another scheme for this weight."
             )
         if fmt.needs_whole_matrix or (fmt.granularity == "channel" and axis == 1):
             found.append(group)
@@ -255,7 +260,8 @@ class Agreements:
         found = splits(param) if is_dtensor(param) else []
         if self._sharding is not None and not is_dtensor(param):
             found = self._sharding.splits(owners, param, fmt)
-        group = sharing_group(full_name(owners[0]), found, weight.shape, fmt) if found else None
+        known = tuple(param.shape) if is_dtensor(param) else None
+        group = sharing_group(full_name(owners[0]), found, weight.shape, fmt, known) if found else None
         if group is None:
             return False
         weight.shared = True

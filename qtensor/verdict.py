@@ -96,3 +96,8 @@ class Verdict:
 def require_distributed() -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise QTensorError("process_group: torch.distributed is not initialised; call init_process_group first")
+
+
+def describe(error: BaseException) -> str:
+    """For the other ranks: an interrupt has no words of its own."""
+    return str(error) or type(error).__name__
