@@ -84,9 +84,10 @@ def sharing_group(
         block = fmt.block[axis]
         goes_on = part[dim] < whole[dim] if whole else dist.get_rank(group) < ranks - 1
         if block > 1 and part[dim] % block and goes_on:
+            whose = "a rank's" if whole else "this rank's"
             raise QTensorError(
-                f"{name}: {'a' if whole else 'this'} rank's {part[dim]} of dimension {dim} end inside a group of {block}"
-                f" with one {fmt.name} scale. Split at multiples of {block}, or choose another scheme for this weight."
+                f"{name}: {whose} {part[dim]} of dimension {dim} end inside a group of {block} with one {fmt.name} "
+                f"scale. Split at multiples of {block}, or choose another scheme for this weight."
             )
         if fmt.needs_whole_matrix or (fmt.granularity == "channel" and axis == 1):
             found.append(group)
