@@ -125,10 +125,11 @@ class QTensor(torch.Tensor):
         """What `fully_shard` gathers of this shard: quantized values and scales, as bytes.
 
         The signature is the older of the two FSDP knows: with the newer one it insists that scales, too, have the
-        padded size of the weight.
+        padded size of the weight. Where one rank has all rows, FSDP takes no more than one tensor.
         """
         shard = self if self._padded is None else self._padded
-        return tuple(part.view(torch.uint8) for part in shard._parts_by_rows()), None
+        parts = shard._parts_by_rows()[: 1 if mesh.size() == 1 else None]
+        return tuple(part.view(torch.uint8) for part in parts), None
 
     def fsdp_post_all_gather(
         self, gathered: tuple[torch.Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Any = None
@@ -137,8 +138,8 @@ class QTensor(torch.Tensor):
         memory that was gathered into."""
         if out is not None:
             return None
-        of_all, by_rows = iter(gathered), {id(part) for part in self._parts_by_rows()}
-        whole = [next(of_all).view(part.dtype) if id(part) in by_rows else part for part in self.parts()]
+        of_all = dict(zip(map(id, self._parts_by_rows()), gathered, strict=False))
+        whole = [of_all[id(part)].view(part.dtype) if id(part) in of_all else part for part in self.parts()]
         return self._with(*whole, dtype=dtype, whole_units=True), ()
 
     def numpy(self, *, force: bool = False) -> Any:

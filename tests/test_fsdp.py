@@ -305,6 +305,11 @@ def test_four_ranks() -> None:
     )
 
 
+def test_one_rank() -> None:
+    """FSDP has a way of its own for a mesh of one."""
+    spawn(1, products_equal_the_unsharded, reloads_keep_addresses_and_old_values_until_all_commit)
+
+
 def test_the_operations_of_a_shard_are_fsdp_s_alone() -> None:
     """Anybody else's new_zeros and flat view are high-precision tensors."""
     full = torch.randn(6, 8).bfloat16()

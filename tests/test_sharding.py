@@ -179,6 +179,7 @@ def partial_reload(rank: int, world: int) -> None:
                 if rank == 0:
                     parameter(model, "b").data.copy_(part["b"] * 4)
         assert session.report().collectives == 1
+        assert session.report().collective_bytes == 2 * 4 * (64 if scheme is fp8_per_channel else 1)
         assert all(map(same_bytes, before["c"], parameter(model, "c").parts()))
         whole: list[Any] = [None] * world
         dist.all_gather_object(whole, part["b"] * 4 if rank == 0 else old_b)
