@@ -41,7 +41,8 @@ lint: $(VENV)/.dev
 
 endurance: $(VENV)/.dev
 	@echo "Running 16 threads, 1000 loads, 500 reloads, and thousands of random programs"
-	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py
+	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
+		tests/test_quantize_many.py
 
 audit: $(VENV)/.audit
 	@echo "Looking up known vulnerabilities of what is installed (pip-audit)"

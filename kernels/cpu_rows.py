@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from .formats import ceil_div
 
@@ -44,7 +45,10 @@ def flat_rows(matrix: torch.Tensor) -> tuple[Array, int]:
     rows, cols = matrix.shape
     stride = matrix.stride(0)
     flat = matrix.detach().as_strided((max(0, (rows - 1) * stride + cols),), (1,))
-    array: Array = flat.view(_BITS.get(matrix.dtype, matrix.dtype)).numpy()
+    # `numpy()` fixes the size of a storage for good, and FSDP frees gathered weights by resizing theirs: this one is
+    # another storage, of the same memory.
+    alias = from_dlpack(to_dlpack(flat.view(_BITS.get(matrix.dtype, matrix.dtype))))
+    array: Array = alias.numpy()
     return array, stride
 
 

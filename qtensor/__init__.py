@@ -6,7 +6,7 @@ with online_quant(fp8):
 
 from __future__ import annotations
 
-from . import joins  # noqa: F401  torch.stack and torch.cat of quantized weights
+from . import fsdp, joins, slices  # noqa: F401  operations of quantized weights
 from .checkpoint import load_checkpoint, save_checkpoint
 from .checksums import weight_checksums
 from .counter import CopyCounter

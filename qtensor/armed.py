@@ -261,6 +261,14 @@ class ArmedWeight:
             self.recorded.clear()
         self.host.completed(self)
 
+    def take_nothing(self) -> None:
+        """It has no elements, so nothing will be written."""
+        with self.lock:
+            store = self._open_store()
+            if isinstance(store, QuantStore):
+                store.take_nothing()
+            self.settle()
+
     def close_for_agreement(self) -> torch.Tensor:
         """The amax of this rank's units, fp32 on the CPU. From here on the values stand."""
         with self.lock:

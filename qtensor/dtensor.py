@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 Split = tuple[int, "dist.ProcessGroup"]
 """A dimension of a weight, and the ranks it is split over."""
+FSDP = "torch.distributed.fsdp"
+_CALLERS = 4  # frames between an operation's handler and who called for it, at most
 
 
 def is_dtensor(param: Any) -> bool:
@@ -34,3 +36,22 @@ def home(param: Any) -> torch.device:
     if device.type != "meta":
         return device
     return torch.device(param.device_mesh.device_type if is_dtensor(param) else "cpu")
+
+
+def rehome(param: Any) -> Any:
+    """A DTensor Parameter like `param`, on the device of its local tensor: one made on meta says so for ever."""
+    new = type(param)(param._local_tensor, param._spec, requires_grad=param.requires_grad)
+    new.__dict__.update(param.__dict__)
+    return new
+
+
+def asked_by_fsdp() -> bool:
+    """Is FSDP calling the operation whose handler asks? What it does to pad a shard has a meaning of its own."""
+    frame = sys._getframe(2)
+    for _ in range(_CALLERS):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__", "").startswith(FSDP):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

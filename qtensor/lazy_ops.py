@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_map_only
 
+from .dtensor import asked_by_fsdp
 from .errors import QTensorError, WeightDtypeError, WeightShapeError
 from .lazy import LAZY, OPS, Handler, answers_live, assign, materialize, view_of, wrap, written
 from .ops import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
@@ -312,6 +313,16 @@ def _like(func: Any, args: tuple, kwargs: dict) -> Any:
     """empty_like, new_zeros and the like: only shape, dtype and device matter."""
     lazy = args[0]
     return func(lazy._meta, *args[1:], **({"device": lazy.device} | kwargs))
+
+
+@_implements(aten.new_zeros.default)
+def _new_zeros(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+    if asked_by_fsdp():
+        raise QTensorError(
+            f"{args[0]._armed.name} is being loaded, and fully_shard cannot split it now. Call fully_shard before "
+            "online_quant(scheme, model), or when the session is over."
+        )
+    return _like(func, args, kwargs)
 
 
 def _classify(func: Any) -> Handler:

@@ -6,9 +6,8 @@ takes in what was assigned where no hook could see it and gives every weight its
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +16,9 @@ from torch import nn
 from . import hooks
 from .armed import ArmedWeight
 from .config import SchemeSpec
-from .dtensor import Split, home, is_dtensor, local_tensor, splits
+from .dtensor import home, is_dtensor, local_tensor, rehome
 from .errors import NonFiniteWeightError, QTensorError
-from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, view_of
+from .lazy import LazyWeight, LiveQTensor, close, parameter, reopen, swap, view_of
 from .plain_store import PlainStore
 from .progress import ProgressLike
 from .quantized import QTensor, quantize
@@ -27,8 +26,9 @@ from .report import LoadReport
 from .scheme import Scheme, Targets
 from .selection import DEFAULT_IGNORE, Owner, Selection
 from .session import OnMissing, OnNonfinite, Session, attributes_of
-from .sharding import Agreement, Sharding, sharing_group
+from .sharding import Agreements, Sharding
 from .tree import full_name, parameters
+from .verdict import describe
 
 
 def online_quant(
@@ -109,19 +109,14 @@ class OnlineSession(Session):
         if process_group is not None and min_sqnr is not None:
             raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
         self.min_sqnr, self.measure_sqnr = min_sqnr, measure_sqnr
-        sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
-        self._sharding = sharding
-        self._agreements: dict[Any, Agreement] = {}
-        self._agreeing = threading.Lock()
-        self._shared: dict[ArmedWeight, Agreement] = {}
-        if sharding is not None:
-            self._agreement(sharding.group, sharding.timeout)
+        self._agreements = Agreements(process_group)
         self._selection = selection
         self._device = torch.device(device) if device is not None else None
         if model is not None:
             self._begin()
             try:
                 self._arm_model(model)
+                self._fsdp.let_go_of_values()
             except BaseException as error:
                 self._abandon(error)
                 raise
@@ -201,6 +196,8 @@ class OnlineSession(Session):
         weight.scheme = self._decide(weight, owners, whole)
         self._replace(param, lazy, owners)
         weight.params = [local_tensor(module._parameters[name])]
+        if whole.is_meta and whole is not param:
+            swap(whole, rehome(whole))
 
     def _lazy(
         self,
@@ -233,12 +230,11 @@ class OnlineSession(Session):
         return lazy
 
     def touch(self, weight: ArmedWeight) -> None:
-        for agreement in list(self._agreements.values()):
-            agreement.advance()
+        self._agreements.advance()
         super().touch(weight)
 
     def submit(self, weight: ArmedWeight) -> None:
-        self._shared[weight].submit(weight.name, weight)
+        self._agreements.submit(weight)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         owners = self._tree.owners(weight)
@@ -250,26 +246,9 @@ class OnlineSession(Session):
         scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
             self._progress.expect(1)
-            splits = self._splits(owners, param, scheme)
-            group = sharing_group(full_name(owners[0]), splits, weight.shape, scheme.format) if splits else None
-            if group is not None:
-                if self.min_sqnr is not None:
-                    raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
-                weight.shared = True
-                self._shared[weight] = self._agreement(group)
+            if self._agreements.share(weight, owners, param, scheme.format) and self.min_sqnr is not None:
+                raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
         return scheme
-
-    def _splits(self, owners: Sequence[Owner], param: torch.Tensor, scheme: Scheme) -> list[Split]:
-        if is_dtensor(param):
-            return splits(param)
-        return self._sharding.splits(owners, param, scheme.format) if self._sharding is not None else []
-
-    def _agreement(self, group: dist.ProcessGroup | None, timeout: float = 300.0) -> Agreement:
-        key = group or dist.group.WORLD
-        with self._agreeing:
-            if key not in self._agreements:
-                self._agreements[key] = Agreement(group, timeout)
-            return self._agreements[key]
 
     # Finishing
 
@@ -331,21 +310,16 @@ class OnlineSession(Session):
             close(param)
 
     def _agree(self) -> None:
-        for agreement in self._agreements.values():
-            agreement.finish()
-        for weight in self._shared:
-            weight.verify()
+        self._agreements.finish()
 
     def _abandon(self, error: BaseException | None) -> None:
         if self._state == "open":
-            for agreement in self._agreements.values():
-                agreement.fail(str(error) if error is not None else "its session was aborted")
+            self._agreements.fail(describe(error) if error is not None else "its session was aborted")
         super()._abandon(error)
 
     def _summary(self, state: str) -> LoadReport:
         report = super()._summary(state)
-        report.collectives = sum(a.collectives for a in self._agreements.values())
-        report.collective_bytes = sum(a.bytes for a in self._agreements.values())
+        report.collectives, report.collective_bytes = self._agreements.collectives, self._agreements.bytes
         return report
 
     def _undo(self) -> None:

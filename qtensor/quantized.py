@@ -20,7 +20,6 @@ import torch
 from . import kernels
 from .errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from .kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, traceable
-from .kernels.formats import ceil_div
 from .scheme import Scheme, SchemeLike, as_scheme
 
 aten = torch.ops.aten
@@ -54,6 +53,10 @@ class QTensor(torch.Tensor):
     cols: int
     transposed: bool
     whole_units: bool
+    # A shard of `fully_shard` that is smaller than others: the padded tensor that it is the first rows of, and, on that
+    # tensor, the mark of being one.
+    _padded: QTensor | None = None
+    _is_room: bool = False
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -111,6 +114,33 @@ class QTensor(torch.Tensor):
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The tensors it is made of: quantized values, scales, and the global scale of formats with one."""
         return (self.qdata, self.scale) if self.global_scale is None else (self.qdata, self.scale, self.global_scale)
+
+    def _parts_by_rows(self) -> list[torch.Tensor]:
+        """Those parts of which each row (expert, of a stack) has its own; the others belong to the whole weight."""
+        if self.dim() == 3:
+            return list(self.parts())
+        return [self.qdata] if self.scheme.format.granularity == "tensor" else [self.qdata, self.scale]
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[torch.Tensor, ...], None]:
+        """What `fully_shard` gathers of this shard: quantized values and scales, as bytes.
+
+        The signature is the older of the two FSDP knows: with the newer one it insists that scales, too, have the
+        padded size of the weight. Where one rank has all rows, FSDP takes no more than one tensor.
+        """
+        shard = self if self._padded is None else self._padded
+        parts = shard._parts_by_rows()[: 1 if mesh.size() == 1 else None]
+        return tuple(part.view(torch.uint8) for part in parts), None
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[torch.Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Any = None
+    ) -> tuple[QTensor, tuple[()]] | None:
+        """The weight of which this is a shard, followed by padding. With `out` it is there already: its parts are the
+        memory that was gathered into."""
+        if out is not None:
+            return None
+        of_all = dict(zip(map(id, self._parts_by_rows()), gathered, strict=False))
+        whole = [of_all[id(part)].view(part.dtype) if id(part) in of_all else part for part in self.parts()]
+        return self._with(*whole, dtype=dtype, whole_units=True), ()
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.detach().dequantize().numpy(force=force)
@@ -252,8 +282,8 @@ torch.serialization.add_safe_globals([_rebuild])
 
 @functools.cache
 def _code_digest() -> str:
-    """A digest of the source that computes with QTensors: this file and the kernels."""
-    files = [Path(__file__), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
+    """A digest of the source that computes with QTensors: this file, slices, and the kernels."""
+    files = [Path(__file__), Path(__file__).with_name("slices.py"), *sorted(Path(kernels.__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -274,6 +304,10 @@ def _to_copy(
     if dtype is not None and dtype not in SOURCE_DTYPES:
         return func(w.dequantize(), dtype=dtype, device=device)
     move = {"device": device, "non_blocking": non_blocking, "copy": True}
+    if w._padded is not None:
+        room = w._padded._with(*(part.to(**move) for part in w._padded.parts()), dtype=dtype or w.dtype)
+        room._is_room = True
+        return room[: w.shape[0]]
     return w._with(*(part.to(**move) for part in w.parts()), dtype=dtype or w.dtype, whole_units=True)
 
 
@@ -282,100 +316,6 @@ def _transpose(func: Any, w: QTensor, d0: int = 0, d1: int = 1) -> Any:
     if {d0 % w.dim(), d1 % w.dim()} != {w.dim() - 2, w.dim() - 1}:
         return func(w.dequantize(), d0, d1)
     return w._with(*w.parts(), transposed=not w.transposed)
-
-
-# Slices that take whole scale groups --------------------------------------------------------------------------------
-
-
-@_implements(aten.select.int)
-def _select(func: Any, w: QTensor, dim: int, index: int) -> Any:
-    if w.dim() == 3 and dim % 3 == 0:
-        return w._with(*(part[index] for part in w.parts()))
-    return func(w.dequantize(), dim, index)
-
-
-@_implements(aten.slice.Tensor)
-def _slice(func: Any, w: QTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    dim, part = dim % w.dim(), slice(*slice(start, end, step).indices(w.shape[dim]))
-    return _take_slice(w, dim, part) if _sliceable(w, dim, part) else func(w.dequantize(), dim, start, end, step)
-
-
-@_implements(aten.split.Tensor, aten.unsafe_split.Tensor)
-def _split(func: Any, w: QTensor, size: int, dim: int = 0) -> Any:
-    sizes = [min(size, w.shape[dim] - at) for at in range(0, max(w.shape[dim], 1), size)]
-    return _split_with_sizes(func, w, sizes, dim)
-
-
-@_implements(aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default)
-def _split_with_sizes(func: Any, w: QTensor, sizes: Sequence[int], dim: int = 0) -> Any:
-    parts, at = [], 0
-    for size in sizes:
-        parts.append(_slice(aten.slice.Tensor, w, dim, at, at + size))
-        at += size
-    return parts
-
-
-@_implements(aten.unbind.int)
-def _unbind(func: Any, w: QTensor, dim: int = 0) -> Any:
-    return [_select(aten.select.int, w, dim, i) for i in range(w.shape[dim])]
-
-
-@_implements(aten.index.Tensor)
-def _index(func: Any, w: QTensor, indices: Sequence[Any]) -> Any:
-    if w.dim() == 3 and len(indices) == 1 and indices[0].dim() == 1:
-        return _gather(w, indices[0])
-    return func(w.dequantize(), indices)
-
-
-@_implements(aten.index_select.default)
-def _index_select(func: Any, w: QTensor, dim: int, index: torch.Tensor) -> Any:
-    return _gather(w, index) if w.dim() == 3 and dim % 3 == 0 else func(w.dequantize(), dim, index)
-
-
-def _gather(w: QTensor, experts: torch.Tensor) -> QTensor:
-    """The matrices `experts` (indices or mask, 1-d) of a stack."""
-    return w._with(*(_rows(part, experts) for part in w.parts()), whole_units=True)
-
-
-def _rows(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`t[index]`, as bytes where elements are bytes: CPU has no indexing for float8."""
-    return t[index] if t.dtype.itemsize > 1 else t.view(torch.uint8)[index].view(t.dtype)
-
-
-def _sliceable(w: QTensor, dim: int, part: slice) -> bool:
-    """Do the slice's scales come as a slice, too? Steps and cuts inside a block do not."""
-    if w.dim() == 3 and dim == 0:
-        return True
-    block = w.scheme.format.block[_stored_dim(w, dim) - w.dim() + 2]
-    return block == 1 or (
-        part.step == 1 and part.start % block == 0 and (part.stop % block == 0 or part.stop == w.shape[dim])
-    )
-
-
-def _stored_dim(w: QTensor, dim: int) -> int:
-    """The dimension of qdata that a logical dimension names."""
-    if not w.transposed or dim < w.dim() - 2:
-        return dim
-    return 2 * w.dim() - 3 - dim
-
-
-def _take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
-    fmt, size = w.scheme.format, len(range(part.start, part.stop, part.step))
-    everything, dim = size == w.shape[dim], _stored_dim(w, dim)
-    before, row_dim = (slice(None),) * dim, w.dim() - 2
-    if dim < row_dim:
-        return w._with(*(tensor[(*before, part)] for tensor in w.parts()))
-    whole, scale, stored, cols = w.whole_units, w.scale, part, w.cols
-    block = fmt.block[dim - row_dim]
-    if fmt.granularity == "tensor" or (fmt.granularity == "channel" and dim > row_dim):
-        whole = whole and everything
-    else:
-        scale = scale[(*before, slice(part.start // block, ceil_div(part.stop, block), part.step))]
-        whole = whole and (everything or not fmt.needs_whole_matrix)
-    if dim > row_dim:
-        cols, stored = size, slice(part.start // fmt.per_byte, ceil_div(part.stop, fmt.per_byte), part.step)
-    rest = () if w.global_scale is None else (w.global_scale,)
-    return w._with(w.qdata[(*before, stored)], scale, *rest, whole_units=whole, cols=cols)
 
 
 # Products -----------------------------------------------------------------------------------------------------------
@@ -418,6 +358,11 @@ def _embedding(func: Any, w: Any, indices: torch.Tensor, *args: Any) -> torch.Te
     row_format = replace(fmt, block=(1, fmt.block[1]))
     values = traceable.dequantize(_rows(w.qdata, rows), scale, row_format, w.dtype, global_scale=w.global_scale)
     return values[:, : w.cols].reshape(*indices.shape, w.cols)
+
+
+def _rows(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`t[index]`, as bytes where elements are bytes: CPU has no indexing for float8."""
+    return t[index] if t.dtype.itemsize > 1 else t.view(torch.uint8)[index].view(t.dtype)
 
 
 def _product(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Tensor:

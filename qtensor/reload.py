@@ -10,20 +10,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .armed import ArmedWeight
-from .dtensor import is_dtensor, local_tensor
+from .dtensor import local_tensor
 from .errors import QTensorError, WeightShapeError
+from .fsdp import reshard
 from .kernels import Audit
 from .lazy import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
 from .progress import ProgressLike
 from .quantized import QTensor
 from .reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
+from .report import LoadReport
 from .scheme import Scheme
 from .selection import Owner
 from .session import OnMissing, OnNonfinite, Session, attributes_of
+from .sharding import Agreements, Sharding, session_verdict
 from .tree import full_name, parameters
+from .verdict import describe
 from .views import whole
 
 
@@ -35,6 +40,7 @@ def online_reload(
     on_missing: OnMissing = "keep",
     on_nonfinite: OnNonfinite = "error",
     strict_reads: bool = False,
+    process_group: dist.ProcessGroup | Sharding | None = None,
     assert_identity: bool = False,
     progress: ProgressLike = None,
 ) -> ReloadSession:
@@ -57,10 +63,14 @@ def online_reload(
         memory; the model must not be used until the reload is over.
     on_missing: what becomes of elements nobody wrote: "keep", "zero", or "error" to raise IncompleteLoadError.
     on_nonfinite, strict_reads, progress: as `online_quant` takes them.
+    process_group: ranks that hold shards of the same weights, as `online_quant` takes it; those of DTensors are known.
+        They agree on scales, and all commit or none does: if one fails, all raise, and keep the old values.
     assert_identity: check at the end that every Parameter is the same object, at the same address, with the same
         attributes and ties, and raise QTensorError if one is not.
     """
-    return ReloadSession(model, atomic, shadow, on_missing, on_nonfinite, strict_reads, assert_identity, progress)
+    return ReloadSession(
+        model, atomic, shadow, on_missing, on_nonfinite, strict_reads, process_group, assert_identity, progress
+    )
 
 
 class ReloadSession(Session):
@@ -76,6 +86,7 @@ class ReloadSession(Session):
         on_missing: OnMissing,
         on_nonfinite: OnNonfinite,
         strict_reads: bool,
+        process_group: dist.ProcessGroup | Sharding | None,
         assert_identity: bool,
         progress: ProgressLike,
     ) -> None:
@@ -83,9 +94,8 @@ class ReloadSession(Session):
             raise ValueError(f'on_missing of a reload is "error", "zero" or "keep", not {on_missing!r}')
         if shadow not in SECOND_COPIES:
             raise ValueError(f'shadow is "device" or "host", not {shadow!r}')
-        schemes = sorted({str(p.scheme) for *_, p in parameters(model) if isinstance(p, QTensor)})
-        if any(is_dtensor(p) and isinstance(local_tensor(p), QTensor) for *_, p in parameters(model)):
-            raise QTensorError("online_reload: models of DTensors cannot be reloaded in place yet; load a new one")
+        reshard(model)
+        schemes = sorted({str(p.scheme) for p in _held(model) if isinstance(p, QTensor)})
         if not schemes:
             raise QTensorError("online_reload: no weight of this model is quantized; load it with online_quant(...)")
         super().__init__(model, ", ".join(schemes), on_missing, on_nonfinite, strict_reads, progress)
@@ -95,6 +105,9 @@ class ReloadSession(Session):
         self._finished_layers: dict[tuple[str, nn.Module], None] = {}
         self._refuse_what_cannot_be_reloaded(model)
         self._before = Snapshot(model, atomic)
+        self._verdict = session_verdict(model, process_group)
+        self._agreements = Agreements(process_group, self._verdict)
+        self._late: BaseException | None = None
         self._begin()
         try:
             self._arm(model)
@@ -105,8 +118,8 @@ class ReloadSession(Session):
     # Arming
 
     def _refuse_what_cannot_be_reloaded(self, model: nn.Module) -> None:
-        for module_name, module, name, param in parameters(model):
-            full = full_name((module_name, module, name))
+        for module_name, module, name, held in parameters(model):
+            param, full = local_tensor(held), full_name((module_name, module, name))
             if isinstance(param, LAZY):
                 state = "another session that is still open" if not param._armed.host.closed else "an aborted load"
                 raise QTensorError(f"{full} is armed by {state}; finish it, or load the model with online_quant first")
@@ -117,9 +130,10 @@ class ReloadSession(Session):
         seen: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
         for module_name, module, name, param in parameters(model):
             seen.setdefault(id(param), (param, []))[1].append((module_name, module, name))
-        for param, owners in seen.values():
+        for held, owners in seen.values():
+            param = local_tensor(held)
             if isinstance(param, QTensor):
-                self._arm_quantized(param, owners)
+                self._arm_quantized(param, owners, held)
             elif param.is_floating_point() and not param.is_meta:
                 self._arm_plain(param, owners)
         self._tree.changed()
@@ -127,12 +141,13 @@ class ReloadSession(Session):
     def _weight(self, param: torch.Tensor, owner: Owner) -> ReloadedWeight:
         return ReloadedWeight(self, tuple(param.shape), param.dtype, param.device, (owner[1], owner[2]))
 
-    def _arm_quantized(self, param: QTensor, owners: list[Owner]) -> None:
+    def _arm_quantized(self, param: QTensor, owners: list[Owner], held: torch.Tensor) -> None:
         weight = self._weight(param, owners[0])
         weight.scheme = param.scheme
-        live = cast(QTensor, param.detach())
+        live, audit = cast(QTensor, param.detach()), Audit(self.refuse_nonfinite)
+        shared = self._agreements.share(weight, owners, held, param.scheme.format)
         weight.store = ReloadStore(
-            live, weight.coverage, Audit(self.refuse_nonfinite), self.staged, self.second_copy, self._kind, self._early
+            live, weight.coverage, audit, self.staged, self.second_copy, self._kind, self._early, shared
         )
         armed = cast(Any, param)
         armed.__class__ = LiveQTensor
@@ -171,8 +186,12 @@ class ReloadSession(Session):
         raise AssertionError("the weights of a reload are decided on")
 
     def touch(self, weight: ArmedWeight) -> None:
+        self._agreements.advance()
         self._touched.add(weight)
         super().touch(weight)
+
+    def submit(self, weight: ArmedWeight) -> None:
+        self._agreements.submit(weight)
 
     def completed(self, weight: ArmedWeight) -> None:
         self._hold(weight)
@@ -210,9 +229,19 @@ class ReloadSession(Session):
             _put(module, name, original)
 
     def _complete(self) -> None:
+        shared = self._agreements.weights
+        written = {weight.name for weight in shared if weight in self._touched}
+        if self._verdict is not None and shared and self.on_missing == "keep":
+            written = self._verdict.union("written", written)
         for weight in self._armed:
             store = weight.store
-            if isinstance(store, ReloadStore) and self.on_missing == "keep" and store.has_open_units():
+            if not isinstance(store, ReloadStore) or self.on_missing != "keep":
+                continue
+            in_part = store.has_open_units()
+            if weight in shared and weight.shared is True:
+                in_part = weight.name in written and not weight.coverage.complete
+                cast(ReloadedWeight, weight).complete_shared(weight.name in written)
+            if in_part:
                 self._notes[weight.name] = "a part was rewritten: what shares its scales was quantized a second time"
                 self._warnings.append(
                     f"{weight.name}: only a part of what shares a {weight.scheme} scale was written; the rest was "
@@ -220,13 +249,34 @@ class ReloadSession(Session):
                 )
         super()._complete()
 
+    def _agree(self) -> None:
+        """All ranks commit, or none. Once all have said that they can, it is too late to be interrupted."""
+        self._agreements.finish()
+        if self._verdict is None:
+            return
+        try:
+            self._verdict.settle()
+        except BaseException as error:
+            if self._verdict.fail(describe(error)):
+                raise
+            self._late = error
+        self._agreements.close()
+
+    def _abandon(self, error: BaseException | None) -> None:
+        if self._state == "open" and self._verdict is not None:
+            self._verdict.fail(describe(error) if error is not None else "its session was aborted")
+        super()._abandon(error)
+
     def _realise(self) -> None:
         try:
             insist(self._commit)
+            if self._late is not None:
+                raise self._late
             if self._assert_identity:
                 self._before.require_same()
         except BaseException:
             self._close("finished", "the session has finished")
+            self._fsdp.release()
             raise
 
     def _commit(self) -> None:
@@ -268,6 +318,11 @@ class ReloadSession(Session):
         told = {"atomic": self.atomic, "shadow": self._shadow, "assert_identity": self._assert_identity}
         return super()._settings() | {key: str(value) for key, value in told.items()}
 
+    def _summary(self, state: str) -> LoadReport:
+        report = super()._summary(state)
+        report.collectives, report.collective_bytes = self._agreements.collectives, self._agreements.bytes
+        return report
+
 
 def insist(action: Callable[[], object]) -> None:
     """Do it, whatever the keyboard says: an interrupt is raised when it is done. The action may be begun again."""
@@ -300,7 +355,7 @@ class Snapshot:
             for buffer in module._buffers.values():
                 if buffer is not None:
                     self.watch(buffer)
-        for *_, param in parameters(model):
+        for param in _held(model):
             if not isinstance(param, QTensor) and not param.is_floating_point():
                 self.watch(param)
 
@@ -341,8 +396,15 @@ class Snapshot:
                 raise QTensorError(f"assert_identity: {full_name(owner)} has other attributes now")
 
 
+def _held(model: nn.Module) -> Iterator[Any]:
+    """What this rank holds of every parameter."""
+    for *_, param in parameters(model):
+        yield local_tensor(param)
+
+
 def _addresses(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(part.data_ptr() for part in (tensor.parts() if isinstance(tensor, QTensor) else (tensor,)))
+    local = local_tensor(tensor)
+    return tuple(part.data_ptr() for part in (local.parts() if isinstance(local, QTensor) else (local,)))
 
 
 def _entries(module: nn.Module, name: str) -> dict[str, Any]:

@@ -128,6 +128,26 @@ class ReloadStore(QuantStore):
         self._commit_complete()
         return accepted
 
+    def stage_live(self) -> None:
+        """Of a weight that is staged whole: what was not written keeps its live values."""
+        for box in self.coverage.missing():
+            (e0, e1), (start, stop), (left, right) = box if self._lead else ((0, 1), *box)
+            for e in range(e0, e1):
+                for key, a, b in self._group_spans(e, start, stop):
+                    group = self._groups.get(key) or self._new_group(key)
+                    rows = group.rows[a - group.first_row : b - group.first_row, left:right]
+                    rows.copy_(self._dequantized(e, a, b)[:, left:right])
+            self.coverage.add_box(box)
+
+    def quantize_shared(self, amax: torch.Tensor) -> None:
+        super().quantize_shared(amax)
+        self._commit_complete()
+
+    def take_nothing(self) -> None:
+        """Scales that belong to the whole weight stay, too, unless ranks agree on new ones."""
+        if self.whole_weight:
+            super().take_nothing()
+
     def values(self) -> torch.Tensor:
         """What the model computes with: the live weight in high precision."""
         return self.result.dequantize()
@@ -175,6 +195,9 @@ class ReloadStore(QuantStore):
 
     def _runs(self, e: int, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """Rows start:stop cut where units change between live and new: first row, last row, are they live."""
+        if start == stop:  # A weight without rows may have a scale that it shares with other ranks.
+            yield start, stop, False
+            return
         first = start // self._unit
         live = (self._state[e, first : ceil_div(stop, self._unit)] & _LIVE) != 0
         borders = [0, *(np.flatnonzero(np.diff(live)) + 1).tolist(), len(live)]
@@ -266,6 +289,19 @@ class ReloadedWeight(ArmedWeight):
         with self.lock:
             values = self.store.values().contiguous()
         return values.as_strided(view.size, view.stride, values.storage_offset() + view.offset)
+
+    def complete_shared(self, touched: bool) -> None:
+        """No rank writes any more. If one has written, what this one did not write keeps its values and is quantized
+        again, with scales that all agree on; otherwise all of it stays as it is."""
+        with self.lock:
+            assert isinstance(self.store, ReloadStore)
+            if not touched:
+                self.shared = self.store.whole_weight = False
+            elif not self.coverage.complete:
+                if self.error is not None:
+                    raise self.error
+                self.store.stage_live()
+                self.settle()
 
     def initialize(self, view: View, fill: Callable[[torch.Tensor], None]) -> None:
         """An initialiser that runs on a finished model means what it does."""

@@ -19,6 +19,7 @@ from . import hooks, lazy_ops  # noqa: F401  lazy_ops fills the table of operati
 from .armed import ArmedWeight
 from .coverage import Box
 from .errors import IncompleteLoadError, QTensorError
+from .fsdp import Hold
 from .host import LoadHost
 from .kernels import pipeline
 from .lazy import LAZY, swap
@@ -89,6 +90,7 @@ class Session(LoadHost):
     # Life
 
     def _begin(self) -> None:
+        self._fsdp = Hold(self._tree.model)
         hooks.install()
         self._state = "open"
         self._memory.start()
@@ -101,6 +103,7 @@ class Session(LoadHost):
         """
         self._require_open()
         self._stop_listening()
+        self._fsdp.reshard()
         try:
             self._release_all()
             self._gather()
@@ -112,6 +115,7 @@ class Session(LoadHost):
         self._report = self._summary("finished")
         self._realise()
         self._close("finished", "the session has finished")
+        self._fsdp.release()
         self._warn()
         return self._report
 
@@ -122,9 +126,13 @@ class Session(LoadHost):
     def _abandon(self, error: BaseException | None) -> None:
         if self._state != "open":
             return
+        self._fsdp.reshard()
         report = self._summary("aborted")
         self._close("aborted", "its load was aborted")
-        self._undo()
+        try:
+            self._undo()
+        finally:
+            self._fsdp.release()
         self._report = report
 
     def _gather(self) -> None:
@@ -201,6 +209,8 @@ class Session(LoadHost):
         boxes: dict[str, Any] = {}
         for weight, owners in self._tree.live(self).items():
             name = full_name(owners[0])
+            if not weight.coverage.numel and not weight.settled:
+                weight.take_nothing()
             if not weight.coverage.complete:
                 if weight.error is not None:
                     raise weight.error

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,18 +18,19 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .armed import ArmedWeight
-from .dtensor import Split
+from .dtensor import Split, is_dtensor, splits
 from .errors import QTensorError
 from .kernels import WeightFormat
+from .kernels.formats import ceil_div
 from .selection import Owner, matches
 from .store import QuantStore
-from .tree import full_name
+from .tree import full_name, parameters
+from .verdict import Verdict, require_distributed
 
 BUCKET_BYTES = 64 << 20
-_POLL_SECONDS = 0.002
-_sessions: Counter[str] = Counter()  # of each group, in the order that all its ranks open them
 _open: set[Any] = set()  # connections of sessions under way or failed: their destructor would wait for lost ranks
 
 
@@ -70,20 +69,25 @@ class Sharding:
 
 
 def sharing_group(
-    name: str, splits: Sequence[Split], shape: Sequence[int], fmt: WeightFormat
+    name: str, splits: Sequence[Split], shape: Sequence[int], fmt: WeightFormat, whole: Sequence[int] | None = None
 ) -> dist.ProcessGroup | None:
     """The ranks that have to agree on the scales of a weight whose part on this rank has `shape`; None if no scale is
-    split. Raises QTensorError where a scale's elements are split in a way that no rank can hold."""
+    split. Raises QTensorError where a scale's elements are split in a way that no rank can hold: on every rank, if the
+    shape of the `whole` weight is known, and it is split evenly."""
     found: list[dist.ProcessGroup] = []
+    part = list(whole or shape)
     for dim, group in splits:
-        axis = dim - (len(shape) - 2)  # 0 rows, 1 columns, -1 experts
-        if axis < 0 or dist.get_world_size(group) == 1:
+        axis, ranks = dim - (len(shape) - 2), dist.get_world_size(group)  # 0 rows, 1 columns, -1 experts
+        part[dim] = ceil_div(part[dim], ranks) if whole else part[dim]
+        if axis < 0 or ranks == 1:
             continue
         block = fmt.block[axis]
-        if block > 1 and shape[dim] % block and dist.get_rank(group) < dist.get_world_size(group) - 1:
+        goes_on = part[dim] < whole[dim] if whole else dist.get_rank(group) < ranks - 1
+        if block > 1 and part[dim] % block and goes_on:
+            whose = "a rank's" if whole else "this rank's"
             raise QTensorError(
-                f"{name}: this rank's {shape[dim]} of dimension {dim} end inside a group of {block} with one "
-                f"{fmt.name} scale. Split at multiples of {block}, or choose another scheme for this weight."
+                f"{name}: {whose} {part[dim]} of dimension {dim} end inside a group of {block} with one {fmt.name} "
+                f"scale. Split at multiples of {block}, or choose another scheme for this weight."
             )
         if fmt.needs_whole_matrix or (fmt.granularity == "channel" and axis == 1):
             found.append(group)
@@ -98,20 +102,19 @@ def sharing_group(
 class Agreement:
     """The scales that the ranks of one group agree on in one session."""
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise QTensorError("process_group: torch.distributed is not initialised; call init_process_group first")
-        self._timeout = timeout
-        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float, verdict: Verdict | None = None) -> None:
+        """verdict: of the session, where more than these ranks decide whether it has succeeded."""
+        require_distributed()
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        members = "-".join(map(str, ranks))
-        _sessions[members] += 1
-        store: Any = dist.distributed_c10d._get_default_store()
-        self._store = dist.distributed_c10d.PrefixStore(f"qtensor/{members}/{_sessions[members]}", store)
+        own = Verdict(ranks, timeout)
+        self._keys, self._own = own.store, own if verdict is None else None
+        self.verdict = own if verdict is None else verdict
+        self._rank, self._leads = own.rank, own.leads
         # Connections of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
         # Not by `new_group`, which keeps a group for the life of the process and knows it by the number of groups.
         try:
-            self._gloo: Any = dist.ProcessGroupGloo(self._store, self._rank, self._world, timedelta(seconds=timeout))
+            position, wait = dist.get_rank(group), timedelta(seconds=timeout)
+            self._gloo: Any = dist.ProcessGroupGloo(self._keys, position, len(ranks), wait)
         except RuntimeError as error:
             raise QTensorError(
                 f"rank {self._rank}: not every rank of {', '.join(map(str, ranks))} opened this session within "
@@ -125,10 +128,6 @@ class Agreement:
         self._buckets = 0  # published (leader) or joined (others)
         self._flying: list[tuple[Any, torch.Tensor, list[ArmedWeight]]] = []
         self.collectives = self.bytes = 0
-
-    @property
-    def leads(self) -> bool:
-        return self._rank == 0
 
     def submit(self, name: str, weight: ArmedWeight) -> None:
         """All of this rank's shard of a weight, known by one name on all ranks, is there. Called under the weight's
@@ -145,7 +144,7 @@ class Agreement:
         if not (self._waiting or self._flying) or not self._lock.acquire(blocking=False):
             return
         try:
-            if self.leads:
+            if self._leads:
                 if self._waiting_bytes >= BUCKET_BYTES:
                     self._publish()
             else:
@@ -155,38 +154,43 @@ class Agreement:
             self._lock.release()
 
     def finish(self) -> None:
-        """Agree on everything, and on having succeeded. Raises QTensorError naming the rank that did not."""
-        deadline = time.monotonic() + self._timeout
+        """Agree on all scales and, unless that is the session's to say, on having succeeded. Raises QTensorError naming
+        the rank that did not."""
+        deadline = self.verdict.deadline()
         with self._lock:
-            if self.leads:
+            if self._leads:
                 self._publish()
-                self._store.set(f"bucket/{self._buckets}", "end")
+                self._keys.set(f"bucket/{self._buckets}", "end")
             while not self._joined_all() or self._flying:
                 self._land()
-                self._wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
-            self._store.set(f"done/{self._rank}", "yes")
-            while missing := [r for r in range(self._world) if not self._store.check([f"done/{r}"])]:
-                self._wait(deadline, lambda: f"no word of rank {', '.join(map(str, missing))}")
+                self.verdict.wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
+            for weight in self._complete.values():
+                weight.verify()
+            if self._own is not None:
+                self._own.settle()
+                self.close()
+
+    def close(self) -> None:
+        """All ranks have agreed: connections end, and keys go."""
+        if self._leads:
+            for i in range(self._buckets + 1):
+                self._keys.delete_key(f"bucket/{i}")
         _open.discard(self._gloo)
 
     def fail(self, reason: str) -> None:
         """Tell the other ranks that this one has given up."""
-        try:
-            if not self._store.check(["failed"]):
-                self._store.set("failed", f"rank {self._rank} failed: {reason}")
-        except RuntimeError:
-            pass  # the store's own process is gone; the others will notice
+        self.verdict.fail(reason)
 
     def _publish(self) -> None:
         names, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if names:
-            self._store.set(f"bucket/{self._buckets}", json.dumps(names))
+            self._keys.set(f"bucket/{self._buckets}", json.dumps(names))
             self._reduce([self._complete[name] for name in names])
 
     def _join(self) -> bool:
         """Join published buckets as far as this rank's weights are there. True if there will be no more."""
-        while self._store.check([f"bucket/{self._buckets}"]):
-            text = self._store.get(f"bucket/{self._buckets}").decode()
+        while self._keys.check([f"bucket/{self._buckets}"]):
+            text = self._keys.get(f"bucket/{self._buckets}").decode()
             if text == "end":
                 return True
             names = json.loads(text)
@@ -197,7 +201,7 @@ class Agreement:
         return False
 
     def _joined_all(self) -> bool:
-        if self.leads:
+        if self._leads:
             return True
         if not self._join():
             return False
@@ -229,13 +233,93 @@ class Agreement:
                 weight.agree(amax[at : at + size])
                 at += size
 
-    def _wait(self, deadline: float, what: Any) -> None:
-        if self._store.check(["failed"]):
-            raise QTensorError(self._store.get("failed").decode())
-        if time.monotonic() > deadline:
-            raise QTensorError(f"the ranks did not agree within {self._timeout:g} s: {what()}")
-        time.sleep(_POLL_SECONDS)
-
     def _pending(self) -> str:
         names = [weights[0].name for _, _, weights in self._flying] or ["the next bucket of rank 0"]
         return ", ".join(names[:5])
+
+
+class Agreements:
+    """The weights of one session whose scales are split, and the groups of ranks that agree on them.
+
+    process_group: as the session was given it; parameters that are DTensors say themselves how they are split.
+    verdict: of the session, where one decides for all groups together.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup | Sharding | None = None, verdict: Verdict | None = None
+    ) -> None:
+        sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
+        self._sharding, self._verdict = sharding, verdict
+        self._by_group: dict[Any, Agreement] = {}
+        self._lock = threading.Lock()
+        self.weights: dict[ArmedWeight, Agreement] = {}
+        if sharding is not None and verdict is None:
+            self._with(sharding.group)
+
+    def share(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor, fmt: WeightFormat) -> bool:
+        """Let a weight's scales be agreed on, if they are split. `param` is its Parameter, perhaps a DTensor."""
+        found = splits(param) if is_dtensor(param) else []
+        if self._sharding is not None and not is_dtensor(param):
+            found = self._sharding.splits(owners, param, fmt)
+        known = tuple(param.shape) if is_dtensor(param) else None
+        group = sharing_group(full_name(owners[0]), found, weight.shape, fmt, known) if found else None
+        if group is None:
+            return False
+        weight.shared = True
+        self.weights[weight] = self._with(group)
+        return True
+
+    def submit(self, weight: ArmedWeight) -> None:
+        self.weights[weight].submit(weight.name, weight)
+
+    def advance(self) -> None:
+        for agreement in list(self._by_group.values()):
+            agreement.advance()
+
+    def finish(self) -> None:
+        for agreement in self._by_group.values():
+            agreement.finish()
+
+    def close(self) -> None:
+        """The session's verdict is that all have succeeded."""
+        for agreement in self._by_group.values():
+            agreement.close()
+
+    def fail(self, reason: str) -> None:
+        for agreement in self._by_group.values():
+            agreement.fail(reason)
+
+    @property
+    def collectives(self) -> int:
+        return sum(a.collectives for a in self._by_group.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(a.bytes for a in self._by_group.values())
+
+    def _with(self, group: dist.ProcessGroup | None) -> Agreement:
+        key = group or dist.group.WORLD
+        with self._lock:
+            if key not in self._by_group:
+                timeout = (self._sharding or Sharding()).timeout
+                self._by_group[key] = Agreement(group, timeout, self._verdict)
+            return self._by_group[key]
+
+
+def session_verdict(model: nn.Module, process_group: dist.ProcessGroup | Sharding | None) -> Verdict | None:
+    """The verdict of all ranks that hold parts of a model: those of the process group, or of the largest device mesh
+    of its DTensors. None if there is nobody else."""
+    sharding = process_group if isinstance(process_group, Sharding) else Sharding(process_group)
+    meshes = {tuple(sorted(p.device_mesh.mesh.flatten().tolist())) for *_, p in parameters(model) if is_dtensor(p)}
+    if process_group is not None:
+        require_distributed()
+        ranks = tuple(dist.get_process_group_ranks(sharding.group or dist.group.WORLD))
+    else:
+        ranks = max(meshes, key=len, default=())
+    for mesh in meshes:
+        if not set(mesh) <= set(ranks):
+            raise QTensorError(
+                f"online_reload: parameters are split over ranks {list(mesh)}, others over {list(ranks)}; pass "
+                "process_group, the group of all ranks that reload together"
+            )
+    return Verdict(ranks, sharding.timeout) if len(ranks) > 1 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +32,11 @@ _STAGING_GROUP_BYTES = 2 << 20
 QUANTIZED, _STAGED, _OPEN = 1, 2, 4
 
 
-class _Group:
+class _Group(NamedTuple):
     """High-precision rows of some neighbouring units of one matrix."""
 
-    __slots__ = ("first_row", "rows")
-
-    def __init__(self, first_row: int, rows: torch.Tensor) -> None:
-        self.first_row = first_row
-        self.rows = rows
+    first_row: int
+    rows: torch.Tensor
 
 
 class QuantStore:
@@ -344,9 +342,14 @@ class QuantStore:
         self.whole_weight = False
         for e in range(self._e):
             self._settle(e, 0, self._n)
-        values = self._staged_whole.view(self.coverage.shape)
-        self._staged_whole = None
+        values, self._staged_whole = self._staged_whole.view(self.coverage.shape), None
         return values
+
+    def take_nothing(self) -> None:
+        """A weight without elements is complete as it is."""
+        self._staged_whole = torch.empty(self._e, self._n, self._k, dtype=self.dtype, device=self.device)
+        for e in range(self._e):
+            self._quantize_rows(e, 0, self._n, self._staged_whole[e])
 
     @property
     def shared_units(self) -> int:
@@ -354,9 +357,10 @@ class QuantStore:
         return self._e if self.scheme.format.needs_whole_matrix else self._e * self._n
 
     def amax(self) -> torch.Tensor:
-        """The largest finite magnitude of each unit of a weight that was staged as a whole: fp32, on the CPU,
-        `[shared_units]`."""
+        """The largest finite magnitude of each unit of a weight that was staged whole: fp32, CPU, `[shared_units]`."""
         assert self._staged_whole is not None
+        if not self.coverage.numel:
+            return torch.zeros(self.shared_units)
         rows = self._staged_whole.view(self.shared_units, -1)
         step = max(1, CHUNK_BYTES // max(1, rows.shape[1] * self.dtype.itemsize))
         parts = [rows[at : at + step].abs().nan_to_num_(0, 0, 0).amax(1) for at in range(0, len(rows), step)]
@@ -365,22 +369,22 @@ class QuantStore:
     def quantize_shared(self, amax: torch.Tensor) -> None:
         """Quantize a weight that was staged as a whole with scales from `amax` `[shared_units]` instead of its own.
 
-        A column (a row, per tensor) that holds the amax is quantized along with the values, and dropped. So every
-        format and every kernel gives exactly the bytes that it gives a weight with such elements.
+        A column (a row, per tensor) that holds the amax is quantized along with the values, and dropped: every format
+        and kernel gives the bytes that it gives a weight with such elements.
         """
         assert self._staged_whole is not None
-        by_row = self.scheme.format.granularity == "channel"
         amax = amax.to(device=self.device, dtype=self.dtype).view(self._e, -1)
         for e in range(self._e):
-            if by_row:
-                for start in range(0, self._n, self._chunk_rows):
-                    stop = min(start + self._chunk_rows, self._n)
-                    values = torch.cat([self._staged_whole[e, start:stop], amax[e, start:stop, None]], 1)
-                    self._quantize_carried(e, start, stop, values)
-            else:
-                carrier = torch.zeros(1, self._k, dtype=self.dtype, device=self.device)
+            if self.scheme.format.granularity != "channel":
+                carrier = torch.zeros(1, max(self._k, 1), dtype=self.dtype, device=self.device)
                 carrier[0, 0] = amax[e]
-                self._quantize_carried(e, 0, self._n, torch.cat([self._staged_whole[e], carrier]))
+                rows = self._staged_whole[e] if self._k else carrier[:0]
+                self._quantize_carried(e, 0, self._n, torch.cat([rows, carrier]))
+                continue
+            for start in range(0, self._n, self._chunk_rows):
+                stop = min(start + self._chunk_rows, self._n)
+                values = torch.cat([self._staged_whole[e, start:stop], amax[e, start:stop, None]], 1)
+                self._quantize_carried(e, start, stop, values)
         self.discard_staging()
         self._state[...] = QUANTIZED
 

@@ -30,6 +30,11 @@ class ModuleTree:
         self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._stale = True
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The given model, if one was given."""
+        return self._model
+
     def note(self, module: nn.Module, parent: nn.Module | None = None) -> None:
         """A module exists, perhaps as the child of another."""
         self._modules.add(module)

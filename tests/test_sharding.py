@@ -8,6 +8,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -28,8 +29,10 @@ from qtensor import (
     fp8_per_channel,
     fp8_per_tensor,
     online_quant,
+    online_reload,
     quantize,
     sharding,
+    verdict,
 )
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
@@ -87,44 +90,173 @@ def gathered(values: torch.Tensor, dim: int, world: int) -> torch.Tensor:
     return torch.cat(parts, dim)
 
 
+@dataclass(frozen=True)
+class Case:
+    """Whole weights, and this rank's parts of them: dims says which dimension of each is split."""
+
+    scheme: Any
+    fulls: dict[str, torch.Tensor]
+    dims: dict[str, int]
+    spans: dict[str, tuple[int, int]]
+
+    def part(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        start, stop = self.spans[name]
+        return full.narrow(self.dims[name], start, stop - start)
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {name: self.part(name, full) for name, full in self.fulls.items()}
+
+
+def random_case(scheme: Any, rank: int, world: int, rng: random.Random) -> Case:
+    fulls, dims, spans = {}, {}, {}
+    for i in range(5):
+        shape = [rng.randint(world, 9) if rng.random() < 0.3 else 0, rng.randint(30, 700), rng.randint(30, 700)]
+        shape = shape[1:] if not shape[0] else shape
+        dim = rng.randrange(len(shape))
+        step = scheme.format.block[dim - len(shape) + 2] if dim >= len(shape) - 2 else 1
+        if step > 1:
+            shape[dim] = rng.randint(step * world, 900)
+        generator = torch.Generator().manual_seed(rng.randrange(2**20))
+        fulls[f"w{i}"] = (torch.randn(shape, generator=generator) * rng.choice([1e-5, 1.0, 50.0])).bfloat16()
+        dims[f"w{i}"], spans[f"w{i}"] = dim, split(shape[dim], world, step, rng)[rank]
+    return Case(scheme, fulls, dims, spans)
+
+
+def write_in_bands(model: nn.Module, parts: dict[str, torch.Tensor], rng: random.Random) -> None:
+    for name in rng.sample(list(parts), len(parts)):
+        target, at = parameter(model, name).data, 0
+        for band in parts[name].split(rng.randint(20, 200), -2):
+            target.narrow(-2, at, band.shape[-2]).copy_(band)
+            at += band.shape[-2]
+
+
+def assert_unsharded_bytes(model: nn.Module, case: Case, world: int) -> None:
+    for name, full in case.fulls.items():
+        dim, expected, param = case.dims[name], quantize(full, case.scheme), parameter(model, name)
+        data = gathered(param.qdata, dim, world)
+        assert same_bytes(data, expected.qdata.view(torch.uint8)), (name, case.scheme, dim, full.shape)
+        split_scale = param.scale.shape != expected.scale.shape
+        scale = gathered(param.scale, dim, world) if split_scale else param.scale
+        assert same_bytes(scale, expected.scale), (name, case.scheme, dim, full.shape)
+
+
 def bytes_equal_the_unsharded(rank: int, world: int) -> None:
-    """Random models: every scheme × rows, columns, experts; uneven shards; another order of writes on every rank."""
+    """Random models: every scheme × rows, columns, experts; uneven shards; another order of writes on every rank.
+    Then reloaded with other values, likewise."""
     rng = random.Random(world)
-    for round_ in range(len(SCHEMES)):
-        scheme = SCHEMES[round_ % len(SCHEMES)]
-        fulls: dict[str, torch.Tensor] = {}
-        where: dict[str, tuple[int, tuple[int, int]]] = {}
-        for i in range(5):
-            shape = [rng.randint(world, 9) if rng.random() < 0.3 else 0, rng.randint(30, 700), rng.randint(30, 700)]
-            shape = shape[1:] if not shape[0] else shape
-            dim = rng.randrange(len(shape))
-            step = scheme.format.block[dim - len(shape) + 2] if dim >= len(shape) - 2 else 1
-            if step > 1:
-                shape[dim] = rng.randint(step * world, 900)
-            generator = torch.Generator().manual_seed(rng.randrange(2**20))
-            fulls[f"w{i}"] = (torch.randn(shape, generator=generator) * rng.choice([1e-5, 1.0, 50.0])).bfloat16()
-            where[f"w{i}"] = dim, split(shape[dim], world, step, rng)[rank]
-        local = {
-            name: w.narrow(where[name][0], a := where[name][1][0], where[name][1][1] - a) for name, w in fulls.items()
-        }
-        model = model_of(local)
-        dims = {name: dim for name, (dim, _) in where.items()}
+    for round_, scheme in enumerate(SCHEMES):
+        case = random_case(scheme, rank, world, rng)
+        model = model_of(case.parts)
+        group = Sharding(dims=case.dims, timeout=TIMEOUT)
         mine = random.Random(rank * 100 + round_)
-        with online_quant(scheme, model, targets=["*"], process_group=Sharding(dims=dims, timeout=TIMEOUT)) as session:
-            for name in mine.sample(list(local), len(local)):
-                rows = list(local[name].split(mine.randint(20, 200), -2))
-                target, at = parameter(model, name).data, 0
-                for part in rows:
-                    target.narrow(-2, at, part.shape[-2]).copy_(part)
-                    at += part.shape[-2]
+        with online_quant(scheme, model, targets=["*"], process_group=group) as session:
+            write_in_bands(model, case.parts, mine)
         assert session.report().missing == {}
-        for name, full in fulls.items():
-            dim, expected, param = where[name][0], quantize(full, scheme), parameter(model, name)
-            data = gathered(param.qdata, dim, world)
-            assert same_bytes(data, expected.qdata.view(torch.uint8)), (name, scheme, dim, full.shape)
-            split_scale = param.scale.shape != expected.scale.shape
-            scale = gathered(param.scale, dim, world) if split_scale else param.scale
-            assert same_bytes(scale, expected.scale), (name, scheme, dim, full.shape)
+        assert_unsharded_bytes(model, case, world)
+        new = replace(case, fulls={name: full.flip(0, 1) * 3 for name, full in case.fulls.items()})
+        how: Any = [{}, {"shadow": "host"}, {"atomic": False}][round_ % 3]
+        with online_reload(model, process_group=group, assert_identity=True, **how):
+            write_in_bands(model, new.parts, mine)
+        assert_unsharded_bytes(model, new, world)
+
+
+def partial_reload(rank: int, world: int) -> None:
+    """What no rank writes keeps its bytes; what one writes gets new scales on all, from new and old values."""
+    full = {k: torch.randn(64, 64, generator=torch.Generator().manual_seed(i)) for i, k in enumerate("abc")}
+    dims = {"a": 1, "b": 1, "c": 1}
+    part = {k: v.bfloat16().chunk(world, 1)[rank].contiguous() for k, v in full.items()}
+    for scheme in (fp8_per_channel, fp8_per_tensor):
+        model, group = model_of(part), Sharding(dims=dims, timeout=TIMEOUT)
+        with online_quant(scheme, model, process_group=group):
+            for name, values in part.items():
+                parameter(model, name).data.copy_(values)
+        before = {k: [p.clone() for p in parameter(model, k).parts()] for k in part}
+        old_b = parameter(model, "b").dequantize()
+        with pytest.warns(UserWarning, match=r"only a part of what shares") if rank else contextlib.nullcontext():  # noqa: SIM117
+            with online_reload(model, process_group=group, assert_identity=True) as session:
+                parameter(model, "a").data.copy_(part["a"] * 2)
+                if rank == 0:
+                    parameter(model, "b").data.copy_(part["b"] * 4)
+        assert session.report().collectives == 1
+        assert session.report().collective_bytes == 2 * 4 * (64 if scheme is fp8_per_channel else 1)
+        assert all(map(same_bytes, before["c"], parameter(model, "c").parts()))
+        whole: list[Any] = [None] * world
+        dist.all_gather_object(whole, part["b"] * 4 if rank == 0 else old_b)
+        for name, values in (("a", full["a"].bfloat16() * 2), ("b", torch.cat(whole, 1))):
+            expected = quantize(values, scheme)
+            assert same_bytes(parameter(model, name).scale, expected.scale), (name, scheme)
+            data = gathered(parameter(model, name).qdata, 1, world)
+            assert same_bytes(data, expected.qdata.view(torch.uint8)), (name, scheme)
+
+
+def a_rank_that_fails_rolls_back_all(rank: int, world: int) -> None:
+    """Whatever goes wrong, wherever: an exception, an interrupt, a NaN, an error in the last moment."""
+    full = {"a": torch.randn(48, 64).bfloat16(), "b": torch.randn(32, 64).bfloat16()}
+    model, group = model_of(full), Sharding(dims={"a": 1, "b": 0}, timeout=TIMEOUT)
+    with online_quant(fp8_per_channel, model, process_group=group):
+        for name, values in full.items():
+            parameter(model, name).data.copy_(values)
+    before = [part.clone() for p in model.parameters() for part in p.parts()]  # type: ignore[operator]
+
+    def fail(how: str) -> None:
+        if how == "exception":
+            raise ValueError("no good")
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        parameter(model, "a").data[3].copy_(torch.full((64,), float("nan")))
+
+    for bad in (0, world - 1):
+        for how, said in {"exception": "no good", "interrupt": "KeyboardInterrupt", "nan": "a.weight: nan at"}.items():
+            started = time.monotonic()
+            match = f"rank {bad} failed: {said}" if rank != bad else "" if how == "interrupt" else said
+            with pytest.raises(BaseException, match=match) as caught:  # noqa: SIM117
+                with online_reload(model, process_group=group, shadow="host" if how == "nan" else "device"):
+                    for name, values in full.items():
+                        parameter(model, name).data.copy_(values * 3)
+                    if rank == bad:
+                        fail(how)
+            assert isinstance(caught.value, QTensorError) or rank == bad
+            assert time.monotonic() - started < TIMEOUT / 2
+            now = [part for p in model.parameters() for part in p.parts()]  # type: ignore[operator]
+            assert all(map(same_bytes, before, now)), how
+
+
+def once_all_have_agreed_an_interrupt_comes_too_late(rank: int, world: int) -> None:
+    """Rank 0 is interrupted when the others may have seen that all succeeded: it commits with them, then raises."""
+    full = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model, group = model_of({"a": full}), Sharding(dims={"a": 1}, timeout=TIMEOUT)
+    with online_quant(fp8_per_channel, model, process_group=group):
+        parameter(model, "a").data.copy_(full)
+    settle = verdict.Verdict.settle
+
+    def interrupted(self: verdict.Verdict) -> None:
+        settle(self)
+        if rank == 0:
+            raise KeyboardInterrupt
+
+    verdict.Verdict.settle = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt) if rank == 0 else contextlib.nullcontext():  # noqa: SIM117
+        with online_reload(model, process_group=group):
+            parameter(model, "a").data.copy_(full * 2)
+    verdict.Verdict.settle = settle  # type: ignore[method-assign]
+    together = torch.cat([full * 2] * world, 1)
+    assert same_bytes(parameter(model, "a").scale, quantize(together, fp8_per_channel).scale)
+
+
+def the_store_does_not_fill_up(rank: int, world: int) -> None:
+    """A trainer reloads thousands of times; a reload whose scales are not split leaves one key, the next takes it."""
+    model, group = model_of({"a": torch.ones(8, 8).bfloat16()}), Sharding(dims={"a": 0}, timeout=TIMEOUT)
+    with online_quant(fp8_per_channel, model, process_group=group):
+        parameter(model, "a").data.copy_(torch.ones(8, 8))
+    store, keys = dist.distributed_c10d._get_default_store(), []
+    for _ in range(3):
+        with online_reload(model, process_group=group):
+            parameter(model, "a").data.copy_(torch.ones(8, 8))
+        dist.barrier()
+        keys.append(store.num_keys())
+        dist.barrier()
+    assert keys[1] == keys[2], keys
 
 
 def buckets_are_batched_and_stream(rank: int, world: int) -> None:
@@ -221,6 +353,10 @@ def test_two_ranks() -> None:
     spawn(
         2,
         bytes_equal_the_unsharded,
+        partial_reload,
+        a_rank_that_fails_rolls_back_all,
+        once_all_have_agreed_an_interrupt_comes_too_late,
+        the_store_does_not_fill_up,
         buckets_are_batched_and_stream,
         a_rank_that_lacks_rows_stops_all,
         a_rank_that_raises_stops_all,
@@ -231,7 +367,7 @@ def test_two_ranks() -> None:
 
 
 def test_four_ranks() -> None:
-    spawn(4, bytes_equal_the_unsharded, a_rank_that_lacks_rows_stops_all, groups_agree_for_themselves)
+    spawn(4, bytes_equal_the_unsharded, partial_reload, a_rank_that_lacks_rows_stops_all, groups_agree_for_themselves)
 
 
 def killed(rank: int, world: int, port: int) -> None:
