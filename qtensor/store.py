@@ -113,11 +113,8 @@ class QuantStore:
         if cols == (0, self._k) and not self.whole_weight:
             first = min(ceil_div(start, self._unit) * self._unit, stop)
             last = stop if stop == self._n else max(stop // self._unit * self._unit, first)
-        if (first, last) == rows:
-            self._quantize_source(e, first, last, source)
-            return
         if first < last:
-            self._quantize_source(e, first, last, source[first - start : last - start])
+            self._quantize_source(e, first, last, _rows_of(source, first - start, last - start))
         else:
             first = last = stop
         for a, b in ((start, first), (last, stop)):
