@@ -250,10 +250,10 @@ def draw(rows: dict[str, Row], path: Path) -> None:
     left.plot(stays, places, "|", color="#3b424b", markersize=13, markeredgewidth=1.6, label="stays")
     left.set_yticks(places, [CONTENDERS[name].label.replace("`", "") for name in known])
     left.invert_yaxis()
-    left.set_title("anonymous memory: peak, and what stays (mark), MB", loc="left", fontsize=9)
+    left.set_title("anonymous MB: peak, and a mark at what stays", loc="left", fontsize=9)
     spread = [[abs(row["seconds_range"][end] - row["seconds"]) for row in known.values()] for end in (0, 1)]
     right.barh(places, seconds, xerr=spread, color=colors, height=0.62, error_kw={"ecolor": "#3b424b", "capsize": 2})
-    right.set_title("load, seconds: median, lowest, highest", loc="left", fontsize=9)
+    right.set_title("load, seconds: median, lowest to highest", loc="left", fontsize=9)
     for axes in (left, right):
         axes.set_axisbelow(True)
         axes.grid(axis="x", color="#e3e7ec")
@@ -267,16 +267,17 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="processes per contender (default 5)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--vllm-python", metavar="PYTHON", help="default: .venv-vllm/bin/python, if it is there")
-    parser.add_argument("--peers-python", metavar="PYTHON", help="Python of an environment with the peers and qtensor")
+    parser.add_argument("--peers-python", metavar="PYTHON", help="default: .venv-peers/bin/python, if it is there")
     parser.add_argument("--docs", action="store_true", help="write table and picture into docs/")
     parser.add_argument("--render", action="store_true", help="measure nothing, write them from the last results")
     args = parser.parse_args()
     if args.render:
         results = json.loads((machine.RESULTS / "league.json").read_text())
     else:
-        here = ROOT / ".venv-vllm" / "bin" / "python"
-        vllm = args.vllm_python or (str(here) if here.exists() else None)
-        pythons = {"main": sys.executable, "vllm": vllm, "peers": args.peers_python}
+        pythons: dict[str, str | None] = {"main": sys.executable}
+        for environment, given in (("vllm", args.vllm_python), ("peers", args.peers_python)):
+            usual = ROOT / f".venv-{environment}" / "bin" / "python"
+            pythons[environment] = given or (str(usual) if usual.exists() else None)
         load, started = os.getloadavg(), time.perf_counter()
         results = machine.facts("torch") | {"load_average": {"before": load}}
         for python in (args.vllm_python, args.peers_python):
