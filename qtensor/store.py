@@ -198,7 +198,7 @@ class QuantStore:
             self.coverage.discard(self._box(e, (0, self._n), (0, self._k)))
         first, last = start // self._unit, ceil_div(stop, self._unit)
         units = self._state[e, first:last]
-        if (finished := units == QUANTIZED).any():
+        if (finished := (units & (QUANTIZED | _STAGED)) == QUANTIZED).any():
             for u in (np.flatnonzero(finished) + first).tolist():
                 a, b = u * self._unit, min((u + 1) * self._unit, self._n)
                 group.rows[a - group.first_row : b - group.first_row] = self._dequantized(e, a, b)
