@@ -14,11 +14,9 @@ qtensor too (`pip install llmcompressor .`): --peer is the Python of that. Witho
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -66,7 +64,7 @@ def main() -> None:
         "runs": {way: [vars(run) for run in found] for way, found in runs.items()},
     }
     if args.peer:
-        results["peer"] = peer_versions(args.peer)
+        results["peer"] = machine.versions(args.peer, "llmcompressor", "compressed-tensors", "transformers", "torch")
         share = rows["qtensor"]["peak_share"]
         ratio = rows["qtensor"]["gb_per_s"] / rows["peer"]["gb_per_s"]
         print(f"\nqtensor is {ratio:.1f} times as fast (goal 3), at a peak of {share:.1%} (goal 10 %)")
@@ -122,13 +120,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"| {row['peak_bytes'] / 1e6:.0f} | {row['peak_share']:.1%} | {row['mapped_bytes'] / 1e6:.0f} |"
         )
     return "\n".join(lines)
-
-
-def peer_versions(python: str) -> dict[str, str]:
-    names = ["llmcompressor", "compressed-tensors", "transformers", "torch"]
-    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
-    return dict(json.loads(found))
 
 
 if __name__ == "__main__":

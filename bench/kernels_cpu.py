@@ -30,6 +30,7 @@ from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, cpu_numba, reference
 from qtensor.kernels.audit import Audit
 from qtensor.kernels.formats import WeightFormat
 
+COMPILED = [fmt for fmt in FORMATS.values() if cpu_numba.has_loops(fmt)]  # the rest is plain torch
 SHAPES = [(4096, 4096), (8192, 28672)]
 QUICK_SHAPES = [(2048, 4096)]
 BATCHES = (1, 2, 4, 8, 16)
@@ -106,7 +107,7 @@ def memcpy(elements: int) -> Call:
 def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
     table = []
-    for fmt in FORMATS.values():
+    for fmt in COMPILED:
         qdata = torch.empty(shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
         ours = partial(cpu_numba.quantize_into, weight, qdata, scale, fmt)
@@ -126,7 +127,7 @@ def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]
 
 def dequantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     table = []
-    for fmt in FORMATS.values():
+    for fmt in COMPILED:
         qdata = torch.empty(shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
         cpu_numba.quantize_into(torch.randn(shape, dtype=torch.bfloat16), qdata, scale, fmt)
@@ -164,7 +165,7 @@ def linear_rows(size: int, budget: float) -> list[dict[str, Any]]:
     table = []
     dense = torch.randn(size, size, dtype=torch.bfloat16) * 0.02
     weights = {}
-    for fmt in FORMATS.values():
+    for fmt in COMPILED:
         qdata = torch.empty(dense.shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape((size, size)), dtype=torch.float32)
         cpu_numba.quantize_into(dense, qdata, scale, fmt)
@@ -197,7 +198,7 @@ def warm_up() -> dict[str, float]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         start = time.perf_counter()
         weight = torch.ones(128, 128, dtype=dtype)
-        for fmt in FORMATS.values():
+        for fmt in COMPILED:
             qdata = torch.empty(weight.shape, dtype=fmt.dtype)
             scale = torch.empty(fmt.scale_shape((128, 128)))
             cpu_numba.quantize_into(weight, qdata, scale, fmt)

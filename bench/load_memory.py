@@ -64,11 +64,11 @@ def main() -> None:
     print(f"\nwritten: {os.path.relpath(machine.save('load_memory', results))}")
 
 
-def checkpoint(gigabytes: float) -> Path:
-    folder = DATA / f"llama-{gigabytes:g}gb"
+def checkpoint(gigabytes: float, seed: int = 0) -> Path:
+    folder = DATA / (f"llama-{gigabytes:g}gb" + (f"-seed{seed}" if seed else ""))
     if not (folder / "config.json").exists():
         print(f"generating {gigabytes:g} GB of random weights in {os.path.relpath(folder)}")
-        write_checkpoint(folder, gigabytes * 1000, shard_bytes=256 << 20)
+        write_checkpoint(folder, gigabytes * 1000, shard_bytes=256 << 20, seed=seed)
     return folder
 
 
@@ -106,12 +106,12 @@ def config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def from_pretrained(folder: Path) -> nn.Module:
+def from_pretrained(folder: Path, **options: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.bfloat16} | options))
 
 
 def torchao_quantize(model: nn.Module) -> None:

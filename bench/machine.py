@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ def facts(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def versions(python: str, *packages: str) -> dict[str, str]:
+    """The versions of `packages` in another environment, of those that are installed there."""
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    found = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return {name: found[name] for name in packages if name in found}
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

@@ -1,6 +1,6 @@
 """CPU microseconds per loader call on small slices: plain tensor, qtensor, and counting before copying as vLLM does.
 
-    python bench/overhead.py [--rounds 30] [--profile]
+    python bench/overhead.py [--rounds 30] [--profile] [--docs]
 
 A loader call is the view chain and one copy_, as in `param.data[e].narrow(0, o, n).copy_(src)`; each round fills a
 fresh weight once, slice by slice. "plain" writes to an ordinary tensor and quantizes nothing. "qtensor" includes the
@@ -21,6 +21,7 @@ import pstats
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import machine
@@ -144,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="fresh weights per candidate and case (default 30)")
     parser.add_argument("--profile", action="store_true", help="profile the qtensor calls instead of timing them")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.profile:
@@ -160,6 +162,8 @@ def main() -> None:
         best = {name: min(found) for name, found in times.items()}
         rows.append({"case": case.label, **best, "over_plain": best["qtensor"] - best["plain"]})
     print(table(rows))
+    if args.docs:
+        machine.into_page(Path(__file__).parent.parent / "docs" / "benchmarks.md", "overhead", table(rows))
     results = {**machine.facts("torch", "numba"), "rounds": args.rounds, "goal_us": GOAL, "rows": rows}
     print(f"\nwritten: {os.path.relpath(machine.save('overhead', results))}")
 

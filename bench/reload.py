@@ -17,12 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import machine
-from vllm_load import Peak, make_checkpoint, resident
+from vllm_load import Peak, engine, make_checkpoint, resident
 
 METHODS = {
     "qtensor in PyTorch, atomic": ("torch", {"atomic": True}),
@@ -52,13 +52,35 @@ def measure(folder: Path, method: str) -> dict[str, Any]:
     return found
 
 
-def _tensors(folder: Path) -> Any:
+def tensors_of(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of a checkpoint, each mapped from its file when it is its turn."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 yield name, tensors.get_tensor(name)
+
+
+def copy_into(model: Any, folder: Path) -> None:
+    """`copy_` of each of a checkpoint's tensors into the parameter of its name."""
+    import torch
+
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors_of(folder):
+            params[name].copy_(tensor)
+
+
+def plain_model(folder: Path) -> Any:
+    """The bf16 model of transformers, with memory of its own instead of the file's, which transformers maps."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for param in model.parameters():
+        param.data = param.data.clone()
+    return model
 
 
 def _in_torch(folder: Path, atomic: bool) -> tuple[Callable[[], Any], int]:
@@ -71,48 +93,22 @@ def _in_torch(folder: Path, atomic: bool) -> tuple[Callable[[], Any], int]:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
     def reload() -> None:
-        with online_reload(model, atomic=atomic, on_missing="error", progress=False), torch.no_grad():
-            params = dict(model.named_parameters())
-            for name, tensor in _tensors(folder):
-                params[name].copy_(tensor)
+        with online_reload(model, atomic=atomic, on_missing="error", progress=False):
+            copy_into(model, folder)
 
     report = session.report()
     return reload, report.quantized_bytes + report.passthrough_bytes
 
 
 def _by_copy(folder: Path) -> tuple[Callable[[], Any], int]:
-    import torch
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.data = param.data.clone()  # Memory of its own, not the file's.
-
-    def reload() -> None:
-        with torch.no_grad():
-            params = dict(model.named_parameters())
-            for name, tensor in _tensors(folder):
-                params[name].copy_(tensor)
-
-    return reload, 0
+    model = plain_model(folder)
+    return lambda: copy_into(model, folder), 0
 
 
 def _in_vllm(folder: Path, quantization: str, reload: str | None = None) -> tuple[Callable[[], Any], int]:
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
     if reload is not None:
         os.environ["QTENSOR_VLLM_RELOAD"] = reload
-    from vllm import LLM
-
-    llm = LLM(
-        str(folder),
-        quantization=quantization,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="bfloat16",
-        max_model_len=128,
-        max_num_seqs=4,
-    )
+    llm = engine(folder, quantization, max_model_len=128)
     report = llm.collective_rpc("qtensor_report")[0] if reload is not None else {}
     model_bytes = report.get("quantized_bytes", 0) + report.get("passthrough_bytes", 0)
     return lambda: llm.collective_rpc("reload_weights"), model_bytes

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import machine
 
 METHODS = ("none", "fp8_per_channel", "qtensor")
 _BATCH, _PROMPT = 4, 16
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def _config(model: str) -> Any:
@@ -85,25 +87,41 @@ class Peak(threading.Thread):
         return max(self.highest, resident())
 
 
-def measure(folder: Path, method: str, tokens: int) -> dict[str, float]:
-    """One load and one decode, in this process."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
-    import gc
+def engine(folder: Path, quantization: str | None, **options: Any) -> Any:
+    """vLLM's LLM in this process, on a CPU, eager, for prompts of token ids."""
+    os.environ.update(_ENVIRONMENT)
+    from vllm import LLM
 
-    import torch
-    from vllm import LLM, SamplingParams
+    settings = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "bfloat16", "max_num_seqs": _BATCH}
+    return LLM(str(folder), quantization=quantization, **settings, **options)
+
+
+def around_load(load: Callable[[Callable[[], Any]], Any]) -> None:
+    """From now on vLLM's loading of a model is `load(inner)`, which has to call inner() and return its result."""
+    os.environ.update(_ENVIRONMENT)  # Before vLLM is imported.
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    found: dict[str, float] = {}
     inner = CPUModelRunner.load_model
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(lambda: inner(self, *args, **kwargs))
+
+    CPUModelRunner.load_model = load_model
+
+
+def measure(folder: Path, method: str, tokens: int) -> dict[str, float]:
+    """One load and one decode, in this process."""
+    import gc
+
+    found: dict[str, float] = {}
+
+    def load(inner: Callable[[], Any]) -> Any:
         gc.collect()
         before = resident()
         watch = Peak()
         watch.start()
         start = time.perf_counter()
-        result = inner(self, *args, **kwargs)
+        result = inner()
         found["load_s"] = time.perf_counter() - start
         found["peak_mib"] = (watch.stop() - before) / 2**20
         gc.collect()
@@ -111,16 +129,11 @@ def measure(folder: Path, method: str, tokens: int) -> dict[str, float]:
         found["peak_over_stays"] = found["peak_mib"] / found["stays_mib"]
         return result
 
-    CPUModelRunner.load_model = load_model
-    llm = LLM(
-        str(folder),
-        quantization=None if method == "none" else method,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="bfloat16",
-        max_model_len=256,
-        max_num_seqs=_BATCH,
-    )
+    around_load(load)
+    import torch
+    from vllm import SamplingParams
+
+    llm = engine(folder, None if method == "none" else method, max_model_len=256)
     prompts = [{"prompt_token_ids": torch.randint(3, 4000, (_PROMPT,)).tolist()} for _ in range(_BATCH)]
 
     def generate(count: int) -> float:

@@ -222,13 +222,13 @@ def build(config: dict[str, Any]) -> LlamaShape:
         return LlamaShape(**{name: config[name] for name in sizes}).to(torch.bfloat16)
 
 
-def write_checkpoint(folder: Path, megabytes: float, shard_bytes: int = 128 << 20) -> int:
+def write_checkpoint(folder: Path, megabytes: float, shard_bytes: int = 128 << 20, seed: int = 0) -> int:
     """A sharded safetensors checkpoint of about `megabytes` with config.json, as transformers reads it. Its bytes."""
     from safetensors.torch import save_file
 
     config = _config(megabytes)
     shapes = {name: tensor.shape for name, tensor in build(config).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shards: list[dict[str, torch.Tensor]] = [{}]
     index: dict[str, str] = {}
     held = total = 0
