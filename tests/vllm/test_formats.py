@@ -191,7 +191,7 @@ def test_native(load_format: str, record: Callable[..., None]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "fp8_per_channel"])
 def test_native_tensorizer(quantization: str | None, record: Callable[..., None]) -> None:
-    """vLLM's tensorizer loader leaves out `process_weights_after_loading`: on a CPU what it loads has no product to call,
+    """vLLM's tensorizer loader leaves out `process_weights_after_loading`: on a CPU what it loads cannot be multiplied,
     quantized or not. The plugin makes up for that. Should vLLM do so one day, tell docs/vllm.md."""
     _need_package("tensorizer")
     folder, options = FORMATS["tensorizer"]("llama")
