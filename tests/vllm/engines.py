@@ -65,7 +65,7 @@ def engine(folder: Path, quantization: str | None, **options: Any) -> Iterator[L
         gc.collect()
 
 
-def load_error(folder: Path, quantization: str = "qtensor", **options: Any) -> Exception:
+def load_error(folder: Path, quantization: str | None = "qtensor", **options: Any) -> Exception:
     """The error that loading ends with. Fails if it loads."""
     try:
         with engine(folder, quantization, **options):
