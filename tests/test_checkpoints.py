@@ -43,6 +43,7 @@ from qtensor import (
 )
 from qtensor.checkpoint import inspect_checkpoint, problems, quantize_checkpoint
 from qtensor.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, quantization_config
+from qtensor.checkpoint.pretrained import transformers_asks
 from qtensor.scheme import SCHEMES as NAMED
 
 SCHEMES = tuple(dict.fromkeys(NAMED.values()))
@@ -68,6 +69,10 @@ CONFIGS = {
     "tied": LlamaConfig(**COMMON, intermediate_size=256, tie_word_embeddings=True),
     "mixtral": MixtralConfig(**COMMON, intermediate_size=128, num_local_experts=4),
 }
+
+reads_quantized = pytest.mark.skipif(
+    not transformers_asks(), reason="from_pretrained of quantized checkpoints needs transformers 5.21 or newer"
+)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -168,6 +173,7 @@ def test_what_is_saved_is_what_is_loaded_and_saved_again(tmp_path_factory, shape
     assert problems(one) == []
 
 
+@reads_quantized
 @pytest.mark.parametrize(
     ("name", "scheme"), [(n, s) for n in CONFIGS for s in (FP8_SCHEMES if n == "tied" else SCHEMES)], ids=str
 )
@@ -208,6 +214,7 @@ def test_a_model_that_waits_for_its_loader_takes_a_checkpoint(sources, tmp_path)
     assert_same_weights(model, fresh)
 
 
+@reads_quantized
 def test_schemes_may_differ_by_layer(sources, tmp_path):
     targets = {
         "*.self_attn.*": fp8_per_channel,
@@ -293,6 +300,7 @@ def test_global_scales_survive_being_stored_as_divisors():
 
 
 # No mixtral in mxfp8 and nvfp4: transformers decodes experts as if they had neither groups of 32 nor a global scale.
+@reads_quantized
 @pytest.mark.parametrize(
     ("name", "scheme", "format"),
     [
@@ -324,6 +332,7 @@ def test_files_are_those_that_safetensors_would_write(scheme, sources, tmp_path)
     assert (tmp_path / "theirs.safetensors").read_bytes() == file.read_bytes()
 
 
+@reads_quantized
 def test_llm_compressors_bf16_scales_are_read(sources, tmp_path):
     """compressed-tensors keeps scales in the weight's dtype; their values are what counts."""
     folder = save_checkpoint(load_online(sources["llama"], fp8), tmp_path / "theirs")
@@ -336,6 +345,7 @@ def test_llm_compressors_bf16_scales_are_read(sources, tmp_path):
         assert torch.equal(weight.scale, rounded[f"{name}_scale"].float())
 
 
+@reads_quantized
 @pytest.mark.parametrize(
     ("scheme", "fate"), [(fp8_per_tensor, "rounds to the largest scale"), (nvfp4, "wrong for the others")], ids=str
 )
@@ -361,6 +371,15 @@ def test_a_packed_checkpoint_is_inspected_by_the_weights_own_shape(sources, tmp_
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_transformers_that_casts_what_it_reads_is_refused(sources, tmp_path, monkeypatch):
+    """Before 5.21 it casts fp8 values to bfloat16 as it reads them, and 5.0 drops the scales with a warning."""
+    folder = save_checkpoint(load_online(sources["llama"], fp8), tmp_path / "saved")
+    if transformers_asks():
+        monkeypatch.delattr("transformers.quantizers.base.HfQuantizer.get_new_dtype")
+    with pytest.raises(CheckpointError, match=r"needs transformers 5\.21 or newer.*load_checkpoint"):
+        load_online(folder, fp8)
 
 
 def linear(scheme: Any = fp8) -> nn.Module:

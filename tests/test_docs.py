@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qtensor
+from qtensor.checkpoint.pretrained import transformers_asks
 from qtensor.scheme import SCHEMES
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,8 @@ RUNNABLE = [p for p in PAGES if blocks(p, "python") and p.name not in WITH_VLLM]
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: p.name)
 def test_python_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+    if page.name == "checkpoints.md" and not transformers_asks():
+        pytest.skip("from_pretrained of quantized checkpoints needs transformers 5.21 or newer")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     namespace = {"__name__": "__main__"}

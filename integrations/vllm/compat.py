@@ -229,6 +229,12 @@ def process_again(layer: nn.Module) -> None:
         experts.process_weights_after_loading(layer)
 
 
+def embedding_name(model: nn.Module, embedding: nn.Module) -> str:
+    """The name of an embedding in a model that is being built. In 0.30 an embedding does not know it yet."""
+    known: str = getattr(embedding, "prefix", "")
+    return known or next((name for name, module in model.named_modules() if module is embedding), "the embedding")
+
+
 def attention_layers(model: nn.Module) -> list[Any]:
     """The layers that vLLM processes after all others, because they absorb weights of others."""
     try:

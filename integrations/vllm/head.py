@@ -16,6 +16,7 @@ from qtensor.errors import QTensorError
 from qtensor.quantized import QTensor
 from qtensor.scheme import SCHEMES
 
+from . import compat
 from .compute import CpuLinear, _define
 from .linear import QTensorLinearMethod
 
@@ -38,7 +39,7 @@ class QTensorHeadMethod(QTensorLinearMethod):
                 f"{self.prefix}: this output head is tied to the embedding, which a GPU's fp8 kernels cannot look up; "
                 "leave the option lm_head out"
             )
-        name = getattr(embed_tokens, "prefix", "") or "the embedding"
+        name = compat.embedding_name(self.load.root, embed_tokens)
         method = QTensorEmbeddingMethod(self.config, name, self.scheme)
         weight = embed_tokens._parameters.pop("weight")
         self.load.disarm(layer, "weight")

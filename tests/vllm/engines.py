@@ -65,7 +65,7 @@ def engine(folder: Path, quantization: str | None, **options: Any) -> Iterator[L
         gc.collect()
 
 
-def load_error(folder: Path, quantization: str = "qtensor", **options: Any) -> Exception:
+def load_error(folder: Path, quantization: str | None = "qtensor", **options: Any) -> Exception:
     """The error that loading ends with. Fails if it loads."""
     try:
         with engine(folder, quantization, **options):
@@ -103,12 +103,20 @@ def look(llm: LLM, *, keep_tensors: bool = False, lora: Any = None) -> Seen:
     if hasattr(llm.llm_engine.vllm_config.quant_config, "choice"):
         reports = llm.collective_rpc("qtensor_report")[0]
     tensors = llm.apply_model(runtime_tensors)[0]
-    weights = {name: (tuple(t.shape), digest(t)) for name, t in tensors.items()}
-    seen = Seen(tokens, torch.cat(first).log_softmax(-1), weights, reports)
+    seen = Seen(tokens, torch.cat(first).log_softmax(-1), _digests(tensors), reports)
     if keep_tensors:
         seen.tensors = tensors
         seen.state = llm.apply_model(lambda model: {n: t.detach().clone() for n, t in model.state_dict().items()})[0]
     return seen
+
+
+def weights_of(llm: LLM) -> dict[str, tuple[tuple[int, ...], str]]:
+    """What `look` calls weights, of an engine that need not be able to generate."""
+    return _digests(llm.apply_model(runtime_tensors)[0])
+
+
+def _digests(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(t.shape), digest(t)) for name, t in tensors.items()}
 
 
 def runtime_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -145,6 +145,20 @@ def test_versions() -> None:
         assert "0.28 to 0.33" in problem
 
 
+def test_other_versions_get_a_sentence_and_no_method() -> None:
+    code = (
+        "import qtensor.integrations.vllm as q\n"
+        "from qtensor.integrations.vllm import compat\n"
+        "from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS\n"
+        "compat.vllm_version = lambda: '0.34.0'\n"
+        "q.register()\n"
+        "print([name for name in QUANTIZATION_METHODS if 'qtensor' in name])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "works with vLLM 0.28 to 0.33, and this is vLLM 0.34.0" in out.stdout + out.stderr
+    assert out.stdout.strip().splitlines()[-1] == "[]"
+
+
 def test_cheap_when_unused() -> None:
     """Registering loads no kernels: numba and the model code stay out of processes that do not quantize."""
     code = (

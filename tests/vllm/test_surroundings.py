@@ -169,3 +169,21 @@ def test_pipeline_stages() -> None:
     assert {name: digest(tensor) for stage in stages for name, tensor in stage.items()} == {
         name: sha for name, (_, sha) in whole.items()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("quantization", [None, "qtensor"])
+def test_ray_is_refused_on_a_cpu(quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM itself, before a worker starts. A load in the same process is whole afterwards. Should the CPU platform
+    take Ray one day: compare the ranks' bytes, as with two ranks above, and tell docs/vllm.md."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # A cluster of its own, whatever else runs here.
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    try:
+        error = load_error(checkpoint("llama"), quantization, **options)
+    finally:
+        ray.shutdown()
+    assert "platform cpu does not support ray" in str(error)
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        assert mistakes(tensors_of(checkpoint("llama")), llm.apply_model(runtime_tensors)[0], "fp8_per_channel") == []
