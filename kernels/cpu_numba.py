@@ -17,7 +17,7 @@ import torch
 
 from . import reference
 from .audit import Audit
-from .cpu_rows import PIECE, Array, adjacent, flat_rows, share, slabs
+from .cpu_rows import PIECE, Array, adjacent, as_array, flat_rows, share, slabs
 from .formats import SOURCE_DTYPES, NonFinite, WeightFormat, ceil_div
 
 LINEAR_BATCH = 16  # Beyond this many rows of x, dequantizing bands and multiplying those is faster.
@@ -351,7 +351,7 @@ def _dequantize_groups(
     def work(start: int, stop: int) -> None:
         for chunk in reference.row_chunks(stop - start, cols, 1, PIECE):
             top, bottom = start + chunk.start, start + chunk.stop
-            steps = reference.step_of(scale[top:bottom], fmt, global_scale).contiguous().view(-1).numpy()
+            steps = as_array(reference.step_of(scale[top:bottom], fmt, global_scale).contiguous().view(-1))
             jit.decode_groups(
                 element,
                 codes[top * codes_stride :],

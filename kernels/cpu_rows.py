@@ -45,11 +45,14 @@ def flat_rows(matrix: torch.Tensor) -> tuple[Array, int]:
     rows, cols = matrix.shape
     stride = matrix.stride(0)
     flat = matrix.detach().as_strided((max(0, (rows - 1) * stride + cols),), (1,))
-    # `numpy()` fixes the size of a storage for good, and FSDP frees gathered weights by resizing theirs: this one is
-    # another storage, of the same memory.
-    alias = from_dlpack(to_dlpack(flat.view(_BITS.get(matrix.dtype, matrix.dtype))))
-    array: Array = alias.numpy()
-    return array, stride
+    return as_array(flat.view(_BITS.get(matrix.dtype, matrix.dtype))), stride
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The memory of a tensor. `numpy()` fixes the size of a storage for good, and FSDP frees gathered weights by resizing
+    theirs: this array is of another storage, of the same memory."""
+    array: Array = from_dlpack(to_dlpack(tensor)).numpy()
+    return array
 
 
 def slabs(source: torch.Tensor, unit: int) -> Iterator[tuple[int, torch.Tensor]]:
