@@ -49,8 +49,8 @@ def flat_rows(matrix: torch.Tensor) -> tuple[Array, int]:
 
 
 def as_array(tensor: torch.Tensor) -> Array:
-    """The memory of a tensor. `numpy()` fixes the size of a storage for good, and FSDP frees gathered weights by resizing
-    theirs: this array is of another storage, of the same memory."""
+    """The memory of a tensor. `numpy()` fixes the size of a storage for good, and FSDP frees gathered weights by
+    resizing theirs: this array is of another storage, of the same memory."""
     array: Array = from_dlpack(to_dlpack(tensor)).numpy()
     return array
 
