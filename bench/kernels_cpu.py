@@ -1,6 +1,6 @@
 """CPU kernels beside what people do without them: quantize, dequantize and the small-batch linear, one run, one table.
 
-    python bench/kernels_cpu.py [--quick] [--shapes 4096x4096 ...] [--out bench/results/kernels_cpu.json]
+    python bench/kernels_cpu.py [--quick] [--grouped] [--shapes 4096x4096 ...] [--out bench/results/kernels_cpu.json]
 
 GB/s counts bytes of the high-precision side: read when quantizing, written when dequantizing. "of memcpy" sets the time
 beside that of a torch copy which reads and writes as many bytes as the kernel must move at least, 3 per bf16 element.
@@ -30,7 +30,7 @@ from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, cpu_numba, reference
 from qtensor.kernels.audit import Audit
 from qtensor.kernels.formats import WeightFormat
 
-COMPILED = [fmt for fmt in FORMATS.values() if cpu_numba.has_loops(fmt)]  # the rest is plain torch
+FUSED = [fmt for fmt in FORMATS.values() if cpu_numba.is_fused(fmt)]
 SHAPES = [(4096, 4096), (8192, 28672)]
 QUICK_SHAPES = [(2048, 4096)]
 BATCHES = (1, 2, 4, 8, 16)
@@ -107,7 +107,7 @@ def memcpy(elements: int) -> Call:
 def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
     table = []
-    for fmt in COMPILED:
+    for fmt in FUSED:
         qdata = torch.empty(shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
         ours = partial(cpu_numba.quantize_into, weight, qdata, scale, fmt)
@@ -127,7 +127,7 @@ def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]
 
 def dequantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     table = []
-    for fmt in COMPILED:
+    for fmt in FUSED:
         qdata = torch.empty(shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
         cpu_numba.quantize_into(torch.randn(shape, dtype=torch.bfloat16), qdata, scale, fmt)
@@ -139,6 +139,28 @@ def dequantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any
         if fmt.granularity != "block":
             calls["naive torch"] = partial(naive_dequantize, qdata, scale)
         table += rows_of("dequantize " + fmt.name, shape, calls, budget)
+    return table
+
+
+def grouped_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
+    """The formats that are not fused, both ways."""
+    table = []
+    weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+    for fmt in (fmt for fmt in FORMATS.values() if fmt not in FUSED):
+        qdata = torch.empty(fmt.qdata_shape(shape), dtype=fmt.dtype)
+        scale = torch.empty(fmt.scale_shape(shape), dtype=fmt.scale_dtype)
+        whole = torch.empty(1) if fmt.has_global_scale else None
+        out = torch.empty_like(weight)
+        backends = {"qtensor numba": cpu_numba, "qtensor torch reference": reference}
+        quantize: dict[str, Call] = {
+            name: partial(b.quantize_into, weight, qdata, scale, fmt, global_scale=whole)
+            for name, b in backends.items()
+        }
+        table += rows_of("quantize " + fmt.name, shape, quantize, budget)
+        dequantize: dict[str, Call] = {
+            name: partial(b.dequantize, qdata, scale, fmt, torch.bfloat16, out, whole) for name, b in backends.items()
+        }
+        table += rows_of("dequantize " + fmt.name, shape, dequantize, budget)
     return table
 
 
@@ -165,7 +187,7 @@ def linear_rows(size: int, budget: float) -> list[dict[str, Any]]:
     table = []
     dense = torch.randn(size, size, dtype=torch.bfloat16) * 0.02
     weights = {}
-    for fmt in COMPILED:
+    for fmt in FUSED:
         qdata = torch.empty(dense.shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape((size, size)), dtype=torch.float32)
         cpu_numba.quantize_into(dense, qdata, scale, fmt)
@@ -198,7 +220,7 @@ def warm_up() -> dict[str, float]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         start = time.perf_counter()
         weight = torch.ones(128, 128, dtype=dtype)
-        for fmt in COMPILED:
+        for fmt in FUSED:
             qdata = torch.empty(weight.shape, dtype=fmt.dtype)
             scale = torch.empty(fmt.scale_shape((128, 128)))
             cpu_numba.quantize_into(weight, qdata, scale, fmt)
@@ -251,6 +273,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=8.0, help="seconds per group of candidates")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="weights to quantize")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--grouped", action="store_true", help="only the formats of groups and integers")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -259,9 +282,12 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     first_call = warm_up()
     table: list[dict[str, Any]] = []
-    for shape in args.shapes or (QUICK_SHAPES if args.quick else SHAPES):
-        table += quantize_rows(shape, budget) + dequantize_rows(shape, budget)
-    table += linear_rows(1024 if args.quick else 4096, budget)
+    shapes = args.shapes or (QUICK_SHAPES if args.quick else SHAPES)
+    if not args.grouped:
+        for shape in shapes:
+            table += quantize_rows(shape, budget) + dequantize_rows(shape, budget)
+        table += linear_rows(1024 if args.quick else 4096, budget)
+    table += grouped_rows(shapes[0], budget)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
