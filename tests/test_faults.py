@@ -178,18 +178,6 @@ def fault(name: str, doors: list[str]) -> Callable:
     return register
 
 
-def _tensor_at(path: Path, name: str) -> int:
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    return int(8 + size + json.loads(raw[8 : 8 + size])[name]["data_offsets"][0])
-
-
-def _edit(path: Path, at: int, change: Callable[[int], int]) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[at] = change(raw[at])
-    path.write_bytes(raw)
-
-
 fault("file cut in half", READERS)(faults.cut)
 fault("bits flipped in the header", FROM_SAFETENSORS)(faults.flip_header)
 fault("bits flipped to NaN", FROM_SAFETENSORS)(faults.flip_to_nan)
