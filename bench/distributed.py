@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import time
 from pathlib import Path
@@ -54,14 +53,7 @@ def main() -> None:
     path = checkpoint(layers)
     rows: list[dict[str, Any]] = []
     for world in args.ranks:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        torch.multiprocessing.spawn(
-            work, args=(world, port, str(path), layers, args.scheme, args.repeat, queue), nprocs=world
-        )
-        rows += queue.get()
+        rows += machine.on_ranks(work, world, str(path), layers, args.scheme, args.repeat)
     print(table(rows))
     results = {
         **machine.facts("torch", "safetensors", "numba"),
@@ -110,9 +102,7 @@ def load(model: nn.Module, path: str, rank: int, world: int) -> None:
             param.data.copy_(piece[span] if dim == 0 else piece[:, span])
 
 
-def work(rank: int, world: int, port: int, path: str, layers: int, scheme: str, repeat: int, queue: Any) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def work(rank: int, world: int, path: str, layers: int, scheme: str, repeat: int) -> list[dict[str, Any]]:
     dims = {f"re:.*\\.{name}\\.weight": dim for name, (_, _, dim) in SHAPES.items()}
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(repeat + 1):  # the first warms up
@@ -134,15 +124,12 @@ def work(rank: int, world: int, port: int, path: str, layers: int, scheme: str, 
             dist.all_gather_object(everyone, found)
             if turn:
                 runs[way].append({key: max(one[key] for one in everyone) for key in found})
-    if rank == 0:
-        plain = statistics.median(run["seconds"] for run in runs["bf16"])
-        rows = []
-        for way in WAYS:
-            seconds = statistics.median(run["seconds"] for run in runs[way])
-            rows.append({"ranks": world, "way": way, **runs[way][-1], "seconds": seconds, "ratio": seconds / plain})
-        queue.put(rows)
-    dist.barrier()
-    dist.destroy_process_group()
+    plain = statistics.median(run["seconds"] for run in runs["bf16"])
+    rows = []
+    for way in WAYS:
+        seconds = statistics.median(run["seconds"] for run in runs[way])
+        rows.append({"ranks": world, "way": way, **runs[way][-1], "seconds": seconds, "ratio": seconds / plain})
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:

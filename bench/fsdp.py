@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 from typing import Any
 
 import machine
@@ -58,12 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for world in args.ranks:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        torch.multiprocessing.spawn(work, args=(world, port, args.layers, queue), nprocs=world)
-        rows += queue.get()
+        rows += machine.on_ranks(work, world, args.layers)
     print("| ranks | weights | bytes per rank | of bf16 |\n| --- | --- | ---: | ---: |")
     for row in rows:
         share = row["bytes"] / rows[0]["bytes"] * row["ranks"] / rows[0]["ranks"]
@@ -72,9 +66,7 @@ def main() -> None:
     print(f"\nwritten: {os.path.relpath(machine.save('fsdp', results))}")
 
 
-def work(rank: int, world: int, port: int, layers: int, queue: Any) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def work(rank: int, world: int, layers: int) -> list[dict[str, Any]]:
     mesh = init_device_mesh("cpu", (world,))
     rows = []
     for way in WAYS:
@@ -89,10 +81,7 @@ def work(rank: int, world: int, port: int, layers: int, queue: Any) -> None:
         with torch.no_grad():
             model(torch.ones(1, HIDDEN).bfloat16())
         rows.append({"ranks": world, "way": way, "bytes": counted.given})
-    if rank == 0:
-        queue.put(rows)
-    dist.barrier()
-    dist.destroy_process_group()
+    return rows
 
 
 if __name__ == "__main__":

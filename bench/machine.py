@@ -1,4 +1,4 @@
-"""What every result file of a CPU bench says about the machine and the versions it was measured with."""
+"""What the CPU benches share: what a result file says about machine and versions, tables in pages, a group of ranks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,30 @@ def versions(python: str, *packages: str) -> dict[str, str]:
     code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     found = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     return {name: found[name] for name in packages if name in found}
+
+
+def on_ranks(work: Callable[..., Any], world: int, *args: Any) -> Any:
+    """What rank 0 returns of work(rank, world, *args), run by as many processes of one gloo group."""
+    import torch
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_on_rank, args=(work, world, port, args, queue), nprocs=world)
+    return queue.get()
+
+
+def _on_rank(rank: int, work: Callable[..., Any], world: int, port: int, args: tuple[Any, ...], queue: Any) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    found = work(rank, world, *args)
+    if rank == 0:
+        queue.put(found)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def save(name: str, results: dict[str, Any]) -> Path:
