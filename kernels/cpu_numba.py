@@ -96,9 +96,10 @@ def dequantize(
             dequantize(qdata[e], scale[e], fmt, dtype, out[e], None if global_scale is None else global_scale[e])
         return out
     qdata = qdata if adjacent(qdata) else qdata.contiguous()
-    target = out if adjacent(out) else torch.empty(out.shape, dtype=out.dtype)
+    target = out if adjacent(out) else torch.empty(out.shape, dtype=out.dtype, device="cpu")
     if not is_fused(fmt):
-        _dequantize_groups(qdata, scale, fmt, target, global_scale)
+        scale, global_scale = scale.detach(), None if global_scale is None else global_scale.detach()
+        share(out.shape[0], out.numel(), functools.partial(_decode_rows, qdata, scale, fmt, target, global_scale))
         return out if target is out else out.copy_(target)
     rows, cols = qdata.shape
     down = rows if fmt.granularity == "tensor" else fmt.block[0]
@@ -121,8 +122,8 @@ def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tenso
         return reference.quantize_activation(x, fmt)
     rows, cols = x.shape
     group = fmt.block[1] if fmt.granularity == "block" else cols
-    q = torch.empty((rows, cols), dtype=fmt.dtype)
-    scale = torch.empty((rows, ceil_div(cols, group)), dtype=torch.float32)
+    q = torch.empty((rows, cols), dtype=fmt.dtype, device="cpu")
+    scale = torch.empty((rows, ceil_div(cols, group)), dtype=torch.float32, device="cpu")
     x = x if adjacent(x) else x.contiguous()
     _run_groups(x, q, scale, group, False, Audit())
     return q, scale
@@ -148,9 +149,9 @@ def linear(
     if qdata.numel() == 0 or x.dtype not in SOURCE_DTYPES or not in_registers:
         return reference.linear(x, qdata, scale, fmt, bias, global_scale, dequantize, _TILE)
     padded = 1 if batch == 1 else 4 if batch <= 4 else 8 * ceil_div(batch, 8)
-    x32 = torch.zeros((padded, cols + _X_PADDING), dtype=torch.float32)
+    x32 = torch.zeros((padded, cols + _X_PADDING), dtype=torch.float32, device="cpu")
     x32[:batch, :cols] = x
-    out = torch.empty((padded, rows), dtype=torch.float32)
+    out = torch.empty((padded, rows), dtype=torch.float32, device="cpu")
     codes, codes_stride = flat_rows(qdata)
     values, x_stride = flat_rows(x32)
     sums, sums_stride = flat_rows(out)
@@ -258,12 +259,12 @@ def _quantize_matrix(
     source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, audit: Audit, amax: int
 ) -> None:
     """Quantize one matrix; `amax` is as `_amax` gives it and used per tensor only."""
-    target = qdata if adjacent(qdata) else torch.empty(qdata.shape, dtype=qdata.dtype)
+    target = qdata if adjacent(qdata) else torch.empty(qdata.shape, dtype=qdata.dtype, device="cpu")
     unit = fmt.block[0]
     # Written to a tensor of our own first: a loop over its rows need not know the strides of `scale`.
-    scales = torch.empty(scale.shape, dtype=torch.float32)
+    scales = torch.empty(scale.shape, dtype=torch.float32, device="cpu")
     if fmt.granularity == "tensor":
-        scales.copy_(fmt.scale_from_amax(torch.tensor(amax, dtype=torch.int32).view(torch.float32)))
+        scales.copy_(fmt.scale_from_amax(torch.tensor(amax, dtype=torch.int32, device="cpu").view(torch.float32)))
     flat_scales = scales.view(-1, scales.shape[-1])
     for first, slab in slabs(source, unit):
         codes = target[first : first + slab.shape[0]]
@@ -287,85 +288,82 @@ def _quantize_groups(
     global_scale: torch.Tensor | None,
 ) -> None:
     """Quantize one finite matrix of a format that is not fused; `amax` is as `_amax` gives it."""
-    jit, cols = _jit(), source.shape[1]
-    element, group = _element(fmt), fmt.block[1] if fmt.granularity == "group" else cols
-    target = qdata if adjacent(qdata) else torch.empty(qdata.shape, dtype=qdata.dtype)
-    stored = torch.empty(scale.shape, dtype=scale.dtype)
+    target = qdata if adjacent(qdata) else torch.empty(qdata.shape, dtype=qdata.dtype, device="cpu")
+    stored = torch.empty(scale.shape, dtype=scale.dtype, device="cpu")
     scales = (stored.view(torch.uint8) if scale.dtype.itemsize == 1 else stored).view(-1, scale.shape[-1])
     gain = None
     if global_scale is not None:
-        gain = fmt.gain_from_amax(torch.tensor(amax, dtype=torch.int32).view(torch.float32))
+        gain = fmt.gain_from_amax(torch.tensor(amax, dtype=torch.int32, device="cpu").view(torch.float32))
         global_scale.copy_(1.0 / gain)
-    inverse_gain = None if gain is None else 1.0 / gain
     for first, slab in slabs(source, 1):
-        values, stride = flat_rows(slab)
-        codes, codes_stride = flat_rows(target[first : first + slab.shape[0]])
-        rows_out = scales[first : first + slab.shape[0]].numpy()
-
-        def work(
-            start: int,
-            stop: int,
-            values: Array = values,
-            stride: int = stride,
-            codes: Array = codes,
-            codes_stride: int = codes_stride,
-            rows_out: Array = rows_out,
-        ) -> None:
-            for rows in reference.row_chunks(stop - start, cols, 1, PIECE):
-                top, bottom = start + rows.start, start + rows.stop
-                most = torch.empty((bottom - top, scale.shape[-1]))
-                jit.amax_groups(values[top * stride :], stride, cols, group, most.view(-1).numpy(), 0, bottom - top)
-                new = reference.scale_of(most, fmt, source.dtype, gain)
-                rows_out[top:bottom] = (new.view(torch.uint8) if new.dtype.itemsize == 1 else new).numpy()
-                steps = reference.step_of(new, fmt, inverse_gain).contiguous().view(-1).numpy()
-                jit.encode_groups(
-                    element,
-                    fmt.divides,
-                    values[top * stride :],
-                    stride,
-                    codes[top * codes_stride :],
-                    codes_stride,
-                    cols,
-                    group,
-                    steps,
-                    0,
-                    bottom - top,
-                )
-
+        rows = slice(first, first + slab.shape[0])
+        work = functools.partial(_encode_rows, slab, target[rows], scales[rows], fmt, gain)
         share(slab.shape[0], slab.numel(), work)
     scale.copy_(stored)
     if target is not qdata:
         qdata.copy_(target)
 
 
-def _dequantize_groups(
-    qdata: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, out: torch.Tensor, global_scale: torch.Tensor | None
+def _encode_rows(
+    source: torch.Tensor,
+    qdata: torch.Tensor,
+    scales: torch.Tensor,
+    fmt: WeightFormat,
+    gain: torch.Tensor | None,
+    start: int,
+    stop: int,
 ) -> None:
-    """Into an `adjacent` matrix, of a format that is not fused."""
-    jit, (rows, cols) = _jit(), out.shape
-    element, group = _element(fmt), fmt.block[1] if fmt.granularity == "group" else cols
-    codes, codes_stride = flat_rows(qdata)
-    values, values_stride = flat_rows(out)
-    scale, global_scale = scale.detach(), None if global_scale is None else global_scale.detach()
+    """Rows start..stop, in bands that stay in cache. `scales` are those to store, one byte as uint8."""
+    jit, cols = _jit(), source.shape[1]
+    (values, stride), (codes, codes_stride) = flat_rows(source), flat_rows(qdata)
+    stored = as_array(scales)  # This thread may not write to a tensor that was made under inference mode.
+    for band in reference.row_chunks(stop - start, cols, 1, PIECE):
+        rows, count = slice(start + band.start, start + band.stop), band.stop - band.start
+        here, codes_here = values[rows.start * stride :], codes[rows.start * codes_stride :]
+        amax = torch.empty((count, scales.shape[1]), dtype=torch.float32, device="cpu")
+        jit.amax_groups(here, stride, cols, _group(fmt, cols), as_array(amax.view(-1)), 0, count)
+        new = reference.scale_of(amax, fmt, source.dtype, gain)
+        stored[rows] = as_array(new.view(scales.dtype))
+        steps = reference.step_of(new, fmt, None if gain is None else 1.0 / gain).reshape(-1)
+        jit.encode_groups(
+            _element(fmt),
+            fmt.divides,
+            here,
+            stride,
+            codes_here,
+            codes_stride,
+            cols,
+            _group(fmt, cols),
+            as_array(steps),
+            0,
+            count,
+        )
 
-    def work(start: int, stop: int) -> None:
-        for chunk in reference.row_chunks(stop - start, cols, 1, PIECE):
-            top, bottom = start + chunk.start, start + chunk.stop
-            steps = as_array(reference.step_of(scale[top:bottom], fmt, global_scale).contiguous().view(-1))
-            jit.decode_groups(
-                element,
-                codes[top * codes_stride :],
-                codes_stride,
-                values[top * values_stride :],
-                values_stride,
-                cols,
-                group,
-                steps,
-                0,
-                bottom - top,
-            )
 
-    share(rows, out.numel(), work)
+def _decode_rows(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    out: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    start: int,
+    stop: int,
+) -> None:
+    """Rows start..stop of a format that is not fused, into `out`; both are `adjacent`."""
+    jit, cols = _jit(), out.shape[1]
+    (codes, codes_stride), (values, stride) = flat_rows(qdata), flat_rows(out)
+    for band in reference.row_chunks(stop - start, cols, 1, PIECE):
+        rows, count = slice(start + band.start, start + band.stop), band.stop - band.start
+        steps = as_array(reference.step_of(scale[rows], fmt, global_scale).reshape(-1))
+        here, codes_here = values[rows.start * stride :], codes[rows.start * codes_stride :]
+        jit.decode_groups(
+            _element(fmt), codes_here, codes_stride, here, stride, cols, _group(fmt, cols), steps, 0, count
+        )
+
+
+def _group(fmt: WeightFormat, cols: int) -> int:
+    """How many columns share a scale."""
+    return fmt.block[1] if fmt.granularity == "group" else cols
 
 
 def _element(fmt: WeightFormat) -> int:

@@ -141,7 +141,7 @@ def _quantize_matrix(
             gain = fmt.gain_from_amax(amax)
             global_scale.copy_(1.0 / gain)
     elif source.numel() == 0:
-        scale.copy_(fmt.scale_from_amax(torch.zeros(scale.shape, device=scale.device)))
+        scale.copy_(fmt.scale_from_amax(torch.zeros_like(scale, dtype=torch.float32)))
     for chunk in row_chunks(rows, cols, fmt.block[0]):
         x = source[chunk].float()
         chunk_scale = scale[fmt.scale_rows(chunk.start, chunk.stop)]

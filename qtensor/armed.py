@@ -335,7 +335,7 @@ class ArmedWeight:
             store = self._open_store()
             missing = self.coverage.missing()
             if policy == "zero":
-                zero = torch.zeros((), dtype=self.dtype)
+                zero = torch.zeros((), dtype=self.dtype, device="cpu")
                 for box in missing:
                     view = self._view(box)
                     store.write(view, zero.expand(view.size))

@@ -141,7 +141,7 @@ class CopyCounter(TorchDispatchMode):
     def _cover_shared(self, entry: _Entry, view: View, last: int) -> None:
         """A write to memory laid out unlike the tensor: a flat buffer of several weights, or a transposed one."""
         first = min(view.offset, 0)
-        flat = torch.zeros(max(last, entry.coverage.numel - 1) - first + 1, dtype=torch.bool)
+        flat = torch.zeros(max(last, entry.coverage.numel - 1) - first + 1, dtype=torch.bool, device="cpu")
         flat.as_strided(view.size, view.stride, view.offset - first).fill_(True)
         mask = flat[-first : entry.coverage.numel - first].as_strided(entry.coverage.shape, entry.tensor.stride())
         self.copied_numel += int(mask.sum())

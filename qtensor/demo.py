@@ -100,7 +100,9 @@ def show_model(out: Path) -> bool:
     tokens = AutoTokenizer.from_pretrained(path)(list(SENTENCES), padding=True, return_tensors="pt")
     wanted = embed(reference, tokens)
     cosines, reports, differing = [], [], []
-    quantize(torch.ones(64, 64), fp8)  # compiles the kernels, so that the report shows a load and not a compiler
+    quantize(
+        torch.ones(64, 64, dtype=torch.float32, device="cpu"), fp8
+    )  # compiles the kernels, so that the report shows a load and not a compiler
     for ignore in (DEFAULT_IGNORE, (*DEFAULT_IGNORE, *_FEED_FORWARD)):
         with online_quant(fp8.weight_only(), ignore=ignore, measure_sqnr=True, progress=False) as session:
             model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
@@ -241,7 +243,7 @@ def write_checkpoint(folder: Path, megabytes: float, shard_bytes: int = 128 << 2
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, shape in shapes.items():
-        tensor = torch.empty(shape, dtype=torch.bfloat16)
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
         # Norms are ones; the rest has a standard deviation of 0.02, like real weights.
         shards[-1][name] = tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, 0.02, generator=generator)
         held, total = held + tensor.nbytes, total + tensor.nbytes

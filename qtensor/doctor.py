@@ -78,7 +78,7 @@ def _version(package: str) -> str | None:
 def _problem(device: str, scheme: Scheme) -> str | None:
     """Fill a small weight in odd slices on the device and compare with the plain-torch reference. None if equal."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(300, 200, generator=generator).to(torch.bfloat16)
+    weight = torch.randn(300, 200, dtype=torch.float32, device="cpu", generator=generator).to(torch.bfloat16)
     expected = empty(weight.shape, scheme, weight.dtype, "cpu")
     try:
         qdata, scale, fmt = expected.qdata, expected.scale, scheme.format

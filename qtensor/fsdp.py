@@ -69,7 +69,7 @@ def _view(func: Any, w: QTensor, size: Any) -> Any:
 def _as_strided(func: Any, w: QTensor, size: Any, stride: Any, offset: int | None = None) -> Any:
     """The first rows of a gathered weight: those that are not padding."""
     size = tuple(size)
-    in_rows = torch.empty(size, device="meta").stride()
+    in_rows = torch.empty(size, dtype=w.dtype, device="meta").stride()
     if w.transposed or size[1:] != w.shape[1:] or size[0] > w.shape[0] or tuple(stride) != in_rows or offset:
         return _on_dequantized(func, w, size, stride, offset)
     rows = _take_slice(w, 0, slice(0, size[0], 1))

@@ -108,7 +108,8 @@ def _fill_(func: Any, args: tuple, kwargs: dict) -> Any:
         size, stride, offset = view_of(lazy)
         if func is not aten.fill_.Tensor:  # the others may fill an expanded view
             size = tuple(n if step else min(n, 1) for n, step in zip(size, stride, strict=True))
-        lazy._armed.write(View(size, stride, offset), torch.as_tensor(value, dtype=lazy.dtype))
+        device = value.device if isinstance(value, torch.Tensor) else "cpu"
+        lazy._armed.write(View(size, stride, offset), torch.as_tensor(value, dtype=lazy.dtype, device=device))
     return lazy
 
 

@@ -78,7 +78,7 @@ class QTensor(torch.Tensor):
             raise QTensorError(f"QTensor: {fmt.name} {needs} global_scale beside scale")
         stored = (*qdata.shape[:-1], qdata.shape[-1] * fmt.per_byte if cols is None else cols)
         # The strides of what the elements would be side by side; those of qdata itself unless they share bytes.
-        strides = qdata.stride() if fmt.per_byte == 1 else torch.empty(stored, device="meta").stride()
+        strides = qdata.stride() if fmt.per_byte == 1 else torch.empty(stored, dtype=dtype, device="meta").stride()
         if transposed:
             stored, strides = ((*t[:-2], t[-1], t[-2]) for t in (stored, strides))
         self = torch.Tensor._make_wrapper_subclass(cls, stored, strides=strides, dtype=dtype, device=qdata.device)

@@ -357,7 +357,7 @@ class QuantStore:
         """The largest finite magnitude of each unit of a weight that was staged whole: fp32, CPU, `[shared_units]`."""
         assert self._staged_whole is not None
         if not self.coverage.numel:
-            return torch.zeros(self.shared_units)
+            return torch.zeros(self.shared_units, dtype=torch.float32, device="cpu")
         rows = self._staged_whole.view(self.shared_units, -1)
         step = max(1, CHUNK_BYTES // max(1, rows.shape[1] * self.dtype.itemsize))
         parts = [rows[at : at + step].abs().nan_to_num_(0, 0, 0).amax(1) for at in range(0, len(rows), step)]

@@ -62,7 +62,7 @@ def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[
 
 def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
     """True where the view touches the weight."""
-    mask = torch.zeros(shape, dtype=torch.bool)
+    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     mask.as_strided(*view).fill_(True)
     return mask.numpy()
 

@@ -92,11 +92,11 @@ def read_back(layer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.T
     product = getattr(layer, "cpu_linear", None)
     if product is None or len(shape) != 2:
         return None
-    found = torch.empty(shape, dtype=dtype)
+    found = torch.empty(shape, dtype=dtype, device="cpu")
     for start in range(0, shape[1], _ROWS):
         rows = min(_ROWS, shape[1] - start)
-        ones = torch.zeros(rows, shape[1], dtype=dtype)
-        ones[torch.arange(rows), torch.arange(start, start + rows)] = 1
+        ones = torch.zeros(rows, shape[1], dtype=dtype, device="cpu")
+        ones[:, start : start + rows].fill_diagonal_(1)
         found[:, start : start + rows] = product(ones, layer.weight, None).t()
     return found
 

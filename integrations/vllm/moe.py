@@ -79,7 +79,7 @@ class _Experts:
             self.load.padding = False
         if self.moe.has_bias:
             for name, shape2 in (("w13_bias", (num_experts, rows)), ("w2_bias", (num_experts, hidden))):
-                bias = frozen(torch.zeros(shape2, dtype=params_dtype))
+                bias = frozen(torch.zeros(shape2, dtype=params_dtype, device=weight.device))
                 bias.__dict__.update(extra_weight_attrs)
                 layer.register_parameter(name, bias)
 
@@ -91,7 +91,7 @@ class _Experts:
         true_rows, true_cols = (inner, hidden) if weight.owner[1] == "w13_weight" else (hidden, inner)
         shards = 2 if weight.owner[1] == "w13_weight" and self.moe.is_act_and_mul else 1
         param = weight.params[0]
-        zero = torch.zeros((), dtype=weight.dtype)
+        zero = torch.zeros((), dtype=weight.dtype, device="cpu")
         if true_cols is not None and true_cols < cols:
             param.data[:, :, true_cols:].copy_(zero)
         step = rows // shards
@@ -224,7 +224,7 @@ def _experts(
     """Σ over a token's experts of weight · w2(act(w13(x))), summed in fp32. Experts of other ranks add nothing."""
     form = FORMATS[fmt]
     local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
-    out = torch.zeros(x.shape, dtype=torch.float32)
+    out = torch.zeros_like(x, dtype=torch.float32)
     for e in torch.unique(local).tolist():
         if e < 0:
             continue

@@ -110,7 +110,7 @@ def sha256(stored: Stored, on_bytes: Callable[[int], None] = lambda n: None) -> 
     """Of a tensor's bytes, read in bounded pieces."""
     digest = hashlib.sha256()
     raw = Stored(stored.name, stored.path, torch.uint8, (stored.nbytes,), stored.offset, stored.nbytes)
-    buffer = torch.empty(min(_PIECE, stored.nbytes), dtype=torch.uint8)
+    buffer = torch.empty(min(_PIECE, stored.nbytes), dtype=torch.uint8, device="cpu")
     for start in range(0, stored.nbytes, _PIECE):
         piece = buffer[: min(_PIECE, stored.nbytes - start)]
         digest.update(bytes_of(raw.read(start, piece)))

@@ -328,7 +328,7 @@ class _Buffers(threading.local):
         nbytes = dtype.itemsize * int(torch.Size(shape).numel())
         held = self._held.get(use)
         if held is None or held.numel() < nbytes:
-            held = self._held[use] = torch.empty(nbytes, dtype=torch.uint8)
+            held = self._held[use] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return held[:nbytes].view(dtype).view(shape)
 
 
@@ -381,7 +381,8 @@ def _empty(shape: tuple[int, int], scheme: Scheme) -> QTensor:
     fmt = scheme.format
     qdata = _buffers.take("data", fmt.qdata_shape(shape), fmt.dtype)
     scale = _buffers.take("scale", fmt.scale_shape(shape), fmt.scale_dtype)
-    return QTensor(qdata, scale, scheme, global_scale=torch.empty(1) if fmt.has_global_scale else None, cols=shape[1])
+    global_scale = torch.empty(1, dtype=torch.float32, device="cpu") if fmt.has_global_scale else None
+    return QTensor(qdata, scale, scheme, global_scale=global_scale, cols=shape[1])
 
 
 def _amax(stored: Stored) -> float:

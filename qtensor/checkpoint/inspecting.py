@@ -99,6 +99,6 @@ def _pairs(original: Stored, quantized: QTensor) -> Iterator[tuple[torch.Tensor,
     step = max(1, _ELEMENTS // max(1, 128 * cols)) * 128
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        x = original.read(start * cols, torch.empty((stop - start, cols), dtype=original.dtype))
+        x = original.read(start * cols, torch.empty((stop - start, cols), dtype=original.dtype, device="cpu"))
         rows_of: Any = quantized[start:stop]
         yield x.float(), rows_of.dequantize(torch.float32)

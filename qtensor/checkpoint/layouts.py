@@ -75,7 +75,7 @@ _SIGNS = {1: 0x80, 2: 0x88}
 
 _ELEMENTS = Entry(lambda w, rows: w.qdata, lambda t, fmt, shape: t)
 _WORDS = Entry(_to_words, _from_words)
-_SHAPE = Entry(lambda w, rows: torch.tensor([rows, w.cols]), None, shared=True)
+_SHAPE = Entry(lambda w, rows: torch.tensor([rows, w.cols], dtype=torch.int64, device="cpu"), None, shared=True)
 _SCALE = Entry(lambda w, rows: w.scale, lambda t, fmt, shape: t.to(fmt.scale_dtype).reshape(fmt.scale_shape(shape)))
 _ONE_SCALE = replace(_SCALE, shared=True)
 # A divisor on disk. Of every fp32 g that is some 1 / G, 1 / (1 / g) is g again, so the way there and back is exact.

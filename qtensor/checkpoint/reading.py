@@ -59,7 +59,7 @@ class Stored:
 
     def read(self, first: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor; or, into `out` (contiguous, of the dtype), the elements from flat index `first` on."""
-        whole = torch.empty(self.shape, dtype=self.dtype) if out is None else out
+        whole = torch.empty(self.shape, dtype=self.dtype, device="cpu") if out is None else out
         target = bytes_of(whole)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + first * self.dtype.itemsize)
