@@ -13,6 +13,7 @@ from .counter import CopyCounter
 from .coverage import Coverage
 from .errors import (
     CheckpointError,
+    ConfigError,
     IncompleteLoadError,
     LossyReadError,
     NonFiniteWeightError,
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_IGNORE",
     "CheckpointError",
+    "ConfigError",
     "CopyCounter",
     "Coverage",
     "IncompleteLoadError",

@@ -77,6 +77,11 @@ def test_every_public_name_is_in_the_api_page():
     assert set(qtensor.__all__) - errors - schemes - named == set()
 
 
+def test_every_error_has_a_section():
+    sections = set(re.findall(r"^## (\w+)$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE))
+    assert {name for name in qtensor.__all__ if name.endswith("Error")} - sections == set()
+
+
 def test_the_site_builds_and_asks_nothing_of_the_network(tmp_path):
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
