@@ -1,5 +1,5 @@
-"""What a caller has set for the whole process or block, a default dtype or a default device, changes no result: engines
-load models under `set_default_dtype(bfloat16)` and inside `with torch.device(...)`."""
+"""What a caller has set for the whole process or block changes no result: engines load models under
+`set_default_dtype(bfloat16)`, inside `with torch.device(...)`, in inference mode, with one thread."""
 
 from __future__ import annotations
 
@@ -42,10 +42,33 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """New memory is filled with NaN, too."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 DEFAULTS = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "meta": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "one thread": one_thread,
+    "deterministic": deterministic,
 }
 
 
@@ -55,7 +78,7 @@ def model() -> nn.Sequential:
 
 @pytest.mark.parametrize("default", DEFAULTS)
 @pytest.mark.parametrize("scheme", dict.fromkeys(SCHEMES.values()), ids=lambda s: s.name)
-def test_a_default_dtype_or_device_changes_no_result(default: str, scheme: Scheme, tmp_path: Path) -> None:
+def test_what_a_caller_has_set_changes_no_result(default: str, scheme: Scheme, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     old, new = (torch.randn(96, 256, generator=generator).bfloat16() for _ in range(2))
     x = torch.randn(3, 256, generator=generator).bfloat16()
