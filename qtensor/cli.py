@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -16,11 +17,17 @@ from .checkpoint import commands as checkpoint_commands
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: all well. 1: a check failed, or a command could not do its work. 2: bad arguments. 130: stopped."""
-    args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        try:
+            args = _parser().parse_args(argv)
+            code: int = args.run(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `qtensor ... | head` has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code
 
 

@@ -91,7 +91,8 @@ def quantize_on_ray(
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"no Ray cluster at {address or 'this machine'}: {error}") from None
+            stale = "" if address else ". If that cluster is gone, `ray stop` makes Ray forget it"
+            raise CheckpointError(f"no Ray cluster at {address or 'this machine'}: {error}{stale}") from None
 
     def share(conversion: Conversion, todo: list[ShardTask], notes: Path, on_bytes: OnBytes) -> None:
         most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
