@@ -73,7 +73,7 @@ class QTensorEmbeddingMethod(QTensorLinearMethod):
 def _embedding(
     rows: torch.Tensor, weight: Sequence[torch.Tensor], scheme: str, dtype: torch.dtype, cols: int
 ) -> torch.Tensor:
-    return F.embedding(rows, assembled(weight, SCHEMES[scheme], dtype, cols))
+    return F.embedding(rows, assembled(weight, SCHEMES[scheme], dtype, cols)).contiguous()
 
 
 _define(
