@@ -29,10 +29,10 @@ from qtensor.integrations.vllm.compute import CpuLinear, frozen, part_names
 from qtensor.integrations.vllm.published import Published, Slot
 
 
-def _reload_whole(llm: LLM, scheme: str) -> None:
+def _reload_whole(llm: LLM, scheme: str, architecture: str = "llama") -> None:
     """To checkpoint B and back to A: the oracle's bytes and checksums, at the same addresses."""
     places = addresses(llm)
-    for folder in (other("llama"), checkpoint("llama")):
+    for folder in (other(architecture), checkpoint(architecture)):
         reload(llm, folder)
         given = tensors_of(folder)
         assert mistakes(given, runtime(llm), scheme) == []
@@ -73,6 +73,17 @@ def test_groups_take_parts_of_fused_weights() -> None:
         with pytest.raises(NonFiniteWeightError, match=re.escape(Q)):
             reload(llm, [(Q, spoilt)])
         assert state(llm) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["nvfp4", "int4_per_group"])
+def test_packed_experts(scheme: str) -> None:
+    a, b = tensors_of(checkpoint("qwen3-moe")), tensors_of(other("qwen3-moe"))
+    with engine(checkpoint("qwen3-moe"), f"qtensor_{scheme}") as llm:
+        _reload_whole(llm, scheme, "qwen3-moe")
+        expert = {name for name in a if name.startswith("model.layers.0.mlp.experts.2.")}
+        reload(llm, [(name, b[name]) for name in expert])
+        assert mistakes(a | {name: b[name] for name in expert}, runtime(llm), scheme) == []
 
 
 def test_one_expert_and_layers_that_vllm_packs() -> None:

@@ -185,10 +185,11 @@ def test_columns_are_not_split_inside_a_group(cols: int, scheme: Scheme) -> None
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ranks")
-def test_two_ranks_refuse_a_split_group() -> None:
-    """The tiny model's o_proj has 64 columns on each rank. Said while the model is built."""
+def test_two_ranks_refuse_a_split_group(capfd: pytest.CaptureFixture[str]) -> None:
+    """The tiny model's o_proj has 64 columns on each rank. The workers say so; vLLM's error refers to what they say."""
     error = load_error(checkpoint("llama"), "qtensor_int4_per_group", tensor_parallel_size=2)
-    assert "o_proj.weight: a rank's 64 of dimension 1 end inside a group of 128" in str(error)
+    assert "initialization failed" in str(error)
+    assert "o_proj.weight: a rank's 64 of dimension 1 end inside a group of 128" in "".join(capfd.readouterr())
 
 
 @pytest.mark.slow
