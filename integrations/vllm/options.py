@@ -53,12 +53,6 @@ class Options:
     reload_partial: str = "error"
     report: str | None = None
 
-    def schemes(self) -> set[Scheme]:
-        """All that a layer may get."""
-        by_kind = () if self.targets else (self.linear, self.moe)
-        head = (self.linear,) if self.lm_head else ()
-        return {scheme for scheme in (*by_kind, *head, *self.targets.values()) if scheme is not None}
-
 
 def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Options:
     """Options from a user's dictionary and the environment. `scheme`: the default, from the quantization's name.
@@ -79,7 +73,9 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
     if values.get("targets") and ("linear" in merged or "moe" in merged):
         raise OptionsError(TARGETS_ALONE)
     options = Options(**values)
-    for chosen in options.schemes():
+    by_kind = () if options.targets else (options.linear, options.moe)
+    head = (options.linear or scheme,) if options.lm_head else ()
+    for chosen in filter(None, (*by_kind, *head, *options.targets.values())):
         if chosen not in SCHEMES.values():
             raise OptionsError(f"qtensor: {chosen}: give the scheme by its name, and the option activation beside it")
         if options.activation == "dynamic" and chosen.activation == "none":

@@ -30,10 +30,11 @@ from qtensor.integrations.vllm.published import Published, Slot
 
 
 def _reload_whole(llm: LLM, scheme: str, architecture: str = "llama") -> None:
-    """To checkpoint B and back to A: the oracle's bytes and checksums, at the same addresses."""
+    """To checkpoint B at once, and back to A weight by weight: the oracle's bytes and checksums, at the same addresses."""
     places = addresses(llm)
-    for folder in (other(architecture), checkpoint(architecture)):
-        reload(llm, folder)
+    for folder, mode in ((other(architecture), "atomic"), (checkpoint(architecture), "per_weight")):
+        with options(llm, reload=mode):
+            reload(llm, folder)
         given = tensors_of(folder)
         assert mistakes(given, runtime(llm), scheme) == []
         assert checksums(llm)[0][QKV] == weight_checksums({QKV: quantize(fused(given, QKV), scheme)})[QKV]

@@ -89,8 +89,9 @@ def test_dynamic_activations() -> None:
     assert parse(mxfp8, {"activation": "dynamic"}, {}).activation == "dynamic"
     targets = {"targets": {"*": "fp8"}, "activation": "dynamic"}
     assert parse(nvfp4, targets, {}).targets == {"*": fp8_per_channel}
-    with pytest.raises(OptionsError, match="nvfp4 is weight-only"):
-        parse(nvfp4, {**targets, "lm_head": True}, {})
+    for others in (targets, {"linear": "none", "moe": "fp8", "activation": "dynamic"}):
+        with pytest.raises(OptionsError, match="nvfp4 is weight-only"):
+            parse(nvfp4, {**others, "lm_head": True}, {})
 
 
 @pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4", "int8_per_channel", "int4_per_group"])
