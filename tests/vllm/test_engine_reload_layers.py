@@ -30,7 +30,7 @@ from qtensor.integrations.vllm.published import Published, Slot
 
 
 def _reload_whole(llm: LLM, scheme: str, architecture: str = "llama") -> None:
-    """To checkpoint B at once, and back to A weight by weight: the oracle's bytes and checksums, at the same addresses."""
+    """To checkpoint B at once, back to A weight by weight: the oracle's bytes and checksums, the same addresses."""
     places = addresses(llm)
     for folder, mode in ((other(architecture), "atomic"), (checkpoint(architecture), "per_weight")):
         with options(llm, reload=mode):
