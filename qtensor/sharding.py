@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -84,11 +84,7 @@ def sharing_group(
         block = fmt.block[axis]
         goes_on = part[dim] < whole[dim] if whole else dist.get_rank(group) < ranks - 1
         if block > 1 and part[dim] % block and goes_on:
-            whose = "a rank's" if whole else "this rank's"
-            raise QTensorError(
-                f"{name}: {whose} {part[dim]} of dimension {dim} end inside a group of {block} with one {fmt.name} "
-                f"scale. Split at multiples of {block}, or choose another scheme for this weight."
-            )
+            refuse_split_group(name, "a rank's" if whole else "this rank's", part[dim], dim, block, fmt)
         if fmt.needs_whole_matrix or (fmt.granularity == "channel" and axis == 1):
             found.append(group)
     if len(found) > 1:
@@ -97,6 +93,14 @@ def sharing_group(
             "one, or choose a scheme with a scale per row or block"
         )
     return found[0] if found else None
+
+
+def refuse_split_group(name: str, whose: str, size: int, dim: int, block: int, fmt: WeightFormat) -> NoReturn:
+    """Raise QTensorError: a part of a weight has `size` rows or columns, and so a scale's elements are on two ranks."""
+    raise QTensorError(
+        f"{name}: {whose} {size} of dimension {dim} end inside a group of {block} with one {fmt.name} scale. Split at "
+        f"multiples of {block}, or choose another scheme for this weight."
+    )
 
 
 class Agreement:

@@ -6,6 +6,7 @@ product decodes the weight on the way. On a GPU vLLM chooses the kernel as it do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,17 +15,17 @@ from torch import nn
 from qtensor import kernels
 from qtensor.kernels import FORMATS, WeightFormat
 from qtensor.quantized import QTensor
-from qtensor.scheme import Scheme
+from qtensor.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 
 from . import compat
-from .options import Options
+from .options import Options, OptionsError
+from .published import assembled
+
+_SERVED_ON_GPUS = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
 
 
 class LinearCompute(Protocol):
-    """scale: the name of a layer's scale. publish: set it and `weight` on the layer. apply: the product. dequantize:
-    `[N, K]`."""
-
-    scale: str
+    """publish: give the layer its weight, under the names of `part_names`. apply: the product. dequantize: `[N, K]`."""
 
     def publish(self, layer: Any, weight: QTensor) -> None: ...
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
@@ -35,12 +36,35 @@ def linear_compute(scheme: Scheme, options: Options, shape: tuple[int, int], dty
     """What multiplies with weights of this scheme on the device that vLLM is building the model for."""
     if torch.get_default_device().type == "cpu":
         return CpuLinear(scheme, options.activation == "dynamic")
+    require_served_on_gpus(scheme)
     return GpuLinear(scheme, shape, dtype)
 
 
-def scale_name(fmt: WeightFormat) -> str:
-    """vLLM's name for a weight's scale."""
-    return "weight_scale_inv" if fmt.granularity == "block" else "weight_scale"
+def require_served_on_gpus(scheme: Scheme) -> None:
+    """Raise OptionsError for a scheme that has no kernel of vLLM's behind it here."""
+    if scheme not in _SERVED_ON_GPUS:
+        served = ", ".join(s.name for s in _SERVED_ON_GPUS)
+        raise OptionsError(
+            f"qtensor: on a GPU the vLLM plugin serves {served}; {scheme.name} it serves on a CPU only. Use one of "
+            "these, or vLLM's own method of that format where it has one."
+        )
+
+
+def part_names(fmt: WeightFormat, weight: str = "weight") -> tuple[str, ...]:
+    """The parameters of a layer that hold its weight's parts, in the order of `QTensor.parts`, by vLLM's names."""
+    names = (weight, f"{weight}_scale_inv" if fmt.granularity == "block" else f"{weight}_scale")
+    return (*names, f"{weight}_global_scale") if fmt.has_global_scale else names
+
+
+def publish_parts(layer: Any, weight: QTensor, name: str = "weight") -> None:
+    """Give the layer a weight as it is, in plain Parameters."""
+    for part_name, part in zip(part_names(weight.scheme.format, name), weight.parts(), strict=True):
+        layer.register_parameter(part_name, frozen(part))
+
+
+def published_parts(layer: Any, fmt: WeightFormat, name: str = "weight") -> list[torch.Tensor]:
+    """What `publish_parts` gave it."""
+    return [layer._parameters[part_name] for part_name in part_names(fmt, name)]
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -48,25 +72,23 @@ def frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class CpuLinear:
-    """weight fp8 `[N, K]`, scale as `WeightFormat.scale_shape` says."""
+    """The parts of a weight `[N, K]` as they are, of every scheme; see `WeightFormat` for their shapes."""
 
     def __init__(self, scheme: Scheme, round_activations: bool) -> None:
-        self.fmt, self.round_activations = scheme.format, round_activations
-        self.scale = scale_name(scheme.format)
+        self.scheme, self.fmt, self.round_activations = scheme, scheme.format, round_activations
 
     def publish(self, layer: Any, weight: QTensor) -> None:
-        layer.register_parameter("weight", frozen(weight.qdata))
-        layer.register_parameter(self.scale, frozen(weight.scale))
+        publish_parts(layer, weight)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        scale = layer._parameters[self.scale]
-        assert scale is not None
-        out = torch.ops.qtensor_vllm.linear(flat, layer.weight, scale, self.fmt.name, self.round_activations, bias)
+        parts = published_parts(layer, self.fmt)
+        out = torch.ops.qtensor_vllm.linear(flat, parts, self.fmt.name, self.round_activations, bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def dequantize(self, layer: Any) -> torch.Tensor:
-        return kernels.dequantize(layer.weight, getattr(layer, self.scale), self.fmt, layer.orig_dtype)
+        parts = published_parts(layer, self.fmt)
+        return assembled(parts, self.scheme, layer.orig_dtype, layer.input_size_per_partition).dequantize()
 
 
 class GpuLinear:
@@ -76,14 +98,14 @@ class GpuLinear:
     """
 
     def __init__(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.fmt, self.scale = scheme.format, scale_name(scheme.format)
+        self.fmt = scheme.format
         self.kernel = compat.fp8_linear_kernel(scheme, shape, dtype, torch.get_default_dtype())
 
     def publish(self, layer: Any, weight: QTensor) -> None:
         layer.input_scale = None
-        blocks = self.fmt.granularity == "block"
-        layer.register_parameter("weight", frozen(weight.qdata if blocks else weight.qdata.t()))
-        layer.register_parameter(self.scale, frozen(weight.scale))
+        publish_parts(layer, weight)
+        if self.fmt.granularity != "block":
+            layer.register_parameter("weight", frozen(weight.qdata.t()))
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -98,19 +120,21 @@ class GpuLinear:
 # Custom operators, so that torch.compile calls the kernels instead of tracing into them ------------------------------
 
 
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, fmt: str, round_x: bool, bias: torch.Tensor | None
+def product(
+    x: torch.Tensor, weight: Sequence[torch.Tensor], fmt: str, round_x: bool, bias: torch.Tensor | None
 ) -> torch.Tensor:
+    """x `[M, K]` times the weight of these parts, plus bias: `[M, N]`. round_x: with x quantized to fp8 and back."""
     form = FORMATS[fmt]
+    qdata, scale, *rest = weight
     if round_x:
         x = kernels.round_trip_activation(x, form)
-    return kernels.linear(x, weight, scale, form, bias)
+    return kernels.linear(x, qdata, scale, form, bias, *rest)
 
 
-def _linear_shape(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, fmt: str, round_x: bool, bias: torch.Tensor | None
+def _product_shape(
+    x: torch.Tensor, weight: Sequence[torch.Tensor], fmt: str, round_x: bool, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    return x.new_empty((x.shape[0], weight[0].shape[0]))
 
 
 _library = torch.library.Library("qtensor_vllm", "FRAGMENT")
@@ -124,7 +148,7 @@ def _define(name: str, signature: str, run: Any, shape: Any) -> None:
 
 _define(
     "linear",
-    "(Tensor x, Tensor weight, Tensor scale, str fmt, bool round_x, Tensor? bias) -> Tensor",
-    _linear,
-    _linear_shape,
+    "(Tensor x, Tensor[] weight, str fmt, bool round_x, Tensor? bias) -> Tensor",
+    product,
+    _product_shape,
 )

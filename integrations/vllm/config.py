@@ -11,14 +11,16 @@ import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from qtensor.scheme import Scheme, fp8
+from qtensor.kernels import FORMATS
+from qtensor.scheme import SCHEMES, Scheme, fp8
 
 from . import compat
-from .options import SERVED, Choice, OptionsError, parse
+from .options import Choice, OptionsError, parse
 
 
 class QTensorConfig(QuantizationConfig):
-    """quantization="qtensor": every linear layer and routed expert becomes fp8 while it is loaded.
+    """quantization="qtensor": every linear layer and routed expert becomes fp8 while it is loaded. Another scheme has a
+    name, and a subclass, of its own.
 
     vLLM makes it without arguments, or through one of the `from_...` constructors where the user gave options, and
     pickles it into its worker processes.
@@ -162,8 +164,8 @@ def _for_scheme(scheme: Scheme) -> type[QTensorConfig]:
 
 
 NAMES: dict[str, type[QTensorConfig]] = {"qtensor": QTensorConfig}
-for _scheme in SERVED:
-    NAMES[f"qtensor_{_scheme.name}"] = _for_scheme(_scheme)
+for _name in FORMATS:
+    NAMES[f"qtensor_{_name}"] = _for_scheme(SCHEMES[_name])
 
 
 def register_names() -> None:

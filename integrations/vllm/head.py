@@ -1,4 +1,4 @@
-"""The output head, and the embedding it is tied to: with the option lm_head both become fp8, as one weight.
+"""The output head, and the embedding it is tied to: with the option lm_head both are quantized, as one weight.
 
 A model ties its head while it is built. The embedding's plain weight is replaced by a lazy one at that moment; the
 head keeps no weight of its own and multiplies with the embedding's.
@@ -6,6 +6,7 @@ head keeps no weight of its own and multiplies with the embedding's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from qtensor.errors import QTensorError
-from qtensor.quantized import QTensor
 from qtensor.scheme import SCHEMES
 
 from . import compat
-from .compute import CpuLinear, _define
+from .compute import CpuLinear, _define, published_parts
 from .linear import QTensorLinearMethod
+from .published import assembled
 
 
 class QTensorHeadMethod(QTensorLinearMethod):
@@ -62,22 +63,22 @@ class QTensorEmbeddingMethod(QTensorLinearMethod):
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """input_ `[...]` of row numbers → `[..., K]`; only these rows are dequantized."""
-        scale = layer._parameters[self.compute.scale]
+        parts = published_parts(layer, self.scheme.format)
         out: torch.Tensor = torch.ops.qtensor_vllm.embedding(
-            input_, layer.weight, scale, self.scheme.name, layer.orig_dtype
+            input_, parts, self.scheme.name, layer.orig_dtype, layer.input_size_per_partition
         )
         return out
 
 
 def _embedding(
-    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, scheme: str, dtype: torch.dtype
+    rows: torch.Tensor, weight: Sequence[torch.Tensor], scheme: str, dtype: torch.dtype, cols: int
 ) -> torch.Tensor:
-    return F.embedding(rows, QTensor(weight, scale, SCHEMES[scheme], dtype))
+    return F.embedding(rows, assembled(weight, SCHEMES[scheme], dtype, cols)).contiguous()
 
 
 _define(
     "embedding",
-    "(Tensor rows, Tensor weight, Tensor scale, str scheme, ScalarType dtype) -> Tensor",
+    "(Tensor rows, Tensor[] weight, str scheme, ScalarType dtype, int cols) -> Tensor",
     _embedding,
-    lambda rows, weight, scale, scheme, dtype: weight.new_empty((*rows.shape, weight.shape[1]), dtype=dtype),
+    lambda rows, weight, scheme, dtype, cols: weight[0].new_empty((*rows.shape, cols), dtype=dtype),
 )

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class QTensorLinearMethod(LinearMethodBase):
     """One linear layer `[N, K]`, fused ones (qkv_proj, gate_up_proj) as one matrix.
 
-    After loading the layer has what vLLM's own fp8 layers have: `weight` (fp8) and `weight_scale` (fp32; per-block:
-    `weight_scale_inv`), as ordinary Parameters in the layout the device's kernel wants.
+    After loading the layer has what vLLM's own quantized layers have: `weight`, `weight_scale` (per-block:
+    `weight_scale_inv`) and, for nvfp4, `weight_global_scale`, as ordinary Parameters in the layout the device's kernel
+    wants.
     """
 
     def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme) -> None:

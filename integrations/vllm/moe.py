@@ -9,20 +9,19 @@ kernels; on a GPU through vLLM's fused fp8 experts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
-from qtensor import kernels
 from qtensor.errors import QTensorError
-from qtensor.kernels import FORMATS
 from qtensor.lazy import LazyWeight, LiveQTensor
 from qtensor.quantized import QTensor
 from qtensor.scheme import Scheme
 
 from . import compat
-from .compute import _define, frozen, scale_name
+from .compute import _define, frozen, product, publish_parts, published_parts, require_served_on_gpus
 from .load import Load, load_of
 from .ranks import split_axes
 
@@ -40,6 +39,7 @@ def expert_method(config: QTensorConfig, prefix: str, scheme: Scheme, layer: Any
         if problem is not None:
             raise QTensorError(f"{prefix}: {problem}")
         return _cpu_class()(config, prefix, scheme, layer.moe_config)
+    require_served_on_gpus(scheme)
     return _gpu_class(scheme.format.granularity)(config, prefix, scheme, layer.moe_config)
 
 
@@ -125,7 +125,6 @@ def _cpu_class() -> type:
         def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme, moe: Any) -> None:
             base.__init__(self, moe)
             self.config, self.prefix, self.scheme, self.load = config, prefix, scheme, None
-            self.scale = scale_name(scheme.format)
             activation = _activation_name(moe.activation)
             if activation not in _ACTIVATIONS:
                 raise QTensorError(
@@ -135,8 +134,7 @@ def _cpu_class() -> type:
 
         def _publish(self, layer: Any, w13: QTensor, w2: QTensor) -> None:
             for name, weight in zip(_STACKS, (w13, w2), strict=True):
-                layer.register_parameter(name, frozen(weight.qdata))
-                layer.register_parameter(name.replace("weight", self.scale), frozen(weight.scale))
+                publish_parts(layer, weight, name)
 
         def get_fused_moe_quant_config(self, layer: Any) -> None:
             return None
@@ -152,12 +150,11 @@ def _cpu_class() -> type:
             **_: Any,
         ) -> torch.Tensor:
             """x `[T, H]`, topk_weights and topk_ids `[T, k]` (global expert numbers) → `[T, H]`."""
+            w13, w2 = (published_parts(layer, self.scheme.format, name) for name in _STACKS)
             out: torch.Tensor = torch.ops.qtensor_vllm.experts(
                 x,
-                layer.w13_weight,
-                getattr(layer, f"w13_{self.scale}"),
-                layer.w2_weight,
-                getattr(layer, f"w2_{self.scale}"),
+                w13,
+                w2,
                 getattr(layer, "w13_bias", None),
                 getattr(layer, "w2_bias", None),
                 topk_weights,
@@ -207,10 +204,8 @@ def _activation_name(activation: Any) -> str:
 
 def _experts(
     x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
+    w13: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
     topk_weights: torch.Tensor,
@@ -222,7 +217,6 @@ def _experts(
     round_x: bool,
 ) -> torch.Tensor:
     """Σ over a token's experts of weight · w2(act(w13(x))), summed in fp32. Experts of other ranks add nothing."""
-    form = FORMATS[fmt]
     local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
     out = torch.zeros_like(x, dtype=torch.float32)
     for e in torch.unique(local).tolist():
@@ -233,19 +227,11 @@ def _experts(
         rows = x[token]
         if weight_on_input:
             rows = rows * weight.to(x.dtype)
-        hidden = _project(rows, w13[e], w13_scale[e], None if w13_bias is None else w13_bias[e], form, round_x)
+        hidden = product(rows, [part[e] for part in w13], fmt, round_x, None if w13_bias is None else w13_bias[e])
         hidden = _activate(hidden, activation)
-        down = _project(hidden, w2[e], w2_scale[e], None if w2_bias is None else w2_bias[e], form, round_x).float()
+        down = product(hidden, [part[e] for part in w2], fmt, round_x, None if w2_bias is None else w2_bias[e]).float()
         out.index_add_(0, token, down if weight_on_input else down * weight.float())
     return out.to(x.dtype)
-
-
-def _project(
-    x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, form: Any, round_x: bool
-) -> torch.Tensor:
-    if round_x:
-        x = kernels.round_trip_activation(x, form)
-    return kernels.linear(x, w, scale, form, bias)
 
 
 def _activate(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -270,7 +256,7 @@ def _nonlinear(x: torch.Tensor, name: str) -> torch.Tensor:
 
 _define(
     "experts",
-    "(Tensor x, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, Tensor? w13_bias, Tensor? w2_bias, "
+    "(Tensor x, Tensor[] w13, Tensor[] w2, Tensor? w13_bias, Tensor? w2_bias, "
     "Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, str fmt, str activation, bool weight_on_input, "
     "bool round_x) -> Tensor",
     _experts,

@@ -15,15 +15,13 @@ from typing import Any
 
 from qtensor.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
 from qtensor.errors import ConfigError
-from qtensor.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
+from qtensor.scheme import SCHEMES, Scheme
 from qtensor.selection import DEFAULT_IGNORE, matches
 
 OptionsError = ConfigError
 """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
 
 PREFIX = "QTENSOR_VLLM_"
-SERVED = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
-"""The schemes whose layers the plugin can compute."""
 _NOT_OPTIONS = {"quant_method"}
 
 
@@ -34,7 +32,7 @@ class Options:
     targets: pattern → scheme; when given, only these layers are quantized.
     lm_head: quantize the output head too, and with it the embedding it may be tied to.
     activation: "auto" quantizes activations where the device multiplies in fp8 (GPUs) and keeps them elsewhere;
-        "dynamic" and "none" force it.
+        "dynamic" and "none" force it. Schemes that are weight-only have no "dynamic".
     on_nonfinite: "error" refuses NaN and infinity; "keep" stores them.
     reload: "atomic" makes every reload all or nothing, with a second copy of what is written; "per_weight" replaces
         each weight when it has arrived, without one.
@@ -75,10 +73,16 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
     if values.get("targets") and ("linear" in merged or "moe" in merged):
         raise OptionsError(TARGETS_ALONE)
     options = Options(**values)
-    for chosen in (options.linear, options.moe, *options.targets.values()):
-        if chosen is not None and chosen not in SERVED:
-            served = ", ".join(s.name for s in SERVED)
-            raise OptionsError(f"qtensor: the vLLM plugin serves {served}, not {chosen.name}")
+    by_kind = () if options.targets else (options.linear, options.moe)
+    head = (options.linear or scheme,) if options.lm_head else ()
+    for chosen in filter(None, (*by_kind, *head, *options.targets.values())):
+        if chosen not in SCHEMES.values():
+            raise OptionsError(f"qtensor: {chosen}: give the scheme by its name, and the option activation beside it")
+        if options.activation == "dynamic" and chosen.activation == "none":
+            raise OptionsError(
+                f'qtensor: activation="dynamic" quantizes activations to fp8, and {chosen.name} is weight-only; leave '
+                "the option out, or choose an fp8 scheme or mxfp8"
+            )
     return options
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,28 +34,37 @@ class Slot:
 
 @dataclass
 class Published:
-    """A weight that its layer has published. places: for its quantized values, then its scales, the layer's parameter
-    that shares their memory, their shape and their address; fewer than two if the kernel keeps them in another form."""
+    """A weight that its layer has published. places: for each of its parts (see `QTensor.parts`), the layer's parameter
+    that shares its memory, its shape and its address; None if the kernel keeps one of them in another form."""
 
     slot: Slot
     shape: tuple[int, ...]
     dtype: torch.dtype
     scheme: Scheme
-    places: list[tuple[str, torch.Size, int]]
+    places: list[tuple[str, torch.Size, int]] | None
 
     @classmethod
     def find(cls, slot: Slot, weight: ArmedWeight, result: QTensor) -> Published:
         params = {p.data_ptr(): name for name, p in slot.layer._parameters.items() if p is not None}
-        parts = [(params.get(t.data_ptr()), t.shape, t.data_ptr()) for t in result.parts()]
-        places = [(name, shape, address) for name, shape, address in parts if name is not None]
-        return cls(slot, weight.shape, weight.dtype, result.scheme, places)
+        found = [(params.get(t.data_ptr()), t.shape, t.data_ptr()) for t in result.parts()]
+        places = [(name, shape, address) for name, shape, address in found if name is not None]
+        whole = len(places) == len(found)
+        return cls(slot, weight.shape, weight.dtype, result.scheme, places if whole else None)
 
     def live(self) -> QTensor | None:
         """The weight where the layer's kernel reads it, row-major; None if it is not there in this form."""
+        if self.places is None:
+            return None
         parts = []
         for name, shape, address in self.places:
             param = self.slot.layer._parameters.get(name)
             if param is None or param.data_ptr() != address:
                 return None
             parts.append(param.data.as_strided(shape, contiguous_strides(shape), param.storage_offset()))
-        return QTensor(parts[0], parts[1], self.scheme, self.dtype) if len(parts) == 2 else None
+        return assembled(parts, self.scheme, self.dtype, self.shape[-1])
+
+
+def assembled(parts: Sequence[torch.Tensor], scheme: Scheme, dtype: torch.dtype, cols: int) -> QTensor:
+    """The weight `[..., N, cols]` whose `QTensor.parts` these are."""
+    qdata, scale, *rest = parts
+    return QTensor(qdata, scale, scheme, dtype, global_scale=rest[0] if rest else None, cols=cols)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from qtensor.armed import ArmedWeight
 from qtensor.host import LoadHost
 from qtensor.kernels import WeightFormat
-from qtensor.sharding import Agreement
+from qtensor.sharding import Agreement, refuse_split_group
 
 from . import compat
 from .published import Slot
@@ -38,9 +38,12 @@ class RankHost(LoadHost):
         self.agreement: Agreement | None = None
 
     def share(self, weight: ArmedWeight, slot: Slot) -> None:
-        """Note whether a weight's scales span ranks."""
-        group = compat.tensor_parallel_group()
-        if group is None or not shares_scales(weight.scheme.format, slot.split):
+        """Note whether a weight's scales span ranks. Raises QTensorError if its columns are split inside a group."""
+        group, fmt = compat.tensor_parallel_group(), weight.scheme.format
+        cols, width = weight.shape[-1], fmt.block[1]
+        if 1 in slot.split and fmt.granularity == "group" and cols % width:
+            refuse_split_group(slot.full_name, "a rank's", cols, len(weight.shape) - 1, width, fmt)
+        if group is None or not shares_scales(fmt, slot.split):
             return
         weight.shared = True
         if self.agreement is None:

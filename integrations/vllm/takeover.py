@@ -42,7 +42,7 @@ def worker_checksums(worker: Any) -> dict[str, str]:
     for published in load.published if load is not None else []:
         live = published.live()
         if live is not None:
-            for name, _, _ in published.places:
+            for name, _, _ in published.places or ():
                 tensors.pop(f"{published.slot.prefix}.{name}", None)
             tensors[published.slot.full_name] = live
     return weight_checksums(tensors)

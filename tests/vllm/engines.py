@@ -6,7 +6,7 @@ import contextlib
 import gc
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,19 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from qtensor.integrations.vllm.compat import shield_llvmlite
+from qtensor.kernels import FORMATS
 
 _PROMPTS = [torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
 _TOKENS = 4
+
+DISTANCE = {name: 0.25 if fmt.per_byte == 2 else 0.12 for name, fmt in FORMATS.items()}
+"""How far, in mean |Δ log p|, a scheme may be from unquantized vLLM on these tests' random weights."""
 
 
 @dataclass
 class Seen:
     """What a test compares. tokens: greedy continuations of eight prompts. logprobs `[8, VOCAB]`: of the first new
-    token. weights: name → (shape as [N, K], sha256) of every fp8 weight and its scale. report: qtensor's, if any."""
+    token. weights: name → (shape, sha256) of every quantized weight and its scales. report: qtensor's, if any."""
 
     tokens: list[list[int]]
     logprobs: torch.Tensor
@@ -120,14 +124,25 @@ def _digests(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...
 
 
 def runtime_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every fp8 weight as [..., N, K], whatever the kernel's layout, and every scale."""
+    """Every quantized weight as [..., N, K] (K/2 where two elements share a byte), whatever the kernel's layout, and
+    every scale."""
     found = {}
-    for name, param in model.named_parameters():
-        if param.dtype == torch.float8_e4m3fn:
+    params = dict(model.named_parameters())
+    for name, param in params.items():
+        if is_quantized(name, params):
             found[name] = (param if param.is_contiguous() else param.mT).detach()
-        elif "weight_scale" in name:
+        elif is_scale(name):
             found[name] = param.detach()
     return found
+
+
+def is_scale(name: str) -> bool:
+    return "weight_scale" in name or "weight_global_scale" in name
+
+
+def is_quantized(name: str, params: Collection[str]) -> bool:
+    """Whether this one of a model's parameters has scales."""
+    return f"{name}_scale" in params or f"{name}_scale_inv" in params
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+from engines import is_quantized, is_scale
 
 from qtensor import quantize
 
@@ -15,6 +16,7 @@ _PARTS = {
 
 
 _CUT_BY_COLUMN = ("o_proj", "down_proj")
+_BYTES = {1: torch.uint8, 4: torch.int32}  # Integers of the size of an element: fp8 has few operations on a CPU.
 
 
 def fused(tensors: dict[str, torch.Tensor], name: str, rank: int = 0, ranks: int = 1) -> torch.Tensor:
@@ -40,9 +42,9 @@ def runtime_state(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tenso
     made: dict[str, torch.Tensor] = {}
     second_names: list[str] = []
     for name, value in state.items():
-        if "weight_scale" in name:
+        if is_scale(name):
             continue
-        if value.dtype == torch.float8_e4m3fn:
+        if is_quantized(name, state):
             value = fused(tensors, name)
         # vLLM empties weights that it packed for the CPU; a router has two names, of which a state keeps the first.
         made[name] = tensors.get(name.replace(".experts.gate.", ".gate."), value).contiguous()
@@ -53,35 +55,42 @@ def runtime_state(tensors: dict[str, torch.Tensor], state: dict[str, torch.Tenso
 
 def part_of_the_whole(
     tensors: dict[str, torch.Tensor], name: str, scheme: str, rank: int, ranks: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantized values and scales that a rank has of the runtime weight `name`: cut out of the quantized whole."""
+) -> tuple[torch.Tensor, ...]:
+    """The parts of a `QTensor` that a rank has of the runtime weight `name`: cut out of the quantized whole."""
     prefix, _, last = name.removesuffix(".weight").rpartition(".")
     if ranks == 1 or "experts" in name or "block" in scheme:
-        expected = quantize(fused(tensors, name, rank, ranks), scheme)
-        return expected.qdata, expected.scale
+        return quantize(fused(tensors, name, rank, ranks), scheme).parts()
     whole = quantize(fused(tensors, name), scheme)
     rows = [len(tensors[f"{prefix}.{part}.weight"]) for part in _PARTS.get(last, (last,))]
-
-    def mine(values: torch.Tensor, dim: int) -> torch.Tensor:
-        return torch.cat([part.chunk(ranks, dim)[rank] for part in values.split(rows)])
-
     dim = 1 if last in _CUT_BY_COLUMN else 0
-    qdata = mine(whole.qdata.view(torch.uint8), dim).view(whole.qdata.dtype)
-    return qdata, mine(whole.scale, 0) if dim == 0 and len(whole.scale) > 1 else whole.scale
+
+    def mine(part: torch.Tensor) -> torch.Tensor:
+        if part.dim() < 2 or part.shape[dim] == 1:
+            return part  # One scale for all of the rows, or all of the columns, that are split.
+        cuts = [piece.chunk(ranks, dim)[rank] for piece in part.view(_BYTES[part.itemsize]).split(rows)]
+        return torch.cat(cuts).view(part.dtype)
+
+    return tuple(mine(part) for part in whole.parts())
 
 
 def mistakes(
     tensors: dict[str, torch.Tensor], runtime: dict[str, torch.Tensor], scheme: str, rank: int = 0, ranks: int = 1
 ) -> list[str]:
-    """Names of runtime weights whose bytes or scales are not the oracle's. An empty list is the aim."""
+    """Names of runtime weights and scales whose bytes are not the oracle's. An empty list is the aim."""
     wrong = []
-    for name, data in runtime.items():
-        if data.dtype != torch.float8_e4m3fn:
-            continue
-        qdata, expected_scale = part_of_the_whole(tensors, name, scheme, rank, ranks)
-        scale = runtime.get(f"{name}_scale", runtime.get(f"{name}_scale_inv"))
-        if not torch.equal(data.view(torch.uint8), qdata.view(torch.uint8)):
-            wrong.append(name)
-        elif scale is None or not torch.equal(scale, expected_scale):
-            wrong.append(f"{name} (scale)")
+    for name in runtime:
+        if is_quantized(name, runtime):
+            wrong += unequal(runtime, name, part_of_the_whole(tensors, name, scheme, rank, ranks))
     return wrong
+
+
+def unequal(runtime: dict[str, torch.Tensor], name: str, parts: tuple[torch.Tensor, ...]) -> list[str]:
+    """Names of the runtime weight's values and scales that are not these, byte for byte."""
+    scale = f"{name}_scale_inv" if f"{name}_scale_inv" in runtime else f"{name}_scale"
+    held = [*zip((name, scale, f"{name}_global_scale"), parts, strict=False)]
+    return [own for own, part in held if own not in runtime or not _same(runtime[own], part)]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = _BYTES[b.itemsize]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))

@@ -67,7 +67,7 @@ def addresses(llm: LLM) -> dict[str, tuple[int, int]]:
 
 
 def runtime(llm: LLM) -> Tensors:
-    """Copies of every fp8 weight as [..., N, K], and of every scale."""
+    """Copies of what `runtime_tensors` finds."""
     return llm.apply_model(lambda model: {name: t.clone() for name, t in runtime_tensors(model).items()})[0]
 
 

@@ -11,32 +11,80 @@ import pytest
 import torch
 from checkpoints import checkpoint, tensors_of, variant
 from engines import engine, look
-from oracle import fused, mistakes
+from oracle import fused, mistakes, unequal
 from reloads import LAYER, Q_ROWS, QKV, Q, addresses, fresh, lasting, options, other, reload, runtime, state
+from vllm import LLM
 
-from qtensor import IncompleteLoadError, QTensor, WeightShapeError, quantize
-from qtensor.integrations.vllm import linear
+from qtensor import (
+    IncompleteLoadError,
+    NonFiniteWeightError,
+    QTensor,
+    WeightShapeError,
+    quantize,
+    weight_checksums,
+)
+from qtensor.integrations.vllm import checksums, linear
 from qtensor.integrations.vllm import reload as reload_module
-from qtensor.integrations.vllm.compute import CpuLinear, frozen
+from qtensor.integrations.vllm.compute import CpuLinear, frozen, part_names
 from qtensor.integrations.vllm.published import Published, Slot
 
 
-def test_per_tensor_takes_fused_weights_whole() -> None:
+def _reload_whole(llm: LLM, scheme: str, architecture: str = "llama") -> None:
+    """To checkpoint B at once, back to A weight by weight: the oracle's bytes and checksums, the same addresses."""
+    places = addresses(llm)
+    for folder, mode in ((other(architecture), "atomic"), (checkpoint(architecture), "per_weight")):
+        with options(llm, reload=mode):
+            reload(llm, folder)
+        given = tensors_of(folder)
+        assert mistakes(given, runtime(llm), scheme) == []
+        assert checksums(llm)[0][QKV] == weight_checksums({QKV: quantize(fused(given, QKV), scheme)})[QKV]
+    assert addresses(llm) == places
+
+
+@pytest.mark.parametrize("scheme", ["fp8_per_tensor", "nvfp4"])
+def test_one_scale_takes_fused_weights_whole(scheme: str) -> None:
     a, b = tensors_of(checkpoint("llama")), tensors_of(other("llama"))
-    with engine(checkpoint("llama"), "qtensor_fp8_per_tensor") as llm:
+    with engine(checkpoint("llama"), f"qtensor_{scheme}") as llm:
+        _reload_whole(llm, scheme)
         before = state(llm)
         with pytest.raises(IncompleteLoadError, match=re.escape(LAYER + "self_attn.k_proj.weight")):
             reload(llm, [(Q, b[Q])])
         assert state(llm) == before
         qkv = {LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"}
         reload(llm, [(name, b[name]) for name in qkv])
-        assert mistakes(a | {name: b[name] for name in qkv}, runtime(llm), "fp8_per_tensor") == []
+        assert mistakes(a | {name: b[name] for name in qkv}, runtime(llm), scheme) == []
         with options(llm, reload_partial="keep"):
-            old = quantize(fused(b, QKV), "fp8_per_tensor").dequantize()
+            old = quantize(fused(b, QKV), scheme).dequantize()
             reload(llm, [(Q, a[Q])])
-        expected = quantize(torch.cat([a[Q], old[Q_ROWS:]]), "fp8_per_tensor")
-        assert torch.equal(runtime(llm)[QKV].view(torch.uint8), expected.qdata.view(torch.uint8))
+        expected = quantize(torch.cat([a[Q], old[Q_ROWS:]]), scheme)
+        assert unequal(runtime(llm), QKV, expected.parts()) == []
         assert QKV in llm.collective_rpc("qtensor_report")[0]["warnings"][0]
+
+
+def test_groups_take_parts_of_fused_weights() -> None:
+    """Two elements to a byte, and scales within a row: q_proj alone leaves k and v as they are."""
+    a, b = tensors_of(checkpoint("llama")), tensors_of(other("llama"))
+    with engine(checkpoint("llama"), "qtensor_int4_per_group") as llm:
+        _reload_whole(llm, "int4_per_group")
+        reload(llm, [(Q, b[Q])])
+        assert mistakes(a | {Q: b[Q]}, runtime(llm), "int4_per_group") == []
+        spoilt = b[Q].clone()
+        spoilt[3, 5] = float("nan")
+        before = state(llm)
+        with pytest.raises(NonFiniteWeightError, match=re.escape(Q)):
+            reload(llm, [(Q, spoilt)])
+        assert state(llm) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["nvfp4", "int4_per_group"])
+def test_packed_experts(scheme: str) -> None:
+    a, b = tensors_of(checkpoint("qwen3-moe")), tensors_of(other("qwen3-moe"))
+    with engine(checkpoint("qwen3-moe"), f"qtensor_{scheme}") as llm:
+        _reload_whole(llm, scheme, "qwen3-moe")
+        expert = {name for name in a if name.startswith("model.layers.0.mlp.experts.2.")}
+        reload(llm, [(name, b[name]) for name in expert])
+        assert mistakes(a | {name: b[name] for name in expert}, runtime(llm), scheme) == []
 
 
 def test_one_expert_and_layers_that_vllm_packs() -> None:
@@ -107,7 +155,7 @@ class _Reversed(CpuLinear):
 
     def publish(self, layer: Any, weight: QTensor) -> None:
         layer.register_parameter("weight", frozen(weight.qdata.view(torch.uint8).flip(0).view(weight.qdata.dtype)))
-        layer.register_parameter(self.scale, frozen(weight.scale.flip(0)))
+        layer.register_parameter(part_names(self.fmt)[1], frozen(weight.scale.flip(0)))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert bias is None

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from qtensor import quantize
 from qtensor.integrations.vllm.moe import _activate, _experts
 from qtensor.integrations.vllm.names import Names
+from qtensor.kernels import FORMATS
 
 E, H, INNER, K = 4, 32, 48, 2
 
@@ -47,7 +48,7 @@ def test_missing_experts_have_global_numbers_and_the_checkpoints_spelling() -> N
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swigluoai", "relu2_no_mul"])
-@pytest.mark.parametrize("scheme", ["fp8_per_channel", "fp8_per_block", "fp8_per_tensor"])
+@pytest.mark.parametrize("scheme", FORMATS)
 def test_product(scheme: str, activation: str, on_input: bool, local: bool) -> None:
     """Against a loop over tokens in fp32 on the dequantized weights; with an expert map, other ranks' experts add 0."""
     torch.manual_seed(0)
@@ -60,10 +61,8 @@ def test_product(scheme: str, activation: str, on_input: bool, local: bool) -> N
     expert_map = torch.tensor([-1, -1, 0, 1, 2, 3, -1, -1], dtype=torch.int32) if local else None
     out = _experts(
         x,
-        q13.qdata,
-        q13.scale,
-        q2.qdata,
-        q2.scale,
+        q13.parts(),
+        q2.parts(),
         b13,
         b2,
         weights,

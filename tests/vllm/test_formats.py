@@ -180,7 +180,7 @@ def test_native(load_format: str, record: Callable[..., None]) -> None:
     folder, options = FORMATS[load_format]("llama")
     if "sharded" in load_format:
         error = load_error(folder, "fp8_per_channel", **options)
-        assert "mlp.down_proj.weight" in str(error)
+        assert "_proj.weight" in str(error)  # Of whichever layer is streamed first.
         record(_TABLE, load_format, _NATIVE, type(error).__name__)
         return
     with engine(folder, "fp8_per_channel", **options) as llm:

@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import checkpoint
 from engines import engine, load_error, look
 
-from qtensor import QTensorError, fp8_per_block, fp8_per_channel
+from qtensor import QTensorError, fp8_per_block, fp8_per_channel, mxfp8, nvfp4
 from qtensor.integrations.vllm import compat, register
+from qtensor.integrations.vllm.compute import linear_compute
 from qtensor.integrations.vllm.config import NAMES, QTensorConfig
 from qtensor.integrations.vllm.moe import expert_method
 from qtensor.integrations.vllm.options import OptionsError, parse
 from qtensor.integrations.vllm.reporting import report_paths
+from qtensor.kernels import FORMATS
+from qtensor.scheme import SCHEMES
 
 
 def test_names() -> None:
@@ -30,6 +34,7 @@ def test_names() -> None:
         assert get_quantization_config(name) is config
         assert type(pickle.loads(pickle.dumps(config()))) is config
     assert NAMES["qtensor_fp8_per_block"]().choice.options.linear == fp8_per_block
+    assert NAMES.keys() == {"qtensor", *(f"qtensor_{name}" for name in FORMATS)}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,9 @@ def test_names() -> None:
     [
         ({"lienar": "fp8"}, "lienar"),
         ({"linear": "fp9"}, "fp9"),
-        ({"moe": "mxfp4"}, "not mxfp4"),
+        ({"moe": "mxfp4", "activation": "dynamic"}, "mxfp4 is weight-only"),
+        ({"targets": {"*": "int4_per_group"}, "activation": "dynamic"}, "int4_per_group is weight-only"),
+        ({"linear": fp8_per_channel.weight_only()}, "by its name"),
         ({"targets": {"*": "none"}}, "names no scheme"),
         ({"targets": {"re:(": "fp8"}}, "not a regular expression"),
         ({"targets": {"*": "fp8"}, "linear": "fp8"}, "targets"),
@@ -77,16 +84,37 @@ def test_refused_before_any_weight_is_read(options: dict, word: str) -> None:
     assert word in str(load_error(checkpoint("llama"), **_by_json(**options)))
 
 
+def test_dynamic_activations() -> None:
+    """mxfp8 has them; a weight-only default that `targets` leaves unused does not matter."""
+    assert parse(mxfp8, {"activation": "dynamic"}, {}).activation == "dynamic"
+    targets = {"targets": {"*": "fp8"}, "activation": "dynamic"}
+    assert parse(nvfp4, targets, {}).targets == {"*": fp8_per_channel}
+    for others in (targets, {"linear": "none", "moe": "fp8", "activation": "dynamic"}):
+        with pytest.raises(OptionsError, match="nvfp4 is weight-only"):
+            parse(nvfp4, {**others, "lm_head": True}, {})
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4", "int8_per_channel", "int4_per_group"])
+def test_refused_on_a_gpu(scheme: str) -> None:
+    """While the model is built on a device other than the CPU."""
+    chosen, options = SCHEMES[scheme], QTensorConfig().choice.options
+    with torch.device("meta"):
+        with pytest.raises(OptionsError, match=f"on a GPU the vLLM plugin serves fp8_per_tensor, .*; {scheme} it"):
+            linear_compute(chosen, options, (64, 64), torch.bfloat16)
+        with pytest.raises(OptionsError, match=scheme):
+            expert_method(QTensorConfig(), "mlp.experts", chosen, None)
+
+
 def test_targets_by_json() -> None:
-    chosen = {"targets": {"re:.*mlp.*": "fp8_per_block", "*.qkv_proj": "fp8_per_channel"}}
+    chosen = {"targets": {"re:.*mlp.*": "int4_per_group", "*.qkv_proj": "fp8_per_channel"}}
     with engine(checkpoint("llama"), "qtensor", **_by_json(**chosen)) as llm:
         seen = look(llm)
     assert seen.report is not None
     schemes = {layer["name"]: layer["scheme"] for layer in seen.report["layers"]}
     assert {name.split(".")[-2]: scheme for name, scheme in schemes.items()} == {
         "qkv_proj": "fp8_per_channel",
-        "gate_up_proj": "fp8_per_block",
-        "down_proj": "fp8_per_block",
+        "gate_up_proj": "int4_per_group",
+        "down_proj": "int4_per_group",
     }
 
 
