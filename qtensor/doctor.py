@@ -12,6 +12,7 @@ from torch import nn
 
 from . import kernels
 from .online import online_quant
+from .progress import Progress
 from .quantized import QTensor, empty
 from .scheme import SCHEMES, Scheme
 
@@ -19,13 +20,17 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors", "transformers", 
 
 
 def examine() -> dict[str, Any]:
-    """All findings, ready for JSON. `ok` is False if a device has no kernels or its bytes differ from the oracle's."""
+    """All findings, ready for JSON. `ok` is False if a device has no kernels or its bytes differ from the oracle's.
+
+    On a terminal a bar shows the progress: the first time, the kernels are compiled.
+    """
     choices = kernels.describe()
-    checks = [
-        {"device": device, "scheme": str(scheme), "problem": _problem(device, scheme)}
-        for device in _devices()
-        for scheme in dict.fromkeys(SCHEMES.values())
-    ]
+    pairs = [(device, scheme) for device in _devices() for scheme in dict.fromkeys(SCHEMES.values())]
+    checks = []
+    with Progress(description="checking", total=len(pairs)) as progress:
+        for device, scheme in pairs:
+            checks.append({"device": device, "scheme": str(scheme), "problem": _problem(device, scheme)})
+            progress.advance(0)
     return {
         "qtensor": _version("qtensor-online"),
         "python": platform.python_version(),
