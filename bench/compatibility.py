@@ -69,11 +69,18 @@ def states(outcomes: Path) -> dict[str, str]:
     """Test → passed, failed (itself, or what comes before and after it) or skipped, by a JUnit file."""
     found: dict[str, str] = {}
     for case in ElementTree.parse(outcomes).iter("testcase"):
-        name = f"{str(case.get('classname')).replace('.', '/')}.py::{case.get('name')}"
+        name = "::".join([*_file_and_classes(str(case.get("classname"))), str(case.get("name"))])
         failed = case.find("failure") is not None or case.find("error") is not None
         state = "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
         found[name] = "failed" if found.get(name) == "failed" else state
     return found
+
+
+def _file_and_classes(dotted: str) -> list[str]:
+    """tests.vllm.test_x.TestY → tests/vllm/test_x.py, TestY."""
+    parts = dotted.split(".")
+    length = next(n for n in range(len(parts), 0, -1) if (ROOT / "/".join(parts[:n])).with_suffix(".py").is_file())
+    return ["/".join(parts[:length]) + ".py", *parts[length:]]
 
 
 def table(results: dict[str, Any]) -> str:
