@@ -1,8 +1,9 @@
 """Scheme × architecture: loads, generates, and stays as close to unquantized vLLM as its bits allow.
 
-The core grid (every architecture with fp8_per_channel, every scheme with Llama and Qwen3-MoE) always runs; the rest is
-marked slow. Random weights make flat distributions, so closeness is judged by log probabilities. A table of the mean
-distance and of how often the most likely token agrees is printed at the end, vLLM's own fp8 in its first column.
+The core grid always runs: every architecture with fp8_per_channel, every scheme with Llama, and with Qwen3-MoE one of
+each way to store a weight. The rest is marked slow. Random weights make flat distributions, so closeness is judged by
+log probabilities. A table of the mean distance and of how often the most likely token agrees is printed at the end,
+vLLM's own fp8 in its first column.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from oracle import mistakes
 
 from qtensor.kernels import FORMATS
 
-_CORE_SCHEMES_FOR = ("llama", "qwen3-moe")
+_CORE = {"llama": FORMATS, "qwen3-moe": ("fp8_per_channel", "fp8_per_block", "nvfp4", "int4_per_group")}
 _ORACLE_KNOWS = ("llama", "qwen3-tied", "gemma", "qwen3-moe")
 _TABLE = "mean |Δ log p| to unquantized vLLM, and share of prompts with the same most likely token"
 _NATIVE = "vLLM's fp8_per_channel"
@@ -36,7 +37,7 @@ def _closeness(seen: Seen, plain: Seen) -> str:
 
 def _grid() -> list:
     return [
-        pytest.param(a, s, marks=[] if s == "fp8_per_channel" or a in _CORE_SCHEMES_FOR else [pytest.mark.slow])
+        pytest.param(a, s, marks=[] if s in _CORE.get(a, ("fp8_per_channel",)) else [pytest.mark.slow])
         for a in ARCHITECTURES
         for s in FORMATS
     ]
