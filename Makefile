@@ -24,16 +24,21 @@ TYPECHECK := build/typecheck/qtensor
 FRESH := build/fresh
 MATRIX := build/matrix
 
-.PHONY: demo test lint docs wheel endurance test-matrix audit clean
+.PHONY: demo test ready-to-test lint docs wheel endurance test-matrix audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	@echo "Running the demo: qtensor demo $(DEMO_ARGS)"
 	@HF_HUB_OFFLINE=1 $(BIN)/qtensor demo $(DEMO_ARGS)
 
-test: lint $(VENV)/.browser
+# What is independent is made side by side. vllm.mk adds to TEST_NEEDS, and tests of its own before these.
+TEST_NEEDS = lint $(VENV)/.browser
+test: ready-to-test
 	@echo "Running the tests"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+ready-to-test:
+	@$(MAKE) --no-print-directory --jobs=2 $(TEST_NEEDS)
 
 lint: $(VENV)/.dev
 	@echo "Checking style (ruff)"

@@ -102,8 +102,11 @@ def found_packages(contender: Contender, python: str | None) -> tuple[Row, str |
 
 def own_cache(name: str) -> None:
     """Keep what numba compiles apart: environments that share one source tree, and have different versions of numba,
-    overwrite each other's."""
-    os.environ["NUMBA_CACHE_DIR"] = str(ROOT / "build" / "numba" / CONTENDERS[name].environment)
+    overwrite each other's. This one's is where it always is."""
+    environment = CONTENDERS[name].environment
+    os.environ.pop("NUMBA_CACHE_DIR", None)
+    if environment != "main":
+        os.environ["NUMBA_CACHE_DIR"] = str(ROOT / "build" / "numba" / environment)
 
 
 def into_page_cache(*folders: Path) -> None:

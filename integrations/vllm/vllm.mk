@@ -15,6 +15,7 @@ VLLM_PYTHON := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: test-vllm test-vllm-full bench-vllm
+TEST_NEEDS += $(VLLM_VENV)/.vllm
 test: test-vllm
 
 test-vllm: $(VLLM_VENV)/.ready
@@ -36,12 +37,15 @@ bench-vllm: $(VLLM_VENV)/.ready
 	@$(VLLM_PYTHON) bench/vllm_plugin_cost.py
 
 # The torchvision, torchaudio and torchcodec that come along may be built for another torch; vLLM runs without them.
-$(VLLM_VENV)/.ready: pyproject.toml
+$(VLLM_VENV)/.vllm: pyproject.toml
 	@echo "Creating $(VLLM_VENV) and installing $(VLLM)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_PIP) --upgrade pip "setuptools>=77" wheel
 	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM_TORCH)" "$(VLLM)"
 	@$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_PIP) pytest hypothesis numba openai runai-model-streamer tensorizer ray
+	@touch $@
+
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/.vllm
 	@$(VLLM_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
