@@ -12,7 +12,7 @@ VLLM_TORCH ?= torch==2.13.0
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSIONS ?= 0.30.0
 VLLM_PYTHON := $(VLLM_VENV)/bin/python
-VLLM_PIP := $(VLLM_PYTHON) -m pip install --quiet --disable-pip-version-check
+VLLM_PIP := $(VLLM_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .PHONY: test-vllm test-vllm-full bench-vllm
 TEST_NEEDS += $(VLLM_VENV)/.vllm
