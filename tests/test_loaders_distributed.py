@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -205,6 +206,10 @@ SYMMETRIC = [gather_rows, gather_list, sum_of_parts, from_rank_0]
 """Both ranks fill lazy weights."""
 
 
+GLOO_THREADS = 2
+"""gloo writes what it received from threads of its own, and each keeps what it last wrote until it writes elsewhere."""
+
+
 def check(rank: int) -> None:
     """Everything above in one pair of processes: starting them is what takes time."""
     state = weights_of(TinyNet)
@@ -219,7 +224,7 @@ def check(rank: int) -> None:
                 try:
                     assert_equals_oracle(model, state, TinyNet.QUANTIZED, scheme)
                     staged = session.report().peak_staged_bytes
-                    assert staged <= state["down.weight"].nbytes, f"staged {staged}"
+                    assert staged <= GLOO_THREADS * state["down.weight"].nbytes, f"staged {staged}"
                 except AssertionError as error:
                     raise AssertionError(f"rank {rank}, {program.__name__}, {scheme}, {form}: {error}") from error
     bad_input(rank, state)
@@ -244,6 +249,9 @@ def worker(rank: int, port: int, target: Callable[[int], Any]) -> None:
     try:
         target(rank)
         dist.barrier()
+    except BaseException:
+        traceback.print_exc()  # its peer sees a lost connection, and may be the one that is reported
+        raise
     finally:
         dist.destroy_process_group()
 
