@@ -112,7 +112,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
 def _pairs(element: Element, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The two values of every byte: `[256, 2]`."""
     values = torch.tensor(_E2M1_VALUES if element == "e2m1" else _INT4_VALUES, dtype=dtype, device=device)
-    byte = torch.arange(256, device=device)
+    byte = torch.arange(256, dtype=torch.int64, device=device)
     return values[torch.stack((byte & 0xF, byte >> 4), -1)]
 
 

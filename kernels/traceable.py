@@ -38,6 +38,6 @@ def dequantize(
     if fmt.block[0] > 1:
         step = step.repeat_interleave(fmt.block[0], -2)[..., :rows, :]
     if fmt.block[1] > 1:
-        step = step[..., torch.arange(cols, device=step.device) // fmt.block[1]]
+        step = step[..., torch.arange(cols, dtype=torch.int64, device=step.device) // fmt.block[1]]
     values = (values * step).to(dtype)
     return values if out is None else out.copy_(values[..., : out.shape[-1]])

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,33 +34,22 @@ FACTORIES = {
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def setting(read: Callable[[], Any], change: Callable[[Any], None], value: Any) -> Iterator[None]:
+    before = read()
+    change(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        change(before)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return setting(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
+def deterministic() -> AbstractContextManager[None]:
     """New memory is filled with NaN, too."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    return setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True)
 
 
 DEFAULTS = {
@@ -67,7 +57,7 @@ DEFAULTS = {
     "float64": lambda: default_dtype(torch.float64),
     "meta": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,
-    "one thread": one_thread,
+    "one thread": lambda: setting(torch.get_num_threads, torch.set_num_threads, 1),
     "deterministic": deterministic,
 }
 
@@ -112,6 +102,6 @@ def test_every_new_tensor_names_its_device_and_dtype() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
                 made, given = ast.unparse(node.func).removeprefix("torch."), {k.arg for k in node.keywords}
-                if made in FACTORIES and not {"device", "dtype"} - ({"dtype"} if made == "arange" else set()) <= given:
+                if made in FACTORIES and not {"device", "dtype"} <= given:
                     silent.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert silent == []
