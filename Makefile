@@ -4,7 +4,7 @@
 #   make test    lint, type-check and run all tests: what continuous integration runs
 #   make lint    the first half of that;  make docs, make wheel, make clean
 #   make endurance   the tests of threads, growth and random programs in full length (minutes)
-#   make test-matrix  the tests on the oldest and newest versions that are supported (hours); writes docs/compatibility.md
+#   make test-matrix  the tests on the oldest and newest versions that are supported (most of an hour); writes docs/compatibility.md
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
 # TORCH        the torch to install. TORCH_INDEX: a package index to take it from, for example one with CPU builds.

@@ -1,6 +1,6 @@
 """The tests on the oldest and newest versions that qtensor supports: what passed, with which versions, and when.
 
-    make test-matrix                                        makes the environments and runs all of them (hours)
+    make test-matrix                                        makes the environments and runs all of them
     python bench/compatibility.py build/matrix/oldest ...   runs the tests in environments that exist
 
 In an environment with vLLM those are the tests of the plugin, slow ones left out; in others the main suite. Outcomes

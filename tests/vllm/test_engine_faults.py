@@ -66,12 +66,13 @@ class TestLoad:
             assert mistakes(tensors_of(checkpoint("llama")), runtime(llm), "fp8_per_channel") == []
 
 
-class TestReload:
-    @pytest.fixture(scope="class")
-    def served(self) -> Iterator[LLM]:
-        with engine(checkpoint("llama"), "qtensor", enable_prefix_caching=False) as llm:
-            yield llm
+@pytest.fixture(scope="class")
+def served() -> Iterator[LLM]:
+    with engine(checkpoint("llama"), "qtensor", enable_prefix_caching=False) as llm:
+        yield llm
 
+
+class TestReload:
     @every_fault
     def test_a_fault_leaves_the_old_values(
         self, served: LLM, fault: str, folder: Path, monkeypatch: pytest.MonkeyPatch
