@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def holder(weight: torch.Tensor) -> tuple[nn.Module, str]:
         return Experts(tuple(weight.shape), weight.dtype), "w"
     rows, cols = weight.shape
     return nn.Linear(cols, rows, bias=False, dtype=weight.dtype), "weight"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

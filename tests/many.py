@@ -11,7 +11,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import free_port
 from interrupted import elsewhere
 
 from qtensor.checkpoint import converting, ranks
@@ -131,12 +131,6 @@ def _torchrun(arguments: list[str], log: Path, host: str) -> None:
         os.dup2(out.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     main(arguments)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # Hosts ----------------------------------------------------------------------------------------------------------------

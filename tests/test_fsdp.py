@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers import Experts, assert_oracle, same_bytes
 from programs import SCHEMES
-from test_sharding import spawn
+from ranks import spawn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh

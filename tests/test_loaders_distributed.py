@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from helpers import free_port
 from loading import FORMS, SCHEMES, TinyNet, armed, assert_equals_oracle, assert_is, identities, weights_of
+from ranks import process_group, spawn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -210,7 +206,7 @@ GLOO_THREADS = 2
 """gloo writes what it received from threads of its own, and each keeps what it last wrote until it writes elsewhere."""
 
 
-def check(rank: int) -> None:
+def check(rank: int, world: int) -> None:
     """Everything above in one pair of processes: starting them is what takes time."""
     state = weights_of(TinyNet)
     for program in (*RECEIVING, *SYMMETRIC):
@@ -242,36 +238,15 @@ def bad_input(rank: int, state: dict[str, torch.Tensor]) -> None:
         dist.broadcast(model.up.weight.data, src=0)
 
 
-def worker(rank: int, port: int, target: Callable[[int], Any]) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    try:
-        target(rank)
-        dist.barrier()
-    except BaseException:
-        traceback.print_exc()  # its peer sees a lost connection, and may be the one that is reported
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_collectives_into_lazy_weights_equal_the_oracle() -> None:
     """verl #7987, NeMo-RL #3545: refits broadcast into the model's own weights, whole or slice by slice."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, check), nprocs=2)
+    spawn(2, check)
 
 
 def test_a_collective_that_brings_half_of_a_weight_leaves_the_rest_missing() -> None:
     """One process is a group too: what it gathers covers what it gathers, no more."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    try:
+    with process_group(0, 1, free_port()):
         state = weights_of(TinyNet)
         rest = {k: v for k, v in state.items() if k != "up.weight"}
         with pytest.raises(IncompleteLoadError) as caught, armed("constructed") as (model, _):
@@ -283,5 +258,3 @@ def test_a_collective_that_brings_half_of_a_weight_leaves_the_rest_missing() -> 
             dist.broadcast(model.up.weight.data, src=0)
             dist.all_gather_into_tensor(model.up.weight.data, state["up.weight"] * 2)
         assert_is(model.up.weight, state["up.weight"] * 2, fp8)
-    finally:
-        dist.destroy_process_group()

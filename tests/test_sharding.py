@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import socket
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Experts, same_bytes
+from helpers import Experts, free_port, same_bytes
 from programs import SCHEMES
+from ranks import process_group, spawn
 from torch import nn
 
 from qtensor import (
@@ -38,34 +36,6 @@ from qtensor import (
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 TIMEOUT = 20.0
-
-
-@contextlib.contextmanager
-def process_group(rank: int, world: int, port: int) -> Iterator[None]:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        yield
-    except BaseException:
-        traceback.print_exc()  # its peers see a lost connection, and one of them may be the one that is reported
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-def worker(rank: int, world: int, port: int, checks: tuple[Callable[[int, int], None], ...]) -> None:
-    with process_group(rank, world, port):
-        for check in checks:
-            check(rank, world)
-            dist.barrier()
-
-
-def spawn(world: int, *checks: Callable[[int, int], None]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(world, port, checks), nprocs=world)
 
 
 def split(size: int, world: int, step: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -263,10 +233,16 @@ def the_store_does_not_fill_up(rank: int, world: int) -> None:
     assert keys[1] == keys[2], keys
 
 
+@contextlib.contextmanager
+def buckets_of(size: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "BUCKET_BYTES", size)
+        yield
+
+
+@buckets_of(3 * 64 * 96 * 2)
 def buckets_are_batched_and_stream(rank: int, world: int) -> None:
     """One collective per bucket; with small buckets, weights are quantized while others still load."""
-    small = sharding.BUCKET_BYTES
-    sharding.BUCKET_BYTES = 3 * 64 * 96 * 2
     weights = {f"w{i}": torch.randn(64, 96).bfloat16() for i in range(30)}
     model = model_of(weights)
     with online_quant("fp8_per_tensor", model, process_group=Sharding(timeout=TIMEOUT)) as session:
@@ -276,10 +252,9 @@ def buckets_are_batched_and_stream(rank: int, world: int) -> None:
             while session._memory.staged > 2 * sharding.BUCKET_BYTES and time.monotonic() < deadline:
                 session._agreements.advance()  # as every write does
                 time.sleep(0.001)
-    sharding.BUCKET_BYTES = small
     assert session.report().collectives == 10
     assert session.report().collective_bytes == 30 * 4
-    assert session.report().peak_staged_bytes <= 7 * 64 * 96 * 2
+    assert session.report().peak_staged_bytes <= (2 * 3 + 1) * 64 * 96 * 2, "two buckets, and the weight after them"
 
 
 def a_rank_that_lacks_rows_stops_all(rank: int, world: int) -> None:
@@ -320,10 +295,10 @@ def groups_agree_for_themselves(rank: int, world: int) -> None:
     assert torch.equal(parameter(model, "a").scale, torch.full((32, 1), (rank // 2 * 2 + 2) / 448))
 
 
+@buckets_of(1)
 def late_writes_are_refused(rank: int, world: int) -> None:
     full = torch.randn(8, 8).bfloat16()
     model = model_of({"a": full, "b": full})
-    small, sharding.BUCKET_BYTES = sharding.BUCKET_BYTES, 1
     with pytest.raises(QTensorError, match=r"written again after"):  # noqa: SIM117
         with online_quant(fp8_per_tensor, model, process_group=Sharding(timeout=TIMEOUT)):
             parameter(model, "a").data.copy_(full)
@@ -332,7 +307,6 @@ def late_writes_are_refused(rank: int, world: int) -> None:
                 parameter(model, "b").data[:1].copy_(full[:1]) if rank else None
                 time.sleep(0.001)
                 parameter(model, "a").data.copy_(full)
-    sharding.BUCKET_BYTES = small
 
 
 def what_has_to_be_known_is_asked_for(rank: int, world: int) -> None:
@@ -393,10 +367,7 @@ def killed(rank: int, world: int, port: int) -> None:
 
 
 def test_a_killed_rank_ends_the_others_with_an_error_in_time() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(killed, args=(3, port), nprocs=3)
+    torch.multiprocessing.spawn(killed, args=(3, free_port()), nprocs=3)
 
 
 def test_without_torch_distributed_process_group_says_what_to_call() -> None:

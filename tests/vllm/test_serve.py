@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import checkpoint
+from helpers import free_port
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 _START_SECONDS = 240
@@ -26,14 +26,8 @@ if __name__ == "__main__":
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_serve(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     report = tmp_path / "report-{rank}.json"
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -1,0 +1,38 @@
+"""Processes of one gloo group, for tests of what several ranks do together."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from helpers import free_port
+
+
+@contextlib.contextmanager
+def process_group(rank: int, world: int, port: int) -> Iterator[None]:
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()  # its peers see a lost connection, and one of them may be the one that is reported
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def worker(rank: int, world: int, port: int, checks: tuple[Callable[[int, int], None], ...]) -> None:
+    torch.set_num_threads(1)
+    with process_group(rank, world, port):
+        for check in checks:
+            check(rank, world)
+            dist.barrier()
+
+
+def spawn(world: int, *checks: Callable[[int, int], None]) -> None:
+    """Run checks(rank, world), one after the other, in as many processes; raise what the first of them raised."""
+    torch.multiprocessing.spawn(worker, args=(world, free_port(), checks), nprocs=world)
