@@ -45,7 +45,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@echo "Checking types (mypy)"
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
-	@ln -s $(CURDIR)/qtensor/*.py $(CURDIR)/qtensor/py.typed $(CURDIR)/qtensor/checkpoint $(CURDIR)/kernels $(CURDIR)/integrations $(TYPECHECK)
+	@ln -s $(CURDIR)/qtensor/* $(CURDIR)/kernels $(CURDIR)/integrations $(TYPECHECK)
 	@cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p qtensor
 
 endurance: $(VENV)/.dev

@@ -5,7 +5,7 @@
 A sentence encoder (MiniLM, real weights, from a package): cosine similarity of its embeddings with those of the fp32
 model, and the rank correlation of all pairwise similarities, which is what search uses. A small causal language model,
 trained here in minutes, from a fixed seed, on text that ships with Python (reference topics and library sources, byte
-by byte): perplexity per byte on text it has not seen. Each scheme of `qtensor.scheme.SCHEMES` is measured, weight-only,
+by byte): perplexity per byte on text it has not seen. Each scheme of `SCHEMES` is measured, weight-only,
 loaded through `online_quant`. Then again with `min_sqnr` at the median SQNR of the weights, so that the worse half of
 them stays in high precision. --docs writes the tables into docs/accuracy.md. The trained model is kept in bench/.data.
 """
@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qtensor import LoadReport, Scheme, online_quant
-from qtensor.demo import SENTENCES, embed
-from qtensor.scheme import SCHEMES
+from qtensor.cli.demo import SENTENCES, embed
+from qtensor.schemes.scheme import SCHEMES
 
 DATA = Path(__file__).parent / ".data"
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"

@@ -25,8 +25,8 @@ from typing import Any
 import machine
 from load_memory import DATA, checkpoint
 
-from qtensor.demo import write_checkpoint
-from qtensor.memory import Child, Measurement, measure
+from qtensor.cli.demo import write_checkpoint
+from qtensor.report.memory import Child, Measurement, measure
 
 WAYS = {
     "qtensor": "qtensor quantize",

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, cpu_numba, reference
+from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, reference
 from qtensor.kernels.audit import Audit
+from qtensor.kernels.cpu import numba_backend
 from qtensor.kernels.formats import WeightFormat
 
-FUSED = [fmt for fmt in FORMATS.values() if cpu_numba.is_fused(fmt)]
+FUSED = [fmt for fmt in FORMATS.values() if numba_backend.is_fused(fmt)]
 SHAPES = [(4096, 4096), (8192, 28672)]
 QUICK_SHAPES = [(2048, 4096)]
 BATCHES = (1, 2, 4, 8, 16)
@@ -87,7 +88,7 @@ def naive_dequantize(qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize_then_linear(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return functional.linear(x, cpu_numba.dequantize(qdata, scale, FP8_PER_CHANNEL, torch.bfloat16))
+    return functional.linear(x, numba_backend.dequantize(qdata, scale, FP8_PER_CHANNEL, torch.bfloat16))
 
 
 def torchao_per_row(weight: torch.Tensor) -> dict[str, Call]:
@@ -110,7 +111,7 @@ def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]
     for fmt in FUSED:
         qdata = torch.empty(shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
-        ours = partial(cpu_numba.quantize_into, weight, qdata, scale, fmt)
+        ours = partial(numba_backend.quantize_into, weight, qdata, scale, fmt)
         calls: dict[str, Call] = {
             "qtensor numba": ours,
             "qtensor numba, non-finite kept": partial(ours, Audit(refuse_nonfinite=False)),
@@ -130,10 +131,10 @@ def dequantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any
     for fmt in FUSED:
         qdata = torch.empty(shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
-        cpu_numba.quantize_into(torch.randn(shape, dtype=torch.bfloat16), qdata, scale, fmt)
+        numba_backend.quantize_into(torch.randn(shape, dtype=torch.bfloat16), qdata, scale, fmt)
         out = torch.empty(shape, dtype=torch.bfloat16)
         calls: dict[str, Call] = {
-            "qtensor numba": partial(cpu_numba.dequantize, qdata, scale, fmt, torch.bfloat16, out),
+            "qtensor numba": partial(numba_backend.dequantize, qdata, scale, fmt, torch.bfloat16, out),
             "qtensor torch reference": partial(reference.dequantize, qdata, scale, fmt, torch.bfloat16, out),
         }
         if fmt.granularity != "block":
@@ -151,7 +152,7 @@ def grouped_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
         scale = torch.empty(fmt.scale_shape(shape), dtype=fmt.scale_dtype)
         whole = torch.empty(1) if fmt.has_global_scale else None
         out = torch.empty_like(weight)
-        backends = {"qtensor numba": cpu_numba, "qtensor torch reference": reference}
+        backends = {"qtensor numba": numba_backend, "qtensor torch reference": reference}
         quantize: dict[str, Call] = {
             name: partial(b.quantize_into, weight, qdata, scale, fmt, global_scale=whole)
             for name, b in backends.items()
@@ -190,15 +191,15 @@ def linear_rows(size: int, budget: float) -> list[dict[str, Any]]:
     for fmt in FUSED:
         qdata = torch.empty(dense.shape, dtype=fmt.dtype)
         scale = torch.empty(fmt.scale_shape((size, size)), dtype=torch.float32)
-        cpu_numba.quantize_into(dense, qdata, scale, fmt)
+        numba_backend.quantize_into(dense, qdata, scale, fmt)
         weights[fmt] = (qdata, scale)
     qdata, scale = weights[FP8_PER_CHANNEL]
     for batch in BATCHES:
         x = torch.randn(batch, size, dtype=torch.bfloat16)
-        x8, x_scale = cpu_numba.quantize_activation(x, FP8_PER_CHANNEL)
+        x8, x_scale = numba_backend.quantize_activation(x, FP8_PER_CHANNEL)
         calls: dict[str, Call] = {"bf16 F.linear": partial(functional.linear, x, dense)}
         for fmt, (q, s) in weights.items():
-            calls[f"qtensor numba {fmt.name}"] = partial(cpu_numba.linear, x, q, s, fmt)
+            calls[f"qtensor numba {fmt.name}"] = partial(numba_backend.linear, x, q, s, fmt)
         calls["dequantize (numba) + F.linear"] = partial(dequantize_then_linear, x, qdata, scale)
         calls["qtensor torch reference"] = partial(reference.linear, x, qdata, scale, FP8_PER_CHANNEL)
         best = best_of(calls, budget)
@@ -223,9 +224,9 @@ def warm_up() -> dict[str, float]:
         for fmt in FUSED:
             qdata = torch.empty(weight.shape, dtype=fmt.dtype)
             scale = torch.empty(fmt.scale_shape((128, 128)))
-            cpu_numba.quantize_into(weight, qdata, scale, fmt)
-            cpu_numba.dequantize(qdata, scale, fmt, dtype)
-            cpu_numba.linear(weight[:1], qdata, scale, fmt)
+            numba_backend.quantize_into(weight, qdata, scale, fmt)
+            numba_backend.dequantize(qdata, scale, fmt, dtype)
+            numba_backend.linear(weight[:1], qdata, scale, fmt)
         seconds[str(dtype).removeprefix("torch.")] = time.perf_counter() - start
     return seconds
 

@@ -33,7 +33,7 @@ from contenders import BASELINES, CONTENDERS, Contender
 from load_memory import checkpoint
 from safetensors.torch import load_file
 
-from qtensor.memory import Measurement, measure
+from qtensor.report.memory import Measurement, measure
 
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "league.svg"

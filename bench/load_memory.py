@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from qtensor import fp8, online_quant
-from qtensor.demo import build, load_into, write_checkpoint
-from qtensor.memory import Child, Measurement, measure
+from qtensor.cli.demo import build, load_into, write_checkpoint
+from qtensor.report.memory import Child, Measurement, measure
 
 WAYS = {
     "plain": "bf16, load_state_dict",

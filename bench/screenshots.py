@@ -18,7 +18,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from qtensor import demo
+from qtensor.cli import demo
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 View = tuple[str, int, int]

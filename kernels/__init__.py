@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from . import reference, traceable
+from . import compiled, reference
 from .audit import Audit
 from .backend import UnsupportedBackend, choose, describe
 from .formats import (
@@ -91,8 +91,8 @@ def dequantize(
     Where two elements share a byte, the last of an odd number of columns has a zero beside it, which `out` leaves off
     if it has one column less than qdata has elements.
     """
-    if traceable.must_trace(qdata, scale, out):
-        return traceable.dequantize(qdata, scale, fmt, dtype, out, global_scale)
+    if compiled.must_trace(qdata, scale, out):
+        return compiled.dequantize(qdata, scale, fmt, dtype, out, global_scale)
     return choose(qdata.device, backend).dequantize(qdata, scale, fmt, dtype, out, global_scale)
 
 
@@ -106,7 +106,7 @@ def quantize_activation(
     dynamic fp8 activations. The first two: max(amax / F, 1 / (F * 512)), divide, clamp, cast. Traces under
     torch.compile.
     """
-    if traceable.must_trace(x):
+    if compiled.must_trace(x):
         return reference.quantize_activation(x, fmt)
     return choose(x.device, backend).quantize_activation(x, fmt)
 
@@ -125,8 +125,8 @@ def linear(
 
     Weight-only: x is used as it is. A backend without a fused product dequantizes first. Traces under torch.compile.
     """
-    if traceable.must_trace(x, qdata, scale):
-        weight = traceable.dequantize(qdata, scale, fmt, x.dtype, global_scale=global_scale)[:, : x.shape[1]]
+    if compiled.must_trace(x, qdata, scale):
+        weight = compiled.dequantize(qdata, scale, fmt, x.dtype, global_scale=global_scale)[:, : x.shape[1]]
         return torch.nn.functional.linear(x, weight, bias)
     module = choose(x.device, backend)
     return getattr(module, "linear", reference.linear)(x, qdata, scale, fmt, bias, global_scale)

@@ -1,7 +1,7 @@
 """Which code quantizes: the one place that knows the backends and picks among them.
 
 torch  plain torch, on any device; the reference.          kernels/reference.py
-numba  fused loops for CPUs, when numba is installed.      kernels/cpu_numba.py
+numba  fused loops for CPUs, when numba is installed.      kernels/cpu/numba_backend.py
 triton fused kernels for NVIDIA and AMD GPUs.              kernels/triton/
 
 A CPU takes numba, or torch where numba is not installed; a GPU takes triton; any other device takes torch. An argument
@@ -22,7 +22,7 @@ import torch
 
 NAMES = ("triton", "numba", "torch")
 VARIABLE = "QTENSOR_KERNELS"
-_MODULES = {"torch": ".reference", "numba": ".cpu_numba", "triton": ".triton"}
+_MODULES = {"torch": ".reference", "numba": ".cpu.numba_backend", "triton": ".triton"}
 _MIN_CAPABILITY = (8, 0)
 
 
@@ -113,7 +113,7 @@ def _problem(name: str, device_type: str, index: int | None) -> str | None:
 def _numba_problem() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'qtensor-online[cpu]')"
-    if importlib.util.find_spec(".cpu_numba", __package__) is None:
+    if importlib.util.find_spec(".cpu.numba_backend", __package__) is None:
         return "this build has no numba kernels"
-    module = importlib.import_module(".cpu_numba", __package__)
+    module = importlib.import_module(".cpu.numba_backend", __package__)
     return None if module.available() else "numba is installed but does not work here"

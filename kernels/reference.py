@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .audit import Audit
-from .elements import decode, encode
+from .codes import decode, encode
 from .formats import FP8_PER_CHANNEL, NonFinite, WeightFormat, ceil_div
 
 CHUNK_ELEMENTS = 1 << 18

@@ -6,11 +6,7 @@ with online_quant(fp8):
 
 from __future__ import annotations
 
-from . import fsdp, joins, slices  # noqa: F401  operations of quantized weights
 from .checkpoint import load_checkpoint, save_checkpoint
-from .checksums import weight_checksums
-from .counter import CopyCounter
-from .coverage import Coverage
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -21,13 +17,14 @@ from .errors import (
     WeightDtypeError,
     WeightShapeError,
 )
-from .lazy import LazyWeight
-from .online import online_quant
-from .progress import ProgressEvent
-from .quantized import QTensor, quantize
-from .reload import online_reload
-from .report import LayerReport, LoadReport
-from .scheme import (
+from .lazy.counter import CopyCounter
+from .lazy.lazy_tensor import LazyWeight
+from .ranks import fsdp  # noqa: F401  operations of quantized weights
+from .ranks.sharding import Sharding
+from .regions.coverage import Coverage
+from .report.progress import ProgressEvent
+from .report.report import LayerReport, LoadReport
+from .schemes.scheme import (
     Scheme,
     fp8,
     fp8_per_block,
@@ -39,9 +36,13 @@ from .scheme import (
     mxfp8,
     nvfp4,
 )
-from .selection import DEFAULT_IGNORE
-from .session import Session
-from .sharding import Sharding
+from .schemes.selection import DEFAULT_IGNORE
+from .sessions.online import online_quant
+from .sessions.reload import online_reload
+from .sessions.session import Session
+from .tensor import ops_joins, ops_slices  # noqa: F401  operations of quantized weights
+from .tensor.checksums import weight_checksums
+from .tensor.qtensor import QTensor, quantize
 
 __version__ = "0.1.0"
 

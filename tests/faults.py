@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from qtensor import kernels, reload_store, store
-from qtensor.armed import ArmedWeight
+from qtensor import kernels
+from qtensor.lazy import quant_store, reload_store
+from qtensor.lazy.weight import ArmedWeight
 
 FILE = "model.safetensors"
 Patch = pytest.MonkeyPatch
@@ -114,7 +115,7 @@ def no_memory_for_the_result(door: Door, patch: Patch) -> None:
     def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
 
-    patch.setattr(store, "empty", full)
+    patch.setattr(quant_store, "empty", full)
     patch.setitem(reload_store.SECOND_COPIES, "device", full)
 
 

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import save, save_file
 
 from qtensor import QTensorError, fp8_per_channel, quantize
-from qtensor.checkpoint.checking import problems, weights_of
 from qtensor.checkpoint.inspecting import inspect_checkpoint
 from qtensor.checkpoint.reading import CONFIG, INDEX, MANIFEST, SINGLE, Checkpoint
-from qtensor.config import read_config
-from qtensor.scheme import SCHEMES
-from qtensor.selection import matches
+from qtensor.checkpoint.verify import problems, weights_of
+from qtensor.schemes.config import read_config
+from qtensor.schemes.scheme import SCHEMES
+from qtensor.schemes.selection import matches
 
 CORPUS = Path(__file__).parent / "corpus"
 NAMES = [("model.layers.0.mlp.up_proj", "weight"), ("lm_head", "weight"), ("", "w")]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtensor import QTensor, hooks, quantize
+from qtensor import QTensor, quantize
+from qtensor.sessions import registration
 
 
 class Experts(nn.Module):
@@ -60,6 +61,6 @@ def copy_unit(dst: QTensor, src: QTensor, e: int | None, first: int, last: int) 
 
 def assert_no_hooks() -> None:
     """No session left anything installed in the process."""
-    assert hooks._open == 0
-    assert not hooks._handles
-    assert hooks.listening() is None
+    assert registration._open == 0
+    assert not registration._handles
+    assert registration.listening() is None

@@ -24,8 +24,8 @@ import torch
 from helpers import free_port
 from interrupted import elsewhere
 
-from qtensor.checkpoint import converting, ranks
-from qtensor.cli import main
+from qtensor.cli.main import main
+from qtensor.convert import cluster, converting
 
 CLONE_NEWNET = 0x40000000
 
@@ -47,7 +47,7 @@ def befall_at_the_end_of_a_shard(fate: Callable[[], None]) -> None:
 
 def befall_before_the_end(fate: Callable[[], None]) -> None:
     """All shards are in their places, and the index is not written."""
-    ranks.Ranks._await_unless_failed = lambda *_: fate()  # type: ignore[method-assign]
+    cluster.Ranks._await_unless_failed = lambda *_: fate()  # type: ignore[method-assign]
 
 
 def _rank(number: int, variables: dict[str, str], arguments: list[str], log: Path, setup: Callable[[], None]) -> None:

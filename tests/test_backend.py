@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtensor import kernels, quantize
 from qtensor.kernels import FORMATS, Audit, NonFinite, UnsupportedBackend, WeightFormat, backend, choose, reference
-from qtensor.scheme import SCHEMES
+from qtensor.schemes.scheme import SCHEMES
 
 CPU = torch.device("cpu")
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

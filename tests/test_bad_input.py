@@ -37,9 +37,9 @@ from qtensor import (
     fp8,
     fp8_per_block,
     fp8_per_tensor,
-    hooks,
     online_quant,
 )
+from qtensor.sessions import registration
 
 State = dict[str, torch.Tensor]
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -398,7 +398,7 @@ def test_a_model_that_is_armed_cannot_be_armed_again(state) -> None:
     with online_quant(fp8, model):
         with pytest.raises(QTensorError, match=r"armed by another session that is still open"):
             online_quant(fp8_per_block, model)
-        assert hooks._open == 1
+        assert registration._open == 1
         model.load_state_dict(state)
     assert_equals_oracle(model, state, TinyNet.QUANTIZED)
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_conversion import layers, write
 from torch import nn
 
-from qtensor import CheckpointError, cli, fp8, load_checkpoint
+from qtensor import CheckpointError, fp8, load_checkpoint
 from qtensor.checkpoint import problems, quantize_checkpoint
 from qtensor.checkpoint.reading import Checkpoint
+from qtensor.cli import main
 
 INDEX = "model.safetensors.index.json"
 
@@ -142,13 +143,13 @@ def test_verify_finds_what_servers_do_not(damage, tmp_path, capsys):
     """vLLM loads checkpoints without scales, or with fp8 stored as integers, and serves garbage."""
     source = write(tmp_path / "source", layers())
     (source / "tokenizer.json").write_text("{}")
-    assert cli.main(["quantize", str(source), str(tmp_path / "out"), "--json"]) == 0
+    assert main.main(["quantize", str(source), str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quantized"] == 16
-    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+    assert main.main(["verify", str(tmp_path / "out")]) == 0
     spoil, message = DAMAGE[damage]
     spoil(tmp_path / "out")
     capsys.readouterr()
-    assert cli.main(["verify", str(tmp_path / "out"), "--json"]) == 1
+    assert main.main(["verify", str(tmp_path / "out"), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"]
     assert any(re.search(message, problem) for problem in found["problems"]), found
@@ -157,24 +158,26 @@ def test_verify_finds_what_servers_do_not(damage, tmp_path, capsys):
 def test_the_commands_for_people(tmp_path, capsys):
     source = write(tmp_path / "source", layers(), 2)
     assert (
-        cli.main(["quantize", str(source), str(tmp_path / "out"), "--scheme", "fp8_per_tensor", "--ignore", "*.k_proj"])
+        main.main(
+            ["quantize", str(source), str(tmp_path / "out"), "--scheme", "fp8_per_tensor", "--ignore", "*.k_proj"]
+        )
         == 0
     )
     out = capsys.readouterr().out
     assert "12 weights to fp8_per_tensor" in out
     assert "ignored by '*.k_proj': model.layers.0.self_attn.k_proj.weight and 3 more" in out
-    assert cli.main(["inspect", str(tmp_path / "out"), "--against", str(source)]) == 0
+    assert main.main(["inspect", str(tmp_path / "out"), "--against", str(source)]) == 0
     out = capsys.readouterr().out
     assert "2 files, compressed-tensors" in out
     assert "12 weights" in out
     assert "SQNR 31" in out
-    assert cli.main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    assert main.main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["quantized"]) == 12
-    assert cli.main(["quantize", str(source), str(tmp_path / "out")]) == 1
+    assert main.main(["quantize", str(source), str(tmp_path / "out")]) == 1
     assert "nothing is overwritten" in capsys.readouterr().err
-    assert cli.main(["inspect", str(tmp_path / "nowhere"), "--json"]) == 1
+    assert main.main(["inspect", str(tmp_path / "nowhere"), "--json"]) == 1
     assert "no such folder" in json.loads(capsys.readouterr().out)["error"]
     for wrong in (["quantize", "a"], ["quantize", "a", "b", "--workers", "0"], ["quantize", "a", "b", "--scheme", "x"]):
         with pytest.raises(SystemExit) as stop:
-            cli.main(wrong)
+            main.main(wrong)
         assert stop.value.code == 2

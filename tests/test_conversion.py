@@ -19,19 +19,13 @@ from safetensors.torch import save_file
 from test_checkpoints import digests
 from torch import nn
 
-from qtensor import (
-    CheckpointError,
-    NonFiniteWeightError,
-    fp8,
-    fp8_per_tensor,
-    quantize,
-    save_checkpoint,
-)
-from qtensor.checkpoint import converting, problems, quantize_checkpoint, writing
-from qtensor.checkpoint.checking import weights_of
+from qtensor import CheckpointError, NonFiniteWeightError, fp8, fp8_per_tensor, quantize, save_checkpoint
+from qtensor.checkpoint import problems, quantize_checkpoint, writing
 from qtensor.checkpoint.layouts import fused_group
 from qtensor.checkpoint.reading import Checkpoint
-from qtensor.scheme import SCHEMES as NAMED
+from qtensor.checkpoint.verify import weights_of
+from qtensor.convert import converting
+from qtensor.schemes.scheme import SCHEMES as NAMED
 
 SCHEMES = tuple(dict.fromkeys(NAMED.values()))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtensor import Coverage
-from qtensor.geometry import as_box, is_flat_run, split_run
+from qtensor.regions.boxes import as_box, is_flat_run, split_run
 
 shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from test_cpu_kernels import assert_same_bytes, assert_same_values, dtypes, matrices
 from test_cpu_kernels import relaxed as more
 
-from qtensor.kernels import FORMATS, NonFinite, cpu_numba, reference
+from qtensor.kernels import FORMATS, NonFinite, reference
 from qtensor.kernels.audit import Audit
+from qtensor.kernels.cpu import numba_backend
 from qtensor.kernels.formats import WeightFormat
 
-GROUPED = [fmt for fmt in FORMATS.values() if not cpu_numba.is_fused(fmt)]
+GROUPED = [fmt for fmt in FORMATS.values() if not numba_backend.is_fused(fmt)]
 relaxed = settings(more, max_examples=max(20, settings().max_examples // 3))  # The reference is slow in these formats.
 formats = pytest.mark.parametrize("fmt", GROUPED, ids=lambda f: f.name)
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -41,7 +42,7 @@ def assert_same(got: Parts, want: Parts) -> None:
 
 
 def assert_quantizes_alike(source: torch.Tensor, fmt: WeightFormat) -> None:
-    assert_same(quantized(cpu_numba, source, fmt), quantized(reference, source, fmt))
+    assert_same(quantized(numba_backend, source, fmt), quantized(reference, source, fmt))
 
 
 @formats
@@ -56,7 +57,7 @@ def test_quantize_equals_the_reference(fmt: WeightFormat, source: torch.Tensor) 
 @given(source=matrices(nonfinite=True))
 def test_nonfinite_values_that_are_kept(fmt: WeightFormat, source: torch.Tensor) -> None:
     keep = Audit(refuse_nonfinite=False)
-    assert_same(quantized(cpu_numba, source, fmt, keep), quantized(reference, source, fmt, keep))
+    assert_same(quantized(numba_backend, source, fmt, keep), quantized(reference, source, fmt, keep))
 
 
 @formats
@@ -68,7 +69,7 @@ def test_nonfinite_values_are_refused_before_anything_is_stored(fmt: WeightForma
     parts = empty(fmt, tuple(source.shape))
     before = [part.clone() for part in parts if part is not None]
     with pytest.raises(NonFinite) as refused:
-        cpu_numba.quantize_into(source, *parts[:2], fmt, global_scale=parts[2])
+        numba_backend.quantize_into(source, *parts[:2], fmt, global_scale=parts[2])
     assert refused.value.index == int((~source.flatten().isfinite()).nonzero()[0])
     for part, old in zip(parts, before, strict=False):
         assert part is not None
@@ -86,7 +87,7 @@ def test_destinations_inside_a_larger_weight(fmt: WeightFormat, source: torch.Te
         around = torch.zeros((*part.shape[:-1], part.shape[-1] + 2 * padding)).to(part.dtype)
         got.append(around.narrow(-1, padding, part.shape[-1]))
     whole = None if want[2] is None else torch.zeros_like(want[2])
-    cpu_numba.quantize_into(source, *got, fmt, global_scale=whole)
+    numba_backend.quantize_into(source, *got, fmt, global_scale=whole)
     assert_same((*got, whole), want)  # type: ignore[arg-type]
 
 
@@ -99,7 +100,7 @@ def test_a_large_weight_shared_among_threads(fmt: WeightFormat, dtype: torch.dty
         parts = quantized(reference, form, fmt)
         for target in (torch.bfloat16, torch.float32):
             arguments = (*parts[:2], fmt, target, None, parts[2])
-            assert_same_bytes(cpu_numba.dequantize(*arguments), reference.dequantize(*arguments))
+            assert_same_bytes(numba_backend.dequantize(*arguments), reference.dequantize(*arguments))
 
 
 @dtypes
@@ -136,7 +137,7 @@ def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype, cols: int)
     for data in (codes.view(fmt.dtype), codes.view(fmt.dtype).t().contiguous().t()):
         for out in (None, torch.empty(300, cols, dtype=dtype), torch.empty(cols, 300, dtype=dtype).t()):
             want = reference.dequantize(data, scale, fmt, dtype, None if out is None else out.clone(), whole)
-            assert_same_values(cpu_numba.dequantize(data, scale, fmt, dtype, out, whole), want)
+            assert_same_values(numba_backend.dequantize(data, scale, fmt, dtype, out, whole), want)
 
 
 @formats
@@ -148,7 +149,7 @@ def test_linear(fmt: WeightFormat, batch: int) -> None:
         x, bias = torch.randn(batch, cols, generator=generator), torch.randn(rows, generator=generator)
         x.requires_grad_(batch == 17)
         exact = reference.dequantize(data, scale, fmt, torch.float32, torch.empty(rows, cols), whole)
-        got = cpu_numba.linear(x, data, scale, fmt, bias, whole)
+        got = numba_backend.linear(x, data, scale, fmt, bias, whole)
         torch.testing.assert_close(got, x @ exact.T + bias, rtol=1e-4, atol=1e-4)
         if batch == 17:
             got.sum().backward()
@@ -161,5 +162,5 @@ def test_weights_made_under_inference_mode(fmt: WeightFormat) -> None:
     with torch.inference_mode():
         source = torch.randn(1000, 600)
         assert_quantizes_alike(source, fmt)
-        parts = quantized(cpu_numba, source, fmt)
-        cpu_numba.dequantize(*parts[:2], fmt, torch.bfloat16, None, parts[2])
+        parts = quantized(numba_backend, source, fmt)
+        numba_backend.dequantize(*parts[:2], fmt, torch.bfloat16, None, parts[2])

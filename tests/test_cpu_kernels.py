@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
 
-from qtensor.kernels import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, NonFinite, cpu_numba, reference
+from qtensor.kernels import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, NonFinite, reference
 from qtensor.kernels.audit import Audit
+from qtensor.kernels.cpu import numba_backend
 from qtensor.kernels.formats import SOURCE_DTYPES, WeightFormat
 
-LOOPS = [fmt for fmt in FORMATS.values() if cpu_numba.is_fused(fmt)]
+LOOPS = [fmt for fmt in FORMATS.values() if numba_backend.is_fused(fmt)]
 formats = pytest.mark.parametrize("fmt", LOOPS, ids=lambda f: f.name)
 dtypes = pytest.mark.parametrize("dtype", SOURCE_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -56,7 +57,7 @@ def assert_same_codes(got: torch.Tensor, want: torch.Tensor, source: torch.dtype
 
 def assert_same_quantization(source: torch.Tensor, fmt: WeightFormat, refuse: bool = True) -> None:
     got_audit, want_audit = Audit(refuse, measure_sqnr=True), Audit(refuse, measure_sqnr=True)
-    got, want = quantized(cpu_numba, source, fmt, got_audit), quantized(reference, source, fmt, want_audit)
+    got, want = quantized(numba_backend, source, fmt, got_audit), quantized(reference, source, fmt, want_audit)
     assert_same_bytes(got[1], want[1])
     assert_same_codes(got[0], want[0], source.dtype)
     assert got_audit.signal == pytest.approx(want_audit.signal, rel=1e-9, nan_ok=True)
@@ -109,7 +110,7 @@ def matrices(draw: st.DrawFn, nonfinite: bool = False) -> torch.Tensor:
 def test_quantize_equals_the_reference(fmt: WeightFormat, source: torch.Tensor) -> None:
     assert_same_quantization(source, fmt)
     # Without sums to measure, a small source takes a shorter way.
-    for got, want in zip(quantized(cpu_numba, source, fmt), quantized(reference, source, fmt), strict=True):
+    for got, want in zip(quantized(numba_backend, source, fmt), quantized(reference, source, fmt), strict=True):
         assert_same_bytes(got, want)
 
 
@@ -131,7 +132,7 @@ def test_nonfinite_values_are_refused_before_anything_is_stored(
     qdata = torch.zeros(source.shape, dtype=fmt.dtype)
     scale = torch.full(fmt.scale_shape(tuple(source.shape)), -1.0)
     with pytest.raises(NonFinite) as refused:
-        cpu_numba.quantize_into(source, qdata, scale, fmt, Audit(), origin)
+        numba_backend.quantize_into(source, qdata, scale, fmt, Audit(), origin)
     flat = source.flatten()
     first = int((~flat.isfinite()).nonzero()[0])
     assert refused.value.index == origin + first
@@ -150,7 +151,7 @@ def test_destinations_inside_a_larger_weight(fmt: WeightFormat, source: torch.Te
     scale_shape = fmt.scale_shape(tuple(source.shape))
     scales = torch.full((*scale_shape[:-1], scale_shape[-1] + 2 * padding), -1.0)
     qdata, scale = weight.narrow(-1, padding, source.shape[-1]), scales.narrow(-1, padding, scale_shape[-1])
-    cpu_numba.quantize_into(source, qdata, scale, fmt)
+    numba_backend.quantize_into(source, qdata, scale, fmt)
     want_qdata, want_scale = quantized(reference, source, fmt)
     assert_same_bytes(qdata, want_qdata)
     assert_same_bytes(scale, want_scale)
@@ -198,10 +199,10 @@ def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype) -> None:
     scale.view(-1)[0] = 1e-41
     for weight in (qdata, qdata.t().contiguous().t()):
         assert_same_values(
-            cpu_numba.dequantize(weight, scale, fmt, dtype), reference.dequantize(weight, scale, fmt, dtype)
+            numba_backend.dequantize(weight, scale, fmt, dtype), reference.dequantize(weight, scale, fmt, dtype)
         )
     big = scale * 1e30
-    assert_same_values(cpu_numba.dequantize(qdata, big, fmt, dtype), reference.dequantize(qdata, big, fmt, dtype))
+    assert_same_values(numba_backend.dequantize(qdata, big, fmt, dtype), reference.dequantize(qdata, big, fmt, dtype))
 
 
 @formats
@@ -210,12 +211,12 @@ def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype) -> None:
 def test_dequantize_shapes(fmt: WeightFormat, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     qdata, scale = quantized(reference, torch.randn(shape), fmt)
     want = reference.dequantize(qdata, scale, fmt, dtype)
-    assert_same_values(cpu_numba.dequantize(qdata, scale, fmt, dtype), want)
+    assert_same_values(numba_backend.dequantize(qdata, scale, fmt, dtype), want)
     out = torch.zeros((*shape[:-1], shape[-1] + 2), dtype=dtype)[..., 1:-1]
-    assert cpu_numba.dequantize(qdata, scale, fmt, dtype, out) is out
+    assert numba_backend.dequantize(qdata, scale, fmt, dtype, out) is out
     assert_same_values(out, want)
     transposed = torch.zeros(shape, dtype=dtype).mT.contiguous().mT
-    assert_same_values(cpu_numba.dequantize(qdata, scale, fmt, dtype, transposed), want)
+    assert_same_values(numba_backend.dequantize(qdata, scale, fmt, dtype, transposed), want)
 
 
 @formats
@@ -226,7 +227,7 @@ def test_activations_equal_the_reference(fmt: WeightFormat, x: torch.Tensor, poi
     if poison is not None and x.numel():
         x = x.clone()
         x[x.shape[0] // 2, x.shape[1] // 2] = poison
-    got, want = cpu_numba.quantize_activation(x, fmt), reference.quantize_activation(x, fmt)
+    got, want = numba_backend.quantize_activation(x, fmt), reference.quantize_activation(x, fmt)
     assert_same_values(got[1], want[1])
     # A NaN makes its token's scale NaN, and what sign x / NaN has is not defined.
     assert_same_values(got[0].float(), want[0].float())
@@ -247,11 +248,11 @@ def test_linear(fmt: WeightFormat, dtype: torch.dtype, batch: int) -> None:
         x = torch.randn((batch, cols), generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator).to(dtype)
         exact = reference.dequantize(weight, scale, fmt, torch.float32).double()
-        got = cpu_numba.linear(x, weight, scale, fmt, bias)
+        got = numba_backend.linear(x, weight, scale, fmt, bias)
         want = x.double() @ exact.T + bias.double()
         assert got.dtype == dtype
         terms = x.double().abs() @ exact.abs().T + bias.double().abs()
-        relative = 2.0**-20 + (step if batch > cpu_numba.LINEAR_BATCH else 0.0)
+        relative = 2.0**-20 + (step if batch > numba_backend.LINEAR_BATCH else 0.0)
         assert ((got.double() - want).abs() <= relative * terms + step * want.abs()).all()
 
 
@@ -261,13 +262,15 @@ def test_linear_of_strided_and_extreme_inputs(fmt: WeightFormat) -> None:
     exact = reference.dequantize(weight, scale, fmt, torch.float32)
     for size in (1e-30, 1.0, 1e30):
         x = (torch.randn(64, 3) * size).t()
-        torch.testing.assert_close(cpu_numba.linear(x, weight, scale, fmt), x @ exact.T, rtol=1e-4, atol=1e-5 * size)
+        torch.testing.assert_close(
+            numba_backend.linear(x, weight, scale, fmt), x @ exact.T, rtol=1e-4, atol=1e-5 * size
+        )
     wide = torch.empty(130, 80, dtype=fmt.dtype)
     wide[:, 8:72].copy_(weight)
     x = torch.randn(2, 64)
-    assert torch.equal(cpu_numba.linear(x, wide[:, 8:72], scale, fmt), cpu_numba.linear(x, weight, scale, fmt))
+    assert torch.equal(numba_backend.linear(x, wide[:, 8:72], scale, fmt), numba_backend.linear(x, weight, scale, fmt))
     x = torch.randn(2, 64, requires_grad=True)
-    cpu_numba.linear(x, weight, scale, fmt).sum().backward()
+    numba_backend.linear(x, weight, scale, fmt).sum().backward()
     assert x.grad is not None
 
 
@@ -276,8 +279,8 @@ def test_linear_of_strided_and_extreme_inputs(fmt: WeightFormat) -> None:
 def test_a_nan_in_the_weight_reaches_its_outputs(fmt: WeightFormat, batch: int) -> None:
     source = torch.randn(129, 65)
     source[17, 3] = float("nan")
-    weight, scale = quantized(cpu_numba, source, fmt, Audit(refuse_nonfinite=False))
-    out = cpu_numba.linear(torch.randn(batch, 65), weight, scale, fmt)
+    weight, scale = quantized(numba_backend, source, fmt, Audit(refuse_nonfinite=False))
+    out = numba_backend.linear(torch.randn(batch, 65), weight, scale, fmt)
     assert out[:, 17].isnan().all()
     assert out.isnan().sum() == batch
 
@@ -285,11 +288,11 @@ def test_a_nan_in_the_weight_reaches_its_outputs(fmt: WeightFormat, batch: int) 
 def test_wrong_arguments_are_named() -> None:
     qdata, scale = torch.empty(2, 3, dtype=torch.float8_e4m3fn), torch.empty(2, 1)
     with pytest.raises(ValueError, match=r"source is \[3, 2\] but qdata is \[2, 3\]"):
-        cpu_numba.quantize_into(torch.zeros(3, 2), qdata, scale, FP8_PER_CHANNEL)
+        numba_backend.quantize_into(torch.zeros(3, 2), qdata, scale, FP8_PER_CHANNEL)
     with pytest.raises(TypeError, match="float64"):
-        cpu_numba.quantize_into(torch.zeros(2, 3, dtype=torch.float64), qdata, scale, FP8_PER_CHANNEL)
+        numba_backend.quantize_into(torch.zeros(2, 3, dtype=torch.float64), qdata, scale, FP8_PER_CHANNEL)
     with pytest.raises(TypeError, match="not torch"):
-        cpu_numba.quantize_into(torch.zeros(2, 3), qdata.view(torch.int8), scale, FP8_PER_CHANNEL)
+        numba_backend.quantize_into(torch.zeros(2, 3), qdata.view(torch.int8), scale, FP8_PER_CHANNEL)
 
 
 def test_unaligned_source() -> None:
@@ -299,7 +302,8 @@ def test_unaligned_source() -> None:
     raw[1:] = source.view(torch.uint8).numpy().tobytes()
     odd = torch.frombuffer(raw, dtype=torch.bfloat16, offset=1, count=source.numel()).view(64, 64)
     assert odd.data_ptr() % 2 == 1
-    assert_same_bytes(quantized(cpu_numba, odd, FP8_PER_CHANNEL)[0], quantized(reference, source, FP8_PER_CHANNEL)[0])
+    want = quantized(reference, source, FP8_PER_CHANNEL)[0]
+    assert_same_bytes(quantized(numba_backend, odd, FP8_PER_CHANNEL)[0], want)
 
 
 def test_eight_threads_at_once() -> None:
@@ -315,10 +319,10 @@ def test_eight_threads_at_once() -> None:
         try:
             start.wait()
             for _ in range(20):
-                got = quantized(cpu_numba, source, fmt)
+                got = quantized(numba_backend, source, fmt)
                 assert_same_bytes(got[0], qdata)
                 assert_same_bytes(got[1], scale)
-                cpu_numba.linear(source[:2], *got, fmt)
+                numba_backend.linear(source[:2], *got, fmt)
         except BaseException as error:
             errors.append(error)
 
@@ -334,12 +338,12 @@ def test_eight_threads_at_once() -> None:
 def test_a_forked_child_quantizes_too() -> None:
     """The parent's pool is in use when the child starts; the child exits 0 when its bytes are right."""
     source = torch.randn(1024, 1024).bfloat16()
-    qdata, _ = quantized(cpu_numba, source, FP8_PER_CHANNEL)
+    qdata, _ = quantized(numba_backend, source, FP8_PER_CHANNEL)
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            again = quantized(cpu_numba, source, FP8_PER_CHANNEL)[0]
+            again = quantized(numba_backend, source, FP8_PER_CHANNEL)[0]
             # Compared by numpy: torch's own parallel loops hang in a child forked after they were used.
             code = 0 if (again.view(torch.uint8).numpy() == qdata.view(torch.uint8).numpy()).all() else 2
         finally:
@@ -353,9 +357,9 @@ def test_without_a_folder_for_the_compiled_code(tmp_path: Path) -> None:
     code = (
         "import torch, numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"
-        "from qtensor.kernels import cpu_numba, FP8_PER_CHANNEL as f\n"
+        "from qtensor.kernels import numba_backend, FP8_PER_CHANNEL as f\n"
         "q, s = torch.empty(2, 8, dtype=f.dtype), torch.empty(2, 1)\n"
-        "cpu_numba.quantize_into(torch.full((2, 8), 3.0), q, s, f)\n"
+        "numba_backend.quantize_into(torch.full((2, 8), 3.0), q, s, f)\n"
         "assert (q.float() == 448).all()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)

@@ -15,7 +15,7 @@ from helpers import assert_oracle
 from torch import nn
 
 from qtensor import Scheme, load_checkpoint, online_quant, online_reload, quantize, save_checkpoint
-from qtensor.scheme import SCHEMES
+from qtensor.schemes.scheme import SCHEMES
 
 ROOT = Path(__file__).parents[1]
 FACTORIES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import qtensor
-from qtensor.checkpoint.pretrained import transformers_asks
-from qtensor.scheme import SCHEMES
+from qtensor.checkpoint.transformers import transformers_asks
+from qtensor.schemes.scheme import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

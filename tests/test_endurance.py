@@ -20,7 +20,7 @@ from test_reload import assert_reloaded, quantized
 from torch import nn
 
 from qtensor import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload
-from qtensor.memory import resident_bytes
+from qtensor.report.memory import resident_bytes
 
 FULL = bool(os.environ.get("QTENSOR_ENDURANCE"))
 LOADS, RELOADS, ROUNDS = (1000, 500, 20) if FULL else (100, 50, 2)

@@ -25,7 +25,7 @@ from qtensor import (
     online_quant,
     quantize,
 )
-from qtensor.lazy import OPS
+from qtensor.lazy.lazy_tensor import OPS
 
 FULL = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qtensor.memory import Measurement
+from qtensor.report.memory import Measurement
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,9 +18,7 @@ from loading import (
 )
 from torch import nn
 
-from qtensor import (
-    WeightShapeError,
-)
+from qtensor import WeightShapeError
 
 State = dict[str, torch.Tensor]
 

@@ -14,10 +14,10 @@ from helpers import assert_oracle
 from torch import nn
 
 from qtensor import IncompleteLoadError, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload
-from qtensor.armed import ArmedWeight
-from qtensor.coverage import Coverage
-from qtensor.reload_store import ReloadStore, Shadow, Undo
-from qtensor.store import QuantStore
+from qtensor.lazy.quant_store import QuantStore
+from qtensor.lazy.reload_store import ReloadStore, Shadow, Undo
+from qtensor.lazy.weight import ArmedWeight
+from qtensor.regions.coverage import Coverage
 
 FULL = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtensor.kernels.pipeline import UploadRing, upload_rows
+from qtensor.kernels.upload import UploadRing, upload_rows
 
 GARBAGE = 0xAB
 

@@ -25,7 +25,8 @@ from test_checkpoints import digests
 from test_conversion import layers, write
 
 from qtensor import CheckpointError
-from qtensor.checkpoint import distributed, quantize_checkpoint, quantize_on_ray
+from qtensor.checkpoint import quantize_checkpoint, quantize_on_ray
+from qtensor.convert import launch
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package"),
@@ -201,14 +202,14 @@ def test_ray_gives_the_shard_of_a_killed_worker_to_another(source, expected, tmp
     killed = tmp_path / "killed"
 
     def killed_once(task: Any, notes: Path, workers: int) -> str | None:
-        from qtensor.checkpoint import converting, distributed
+        from qtensor.convert import converting
 
         with suppress(FileExistsError):
             killed.touch(exist_ok=False)
             converting.ShardWriter.finish = lambda writer: os.kill(os.getpid(), signal.SIGKILL)
-        return distributed._attempt_on_ray(task, notes, workers)
+        return launch._attempt_on_ray(task, notes, workers)
 
-    monkeypatch.setattr(distributed, "_attempt_on_ray", killed_once)
+    monkeypatch.setattr(launch, "_attempt_on_ray", killed_once)
     heard: list[tuple[int, int]] = []
     report = quantize_on_ray(
         source, tmp_path / "fp8", "fp8", workers=1, on_bytes=lambda done, total: heard.append((done, total))

@@ -34,8 +34,8 @@ from qtensor import (
     quantize,
     weight_checksums,
 )
-from qtensor.memory import resident_bytes
-from qtensor.reload_store import ReloadStore, Undo
+from qtensor.lazy.reload_store import ReloadStore, Undo
+from qtensor.report.memory import resident_bytes
 
 MODES: dict[str, dict[str, Any]] = {
     "shadow": {},

@@ -15,7 +15,7 @@ from programs import LARGEST_ERROR, SCHEMES
 from test_reload import MODES
 
 from qtensor import IncompleteLoadError, QTensor, QTensorError, online_quant, online_reload, quantize
-from qtensor.reload import ReloadSession
+from qtensor.sessions.reload import ReloadSession
 
 SHAPES = [(40, 24), (300, 40), (2, 150, 24)]
 

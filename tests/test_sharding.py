@@ -30,9 +30,8 @@ from qtensor import (
     online_quant,
     online_reload,
     quantize,
-    sharding,
-    verdict,
 )
+from qtensor.ranks import sharding, vote
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 TIMEOUT = 20.0
@@ -202,18 +201,18 @@ def once_all_have_agreed_an_interrupt_comes_too_late(rank: int, world: int) -> N
     model, group = model_of({"a": full}), Sharding(dims={"a": 1}, timeout=TIMEOUT)
     with online_quant(fp8_per_channel, model, process_group=group):
         parameter(model, "a").data.copy_(full)
-    settle = verdict.Verdict.settle
+    settle = vote.Verdict.settle
 
-    def interrupted(self: verdict.Verdict) -> None:
+    def interrupted(self: vote.Verdict) -> None:
         settle(self)
         if rank == 0:
             raise KeyboardInterrupt
 
-    verdict.Verdict.settle = interrupted  # type: ignore[method-assign]
+    vote.Verdict.settle = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt) if rank == 0 else contextlib.nullcontext():  # noqa: SIM117
         with online_reload(model, process_group=group):
             parameter(model, "a").data.copy_(full * 2)
-    verdict.Verdict.settle = settle  # type: ignore[method-assign]
+    vote.Verdict.settle = settle  # type: ignore[method-assign]
     together = torch.cat([full * 2] * world, 1)
     assert same_bytes(parameter(model, "a").scale, quantize(together, fp8_per_channel).scale)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtensor import ProgressEvent, fp8, fp8_per_block, fp8_per_tensor, online_quant, quantize
-from qtensor.timeline import MemoryTimeline
+from qtensor.report.timeline import MemoryTimeline
 
 MB = 1 << 20
 

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from qtensor.kernels import FORMATS
-from qtensor.scheme import SCHEMES, Scheme, fp8
+from qtensor.schemes.scheme import SCHEMES, Scheme, fp8
 
 from . import compat
 from .options import Choice, OptionsError, parse

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from qtensor.errors import QTensorError
-from qtensor.scheme import SCHEMES
+from qtensor.schemes.scheme import SCHEMES
 
 from . import compat
-from .compute import CpuLinear, _define, published_parts
 from .linear import QTensorLinearMethod
+from .products import CpuLinear, _define, published_parts
 from .published import assembled
 
 

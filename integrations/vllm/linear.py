@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from qtensor.lazy import LazyWeight, LiveQTensor
-from qtensor.quantized import QTensor
-from qtensor.scheme import Scheme
+from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
+from qtensor.schemes.scheme import Scheme
+from qtensor.tensor.qtensor import QTensor
 
-from .compute import linear_compute
 from .load import Load, load_of
-from .ranks import split_axes
+from .parallel import split_axes
+from .products import linear_compute
 
 if TYPE_CHECKING:
     from .config import QTensorConfig

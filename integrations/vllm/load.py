@@ -1,6 +1,6 @@
 """Load: one model being filled by one of vLLM's loaders, in one worker.
 
-It plays the session for the lazy weights of that model (see `qtensor.armed.Host`): it arms them when vLLM's layers
+It plays the session for the lazy weights of that model (see `lazy.weight.Host`): it arms them when vLLM's layers
 create their weights, listens to `model.load_weights` for the names a checkpoint uses, and at the end verifies that
 everything arrived, has each layer publish its quantized weights, and keeps the report.
 """
@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from qtensor.armed import ArmedWeight
-from qtensor.counter import CopyCounter
-from qtensor.coverage import Box
 from qtensor.errors import QTensorError, WeightShapeError
-from qtensor.lazy import LazyWeight, LiveQTensor, close, parameter
-from qtensor.report import LoadReport
-from qtensor.scheme import Scheme
-from qtensor.store import QuantStore
+from qtensor.lazy.counter import CopyCounter
+from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor, close, parameter
+from qtensor.lazy.quant_store import QuantStore
+from qtensor.lazy.weight import ArmedWeight
+from qtensor.regions.coverage import Box
+from qtensor.report.report import LoadReport
+from qtensor.schemes.scheme import Scheme
 
 from . import compat
 from .derived import aliases
-from .names import Names, refuse_incomplete
+from .missing import Names, refuse_incomplete
 from .options import Choice
+from .parallel import RankHost
 from .published import Published, Slot
-from .ranks import RankHost
 from .reporting import announce, rank, resident_bytes, write
 from .truncated import describe_truncated
 
@@ -51,11 +51,11 @@ def load_of(choice: Choice) -> Load:
     root = _module_under_construction()
     load: Load | None = root.__dict__.get(_ATTRIBUTE)
     if load is None:
-        from . import takeover
+        from . import entry
 
         load = Load(root, choice)
         compat.add_worker_method("qtensor_report", worker_report)
-        takeover.take_over()
+        entry.take_over()
         compat.shield_llvmlite()
         object.__setattr__(root, _ATTRIBUTE, load)
     return load
@@ -221,7 +221,7 @@ class Load(RankHost):
             if self._context.active or (self.closed and self.report is None):
                 return inner(weights, *args, **kwargs)
             if self.closed:
-                from .takeover import load_again
+                from .entry import load_again
 
                 return load_again(self, inner, weights, args, kwargs)
             self.choice_is_settled()

@@ -16,14 +16,14 @@ import torch
 from torch.nn import functional as F
 
 from qtensor.errors import QTensorError
-from qtensor.lazy import LazyWeight, LiveQTensor
-from qtensor.quantized import QTensor
-from qtensor.scheme import Scheme
+from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
+from qtensor.schemes.scheme import Scheme
+from qtensor.tensor.qtensor import QTensor
 
 from . import compat
-from .compute import _define, frozen, product, publish_parts, published_parts, require_served_on_gpus
 from .load import Load, load_of
-from .ranks import split_axes
+from .parallel import split_axes
+from .products import _define, frozen, product, publish_parts, published_parts, require_served_on_gpus
 
 if TYPE_CHECKING:
     from .config import QTensorConfig

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from qtensor.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
 from qtensor.errors import ConfigError
-from qtensor.scheme import SCHEMES, Scheme
-from qtensor.selection import DEFAULT_IGNORE, matches
+from qtensor.schemes.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
+from qtensor.schemes.scheme import SCHEMES, Scheme
+from qtensor.schemes.selection import DEFAULT_IGNORE, matches
 
 OptionsError = ConfigError
 """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""

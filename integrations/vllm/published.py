@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtensor.armed import ArmedWeight
-from qtensor.geometry import contiguous_strides
-from qtensor.quantized import QTensor
-from qtensor.scheme import Scheme
+from qtensor.lazy.weight import ArmedWeight
+from qtensor.regions.boxes import contiguous_strides
+from qtensor.schemes.scheme import Scheme
+from qtensor.tensor.qtensor import QTensor
 
 
 @dataclass

@@ -16,26 +16,26 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qtensor.armed import ArmedWeight
-from qtensor.coverage import Box
 from qtensor.errors import QTensorError
 from qtensor.kernels import Audit
-from qtensor.lazy import LazyWeight, parameter
-from qtensor.plain_store import PlainStore
-from qtensor.quantized import QTensor
-from qtensor.reload import Snapshot, insist
-from qtensor.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore
-from qtensor.report import LoadReport
-from qtensor.scheme import Scheme
-from qtensor.store import QuantStore
-from qtensor.views import whole
+from qtensor.lazy.lazy_tensor import LazyWeight, parameter
+from qtensor.lazy.plain_store import PlainStore
+from qtensor.lazy.quant_store import QuantStore
+from qtensor.lazy.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore
+from qtensor.lazy.weight import ArmedWeight
+from qtensor.regions.coverage import Box
+from qtensor.regions.views import whole
+from qtensor.report.report import LoadReport
+from qtensor.schemes.scheme import Scheme
+from qtensor.sessions.reload import Snapshot, insist
+from qtensor.tensor.qtensor import QTensor
 
 from . import compat
 from .derived import Processed, absorb_again, process, read_back
 from .load import Load
-from .names import refuse_incomplete
+from .missing import refuse_incomplete
+from .parallel import RankHost
 from .published import Published, Slot
-from .ranks import RankHost
 
 
 class Reload(RankHost):

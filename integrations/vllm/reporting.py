@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qtensor.report import LoadReport
+from qtensor.report.report import LoadReport
 
 from . import compat
 

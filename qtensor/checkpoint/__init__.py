@@ -1,23 +1,36 @@
-"""Checkpoints: quantized weights as files that other tools read, from memory or from high-precision files, and back."""
+"""Checkpoints: quantized weights as files that other tools read; `qtensor.convert` makes them file to file."""
 
-from . import pretrained  # noqa: F401  transformers' from_pretrained inside a session
-from .checking import problems
-from .converting import ConversionReport, ShardTask, convert_shard, quantize_checkpoint
-from .distributed import quantize_on_ranks, quantize_on_ray
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import transformers  # noqa: F401  from_pretrained inside a session
 from .inspecting import CheckpointReport, inspect_checkpoint
 from .loading import load_checkpoint
 from .saving import save_checkpoint
+from .verify import problems
 
 __all__ = [
     "CheckpointReport",
-    "ConversionReport",
-    "ShardTask",
-    "convert_shard",
     "inspect_checkpoint",
     "load_checkpoint",
     "problems",
+    "save_checkpoint",
+]
+
+_IN_CONVERT = {
+    "ConversionReport",
+    "ShardTask",
+    "convert_shard",
     "quantize_checkpoint",
     "quantize_on_ranks",
     "quantize_on_ray",
-    "save_checkpoint",
-]
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names that were here in 0.1 and are in `qtensor.convert` now, which imports this package."""
+    if name in _IN_CONVERT:
+        return getattr(importlib.import_module("qtensor.convert"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..quantized import QTensor
-from .checking import Weight, weights_of
+from ..tensor.qtensor import QTensor
 from .reading import Checkpoint, Stored
+from .verify import Weight, weights_of
 
 _ELEMENTS = 1 << 20
 

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from ..config import read_patterns
 from ..errors import CheckpointError, ConfigError
 from ..kernels import WeightFormat
-from ..quantized import QTensor, empty
-from ..scheme import (
+from ..schemes.config import read_patterns
+from ..schemes.scheme import (
     Scheme,
     fp8_per_block,
     fp8_per_channel,
@@ -30,7 +29,8 @@ from ..scheme import (
     mxfp8,
     nvfp4,
 )
-from ..selection import matches
+from ..schemes.selection import matches
+from ..tensor.qtensor import QTensor, empty
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 Spec = tuple[torch.dtype, tuple[int, ...]]

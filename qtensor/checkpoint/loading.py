@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..lazy import LAZY, LazyWeight, LiveQTensor
-from ..online import OnlineSession
-from ..quantized import QTensor
-from ..report import LoadReport
-from ..scheme import Scheme
-from ..selection import Owner, Selection
-from ..views import View
-from .checking import Weight, weights_of
-from .names import Part, is_transformers, parts_of, tensors_of
+from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor
+from ..regions.views import View
+from ..report.report import LoadReport
+from ..schemes.scheme import Scheme
+from ..schemes.selection import Owner, Selection
+from ..sessions.online import OnlineSession
+from ..tensor.qtensor import QTensor
+from .mapping import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint
 from .saving import expert_names
+from .verify import Weight, weights_of
 
 
 def load_checkpoint(

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..lazy import LAZY
-from ..quantized import QTensor
-from ..scheme import Scheme
-from .checking import require_sound
+from ..lazy.lazy_tensor import LAZY
+from ..schemes.scheme import Scheme
+from ..tensor.qtensor import QTensor
 from .layouts import (
     COMPRESSED_TENSORS,
     Spec,
@@ -27,8 +26,9 @@ from .layouts import (
     refuse_misaligned,
     refuse_short_groups,
 )
-from .names import Part, is_transformers, matrix, parts_of, tensors_of
+from .mapping import Part, is_transformers, matrix, parts_of, tensors_of
 from .reading import CONFIG, DTYPE_NAMES, SINGLE, read_json
+from .verify import require_sound
 from .writing import Records, ShardWriter, Staging, carry_over, write_json, write_manifest
 
 

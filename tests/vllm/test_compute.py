@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from qtensor import quantize
-from qtensor.integrations.vllm.compute import CpuLinear, part_names
 from qtensor.integrations.vllm.config import QTensorConfig
 from qtensor.integrations.vllm.head import QTensorEmbeddingMethod
+from qtensor.integrations.vllm.products import CpuLinear, part_names
 from qtensor.integrations.vllm.published import Published, Slot
 from qtensor.kernels import FORMATS
-from qtensor.scheme import SCHEMES
+from qtensor.schemes.scheme import SCHEMES
 
 N, K = 150, 205  # Odd, and no whole number of groups of 16, 32 or 128, nor of blocks.
 every_scheme = pytest.mark.parametrize("name", FORMATS)

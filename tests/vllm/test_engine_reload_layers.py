@@ -15,17 +15,10 @@ from oracle import fused, mistakes, unequal
 from reloads import LAYER, Q_ROWS, QKV, Q, addresses, fresh, lasting, options, other, reload, runtime, state
 from vllm import LLM
 
-from qtensor import (
-    IncompleteLoadError,
-    NonFiniteWeightError,
-    QTensor,
-    WeightShapeError,
-    quantize,
-    weight_checksums,
-)
+from qtensor import IncompleteLoadError, NonFiniteWeightError, QTensor, WeightShapeError, quantize, weight_checksums
 from qtensor.integrations.vllm import checksums, linear
 from qtensor.integrations.vllm import reload as reload_module
-from qtensor.integrations.vllm.compute import CpuLinear, frozen, part_names
+from qtensor.integrations.vllm.products import CpuLinear, frozen, part_names
 from qtensor.integrations.vllm.published import Published, Slot
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from qtensor import quantize
+from qtensor.integrations.vllm.missing import Names
 from qtensor.integrations.vllm.moe import _activate, _experts
-from qtensor.integrations.vllm.names import Names
 from qtensor.kernels import FORMATS
 
 E, H, INNER, K = 4, 32, 48, 2

@@ -1,0 +1,667 @@
+"""The numba loops of the CPU path: encode, decode, quantize, dequantize and the small-batch fp8 linear.
+
+Per tensor, channel and block of fp8 have loops that do everything in one pass. The other formats have three that do the
+work on elements (`amax_groups`, `encode_groups`, `decode_groups`); their scales are few, and the format's own formula
+gives them in between.
+
+Nothing here knows torch. Arrays are flat and contiguous, a matrix is a flat array plus the distance between its rows,
+and the element type of an array says what its bits mean: uint16 is bfloat16, int16 is float16, uint8 is e4m3fn. Each
+loop runs over a range of rows without the GIL and starts no threads; `numba_backend` shares the ranges out. The file
+stays in one piece because numba's cache notices a change only in the file that defines a function.
+
+Integer steps are wrapped in uint32 one by one: numba widens integers to 64 bits, which would halve the vector width.
+Fast-math is allowed only where sums may be reordered, never where it could change a stored byte.
+"""
+
+# The loops carry no annotations: numba compiles each for the types it is called with.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import carray, extending, types  # type: ignore[attr-defined]
+
+from ..formats import E4M3_MAX
+
+Array = np.ndarray[Any, Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+f32 = np.float32
+u32 = np.uint32
+
+BLOCK = 128
+
+_MAX = f32(E4M3_MAX)
+_CHANNEL_FLOOR = f32(1.0 / (E4M3_MAX * 512.0))
+_BLOCK_FLOOR = f32(1e-4)
+_INFINITY = u32(0x7F800000)
+_MAX_BITS = u32(0x43E00000)  # 448
+_SMALLEST_NORMAL = u32(0x3C800000)  # 2^-6
+_SUBNORMAL_MAGIC = f32(2.0**14)  # One unit in the last place of this is 2^-9, the spacing of e4m3 subnormals.
+_SUBNORMAL_MAGIC_BITS = u32(0x46800000)
+_REBIAS_AND_ROUND = u32((0x7FFFF - (120 << 23)) % 2**32)
+_DECODE_UNIT = f32(256.0)  # See `_decode_small`.
+_REORDER = {"reassoc", "nsz", "contract"}
+
+
+def _jit(**options: Any) -> Callable[[F], F]:
+    """`numba.njit` with the options all loops share; without the disk cache where no folder for it can be written."""
+
+    def decorate(function: F) -> F:
+        shared = {"nogil": True, "error_model": "numpy", **options}
+        try:
+            compiled: F = numba.njit(cache=True, **shared)(function)
+        except RuntimeError:
+            compiled = numba.njit(**shared)(function)
+        return compiled
+
+    return decorate
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    """A scalar conversion that numba lacks, as LLVM instructions: `function` returns its signature and its code."""
+    return extending.intrinsic(function)
+
+
+@_intrinsic
+def _bits(context, value):
+    """The bits of a float32."""
+    return types.uint32(types.float32), lambda _c, llvm, _s, args: llvm.bitcast(args[0], ir.IntType(32))
+
+
+@_intrinsic
+def _float(context, bits):
+    """The float32 with these bits."""
+    return types.float32(types.uint32), lambda _c, llvm, _s, args: llvm.bitcast(args[0], ir.FloatType())
+
+
+@_intrinsic
+def _half_to_float(context, bits):
+    def emit(_context, llvm, _signature, args):
+        return llvm.fpext(llvm.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), emit
+
+
+@_intrinsic
+def _float_to_half(context, value):
+    def emit(_context, llvm, _signature, args):
+        return llvm.bitcast(llvm.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), emit
+
+
+def _widen(value):
+    """A source element as float32."""
+    raise NotImplementedError
+
+
+@extending.overload(_widen)
+def _widen_overload(value):
+    if value == types.uint16:
+        return lambda value: _float(u32(u32(value) << u32(16)))
+    if value == types.int16:
+        return lambda value: _half_to_float(value)
+    return lambda value: value
+
+
+def _narrow(value, like):
+    """A float32 rounded to nearest even in the type that elements of the array `like` stand for."""
+    raise NotImplementedError
+
+
+@extending.overload(_narrow)
+def _narrow_overload(value, like):
+    def bfloat16(value, like):
+        bits = _bits(value)
+        odd = u32(u32(bits >> u32(16)) & u32(1))
+        rounded = u32(u32(u32(bits + u32(0x7FFF)) + odd) >> u32(16))
+        nan = u32(bits & u32(0x7FFFFFFF)) > _INFINITY
+        return np.uint16(u32(0x7FC0) if nan else rounded)
+
+    if like.dtype == types.uint16:
+        return bfloat16
+    if like.dtype == types.int16:
+        return lambda value, like: _float_to_half(value)
+    return lambda value, like: value
+
+
+@_jit()
+def _encode(value):
+    """float32 → e4m3fn code: clamp to ±448, round to nearest even; NaN stays NaN."""
+    bits = _bits(value)
+    magnitude = u32(bits & u32(0x7FFFFFFF))
+    clamped = min(magnitude, _MAX_BITS)
+    subnormal = u32(_bits(_float(clamped) + _SUBNORMAL_MAGIC) - _SUBNORMAL_MAGIC_BITS)
+    odd = u32(u32(clamped >> u32(20)) & u32(1))
+    normal = u32(u32(u32(clamped + _REBIAS_AND_ROUND) + odd) >> u32(20))
+    code = subnormal if clamped < _SMALLEST_NORMAL else normal
+    code = u32(0x7F) if magnitude > _INFINITY else code
+    return np.uint8(u32(code | u32(u32(bits >> u32(24)) & u32(0x80))))
+
+
+@_jit()
+def _decode_small(code):
+    """e4m3fn code → its value / 256 in float32, except that the two NaN codes give ±480 / 256.
+
+    The seven magnitude bits are those of a float16 with a smaller exponent bias; the shift of the sign-extended code
+    puts the sign where it belongs and a copy of it in bit 14, which the mask clears.
+    """
+    wide = np.int16(np.int8(code))
+    return _half_to_float(np.int16(np.int16(wide << np.int16(7)) & np.int16(0xBF80 - 0x10000)))
+
+
+@_jit()
+def _decode(code):
+    """e4m3fn code → float32."""
+    return f32(np.nan) if np.uint8(code & np.uint8(0x7F)) == np.uint8(0x7F) else _decode_small(code) * _DECODE_UNIT
+
+
+@_jit()
+def _magnitude(value):
+    """|value| as bits: they order like the values, with infinity and then NaN above everything finite."""
+    return u32(_bits(_widen(value)) & u32(0x7FFFFFFF))
+
+
+@_jit()
+def _amax(row):
+    amax = u32(0)
+    for i in range(row.size):
+        amax = max(amax, _magnitude(row[i]))
+    return amax
+
+
+@_jit()
+def _amax_finite(row):
+    amax = u32(0)
+    for i in range(row.size):
+        magnitude = _magnitude(row[i])
+        amax = max(amax, magnitude if magnitude < _INFINITY else u32(0))
+    return amax
+
+
+@_jit()
+def _inverse(scale):
+    inverse = f32(1) / scale
+    return inverse if abs(inverse) < f32(np.inf) else f32(0)
+
+
+@_jit()
+def _encode_divided(row, scale, codes):
+    for i in range(row.size):
+        codes[i] = _encode(_widen(row[i]) / scale)
+
+
+@_jit()
+def _encode_times(row, factor, codes):
+    for i in range(row.size):
+        codes[i] = _encode(_widen(row[i]) * factor)
+
+
+@_jit(fastmath=_REORDER)
+def _sum_of_squares(values):
+    total = 0.0
+    for i in range(values.size):
+        x = np.float64(_widen(values[i]))
+        total += x * x
+    return total
+
+
+@_jit()
+def _add_sums(row, codes, scale, lost, sums):
+    """Add Σx² and Σ(x - dequantized)² of one row with one scale to `sums`; `lost` is room for as many float32."""
+    for i in range(row.size):
+        lost[i] = _widen(row[i]) - _decode(codes[i]) * scale
+    sums[0] += _sum_of_squares(row)
+    sums[1] += _sum_of_squares(lost[: row.size])
+
+
+@_jit()
+def first_nonfinite(source, stride, rows, cols):
+    """Row-major index of the first NaN or infinity, or -1."""
+    for r in range(rows):
+        row = source[r * stride : r * stride + cols]
+        if _amax(row) >= _INFINITY:
+            for c in range(cols):
+                if _magnitude(row[c]) >= _INFINITY:
+                    return r * cols + c
+    return -1
+
+
+@_jit()
+def amax_rows(source, stride, cols, start, stop, skip_nonfinite):
+    """The bits of the largest magnitude in rows start..stop; see `_magnitude`."""
+    amax = u32(0)
+    for r in range(start, stop):
+        row = source[r * stride : r * stride + cols]
+        bits = _amax(row)
+        if bits >= _INFINITY and skip_nonfinite:
+            bits = _amax_finite(row)
+        amax = max(amax, bits)
+    return amax
+
+
+@_jit()
+def quantize_groups(
+    source, stride, codes, codes_stride, cols, group, scale, start, stop, skip_nonfinite, measure, sums
+):
+    """Rows start..stop, one scale per row and `group` columns: a weight's rows, or activations per token.
+
+    `scale` holds ceil(cols / group) values per row. NaN and infinity stay out of it if `skip_nonfinite`.
+    """
+    groups = (cols + group - 1) // group
+    lost = np.empty(group if measure else 0, np.float32)
+    for r in range(start, stop):
+        for g in range(groups):
+            left, right = g * group, min(g * group + group, cols)
+            row = source[r * stride + left : r * stride + right]
+            out = codes[r * codes_stride + left : r * codes_stride + right]
+            bits = _amax(row)
+            if bits >= _INFINITY and skip_nonfinite:
+                bits = _amax_finite(row)
+            amount = _float(bits) / _MAX
+            amount = _CHANNEL_FLOOR if amount < _CHANNEL_FLOOR else amount  # max() would lose NaN
+            scale[r * groups + g] = amount
+            _encode_divided(row, amount, out)
+            if measure:
+                _add_sums(row, out, amount, lost, sums)
+
+
+@_jit()
+def quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, start, stop, measure, sums):
+    """Bands start..stop of 128 rows, one scale per 128 columns. NaN and infinity stay out of it.
+
+    A band is read row by row in full, twice: narrower strips would fit a nearer cache but measured slower, as rows a
+    power of two apart compete for the same cache sets and the prefetcher loses the thread.
+    """
+    across = (cols + BLOCK - 1) // BLOCK
+    amax = np.empty(across, np.uint32)
+    factors = np.empty(across, np.float32)
+    lost = np.empty(BLOCK, np.float32)
+    for band in range(start, stop):
+        top, bottom = band * BLOCK, min(band * BLOCK + BLOCK, rows)
+        band_scale = scale[band * across : band * across + across]
+        amax[:] = u32(0)
+        for r in range(top, bottom):
+            row = source[r * stride : r * stride + cols]
+            for b in range(across):
+                amax[b] = max(amax[b], _amax(row[b * BLOCK : b * BLOCK + BLOCK]))
+        for b in range(across):
+            if amax[b] >= _INFINITY:
+                amax[b] = u32(0)
+                for r in range(top, bottom):
+                    row = source[r * stride : r * stride + cols]
+                    amax[b] = max(amax[b], _amax_finite(row[b * BLOCK : b * BLOCK + BLOCK]))
+            band_scale[b] = max(_float(amax[b]), _BLOCK_FLOOR) / _MAX
+            factors[b] = _inverse(band_scale[b])
+        for r in range(top, bottom):
+            row = source[r * stride : r * stride + cols]
+            out = codes[r * codes_stride : r * codes_stride + cols]
+            for b in range(across):
+                part, target = row[b * BLOCK : b * BLOCK + BLOCK], out[b * BLOCK : b * BLOCK + BLOCK]
+                _encode_times(part, factors[b], target)
+                if measure:
+                    _add_sums(part, target, band_scale[b], lost, sums)
+
+
+@_jit()
+def quantize_rows(source, stride, codes, codes_stride, cols, scale, start, stop, measure, sums):
+    """Rows start..stop with `scale[0]` for the whole matrix."""
+    factor = _inverse(scale[0])
+    lost = np.empty(cols if measure else 0, np.float32)
+    for r in range(start, stop):
+        row = source[r * stride : r * stride + cols]
+        out = codes[r * codes_stride : r * codes_stride + cols]
+        _encode_times(row, factor, out)
+        if measure:
+            _add_sums(row, out, scale[0], lost, sums)
+
+
+@_intrinsic
+def _pointer(context, address, like):
+    """An address as a pointer to elements of the array `like`."""
+    pointer = types.CPointer(like.dtype)
+
+    def emit(emit_context, llvm, _signature, args):
+        return llvm.inttoptr(args[0], emit_context.get_value_type(pointer))
+
+    return pointer(address, like), emit
+
+
+TENSOR, CHANNEL, BLOCKS = range(3)
+
+
+@_jit()
+def quantize_piece(kind, source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols):
+    """A whole matrix, from addresses: for pieces so small that making arrays takes longer than quantizing.
+
+    `like` is any array of the source's element type, `scales` the number of scales. Returns the row-major index of the
+    first NaN or infinity, with nothing stored, or -1.
+    """
+    source = carray(_pointer(source_at, like), (rows - 1) * stride + cols)
+    codes = carray(_pointer(codes_at, np.empty(0, np.uint8)), (rows - 1) * codes_stride + cols)
+    scale = carray(_pointer(scale_at, np.empty(0, np.float32)), scales)
+    bad = first_nonfinite(source, stride, rows, cols)
+    if bad >= 0:
+        return bad
+    sums = np.empty(2)
+    if kind == CHANNEL:
+        quantize_groups(source, stride, codes, codes_stride, cols, cols, scale, 0, rows, False, False, sums)
+    elif kind == BLOCKS:
+        bands = (rows + BLOCK - 1) // BLOCK
+        quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, 0, bands, False, sums)
+    else:
+        scale[0] = _float(amax_rows(source, stride, cols, 0, rows, False)) / _MAX
+        quantize_rows(source, stride, codes, codes_stride, cols, scale, 0, rows, False, sums)
+    return -1
+
+
+@_jit()
+def _decode_times(codes, factor, out):
+    for i in range(codes.size):
+        out[i] = _narrow(_decode(codes[i]) * factor, out)
+
+
+@_jit()
+def _decode_times_each(codes, factors, out):
+    for i in range(codes.size):
+        out[i] = _narrow(_decode(codes[i]) * factors[i], out)
+
+
+@_jit()
+def dequantize_rows(codes, codes_stride, out, out_stride, cols, scale, down, across, start, stop):
+    """Rows start..stop; element (r, c) has the scale `scale[r // down, c // across]`, `scale` being flat."""
+    groups = (cols + across - 1) // across
+    factors = np.empty(cols if groups > 1 else 0, np.float32)
+    for r in range(start, stop):
+        row = codes[r * codes_stride : r * codes_stride + cols]
+        target = out[r * out_stride : r * out_stride + cols]
+        first = r // down * groups
+        if groups == 1:
+            _decode_times(row, scale[first], target)
+            continue
+        if r == start or r % down == 0:
+            for g in range(groups):
+                factors[g * across : g * across + across] = scale[first + g]
+        _decode_times_each(row, factors, target)
+
+
+E4M3, E2M1, INT8, INT4 = range(4)
+_ROUND = f32(1.5 * 2.0**23)  # The low bits of a float32 added to this are the integer nearest to it, half to even.
+
+
+@_jit()
+def _rounded(value):
+    """The integer nearest to a float32 below 2^22, half to even, in the low bits of a uint32 (two's complement)."""
+    return _bits(value + _ROUND)
+
+
+@_jit()
+def _encode_e2m1(value):
+    """float32 → e2m1 code: clamp to ±6, round to nearest even. Codes count steps of 0.5 below 2, of 1 below 4, of 2."""
+    bits = _bits(value)
+    m = min(_float(u32(bits & u32(0x7FFFFFFF))), f32(6))
+    low = u32(_rounded(m * f32(2)) & u32(7))
+    middle = u32(u32(_rounded(m) & u32(7)) + u32(2))
+    high = u32(u32(_rounded(m * f32(0.5)) & u32(7)) + u32(4))
+    code = low if m < f32(2) else (middle if m < f32(4) else high)
+    return np.uint8(code | u32(u32(bits >> u32(28)) & u32(8)))
+
+
+@_jit()
+def _decode_e2m1(code):
+    """The low nibble's value in float32."""
+    m = f32(np.uint8(code & np.uint8(7)))
+    m = m * f32(0.5) if m < f32(4) else (m - f32(2) if m < f32(6) else f32(2) * m - f32(8))
+    return -m if np.uint8(code & np.uint8(8)) else m
+
+
+@_jit()
+def _decode_int4(code):
+    """The low nibble's value, two's complement, in float32."""
+    return f32(np.int8(np.int8(code << np.uint8(4)) >> np.int8(4)))
+
+
+@_jit()
+def amax_groups(source, stride, cols, group, amax, start, stop):
+    """The largest magnitude of each `group` columns of rows start..stop, ceil(cols / group) values per row."""
+    groups = (cols + group - 1) // group
+    for r in range(start, stop):
+        for g in range(groups):
+            left, right = g * group, min(g * group + group, cols)
+            amax[r * groups + g] = _float(_amax(source[r * stride + left : r * stride + right]))
+
+
+@_jit()
+def _divided(row, step, out):
+    for i in range(row.size):
+        out[i] = _widen(row[i]) / step
+
+
+@_jit()
+def _divided_in_its_type(row, step, out):
+    for i in range(row.size):
+        out[i] = _widen(_narrow(_widen(row[i]) / step, row))
+
+
+@_jit()
+def _times(row, factor, out):
+    for i in range(row.size):
+        out[i] = _widen(row[i]) * factor
+
+
+@_jit()
+def _to_e4m3(values, codes):
+    for i in range(values.size):
+        codes[i] = _encode(values[i])
+
+
+@_jit()
+def _to_e2m1(values, codes):
+    for i in range(values.size):
+        codes[i] = _encode_e2m1(values[i])
+
+
+@_jit()
+def _to_integers(values, largest, mask, codes):
+    for i in range(values.size):
+        codes[i] = np.uint8(u32(_rounded(min(max(values[i], -largest), largest)) & mask))
+
+
+@_jit()
+def _pack(nibbles, codes):
+    for i in range(codes.size):
+        codes[i] = np.uint8(nibbles[2 * i] | np.uint8(nibbles[2 * i + 1] << np.uint8(4)))
+
+
+@_jit()
+def encode_groups(element, divides, source, stride, codes, codes_stride, cols, group, steps, start, stop):
+    """Rows start..stop of a finite source, in units of `steps`, ceil(cols / group) float32 values per row.
+
+    `divides`: by the step, and what has a step of 0 is 0; otherwise multiply by its inverse. int8 rounds the quotient
+    to the source's type. Groups of nibbles have an even number of columns.
+    """
+    groups = (cols + group - 1) // group
+    values = np.zeros(group + 1, np.float32)
+    nibbles = np.zeros(group + 1, np.uint8)
+    for r in range(start, stop):
+        for g in range(groups):
+            left, right = g * group, min(g * group + group, cols)
+            row, step = source[r * stride + left : r * stride + right], steps[r * groups + g]
+            scaled = values[: right - left]
+            if divides and step == f32(0):
+                scaled[:] = f32(0)
+            elif element == INT8:
+                _divided_in_its_type(row, step, scaled)
+            elif divides:
+                _divided(row, step, scaled)
+            else:
+                _times(row, _inverse(step), scaled)
+            if element == E4M3:
+                _to_e4m3(scaled, codes[r * codes_stride + left : r * codes_stride + right])
+            elif element == INT8:
+                _to_integers(scaled, f32(127), u32(0xFF), codes[r * codes_stride + left : r * codes_stride + right])
+            else:
+                found = nibbles[: right - left]
+                if element == E2M1:
+                    _to_e2m1(scaled, found)
+                else:
+                    _to_integers(scaled, f32(7), u32(0xF), found)
+                nibbles[right - left] = 0  # the partner of an odd last one
+                _pack(nibbles, codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2])
+
+
+@_jit()
+def _from_int8(codes, step, out):
+    for i in range(codes.size):
+        out[i] = _narrow(f32(np.int8(codes[i])) * step, out)
+
+
+@_jit()
+def _from_e2m1(codes, step, out):
+    for i in range(out.size // 2):
+        out[2 * i] = _narrow(_decode_e2m1(codes[i]) * step, out)
+        out[2 * i + 1] = _narrow(_decode_e2m1(np.uint8(codes[i] >> np.uint8(4))) * step, out)
+    if out.size % 2:
+        out[out.size - 1] = _narrow(_decode_e2m1(codes[out.size // 2]) * step, out)
+
+
+@_jit()
+def _from_int4(codes, step, out):
+    for i in range(out.size // 2):
+        out[2 * i] = _narrow(_decode_int4(codes[i]) * step, out)
+        out[2 * i + 1] = _narrow(_decode_int4(np.uint8(codes[i] >> np.uint8(4))) * step, out)
+    if out.size % 2:
+        out[out.size - 1] = _narrow(_decode_int4(codes[out.size // 2]) * step, out)
+
+
+@_jit()
+def decode_groups(element, codes, codes_stride, out, out_stride, cols, group, steps, start, stop):
+    """The inverse of `encode_groups`, rounded once to the type of `out`."""
+    groups = (cols + group - 1) // group
+    for r in range(start, stop):
+        for g in range(groups):
+            left, right = g * group, min(g * group + group, cols)
+            step, target = steps[r * groups + g], out[r * out_stride + left : r * out_stride + right]
+            whole = codes[r * codes_stride + left : r * codes_stride + right]
+            halved = codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2]
+            if element == E4M3:
+                _decode_times(whole, step, target)
+            elif element == INT8:
+                _from_int8(whole, step, target)
+            elif element == E2M1:
+                _from_e2m1(halved, step, target)
+            else:
+                _from_int4(halved, step, target)
+
+
+@_jit(fastmath=_REORDER)
+def _dot(w, x):
+    total = f32(0)
+    for k in range(w.size):
+        total += _decode_small(w[k]) * x[k]
+    return total
+
+
+@_jit(fastmath=_REORDER)
+def _dot_2x4(w, v, x0, x1, x2, x3):
+    """Two weight rows by four batch rows. Sums stay in registers: 8 here, 16 below, of the 32 that AVX-512 has."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0)
+    for k in range(w.size):
+        a, b = _decode_small(w[k]), _decode_small(v[k])
+        a0, b0 = a0 + a * x0[k], b0 + b * x0[k]
+        a1, b1 = a1 + a * x1[k], b1 + b * x1[k]
+        a2, b2 = a2 + a * x2[k], b2 + b * x2[k]
+        a3, b3 = a3 + a * x3[k], b3 + b * x3[k]
+    return (a0, a1, a2, a3), (b0, b1, b2, b3)
+
+
+@_jit(fastmath=_REORDER)
+def _dot_2x8(w, v, x0, x1, x2, x3, x4, x5, x6, x7):
+    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = b0 = b1 = b2 = b3 = b4 = b5 = b6 = b7 = f32(0)
+    for k in range(w.size):
+        a, b = _decode_small(w[k]), _decode_small(v[k])
+        a0, b0 = a0 + a * x0[k], b0 + b * x0[k]
+        a1, b1 = a1 + a * x1[k], b1 + b * x1[k]
+        a2, b2 = a2 + a * x2[k], b2 + b * x2[k]
+        a3, b3 = a3 + a * x3[k], b3 + b * x3[k]
+        a4, b4 = a4 + a * x4[k], b4 + b * x4[k]
+        a5, b5 = a5 + a * x5[k], b5 + b * x5[k]
+        a6, b6 = a6 + a * x6[k], b6 + b * x6[k]
+        a7, b7 = a7 + a * x7[k], b7 + b * x7[k]
+    return (a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)
+
+
+@_jit()
+def _has_nan(codes):
+    largest = np.uint8(0)
+    for i in range(codes.size):
+        largest = max(largest, np.uint8(codes[i] & np.uint8(0x7F)))
+    return largest == np.uint8(0x7F)
+
+
+@_jit()
+def linear_rows(codes, stride, cols, x, x_stride, batch, scale, out, out_stride, start, stop):
+    """out[m, n] = scale[n] * Σ_k codes[n, k] * x[m, k] in float32, for n in start..stop and m below `batch`.
+
+    `batch` is 1, 4, or a multiple of 8: pad x with zeros.
+    """
+    nan = f32(np.nan)
+    for n in range(start, stop, 1 if batch == 1 else 2):
+        p = min(n + 1, stop - 1)  # The last row of an odd range is its own partner.
+        w = codes[n * stride : n * stride + cols]
+        v = codes[p * stride : p * stride + cols]
+        # A NaN code decodes to a number below, and NaN times anything is NaN.
+        a_scale = nan if _has_nan(w) else scale[n] * _DECODE_UNIT
+        if batch == 1:
+            out[n] = _dot(w, x[:cols]) * a_scale
+            continue
+        b_scale = nan if _has_nan(v) else scale[p] * _DECODE_UNIT
+        s = x_stride
+        if batch == 4:
+            a4, b4 = _dot_2x4(w, v, x[:cols], x[s : s + cols], x[2 * s : 2 * s + cols], x[3 * s : 3 * s + cols])
+            for i in range(4):
+                out[i * out_stride + n] = a4[i] * a_scale
+                out[i * out_stride + p] = b4[i] * b_scale
+            continue
+        for m in range(0, batch, 8):
+            z = x[m * s :]
+            a8, b8 = _dot_2x8(
+                w,
+                v,
+                z[:cols],
+                z[s : s + cols],
+                z[2 * s : 2 * s + cols],
+                z[3 * s : 3 * s + cols],
+                z[4 * s : 4 * s + cols],
+                z[5 * s : 5 * s + cols],
+                z[6 * s : 6 * s + cols],
+                z[7 * s : 7 * s + cols],
+            )
+            for i in range(8):
+                out[(m + i) * out_stride + n] = a8[i] * a_scale
+                out[(m + i) * out_stride + p] = b8[i] * b_scale
+
+
+@_jit()
+def linear_bands(codes, stride, rows, cols, x, x_stride, batch, scale, out, out_stride, start, stop):
+    """As `linear_rows` for bands start..stop of 128 rows, with one scale per 128 columns of each band.
+
+    The scales multiply x, once per band, which costs 1/128 of multiplying the weights.
+    """
+    across = (cols + BLOCK - 1) // BLOCK
+    scaled = np.zeros(batch * x_stride, np.float32)
+    ones = np.ones(rows, np.float32)
+    for band in range(start, stop):
+        for m in range(batch):
+            for g in range(across):
+                left, right = m * x_stride + g * BLOCK, m * x_stride + min(g * BLOCK + BLOCK, cols)
+                for i in range(left, right):
+                    scaled[i] = x[i] * scale[band * across + g]
+        top, bottom = band * BLOCK, min(band * BLOCK + BLOCK, rows)
+        linear_rows(codes, stride, cols, scaled, x_stride, batch, ones, out, out_stride, top, bottom)

@@ -1,0 +1,124 @@
+"""What the CPU kernels share: matrices as flat arrays of bits, and rows shared out among threads.
+
+Threads: numba's own parallel loops are not used. Its default pool crashes when two Python threads enter it at once, and
+its OpenMP pool kills a process that forks. The loops release the GIL instead, and a plain thread pool shares the rows
+out, `torch.get_num_threads()` at a time, together with the calling thread. Any number of threads may call at once, and
+a forked child starts its own pool.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+
+from ..formats import ceil_div
+
+Array = np.ndarray[Any, Any]
+
+PIECE = 1 << 18  # Elements below which handing work to another thread costs more than it saves.
+_PIECES_PER_THREAD = 4  # So that a thread which lost its core for a while does not hold up the others.
+_SLAB = 1 << 22  # Elements of a source copied at a time when its columns are not adjacent in memory.
+
+# Element type → the integer type under which numba sees its bits (see `cpu_jit`).
+_BITS = {
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.int8: torch.uint8,
+}
+
+
+def adjacent(matrix: torch.Tensor) -> bool:
+    """Whether numba can read the matrix in place: columns next to each other, elements at aligned addresses."""
+    return (matrix.stride(1) == 1 or matrix.shape[1] == 1) and matrix.data_ptr() % matrix.element_size() == 0
+
+
+def flat_rows(matrix: torch.Tensor) -> tuple[Array, int]:
+    """The memory of an `adjacent` matrix as one flat array of bits, and the distance between its rows."""
+    rows, cols = matrix.shape
+    stride = matrix.stride(0)
+    flat = matrix.detach().as_strided((max(0, (rows - 1) * stride + cols),), (1,))
+    return as_array(flat.view(_BITS.get(matrix.dtype, matrix.dtype))), stride
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The memory of a tensor. `numpy()` fixes the size of a storage for good, and FSDP frees gathered weights by
+    resizing theirs: this array is of another storage, of the same memory."""
+    array: Array = from_dlpack(to_dlpack(tensor)).numpy()
+    return array
+
+
+def slabs(source: torch.Tensor, unit: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of the source: all of it, or bounded copies of whole units when its columns lie apart."""
+    rows, cols = source.shape
+    if adjacent(source):
+        yield 0, source
+        return
+    step = unit * max(1, _SLAB // (unit * cols))
+    for first in range(0, rows, step):
+        yield first, source[first : first + step].clone(memory_format=torch.contiguous_format)
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _helpers() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qtensor-cpu")
+        return _pool
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and perhaps a lock that one of them held."""
+    global _pool, _pool_lock
+    _pool = None
+    _pool_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def share(count: int, elements: int, work: Callable[[int, int], None]) -> None:
+    """Call work(start, stop) until the pieces cover range(count), on this thread and on idle ones of the pool.
+
+    The calling thread takes pieces too and never waits for one that has not begun, so calls from many threads make
+    progress however busy the pool is.
+    """
+    threads = torch.get_num_threads()
+    pieces = max(1, min(count, elements // PIECE, threads * _PIECES_PER_THREAD if threads > 1 else 1))
+    if pieces == 1:
+        work(0, count)
+        return
+    starts = iter(range(0, count, ceil_div(count, pieces)))
+    step = ceil_div(count, pieces)
+    lock = threading.Lock()
+
+    def drain() -> None:
+        while True:
+            with lock:
+                start = next(starts, None)
+            if start is None:
+                return
+            work(start, min(start + step, count))
+
+    pool = _helpers()
+    helpers = [pool.submit(drain) for _ in range(min(threads, pieces) - 1)]
+    try:
+        drain()
+    finally:
+        with lock:
+            starts = iter(range(0))
+        running = [helper for helper in helpers if not helper.cancel()]
+        for helper in running:
+            helper.result()

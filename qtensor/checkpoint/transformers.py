@@ -1,0 +1,170 @@
+"""transformers' from_pretrained of a quantized checkpoint, inside `online_quant`: QTensors, bytes unchanged.
+
+While a session is open, the entries of transformers' table of quantizers for the methods of `LAYOUTS` give way to a
+quantizer that puts values and scales together as they are read. It builds no other modules than the model's own, and
+leaves no trace on the finished model. Threads that no session listens to, and checkpoints with other schemes, get
+transformers' own quantizer, as they would without us.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..errors import CheckpointError
+from ..sessions import registration
+from ..tensor.qtensor import QTensor
+from .layouts import LAYOUTS, Layout, reader
+
+_SUFFIXES = {m: list(dict.fromkeys(s for row in rows.values() for s in row.entries)) for m, rows in LAYOUTS.items()}
+"""What the tensors of a quantized weight may be called, by method; "weight", which all have, is the first."""
+_originals: dict[str, Any] = {}
+
+
+def install() -> None:
+    """Take the places in transformers' table, if transformers is there."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers.quantizers import auto
+
+    table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    for method in LAYOUTS:
+        if method in table:
+            _originals[method] = table[method]
+            table[method] = functools.partial(_choose, table[method])
+
+
+def uninstall() -> None:
+    if _originals:
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
+
+        table.update(_originals)
+        _originals.clear()
+
+
+def _choose(original: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
+    if registration.listening() is None or not kwargs.get("pre_quantized", True):
+        return original(config, **kwargs)
+    try:
+        find = reader(config.to_dict())
+    except CheckpointError:
+        return original(config, **kwargs)
+    if not transformers_asks():
+        import transformers
+
+        raise CheckpointError(
+            f"transformers {transformers.__version__} casts quantized values as it reads them; from_pretrained of a "
+            "quantized checkpoint inside online_quant needs transformers 5.21 or newer. With this one build the model "
+            "from its config and call load_checkpoint"
+        )
+    return _classes()[0](config, find, **kwargs)
+
+
+def transformers_asks() -> bool:
+    """Does transformers ask a quantizer before it casts a tensor that it has read? From 5.21 on."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return hasattr(HfQuantizer, "get_new_dtype")
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """The quantizer and its operation; their bases are only there once transformers is."""
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.quantizers.base import HfQuantizer
+
+    class Pair(ConversionOps):  # type: ignore[misc]
+        """Lists of a weight's tensors, by pattern, become lists of QTensors under the pattern of the weight."""
+
+        def __init__(self, hf_quantizer: Any) -> None:
+            self.hf_quantizer = hf_quantizer
+
+        def convert(  # type: ignore[override]
+            self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any
+        ) -> Any:
+            dtype = model.get_parameter(full_layer_name).dtype
+            weights: dict[str, dict[str, list[Any]]] = {}
+            for pattern, tensors in input_dict.items():
+                prefix, dot, suffix = pattern.removesuffix("$").rpartition(".")
+                weights.setdefault(prefix + dot, {})[suffix] = _listed(tensors)
+            out: dict[str, Any] = {}
+            for prefix, given in weights.items():
+                if given.keys() == {"weight"}:
+                    out[prefix + "weight"] = [tensor.to(dtype) for tensor in given["weight"]]
+                    continue
+                layout = self.hf_quantizer.layout_of(full_layer_name, input_dict)
+                each = (dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True))
+                out[prefix + "weight"] = [layout.weight(full_layer_name, tensors, dtype) for tensors in each]
+            return {full_layer_name: out["weight"]} if out.keys() == {"weight"} else out
+
+        @property
+        def reverse_op(self) -> ConversionOps:
+            raise NotImplementedError("save_checkpoint writes quantized weights")
+
+    class Quantizer(HfQuantizer):  # type: ignore[misc]
+        """Loads a quantized checkpoint into QTensors."""
+
+        requires_calibration = True
+
+        def __init__(self, config: Any, find: Callable[[str], Layout | None], **kwargs: Any) -> None:
+            super().__init__(config, **kwargs)
+            self._find = find
+            self._suffixes = _SUFFIXES[config.quant_method]
+            self._replaced: dict[int, Any] = {}
+
+        def layout_of(self, weight: str, patterns: Iterable[str]) -> Layout:
+            """By the module's name; of experts that are merged into one weight, by that of the first of them."""
+            parent = weight.rpartition(".")[0]
+            experts = [f"{parent}.0.{p.split('.')[-2]}" for p in patterns if ".*." in p]
+            found = (self._find(name) for name in [weight.removesuffix(".weight"), *experts, ""])
+            layout = next((f for f in found if f is not None), None)
+            if layout is None:
+                raise CheckpointError(f"{weight}: config.json does not say how it is quantized")
+            return layout
+
+        def update_weight_conversions(self, conversions: list[Any], model: Any = None) -> list[Any]:
+            updated = []
+            for entry in conversions:
+                sources = entry.source_patterns if isinstance(entry, WeightConverter) else []
+                paired = entry
+                if sources and all(s.endswith(".weight") for s in sources):
+                    parts = [source.removesuffix("weight") + suffix for source in sources for suffix in self._suffixes]
+                    paired = WeightConverter(parts, list(entry.target_patterns), [Pair(self), *entry.operations])
+                updated.append(paired)
+                self._replaced[id(paired)] = entry
+            return [*updated, WeightConverter([f"{s}$" for s in self._suffixes], "weight", [Pair(self)])]
+
+        def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+            """`Pair` casts what has no scales; before it nothing may be cast."""
+            paired = any(isinstance(op, Pair) for op in getattr(converter, "operations", ()))
+            return None if paired else dtype
+
+        def preprocess_model(self, model: Any, dtype: Any = None, **_: Any) -> None:
+            pass
+
+        def postprocess_model(self, model: Any, **_: Any) -> None:
+            for param in model.parameters():
+                if isinstance(param, QTensor):
+                    param.requires_grad_(False)
+            # What a save reverts: the model's own conversions, as an unquantized checkpoint would have left them.
+            used = [self._replaced.get(id(entry)) for entry in model._weight_conversions]
+            model._weight_conversions = [entry for entry in used if entry is not None]
+            self.remove_quantization_config(model)
+
+        def is_serializable(self, *_: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return Quantizer, Pair
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+registration.COMPANIONS.append((install, uninstall))

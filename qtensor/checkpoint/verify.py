@@ -1,0 +1,176 @@
+"""What has to hold of a checkpoint before anyone trusts it. Writers check their own work; `qtensor verify` any."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import kernels
+from ..errors import CheckpointError
+from ..tensor.qtensor import QTensor
+from .layouts import LAYOUTS, Layout, reader
+from .reading import DTYPE_NAMES, MANIFEST, Checkpoint, Stored, bytes_of, read_manifest
+
+_PIECE = 16 << 20
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized matrix of a checkpoint: its module, how it lies there, and its tensors by their last name."""
+
+    module: str
+    layout: Layout
+    tensors: dict[str, Stored]
+
+    def read(self, dtype: torch.dtype) -> QTensor:
+        return self.layout.weight(self.module, {name: s.read() for name, s in self._items}, dtype)
+
+    def outline(self) -> QTensor:
+        """The weight with its scales, and without its values, which are on the meta device."""
+        data = self.layout.data
+        tensors = {name: _meta(s) if name == data else s.read() for name, s in self._items}
+        return self.layout.weight(self.module, tensors, torch.bfloat16)
+
+    @property
+    def _items(self) -> Iterable[tuple[str, Stored]]:
+        return self.tensors.items()
+
+
+def _meta(stored: Stored) -> torch.Tensor:
+    return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+
+def weights_of(checkpoint: Checkpoint) -> tuple[dict[str, Weight], dict[str, Stored]]:
+    """The quantized weights by module, and all other tensors by name.
+
+    Raises CheckpointError for a weight without its scale, or a scale without its weight.
+    """
+    plain = dict(checkpoint.tensors)
+    config = checkpoint.quantization
+    layouts = [layout for rows in LAYOUTS.values() for layout in rows.values()]
+    scales = {layout.scale for layout in layouts}
+    values = {layout.data for layout in layouts} - {"weight"}
+    found: dict[str, Weight] = {}
+    layout_for = reader(config) if config is not None else None
+    for name in checkpoint.tensors:
+        module, _, leaf = name.rpartition(".")
+        if leaf not in scales:
+            continue
+        layout = layout_for(module) if layout_for is not None else None
+        if layout is None:
+            raise CheckpointError(f"{name}: config.json does not say how {module} is quantized")
+        tensors = {}
+        for suffix in layout.entries:
+            part = plain.pop(f"{module}.{suffix}" if module else suffix, None)
+            if part is None:
+                raise CheckpointError(f"{module}: is quantized, and the checkpoint has no {module}.{suffix}")
+            tensors[suffix] = part
+        found[module] = Weight(module, layout, tensors)
+    for name, stored in plain.items():
+        if name.rpartition(".")[2] in values or (stored.dtype.is_floating_point and stored.dtype.itemsize == 1):
+            raise CheckpointError(f"{name}: holds {stored.dtype} values, and the checkpoint has no scales for them")
+    return found, plain
+
+
+def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], None] = lambda n: None) -> list[str]:
+    """Everything that is wrong with a checkpoint, in words: names, dtypes, shapes, scales, checksums, missing files."""
+    try:
+        checkpoint = Checkpoint(folder)
+        weights, _ = weights_of(checkpoint)
+        content = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).exists() else None
+    except CheckpointError as error:
+        return [str(error)]
+    found = list(_against_manifest(checkpoint, content)) if content is not None else []
+    jobs: list[Callable[[], list[str]]] = [lambda w=w: _scale_problems(w) for w in weights.values()]  # type: ignore[misc]
+    if content is not None:
+        for name, stored in checkpoint.tensors.items():
+            if name in content["tensors"]:
+                sha = content["tensors"][name].get("sha256")
+                jobs.append(lambda s=stored, sha=sha: _checksum_problems(s, sha, on_bytes))  # type: ignore[misc]
+    with ThreadPoolExecutor(workers) as pool:
+        for result in pool.map(lambda job: job(), jobs):
+            found += result
+    return found
+
+
+def require_sound(folder: Path, workers: int = 2) -> None:
+    """Raises CheckpointError if what was just written does not read back as it was meant."""
+    found = problems(folder, workers)
+    if found:
+        raise CheckpointError(f"{folder}: what was written does not read back: {found[0]} ({len(found)} problems)")
+
+
+def sha256(stored: Stored, on_bytes: Callable[[int], None] = lambda n: None) -> str:
+    """Of a tensor's bytes, read in bounded pieces."""
+    digest = hashlib.sha256()
+    raw = Stored(stored.name, stored.path, torch.uint8, (stored.nbytes,), stored.offset, stored.nbytes)
+    buffer = torch.empty(min(_PIECE, stored.nbytes), dtype=torch.uint8, device="cpu")
+    for start in range(0, stored.nbytes, _PIECE):
+        piece = buffer[: min(_PIECE, stored.nbytes - start)]
+        digest.update(bytes_of(raw.read(start, piece)))
+        on_bytes(piece.numel())
+    return digest.hexdigest()
+
+
+def _against_manifest(checkpoint: Checkpoint, content: dict[str, Any]) -> Iterator[str]:
+    """Names, dtypes, shapes and files, compared with qtensor.json."""
+    for file in content["files"]:
+        if not (checkpoint.folder / file).exists():
+            yield f"{file}: is missing"
+    expected = content["tensors"]
+    for name in sorted(expected.keys() - checkpoint.tensors.keys()):
+        yield f"{name}: is missing"
+    for name in sorted(checkpoint.tensors.keys() - expected.keys()):
+        yield f"{name}: is in the files and not in {MANIFEST}"
+    for name, record in expected.items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            continue
+        held = {"file": stored.path.name, "dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape)}
+        for key, value in held.items():
+            if record.get(key) != value:
+                yield f"{name}: its {key} is {value}, and {MANIFEST} says {record.get(key)}"
+
+
+def _scale_problems(weight: Weight) -> list[str]:
+    """Scales are finite and not negative, and 0 only where all values are."""
+    try:
+        outline = weight.outline()
+    except CheckpointError as error:
+        return [str(error)]
+    fmt = outline.scheme.format
+    steps = [fmt.step(outline.scale), *outline.parts()[2:]]
+    if all(bool((step > 0).all() and step.isfinite().all()) for step in steps):
+        return []
+    if all(bool((step >= 0).all() and step.isfinite().all()) for step in steps) and not _any_value_at_zero(weight):
+        return []
+    name = weight.tensors[weight.layout.scale].name
+    return [f"{name}: holds scales that are not finite and positive ({list(outline.shape)} weight)"]
+
+
+def _any_value_at_zero(weight: Weight) -> bool:
+    """Is there a value that is not 0 under a scale, or global scale, that is?"""
+    held = weight.read(torch.float32)
+    zero = held.scale.float() == 0
+    if held.global_scale is not None:
+        zero |= held.global_scale == 0
+    fmt = held.scheme.format
+    marks = torch.where(zero, 1.0, 0.0).to(fmt.scale_dtype)
+    ones = None if held.global_scale is None else torch.ones_like(held.global_scale)
+    return bool(kernels.dequantize(held.qdata, marks, fmt, torch.float32, global_scale=ones).any())
+
+
+def _checksum_problems(stored: Stored, expected: str | None, on_bytes: Callable[[int], None]) -> list[str]:
+    try:
+        held = sha256(stored, on_bytes)
+    except CheckpointError as error:
+        return [str(error)]
+    return (
+        [] if held == expected else [f"{stored.name}: its bytes in {stored.path.name} are not those that were written"]
+    )

@@ -1,0 +1,1 @@
+"""The `qtensor` command, one file per group of its commands."""

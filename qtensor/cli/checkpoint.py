@@ -1,0 +1,182 @@
+"""`qtensor quantize`, `inspect` and `verify`: arguments in, text or JSON and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.inspecting import inspect_checkpoint
+from ..checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS
+from ..checkpoint.verify import problems
+from ..convert.cluster import LOST_AFTER, launched
+from ..convert.converting import ConversionReport, quantize_checkpoint
+from ..convert.launch import quantize_on_ranks, quantize_on_ray
+from ..errors import QTensorError
+from ..schemes.scheme import SCHEMES, as_scheme
+from ..schemes.selection import DEFAULT_IGNORE
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the three verbs to the `qtensor` command's subparsers; each sets `run`, which returns the exit code."""
+    saveable = sorted({name for rows in LAYOUTS.values() for name in rows} | {"fp8"})
+    quantize = commands.add_parser("quantize", help="quantize a checkpoint, file to file, without the model's code")
+    quantize.add_argument("source", type=Path, metavar="SRC", help="folder of a high-precision safetensors checkpoint")
+    quantize.add_argument("target", type=Path, metavar="DST", help="folder to write; it must not exist")
+    quantize.add_argument("--scheme", choices=[n for n in saveable if n in SCHEMES], default="fp8")
+    quantize.add_argument("--weight-only", action="store_true", help="servers are told not to quantize activations")
+    quantize.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="P",
+        help="leave these as they are, besides the usual ones; repeatable",
+    )
+    quantize.add_argument("--format", choices=list(LAYOUTS), default=COMPRESSED_TENSORS)
+    quantize.add_argument("--workers", type=_count, default=2, metavar="N", help="threads (default 2)")
+    quantize.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="share the files with the machines of a Ray cluster; the one this machine belongs to, or one of its own, "
+        "without an address",
+    )
+    quantize.add_argument(
+        "--lost-after",
+        type=_count,
+        default=int(LOST_AFTER),
+        metavar="S",
+        help="under torchrun, a rank without a sign of life for so many seconds is lost, and its file done by another "
+        f"(default {LOST_AFTER:.0f})",
+    )
+    quantize.set_defaults(run=_quantize)
+
+    inspect = commands.add_parser("inspect", help="what is quantized how in a checkpoint")
+    inspect.add_argument("path", type=Path, metavar="PATH")
+    inspect.add_argument(
+        "--against", type=Path, metavar="SRC", help="its high-precision source, to compare with (SQNR)"
+    )
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="is a checkpoint whole: names, shapes, scales, checksums")
+    verify.add_argument("path", type=Path, metavar="PATH")
+    verify.add_argument("--workers", type=_count, default=2, metavar="N", help="threads (default 2)")
+    verify.set_defaults(run=_verify)
+    for parser in (quantize, inspect, verify):
+        parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError("give a number from 1 to 1024")
+    return int(text)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    scheme = as_scheme(args.scheme)
+    work: Callable[..., ConversionReport | None] = quantize_checkpoint
+    if args.ray is not None:
+        work = partial(quantize_on_ray, address=args.ray or None)
+    elif launched():
+        work = partial(quantize_on_ranks, lost_after=float(args.lost_after))
+    with _failures(args) as outcome, _bar() as on_bytes:
+        report = work(
+            args.source,
+            args.target,
+            scheme.weight_only() if args.weight_only else scheme,
+            ignore=(*DEFAULT_IGNORE, *args.ignore),
+            format=args.format,
+            workers=args.workers,
+            on_bytes=on_bytes,
+        )
+        if report is not None:  # Ranks other than 0 have none.
+            outcome(report.to_json(), _describe(report, args.target))
+    return outcome.code
+
+
+def _describe(report: ConversionReport, target: Path) -> str:
+    speed = report.source_bytes / 1e9 / max(report.seconds, 1e-9)
+    lines = [f"{target}: {report.quantized} weights to {report.scheme}"]
+    if report.resumed_files:
+        lines[0] += f" ({report.resumed_files} of {report.files} files were there from an interrupted run)"
+    lines.append(
+        f"  {report.source_bytes / 1e6:.1f} MB → {report.written_bytes / 1e6:.1f} MB "
+        f"in {report.seconds:.1f} s, {speed:.2f} GB/s"
+    )
+    kinds = sorted(set(report.left.values()))
+    for reason in kinds:
+        names = [name for name, why in report.left.items() if why == reason]
+        lines.append(
+            f"  left as they were, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        )
+    return "\n".join(lines + [f"  warning: {w}" for w in report.warnings])
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    with _failures(args) as outcome:
+        report = inspect_checkpoint(args.path, args.against)
+        outcome(report.to_json(), str(report))
+    return outcome.code
+
+
+def _verify(args: argparse.Namespace) -> int:
+    with _failures(args) as outcome:
+        found = problems(args.path, args.workers)
+        text = "\n".join([f"{args.path}: {len(found)} problem{'s' * (len(found) != 1)}", *(f"  {p}" for p in found)])
+        outcome({"path": str(args.path), "ok": not found, "problems": found}, text if found else f"{args.path}: whole")
+        outcome.code = 1 if found else 0
+    return outcome.code
+
+
+class _Outcome:
+    """Prints what a command found, as text or JSON; `code` is the exit code."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json, self.code = as_json, 0
+
+    def __call__(self, value: dict[str, Any], text: str) -> None:
+        print(json.dumps(value, indent=2) if self._as_json else text)
+
+
+@contextmanager
+def _failures(args: argparse.Namespace) -> Iterator[_Outcome]:
+    """What a user can put right becomes one line (or {"error": ...}) and exit code 1."""
+    outcome = _Outcome(args.json)
+    try:
+        yield outcome
+    except (QTensorError, OSError) as error:
+        outcome.code = 1
+        if args.json:
+            print(json.dumps({"error": str(error)}))
+        else:
+            print(f"qtensor {args.command}: {error}", file=sys.stderr)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes per second and time left, on a terminal that has tqdm; of many ranks, rank 0 has it."""
+    found: Any = None
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        with suppress(ImportError):
+            found = importlib.import_module("tqdm").tqdm
+    if found is None:
+        yield lambda done, total: None
+        return
+    lock = threading.Lock()
+    with found(total=0, desc="quantizing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+
+        def advance(done: int, total: int) -> None:
+            with lock:
+                bar.total = total
+                bar.update(done)
+
+        yield advance

@@ -1,0 +1,106 @@
+"""The `qtensor` command: it parses arguments, calls what they name, and turns the outcome into an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from . import checkpoint as checkpoint_commands
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: all well. 1: a check failed, or a command could not do its work. 2: bad arguments. 130: stopped."""
+    try:
+        try:
+            args = _parser().parse_args(argv)
+            code: int = args.run(args)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `qtensor ... | head` has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qtensor", description="Model weights that quantize themselves while any PyTorch loader fills them."
+    )
+    parser.add_argument("--version", action="version", version=f"qtensor {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a completion script for a shell, to be sourced by it",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what is installed, which kernels run here, and do they work")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser(
+        "demo", help="load a real model and a generated checkpoint straight into fp8, and show what it costs"
+    )
+    demo.add_argument("--size", type=_megabytes, default=300.0, help="generated checkpoint, MB (default 300)")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default demo-out)")
+    demo.add_argument("--part", choices=("all", "model", "memory"), default="all", help="run one part only")
+    demo.add_argument("--json", action="store_true", help="print the results as JSON; the text goes to stderr")
+    demo.set_defaults(run=_demo)
+
+    checkpoint_commands.add_parsers(commands)
+    return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Made from the parser as it stands, so that every command and option is in it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, option: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option} needs shtab: pip install 'qtensor-online[completion]'")
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def _megabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 1 <= value <= 1_000_000:
+        raise argparse.ArgumentTypeError("give a size from 1 to 1000000 MB")
+    return value
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    findings = doctor.examine()
+    print(json.dumps(findings, indent=2) if args.json else doctor.describe(findings))
+    return 0 if findings["ok"] else 1
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    try:
+        if not args.json:
+            return 0 if demo.run(args.size, args.out, args.part) else 1
+        with redirect_stdout(sys.stderr):
+            good = demo.run(args.size, args.out, args.part)
+        print(json.dumps({"ok": good, **demo.results(args.out, args.part)}, indent=2))
+        return 0 if good else 1
+    except (demo.DemoError, OSError) as error:
+        print(f"qtensor demo: {error}", file=sys.stderr)
+        return 1

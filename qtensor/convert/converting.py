@@ -1,0 +1,438 @@
+"""From a high-precision checkpoint to a quantized one, file to file, without the model's code.
+
+A plan says what becomes of each tensor. Its shards are independent tasks: `convert_shard` reads one file, writes one
+file, and needs nothing but its task, so that any number of processes or machines can share them; the index, config.json
+and the list of checksums are written once, at the end. Within a shard, threads take one tensor each and stream it in
+chunks of rows: memory is a few chunks per thread, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .. import kernels
+from ..checkpoint.layouts import (
+    COMPRESSED_TENSORS,
+    Spec,
+    fused_group,
+    layout_of,
+    quantization_config,
+    refuse_misaligned,
+    refuse_short_groups,
+)
+from ..checkpoint.reading import CONFIG, Checkpoint, Stored, read_json
+from ..checkpoint.verify import problems
+from ..checkpoint.writing import Records, ShardWriter, Staging, carry_over, partial_folder, write_json, write_manifest
+from ..errors import CheckpointError, NonFiniteWeightError
+from ..kernels import SOURCE_DTYPES, NonFinite
+from ..schemes.scheme import Scheme, SchemeLike, as_scheme
+from ..schemes.selection import DEFAULT_IGNORE, matches
+from ..tensor.qtensor import QTensor, nonfinite_message
+
+CHUNK_BYTES = 4 << 20
+OnBytes = Callable[[int], None]
+_ATTEMPT = "attempt-"
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """What becomes of one tensor. scheme None: copied. partners: those (itself included) it shares a scale with."""
+
+    stored: Stored
+    scheme: Scheme | None = None
+    partners: tuple[Stored, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One file to read and one to write. Can be pickled, and done anywhere that sees both folders."""
+
+    target: Path
+    format: str
+    tensors: tuple[TensorTask, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the source's tensors."""
+        return sum(tensor.stored.nbytes for tensor in self.tensors)
+
+
+@dataclass
+class ConversionReport:
+    """What `quantize_checkpoint` did. Bytes are of tensors. left: weights that stay as they were, and why."""
+
+    scheme: str
+    quantized: int = 0
+    source_bytes: int = 0
+    written_bytes: int = 0
+    resumed_files: int = 0
+    files: int = 0
+    seconds: float = 0.0
+    left: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """All there is to do, as the headers of the source tell it: the same on every machine that sees the source."""
+
+    checkpoint: Checkpoint
+    schemes: dict[str, Scheme]
+    format: str
+    tasks: list[ShardTask]
+    report: ConversionReport
+
+    def digest(self) -> str:
+        """Of the source and the settings. Work that was begun is of use only to a conversion with the same digest."""
+        text = json.dumps(
+            {
+                "format": self.format,
+                "schemes": {module: str(scheme) for module, scheme in sorted(self.schemes.items())},
+                "files": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in self.checkpoint.files},
+                "tensors": {
+                    n: [str(s.dtype), s.shape, s.offset, s.path.name]
+                    for n, s in sorted(self.checkpoint.tensors.items())
+                },
+            }
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+Share = Callable[[Conversion, list[ShardTask], Path, OnBytes], None]
+"""Does those of a conversion's tasks that are listed, each by `attempt` with the folder of notes that is given."""
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    scheme: SchemeLike,
+    *,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    format: str = COMPRESSED_TENSORS,
+    workers: int = 2,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    share: Share | None = None,
+) -> ConversionReport:
+    """Quantize a checkpoint's matrices; everything else is copied. Each equals `quantize(tensor, scheme)`.
+
+    A matrix is a 2-d tensor called "….weight" that no pattern of `ignore` selects. A scale that is one for a whole
+    matrix (fp8_per_tensor, nvfp4) is that of the matrix servers fuse of it (q, k, v; gate, up). What an interrupted run
+    left in `TARGET.partial` is continued, and the result is that of an uninterrupted one, byte for byte. An existing
+    target is refused.
+
+    workers: threads. on_bytes: called with the bytes just read and the bytes there are to read in all. share: who does
+    the tasks, if not this process alone.
+
+    Raises CheckpointError, and NonFiniteWeightError naming the tensor; the target then does not exist.
+    """
+    started = time.perf_counter()
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists; nothing is overwritten. Give a new folder.")
+    conversion = prepare(source, target, scheme, ignore, format)
+    report = conversion.report
+    staging = Staging(target, resume=True)
+    with staging.building(keep=True) as folder:
+        _require_same_plan(staging, conversion)
+        for unfinished in staging.notes.glob(f"{_ATTEMPT}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        todo = [task for task in conversion.tasks if finished(task, staging.notes) is None]
+        report.resumed_files = len(conversion.tasks) - len(todo)
+        staging.require_space(sum(_nbytes(task) for task in todo))
+        if there := report.source_bytes - sum(task.nbytes for task in todo):
+            on_bytes(there, report.source_bytes)
+        (share or _alone(workers))(conversion, todo, staging.notes, lambda n: on_bytes(n, report.source_bytes))
+        records: Records = {}
+        for task in conversion.tasks:
+            records |= finished(task, staging.notes) or {}
+        finish(conversion.checkpoint, folder, conversion.schemes, format, records)
+        if found := problems(folder, workers):
+            raise CheckpointError(
+                f"{folder}: does not read back as it was written: {found[0]}. Remove it and start again."
+            )
+        staging.publish()
+    report.quantized = len(conversion.schemes)
+    report.written_bytes = Checkpoint(target).nbytes
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequence[str], format: str) -> Conversion:
+    """What there is to do, from the headers alone; nothing is written. Raises CheckpointError."""
+    scheme, checkpoint = as_scheme(scheme), Checkpoint(source)
+    report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
+    schemes = _choose(checkpoint, scheme, ignore, format, report)
+    tasks = plan(checkpoint, partial_folder(target), schemes, format)
+    return Conversion(checkpoint, schemes, format, tasks, report)
+
+
+def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str) -> list[ShardTask]:
+    """The tasks, one per file. schemes: of the modules to quantize."""
+    by_module = {_module(name): stored for name, stored in checkpoint.tensors.items() if _module(name) in schemes}
+    tensors: dict[str, list[TensorTask]] = {path.name: [] for path in checkpoint.files}
+    for name, stored in checkpoint.tensors.items():
+        module = _module(name)
+        chosen = schemes.get(module) if module is not None else None
+        partners: tuple[Stored, ...] = ()
+        if chosen is not None and chosen.format.needs_whole_matrix:
+            partners = tuple(by_module[m] for m in fused_group(module or "") if m in schemes)
+        tensors[stored.path.name].append(TensorTask(stored, chosen, partners))
+    return [
+        ShardTask(folder / file, format, tuple(sorted(found, key=lambda t: t.stored.offset)))
+        for file, found in tensors.items()
+    ]
+
+
+def convert_shard(task: ShardTask, pool: ThreadPoolExecutor, on_bytes: OnBytes = lambda n: None) -> Records:
+    """Do one task with the threads of `pool`; `on_bytes` hears of source bytes as they are done."""
+    writer = ShardWriter(task.target, _specs(task))
+
+    def work(tensor: TensorTask) -> None:
+        with writer.open() as out:
+            if tensor.scheme is None:
+                _copy(tensor.stored, writer, out, on_bytes)
+            else:
+                _quantize(tensor, task.format, writer, out, on_bytes)
+
+    jobs = [pool.submit(work, tensor) for tensor in task.tensors]
+    try:
+        for job in jobs:
+            job.result()
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        raise
+    return writer.finish()
+
+
+def attempt(task: ShardTask, notes: Path, pool: ThreadPoolExecutor, on_bytes: OnBytes = lambda n: None) -> None:
+    """`convert_shard` aside; then the file, and after it a note of its records, take their places in one step each.
+
+    A shard may be attempted any number of times, at the same time too: all attempts write the same bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix=_ATTEMPT, dir=notes) as aside:
+        file = Path(aside, task.target.name)
+        note = Path(aside, "note")
+        write_json(note, convert_shard(replace(task, target=file), pool, on_bytes))
+        file.replace(task.target)
+        note.replace(_note(task, notes))
+
+
+def finished(task: ShardTask, notes: Path) -> Records | None:
+    """The records of a shard that was finished, in this run or an earlier one."""
+    note = _note(task, notes)
+    return read_json(note) if note.exists() and task.target.exists() else None
+
+
+def finish(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str, records: Records) -> None:
+    """What is written once, after all shards: config.json, the files beside the weights, index and checksums."""
+    plain = {m for name, s in checkpoint.tensors.items() if (m := _module(name)) is not None and len(s.shape) == 2}
+    plain.add("lm_head")  # It may be tied, and then has no tensor of its own.
+    carry_over(checkpoint.folder, folder)
+    config = dict(checkpoint.config)
+    if schemes:
+        config["quantization_config"] = quantization_config(format, schemes, plain - schemes.keys())
+    write_json(folder / CONFIG, config)
+    write_manifest(folder, format, records)
+
+
+def _choose(
+    checkpoint: Checkpoint, scheme: Scheme, ignore: Sequence[str], format: str, report: ConversionReport
+) -> dict[str, Scheme]:
+    """The scheme of each module that is going to be quantized."""
+    if checkpoint.quantization is not None:
+        method = checkpoint.quantization.get("quant_method")
+        raise CheckpointError(
+            f"{checkpoint.folder}: is quantized already ({method}); start from its high-precision source"
+        )
+    schemes: dict[str, Scheme] = {}
+    unused = set(ignore) - set(DEFAULT_IGNORE)
+    for name, stored in checkpoint.tensors.items():
+        module = _module(name)
+        if len(stored.shape) == 3 and module is None:
+            report.left[name] = "a stack of matrices in one tensor"
+        if module is None or len(stored.shape) != 2:
+            continue
+        ignored = [pattern for pattern in ignore if matches(pattern, module, name)]
+        unused.difference_update(ignored)
+        if ignored:
+            report.left[name] = f"ignored by {ignored[0]!r}"
+        elif stored.dtype not in SOURCE_DTYPES:
+            report.left[name] = f"holds {stored.dtype}"
+        else:
+            layout_of(scheme, format, name)
+            schemes[module] = scheme
+    if unused:
+        report.warnings.append(f"patterns that matched no weight: {', '.join(sorted(unused))}")
+    if not schemes:
+        raise CheckpointError(
+            f'{checkpoint.folder}: has no 2-d "….weight" that is not ignored; there is nothing to quantize'
+        )
+    refuse_short_groups({m: checkpoint.tensors[_weight(m)].shape[1] for m in schemes}, schemes)
+    refuse_misaligned({m: checkpoint.tensors[_weight(m)].shape[0] for m in schemes}, schemes)
+    return schemes
+
+
+def _module(name: str) -> str | None:
+    """The module whose weight a tensor is."""
+    return name.removesuffix("weight").removesuffix(".") if name == "weight" or name.endswith(".weight") else None
+
+
+def _weight(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
+
+
+def _specs(task: ShardTask) -> dict[str, Spec]:
+    specs: dict[str, Spec] = {}
+    for tensor in task.tensors:
+        stored = tensor.stored
+        if tensor.scheme is None:
+            specs[stored.name] = (stored.dtype, stored.shape)
+            continue
+        layout = layout_of(tensor.scheme, task.format, stored.name)
+        rows, cols = stored.shape
+        for suffix, spec in layout.specs((rows, cols)).items():
+            specs[stored.name.removesuffix("weight") + suffix] = spec
+    return specs
+
+
+def _nbytes(task: ShardTask) -> int:
+    return sum(dtype.itemsize * int(torch.Size(shape).numel()) for dtype, shape in _specs(task).values())
+
+
+# One tensor -----------------------------------------------------------------------------------------------------------
+
+
+class _Buffers(threading.local):
+    """Memory a thread uses again for each chunk: fresh memory costs more than what is done in it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = dtype.itemsize * int(torch.Size(shape).numel())
+        held = self._held.get(use)
+        if held is None or held.numel() < nbytes:
+            held = self._held[use] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return held[:nbytes].view(dtype).view(shape)
+
+
+_buffers = _Buffers()
+
+
+def _copy(stored: Stored, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
+    step, total = max(1, CHUNK_BYTES // stored.dtype.itemsize), int(torch.Size(stored.shape).numel())
+    for first in range(0, total, step):
+        piece = stored.read(first, _buffers.take("source", (min(step, total - first),), stored.dtype))
+        writer.write(out, stored.name, piece)
+        on_bytes(piece.nbytes)
+
+
+def _quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
+    """Chunk by chunk: whole units, so that each chunk's scales depend on nothing else.
+
+    A scale of the whole matrix depends on all of it, and on its partners. Their amax is found in a first pass, and put
+    into an extra row above each chunk: every chunk then has the scale of the whole.
+    """
+    stored, scheme = tensor.stored, tensor.scheme
+    assert scheme is not None
+    layout, fmt = layout_of(scheme, format, stored.name), scheme.format
+    rows, cols = stored.shape
+    amax = max(_amax(partner) for partner in tensor.partners) if fmt.needs_whole_matrix else 0.0
+    extra = int(fmt.needs_whole_matrix)
+    prefix = stored.name.removesuffix("weight")
+    for start, stop in _chunks(stored, fmt.block[0]):
+        source = _buffers.take("source", (extra + stop - start, cols), stored.dtype)
+        if extra and cols:
+            source[0].zero_()
+            source[0, 0] = amax
+        stored.read(start * cols, source[extra:])
+        made = _empty((source.shape[0], cols), scheme)
+        try:
+            kernels.quantize_into(
+                source, made.qdata, made.scale, fmt, None, (start - extra) * cols, global_scale=made.global_scale
+            )
+        except NonFinite as error:
+            raise NonFiniteWeightError(_nonfinite(stored, error)) from None
+        band: Any = made[extra:]
+        for suffix, entry in layout.entries.items():
+            if not entry.shared or stop == rows:
+                writer.write(out, prefix + suffix, entry.encode(band, rows))
+        on_bytes((stop - start) * cols * stored.dtype.itemsize)
+
+
+def _empty(shape: tuple[int, int], scheme: Scheme) -> QTensor:
+    """A QTensor in memory that the thread uses again."""
+    fmt = scheme.format
+    qdata = _buffers.take("data", fmt.qdata_shape(shape), fmt.dtype)
+    scale = _buffers.take("scale", fmt.scale_shape(shape), fmt.scale_dtype)
+    global_scale = torch.empty(1, dtype=torch.float32, device="cpu") if fmt.has_global_scale else None
+    return QTensor(qdata, scale, scheme, global_scale=global_scale, cols=shape[1])
+
+
+def _amax(stored: Stored) -> float:
+    cols = stored.shape[1]
+    found = 0.0
+    for start, stop in _chunks(stored, 1):
+        chunk = stored.read(start * cols, _buffers.take("source", (stop - start, cols), stored.dtype))
+        low, high = (float(v) for v in torch.aminmax(chunk)) if chunk.numel() else (0.0, 0.0)
+        found = max(found, -low, high)
+        if not (low - low == 0 and high - high == 0):
+            bad = int((~chunk.isfinite()).reshape(-1).nonzero()[0])
+            raise NonFiniteWeightError(_nonfinite(stored, NonFinite(start * cols + bad, float(chunk.reshape(-1)[bad]))))
+    return found
+
+
+def _chunks(stored: Stored, unit: int) -> Iterator[tuple[int, int]]:
+    rows, cols = stored.shape
+    step = max(1, CHUNK_BYTES // max(1, unit * cols * stored.dtype.itemsize)) * unit
+    yield from ((start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
+
+
+def _nonfinite(stored: Stored, error: NonFinite) -> str:
+    return nonfinite_message(stored.name, stored.shape, error).partition("; pass")[0] + "."
+
+
+# Sharing and resuming -------------------------------------------------------------------------------------------------
+
+
+def _alone(workers: int) -> Share:
+    def share(conversion: Conversion, todo: list[ShardTask], notes: Path, on_bytes: OnBytes) -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            for task in todo:
+                attempt(task, notes, pool, on_bytes)
+
+    return share
+
+
+def _require_same_plan(staging: Staging, conversion: Conversion) -> None:
+    """What an interrupted run left is only of use to a run with the same source and settings."""
+    digest, note = conversion.digest(), staging.notes / "plan"
+    if not note.exists():
+        fresh = note.with_name("plan.new")
+        write_json(fresh, digest)
+        fresh.replace(note)
+    elif json.loads(note.read_text()) != digest:
+        raise CheckpointError(
+            f"{staging.path} holds an unfinished conversion of another source, or with other settings. Remove it, or "
+            "finish it with the settings it was begun with."
+        )
+
+
+def _note(task: ShardTask, notes: Path) -> Path:
+    return notes / f"{task.target.name}.json"

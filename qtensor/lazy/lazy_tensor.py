@@ -1,0 +1,310 @@
+"""LazyWeight: a weight that is still being loaded.
+
+To a loader it is a tensor of the logical dtype on the real device. Views of it only move geometry (replayed on a meta
+tensor); writes to any view are handed, as (view, source), to the `ArmedWeight` behind it; reads tell the truth or
+raise. When the last element has arrived the same Python object changes class to `LiveQTensor`, and to `QTensor` once
+the session ends. What each operation does is in `lazy_ops`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import QTensorError, WeightShapeError
+from ..regions.views import View
+from ..tensor.qtensor import _OPS as _QUANTIZED_OPS
+from ..tensor.qtensor import QTensor
+from .weight import ArmedWeight
+
+aten = torch.ops.aten
+Handler = Callable[[Any, tuple, dict], Any]
+
+
+class OpTable(dict[Any, Handler]):
+    """What each operation does to lazy weights; `lazy_ops` fills it. An operation that has no entry is classified by
+    its schema when it is first met, and the answer is kept."""
+
+    classify: Callable[[Any], Handler]
+
+    def __missing__(self, func: Any) -> Handler:
+        handler = self[func] = self.classify(func)
+        return handler
+
+
+OPS = OpTable()
+
+
+class _Handle:
+    """What LazyWeight and LiveQTensor answer alike: a loader's view of an armed weight.
+
+    A loader calls narrow, select, indexing and copy_ a few times per weight shard. Answering those here, before
+    PyTorch's dispatcher takes the arguments apart and puts them together again, halves the cost of a call.
+    """
+
+    __slots__ = ()
+    _armed: ArmedWeight
+    _meta: torch.Tensor
+    _live = False
+
+    def narrow(self, dim: int, start: Any, length: Any) -> LazyWeight:
+        return wrap(self._armed, self._meta.narrow(dim, start, length))
+
+    def select(self, dim: int, index: Any) -> LazyWeight:
+        return wrap(self._armed, self._meta.select(dim, index))
+
+    def __getitem__(self, index: Any) -> Any:
+        if _is_basic(index):
+            return wrap(self._armed, self._meta[index])
+        return torch.Tensor.__getitem__(self, index)  # type: ignore[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """PyTorch broadcasts the value before any dispatch, and its complaint knows no names."""
+        try:
+            torch.Tensor.__setitem__(self, index, value)  # type: ignore[index]
+        except RuntimeError as error:
+            if isinstance(error, QTensorError) or not ("expanded size" in str(error) or "shape mismatch" in str(error)):
+                raise
+            self._armed.fail(WeightShapeError(f"{self._armed.name}: {error}"))
+
+    def copy_(self, src: torch.Tensor, non_blocking: bool = False) -> Any:
+        if (
+            type(src) is not torch.Tensor
+            or torch._C._len_torch_dispatch_stack()
+            or sys._getframe(1).f_globals.get("__name__") == "torch.nn.init"
+        ):
+            return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
+        self._armed.write(view_of(self), src)
+        return self
+
+    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
+        return _module_load(self, other)
+
+    def storage(self) -> Any:
+        return _Storage(self)
+
+    def untyped_storage(self) -> Any:
+        return _Storage(self)
+
+    def data_ptr(self) -> int:
+        return self._armed.address + int(self._meta.storage_offset()) * self._meta.itemsize
+
+
+class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
+    """A weight, or a view of one, whose elements are still arriving."""
+
+    # Loaders call tensor methods a few times per weight shard; skipping __torch_function__ halves their cost.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False, **attributes: Any) -> Any:
+        """Re-wrap, as `type(param)(param.to("meta"), **param.__dict__)` does in accelerate's init_empty_weights.
+
+        With the attributes of a lazy weight: another handle on that weight. Without: `data` is a finished value, and
+        the result is an ordinary Parameter.
+        """
+        armed = attributes.get("_armed")
+        if armed is None:
+            return torch.nn.Parameter(data, requires_grad=requires_grad)
+        param = parameter(armed, requires_grad)
+        param.__dict__.update({k: v for k, v in attributes.items() if not hasattr(param, k)})
+        return param
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return wrap(self._armed, self._meta)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        armed = self._armed
+        if isinstance(value, LazyWeight) and value._armed is not armed:
+            # `module.to(dtype)` and `.to(device)` assign a re-typed lazy weight to `.data`.
+            torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+            value._armed.adopt(self)
+            self._armed, self._meta = value._armed, value._meta
+        elif not (isinstance(value, LazyWeight) and value._meta.shape == self._meta.shape):
+            assign(self, value)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return materialize(self).numpy(force=force)
+
+    def tolist(self) -> Any:
+        return materialize(self).tolist()
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        armed = self._armed
+        view = "" if self._meta.numel() == armed.coverage.numel else f" view {list(self.shape)} of"
+        return (
+            f"LazyWeight({armed.name}:{view} {list(armed.shape)}, {self.dtype}, {armed.target}, "
+            f"{armed.coverage.covered} of {armed.coverage.numel} elements written)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazyWeight:
+        copy = parameter(self._armed.clone(memo), self.requires_grad)
+        copy.__dict__.update({k: v for k, v in self.__dict__.items() if not hasattr(copy, k)})
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise QTensorError(
+            f"{self._armed.name} is still being loaded and cannot be pickled or saved. Finish the session first "
+            "(leave the `with online_quant(...)` block)."
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return OPS[func](func, args, kwargs or {})
+
+
+class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
+    """A quantized weight whose session is still open: products run on the quantized values, and everything a loader
+    might do goes the way of a LazyWeight, so that late writes are seen."""
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return wrap(self._armed, self._meta)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        assign(self, value)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            return QTensor.__torch_dispatch__(func, types, args, kwargs)
+        return LazyWeight.__torch_dispatch__(func, types, args, kwargs)
+
+
+LAZY = (LazyWeight, LiveQTensor)
+_PRODUCTS = {
+    op
+    for op in _QUANTIZED_OPS
+    if op.overloadpacket in (aten.linear, aten.mm, aten.addmm, aten.bmm, aten.embedding, aten.t, aten.transpose)
+}
+
+
+def parameter(armed: ArmedWeight, requires_grad: bool) -> LazyWeight:
+    """A new Parameter that stands for the whole of `armed`."""
+    meta = torch.empty(armed.shape, dtype=armed.dtype, device="meta")
+    param = wrap(armed, meta)
+    param._is_param = True  # type: ignore[attr-defined]
+    param.requires_grad_(requires_grad)
+    armed.adopt(param)
+    return param
+
+
+def settle(param: Any, result: QTensor) -> None:
+    """All elements are there: the object becomes a quantized weight that still follows late writes."""
+    if not isinstance(param, LiveQTensor):
+        param.requires_grad_(False)
+        param.__class__ = LiveQTensor
+    param.become(result.qdata, result.scale, result.scheme, result.global_scale)
+
+
+def reopen(param: Any) -> None:
+    """Some elements have to be written again: back to lazy."""
+    param.__class__ = LazyWeight
+
+
+def close(param: Any) -> None:
+    """The session is over: a plain QTensor."""
+    if isinstance(param, LiveQTensor):
+        param.__class__ = QTensor  # type: ignore[assignment]
+        del param._armed, param._meta
+
+
+def swap(a: Any, b: Any) -> None:
+    """Exchange what two tensor objects are, so that everyone who holds one of them sees the change.
+
+    As `torch.utils.swap_tensors`, which refuses where a graph or a Python weak reference holds one of them. Those keep
+    meaning the tensor, or the object, that they took. Raises RuntimeError where C++ holds a weak reference.
+    """
+    torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
+    a.__class__, b.__class__ = b.__class__, a.__class__
+    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+
+
+def wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:
+    if torch.is_inference_mode_enabled():
+        # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
+        with torch.inference_mode(False):
+            return wrap(armed, meta)
+    lazy = torch.Tensor._make_wrapper_subclass(
+        LazyWeight,
+        meta.size(),
+        strides=meta.stride(),
+        storage_offset=meta.storage_offset(),
+        dtype=armed.dtype,
+        device=armed.device,
+    )
+    lazy._armed, lazy._meta = armed, meta
+    return lazy
+
+
+class _Storage:
+    """What stands for the storage of a lazy weight. Tools that look for tied weights compare addresses and sizes; this
+    address is the weight's own, and no memory has it."""
+
+    def __init__(self, lazy: Any) -> None:
+        self._address = lazy._armed.address
+        self._meta = lazy._meta.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._meta, name)
+
+
+def _module_load(lazy: Any, other: torch.Tensor) -> torch.Tensor:
+    """What load_state_dict calls under `torch.__future__.set_swap_module_params_on_conversion`: take the values, and
+    return another object in the state this one is in now, to swap with."""
+    lazy.copy_(other)
+    twin = wrap(lazy._armed, lazy._meta)
+    twin.__dict__.update(lazy.__dict__)
+    twin._is_param = True  # type: ignore[attr-defined]
+    twin.requires_grad_(lazy.requires_grad)
+    twin.__class__ = type(lazy)
+    return twin
+
+
+def view_of(lazy: Any) -> View:
+    meta = lazy._meta
+    return View(meta.size(), meta.stride(), meta.storage_offset())
+
+
+def _is_basic(index: Any) -> bool:
+    """Does the index select a view, that is: integers, slices, None and ellipsis only?"""
+    if isinstance(index, tuple):
+        return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
+    return index is None or index is Ellipsis or type(index) in (int, slice)
+
+
+def materialize(lazy: Any) -> torch.Tensor:
+    """The values of a lazy tensor, for whoever reads it."""
+    armed = lazy._armed
+    return armed.live_values(view_of(lazy)) if answers_live(lazy) else written(lazy)
+
+
+def answers_live(lazy: Any) -> bool:
+    """Does it answer reads with what the model computes with, whatever a loader is writing? During a reload the
+    Parameter itself does, and what modules make of it (`weight.t()`); `.data`, `detach()` and slices do not."""
+    return lazy._live or (lazy._armed.in_place and any(param is lazy for param in lazy._armed.params))
+
+
+def written(lazy: Any) -> torch.Tensor:
+    """The values of a lazy tensor as far as they were written in this session."""
+    return lazy._armed.read(view_of(lazy))
+
+
+def assign(lazy: Any, value: torch.Tensor) -> None:
+    """`param.data = value` and `param.set_(value)`: a write of everything, which must fit exactly."""
+    if value.shape != lazy.shape:
+        raise WeightShapeError(
+            f"{lazy._armed.name}: cannot become a tensor of shape {list(value.shape)}; it is {list(lazy.shape)}"
+        )
+    with torch.no_grad():
+        torch.Tensor.copy_(lazy, value)

@@ -1,0 +1,373 @@
+"""The operations of lazy weights: views, writes, reads, collectives, and the rule for all that have no entry here.
+
+A handler takes (func, args, kwargs) as PyTorch dispatches them. Views replay on the meta tensor; whatever writes ends
+in `ArmedWeight.write`, or, when an initialiser does it, in `ArmedWeight.initialize`; whatever reads gets real tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ..errors import QTensorError, WeightDtypeError, WeightShapeError
+from ..modules import asked_by_fsdp
+from ..regions.views import View
+from ..tensor.qtensor import QTensor
+from .effects import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
+from .lazy_tensor import LAZY, OPS, Handler, answers_live, assign, materialize, view_of, wrap, written
+
+aten = torch.ops.aten
+
+
+def _implements(*ops: Any) -> Callable[[Handler], Handler]:
+    def register(fn: Handler) -> Handler:
+        OPS.update(dict.fromkeys(ops, fn))
+        return fn
+
+    return register
+
+
+# Views --------------------------------------------------------------------------------------------------------------
+
+
+def _view(func: Any, args: tuple, kwargs: dict) -> Any:
+    lazy = args[0]
+    armed, out = lazy._armed, func(lazy._meta, *args[1:], **kwargs)
+    views = [wrap(armed, m) for m in (out if isinstance(out, (list, tuple)) else [out])]
+    if armed.in_place and answers_live(lazy):
+        for view in views:
+            view._live = True
+    return views if isinstance(out, (list, tuple)) else views[0]
+
+
+@_implements(aten.detach.default, aten.alias.default)
+def _alias(func: Any, args: tuple, kwargs: dict) -> Any:
+    return wrap(args[0]._armed, args[0]._meta)
+
+
+@_implements(aten.as_strided.default)
+def _as_strided(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The one view that may leave the weight; a meta tensor does not mind."""
+    view = _view(func, args, kwargs)
+    size, stride, offset = view_of(view)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and not 0 <= last < view._armed.coverage.numel:
+        raise WeightShapeError(
+            f"{view._armed.name}: as_strided({list(size)}, {list(stride)}, {offset}) reaches element {last} of "
+            f"a weight of {view._armed.coverage.numel}"
+        )
+    return view
+
+
+@_implements(aten.view.dtype, aten.view_as_real.default, aten.view_as_complex.default)
+def _reinterpret(func: Any, args: tuple, kwargs: dict) -> NoReturn:
+    raise QTensorError(
+        f"{args[0]._armed.name}: a lazy weight has no bytes to reinterpret ({func}); copy values of its dtype instead"
+    )
+
+
+@_implements(aten.resize_.default, aten.resize_as_.default)
+def _resize(func: Any, args: tuple, kwargs: dict) -> NoReturn:
+    raise WeightShapeError(f"{args[0]._armed.name}: a weight that is being loaded cannot be resized")
+
+
+# Writes -------------------------------------------------------------------------------------------------------------
+
+
+@_implements(aten.copy_.default)
+def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
+    dst, src = args[0], args[1]
+    if isinstance(src, LAZY):
+        if isinstance(dst, LAZY) and src._armed is dst._armed and view_of(src) == view_of(dst):
+            return dst  # set_model_state_dict completes a partial state dict with the model's own weights
+        src = materialize(src)
+    elif isinstance(src, QTensor):
+        if isinstance(dst, LAZY) and dst._armed.accept(src, view_of(dst)):
+            return dst
+        src = src.dequantize(dst.dtype)
+    if not isinstance(dst, LAZY):
+        return func(dst, src, *args[2:], **kwargs)
+    if _copied_by_init():
+        dst._armed.initialize(view_of(dst), partial(_replay, func, (src.clone(),), {}))
+    else:
+        dst._armed.write(view_of(dst), src)
+    return dst
+
+
+@_implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
+def _fill_(func: Any, args: tuple, kwargs: dict) -> Any:
+    lazy, value = args[0], args[1] if len(args) > 1 else 0
+    if _initialising():
+        lazy._armed.initialize(view_of(lazy), partial(_replay, func, args[1:], kwargs))
+    else:
+        size, stride, offset = view_of(lazy)
+        if func is not aten.fill_.Tensor:  # the others may fill an expanded view
+            size = tuple(n if step else min(n, 1) for n, step in zip(size, stride, strict=True))
+        device = value.device if isinstance(value, torch.Tensor) else "cpu"
+        lazy._armed.write(View(size, stride, offset), torch.as_tensor(value, dtype=lazy.dtype, device=device))
+    return lazy
+
+
+@_implements(aten._foreach_copy_.default)
+def _foreach_copy_(func: Any, args: tuple, kwargs: dict) -> None:
+    for dst, src in zip(args[0], args[1], strict=True):
+        dst.copy_(src)
+
+
+@_implements(aten._foreach_zero_.default)
+def _foreach_zero_(func: Any, args: tuple, kwargs: dict) -> None:
+    for dst in args[0]:
+        dst.zero_()
+
+
+@_implements(aten.set_.source_Tensor)
+def _set_(func: Any, args: tuple, kwargs: dict) -> Any:
+    assign(args[0], args[1])
+    return args[0]
+
+
+@_implements(aten.index_copy_.default)
+def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Row by row in the order given, neighbouring rows together."""
+    lazy, dim, index, source = args
+    func(*tree_map_only(torch.Tensor, _on_meta, args))  # complains of shapes and dtypes before anything is written
+    wanted = index.flatten().tolist()
+    if source.dtype != lazy.dtype:
+        raise WeightDtypeError(f"{lazy._armed.name}: index_copy_ of {source.dtype} into {lazy.dtype}; cast it first")
+    if 0 not in lazy.shape and any(n > 1 and not step for n, step in zip(lazy.shape, lazy.stride(), strict=True)):
+        raise QTensorError(
+            f"{lazy._armed.name}: index_copy_ into an expanded view, which has each element several times"
+        )
+    size = lazy.shape[dim] if lazy.dim() else 1
+    if wrong := [i for i in wanted if not 0 <= i < size]:
+        raise IndexError(f"{lazy._armed.name}: index_copy_ at {wrong[0]} of dimension {dim}, which has {size}")
+    if not lazy.dim():
+        return lazy.copy_(source.reshape(()))
+    start = 0
+    for i in range(1, len(wanted) + 1):
+        if i == len(wanted) or wanted[i] != wanted[i - 1] + 1:
+            lazy.narrow(dim, wanted[start], i - start).copy_(source.narrow(dim, start, i - start))
+            start = i
+    return lazy
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._meta if isinstance(tensor, LAZY) else tensor.to("meta")
+
+
+def _scattered_write(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Writes to elements that only the operation knows: run it once on values and once on a mask of what it touches."""
+    if accumulates(func, args, kwargs):
+        return _mutate(func, args, kwargs)
+    lazy = args[0]
+    rest, kwargs = tree_map_only(LAZY, materialize, (args[1:], kwargs))
+    armed, view = lazy._armed, view_of(lazy)
+    values = torch.zeros(armed.shape, dtype=armed.dtype, device=armed.device)
+    func(values.as_strided(*view), *rest, **kwargs)
+    armed.write_masked(values, touched_elements(func, (lazy, *rest), kwargs, armed.shape, view))
+    return lazy
+
+
+def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Any other operation that writes: on a real tensor that is read first where it must be, then written back.
+
+    An initialiser's operation (uniform_, normal_, or arithmetic inside torch.nn.init) is recorded, not counted.
+    """
+    specs = {spec.name: spec for spec in func._schema.arguments}
+    bound = dict(zip(specs, args, strict=False)) | kwargs
+    written = [
+        n
+        for n, v in bound.items()
+        if (alias := specs[n].alias_info) and alias.is_write and any(isinstance(t, LAZY) for t in flatten([v]))
+    ]
+    first = bound[written[0]]
+    alone = len(written) == 1 and isinstance(first, LAZY)
+    if alone and (func.overloadpacket in RANDOM or _initialising()):
+        rest = {n: tree_map_only(LAZY, materialize, v) for n, v in bound.items() if n != written[0]}
+        first._armed.initialize(view_of(first), lambda target: func(**rest, **{written[0]: target}))
+        return first
+    pure_output = {n for n in written if specs[n].is_out}
+    real = {n: tree_map_only(LAZY, _blank if n in pure_output else _own, v) for n, v in bound.items()}
+    out = func(**real)
+    for n in written:
+        for lazy, values in zip(flatten([bound[n]]), flatten([real[n]]), strict=True):
+            if isinstance(lazy, LAZY):
+                lazy._armed.write(view_of(lazy), values)
+    return first if alone else out
+
+
+def _regeometry(func: Any, args: tuple, kwargs: dict) -> Any:
+    """unsqueeze_, t_ and their like give a tensor another shape in place. The shape of a handle is what it is."""
+    lazy = args[0]
+    changed = func(lazy._meta.detach(), *args[1:], **kwargs)
+    if View(changed.size(), changed.stride(), changed.storage_offset()) == view_of(lazy):
+        return lazy
+    name = func._schema.name.removeprefix("aten::")
+    raise QTensorError(
+        f"{lazy._armed.name}: {name} would change the shape of a weight that is being loaded, in place. Take a view "
+        f"instead ({name.rstrip('_')}), or change it when the session is over."
+    )
+
+
+def _replay(func: Any, args: Sequence[Any], kwargs: dict, target: torch.Tensor) -> None:
+    func(target, *args, **kwargs)
+
+
+def _copied_by_init() -> bool:
+    """Did torch.nn.init call the copy_ being dispatched? Its copies are initialisation, not a load."""
+    frame = sys._getframe(1)
+    for _ in range(5):  # the handler, two dispatches at most, the handle's own copy_, its caller
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == "torch.nn.init":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _is_distributing() -> bool:
+    """Is torch.distributed.tensor splitting a tensor?"""
+    frame = sys._getframe(2)
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == "torch.distributed.tensor.placement_types":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_INIT_MODULES = ("torch.nn.init", "transformers.initialization")
+_INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "init_weights")
+
+
+def _initialising() -> bool:
+    """Is an initialiser filling, rather than a loader? A module's __init__, or torch.nn.init, is calling."""
+    frame = sys._getframe(2)
+    for _ in range(40):
+        if frame is None:
+            return False
+        code = frame.f_code
+        if frame.f_globals.get("__name__") in _INIT_MODULES or code.co_name in _INIT_FUNCTIONS:
+            return True
+        if (
+            code.co_name == "__init__"
+            and code.co_argcount
+            and isinstance(frame.f_locals.get(code.co_varnames[0]), torch.nn.Module)
+        ):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+# Reads --------------------------------------------------------------------------------------------------------------
+
+
+def _read(func: Any, args: tuple, kwargs: dict) -> Any:
+    args, kwargs = tree_map_only(LAZY, materialize, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _blank(lazy: Any) -> torch.Tensor:
+    return torch.empty(lazy.shape, dtype=lazy.dtype, device=lazy.device)
+
+
+def _own(lazy: Any) -> torch.Tensor:
+    return written(lazy).clone()
+
+
+@_implements(aten.clone.default)
+def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A read, except where `distribute_tensor` cuts its shard out of a weight that nobody has written to: that makes
+    the shard the weight."""
+    lazy = args[0]
+    armed = lazy._armed
+    if not armed.coverage.covered and not armed.in_place and _is_distributing():
+        shard = armed.retyped(armed.dtype, armed.device, tuple(lazy.shape))
+        return wrap(shard, torch.empty(shard.shape, dtype=armed.dtype, device="meta"))
+    return materialize(lazy).clone()
+
+
+@_implements(aten._to_copy.default)
+def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A read, except before anything was written: then `.to(dtype)` and `.to(device)` re-type the weight itself."""
+    lazy = args[0]
+    armed, dtype, device = (
+        lazy._armed,
+        kwargs.get("dtype") or lazy.dtype,
+        torch.device(kwargs.get("device") or lazy.device),
+    )
+    if device.type == "meta":
+        return torch.empty_strided(lazy.shape, lazy.stride(), dtype=dtype, device=device)
+    untouched = not armed.coverage.covered and armed.coverage.numel and not armed.in_place
+    if untouched and lazy._meta.numel() == armed.coverage.numel:
+        return wrap(retyped := armed.retyped(dtype, device), torch.empty(retyped.shape, dtype=dtype, device="meta"))
+    return func(materialize(lazy), **kwargs)
+
+
+def _like(func: Any, args: tuple, kwargs: dict) -> Any:
+    """empty_like, new_zeros and the like: only shape, dtype and device matter."""
+    lazy = args[0]
+    return func(lazy._meta, *args[1:], **({"device": lazy.device} | kwargs))
+
+
+@_implements(aten.new_zeros.default)
+def _new_zeros(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+    if asked_by_fsdp():
+        raise QTensorError(
+            f"{args[0]._armed.name} is being loaded, and fully_shard cannot split it now. Call fully_shard before "
+            "online_quant(scheme, model), or when the session is over."
+        )
+    return _like(func, args, kwargs)
+
+
+def _classify(func: Any) -> Handler:
+    """The handler of an operation that has no entry of its own, from its schema. The answer is cached in the table."""
+    schema = func._schema
+    name = schema.name.split("::")[-1]
+    if torch.Tag.inplace_view in func.tags:
+        return _regeometry
+    if written_arguments(func):
+        return _mutate
+    if name.endswith("_like") or name.startswith("new_"):
+        return _like
+    if schema.arguments and schema.arguments[0].alias_info is not None:
+        return _view
+    return _read
+
+
+# Collectives --------------------------------------------------------------------------------------------------------
+
+
+def _collective(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A c10d operation that writes into lazy weights: run it on real tensors and wait, then write those."""
+    lazies = [w for w in flatten(args[0]) if isinstance(w, LAZY)]
+    real: dict[int, torch.Tensor] = {}
+    for w in lazies:
+        readable = _COLLECTIVES[func] and w._armed.readable(view_of(w))
+        real[id(w)] = _own(w) if readable else _blank(w)
+    swapped = tree_map_only(LAZY, lambda w: real[id(w)] if id(w) in real else materialize(w), args)
+    result = func(*swapped, **kwargs)
+    (result[-1] if isinstance(result, (tuple, list)) else result).wait()
+    for w in lazies:
+        w._armed.write(view_of(w), real[id(w)])
+    return _done() if func in _RECEIVES else result
+
+
+def _done() -> Any:
+    """A finished Work: the caller waits again, and gloo's receives never return from a second wait."""
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result([])
+    return torch._C._distributed_c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]
+
+
+_COLLECTIVES = collectives()
+_RECEIVES = {op for op in _COLLECTIVES if "recv" in str(op)}
+OPS.update(dict.fromkeys(_COLLECTIVES, _collective))
+OPS.update(dict.fromkeys(SCATTERED - set(OPS), _scattered_write))
+OPS.classify = _classify

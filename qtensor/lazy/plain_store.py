@@ -1,0 +1,53 @@
+"""PlainStore: a weight that is not quantized, in an ordinary tensor, that knows which of its elements were written."""
+
+from __future__ import annotations
+
+import torch
+
+from ..regions.coverage import Box, Coverage
+from ..regions.views import View, cover, regions
+
+
+class NeverWritten(Exception):
+    """A read touched elements that were never written. `boxes` holds them, in the weight's dimensions."""
+
+    def __init__(self, boxes: list[Box]) -> None:
+        super().__init__(boxes)
+        self.boxes = boxes
+
+
+class PlainStore:
+    """A weight that stays in high precision: a real tensor of the weight's shape.
+
+    initialised: the tensor held meaningful values before any load, so that unwritten elements may be read.
+    """
+
+    def __init__(self, tensor: torch.Tensor, coverage: Coverage, initialised: bool = False) -> None:
+        self.tensor = tensor
+        self.coverage = coverage
+        self.initialised = initialised
+
+    def copy(self, coverage: Coverage) -> PlainStore:
+        return PlainStore(self.tensor.clone(), coverage, self.initialised)
+
+    def write(self, view: View, source: torch.Tensor) -> None:
+        self.at(view).copy_(source)
+        cover(self.coverage, view)
+
+    def at(self, view: View) -> torch.Tensor:
+        """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
+        return self.tensor.as_strided(view.size, view.stride, self.tensor.storage_offset() + view.offset)
+
+    def read(self, view: View) -> tuple[torch.Tensor, bool]:
+        """The elements (a live view of the store) and whether they are lossy, which they never are."""
+        if not self.initialised:
+            require_covered(self.coverage, view)
+        return self.at(view), False
+
+
+def require_covered(coverage: Coverage, view: View) -> None:
+    if coverage.complete:
+        return
+    boxes = [gap for box, _ in regions(coverage.shape, view) for gap in coverage.missing(box)]
+    if boxes:
+        raise NeverWritten(boxes)

@@ -1,0 +1,439 @@
+"""ArmedWeight: one weight of one session, from the first write to the last.
+
+It joins what the weight is (shape, logical dtype, device, the Parameter objects that stand for it) with what has
+arrived (coverage) and where it went (store), under one lock. The session decides; this file only asks it, through
+`Host`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from itertools import count
+from typing import Any, Literal, NoReturn, Protocol
+
+import torch
+
+from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
+from ..kernels import Audit, NonFinite
+from ..regions.boxes import as_box
+from ..regions.coverage import Box, Coverage
+from ..regions.views import View, view_mask, whole
+from ..report.report import describe_boxes
+from ..schemes.scheme import Scheme
+from ..tensor.qtensor import QTensor, nonfinite_message
+from .plain_store import NeverWritten, PlainStore
+from .quant_store import QuantStore
+
+UNDECIDED = object()
+_serial = count()
+
+
+class Host(Protocol):
+    """What an armed weight asks of its session."""
+
+    @property
+    def on_missing(self) -> str: ...
+
+    refuse_nonfinite: bool
+    min_sqnr: float | None
+    measure_sqnr: bool
+    closed: str | None
+
+    def decide(self, weight: ArmedWeight) -> Scheme | None: ...
+    def name_of(self, weight: ArmedWeight) -> str: ...
+    def touch(self, weight: ArmedWeight) -> None: ...
+    def staged(self, delta: int) -> None: ...
+    def lossy_read(self, weight: ArmedWeight) -> None: ...
+    def submit(self, weight: ArmedWeight) -> None: ...
+    def completed(self, weight: ArmedWeight) -> None: ...
+    def reopened(self, weight: ArmedWeight) -> None: ...
+    def enroll(self, weight: ArmedWeight) -> None: ...
+
+
+class ArmedWeight:
+    """A weight that quantizes itself while it is written.
+
+    params: the Parameter objects that stand for it (one, unless a library re-wrapped it).
+    owner: the module and attribute name it was registered under first.
+    scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
+    initial: values to fall back to when elements stay unwritten (on_missing "keep" or "init").
+    copied: it was deep-copied.
+    assigned: the Parameter that was last assigned in its place, if someone else holds it still.
+    in_place: its storage exists and stays (see `reload_store.ReloadedWeight`).
+    shared: other ranks hold parts of what its scales are made of (see `sharding`); "closed" once they are being agreed
+        on, None after that.
+    """
+
+    in_place = False
+
+    def __init__(
+        self, host: Host, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: tuple[Any, str]
+    ) -> None:
+        self.host, self.shape, self.dtype, self.device, self.owner = host, shape, dtype, device, owner
+        self.coverage = Coverage(shape)
+        self.lock = threading.RLock()
+        self.params: list[torch.Tensor] = []
+        self.scheme: Any = UNDECIDED
+        self.store: QuantStore | PlainStore | None = None
+        self.initial: torch.Tensor | None = None
+        self.recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
+        self.error: QTensorError | None = None
+        self.settled = self.was_settled = False
+        self.copied = False
+        self.shared: bool | Literal["closed"] | None = False
+        self.lossy_reads = 0
+        # By time.perf_counter(): when the first element was written, and when the last was there.
+        self.began: float | None = None
+        self.done: float | None = None
+        self._refused_sqnr: float | None = None
+        self.assigned: weakref.ref[torch.Tensor] | None = None
+        # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
+        self.address = (1 << 62) + (next(_serial) << 42)
+        host.enroll(self)
+
+    @property
+    def name(self) -> str:
+        return self.host.name_of(self)
+
+    @property
+    def target(self) -> str:
+        """For people: what the weight is becoming."""
+        if self.scheme is UNDECIDED:
+            return "not decided yet"
+        return f"to {self.scheme}" if self.scheme else "not quantized"
+
+    @property
+    def sqnr(self) -> float | None:
+        """In dB, of all that was quantized so far, or of the weight that was refused; None if it is not measured."""
+        if not isinstance(self.store, QuantStore):
+            return self._refused_sqnr
+        return sqnr_db(self.store.audit)
+
+    def adopt(self, param: torch.Tensor) -> None:
+        if not any(known is param for known in self.params):
+            self.params.append(param)
+
+    def live_values(self, view: View) -> torch.Tensor:
+        """The elements of a view as the model computes with them, of a weight that is `in_place`."""
+        raise NotImplementedError
+
+    # Writes
+
+    def write(self, view: View, source: torch.Tensor) -> None:
+        """A loader wrote `source` to a view. Nothing of the source is kept once this returns."""
+        self.host.touch(self)
+        with self.lock:
+            if self.shared in ("closed", None):
+                self._refuse_late_write()
+            source = self._fit(view, source)
+            if 0 in view.size:
+                return
+            store = self._open_store()
+            try:
+                if isinstance(store, QuantStore) and not is_high_precision(source):
+                    raise WeightDtypeError(unusable_source(self.name, source))
+                store.write(view, source)
+            except NonFinite as error:
+                self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)))
+            except QTensorError as error:
+                self.fail(error)
+            finally:
+                self._after_write()
+
+    def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
+        """Write those elements of `values` (of the weight's shape) where `touched` is true."""
+        region = Coverage(self.shape)
+        region.add_mask(touched.cpu().numpy())
+        with self.lock:
+            for box in region.covered_boxes():
+                self.write(self._view(box), values[tuple(slice(*span) for span in box)])
+
+    def accept(self, source: QTensor, view: View | None = None) -> bool:
+        """Take values, of all of the weight or of a view, that are already in its final form. False if they are of
+        another form, or the view is not of whole units."""
+        self.host.touch(self)
+        with self.lock:
+            store, view = self._open_store(), view or whole(self.shape)
+            found = as_box(self.shape, *view)
+            if (
+                not isinstance(store, QuantStore)
+                or store.whole_weight
+                or source.scheme.format != store.scheme.format
+                or source.transposed
+                or source.shape != view.size
+                or found is None
+                or not store.accept(source, found.box)
+            ):
+                return False
+            self._after_write()
+            return True
+
+    def initialize(self, view: View, fill: Callable[[torch.Tensor], None]) -> None:
+        """An initialiser, not a loader, fills the view: recorded (or done, for a weight that stays plain), and of no
+        consequence for coverage."""
+        with self.lock:
+            if isinstance(self.store, PlainStore):
+                fill(self.store.at(view))
+                self.store.initialised = True
+            elif not self.coverage.covered:
+                self.recorded.append((view, fill))
+
+    def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
+        if self.host.closed:
+            raise QTensorError(f"{self.name}: {self.host.closed}; nothing can be written to this handle any more.")
+        if source.is_meta:
+            raise QTensorError(f"{self.name}: the source is on the meta device and has no values to copy.")
+        if source.shape == view.size:
+            return source
+        try:
+            return source.expand(view.size)
+        except RuntimeError:
+            where = "" if view.size == self.shape else f" into {self._describe(view)}"
+            self.fail(
+                WeightShapeError(
+                    f"{self.name}: a source of shape {list(source.shape)} does not fit{where} {list(view.size)} of a "
+                    f"weight of shape {list(self.shape)}. Is this checkpoint made for this model and parallel layout?"
+                )
+            )
+
+    def fail(self, error: QTensorError) -> NoReturn:
+        """Raise, and remember: a loader that swallows the error must not make it disappear."""
+        self.error = self.error or error
+        raise error from None
+
+    def _open_store(self) -> QuantStore | PlainStore:
+        if self.store is not None:
+            return self.store
+        self.began = time.perf_counter()
+        if self.scheme is UNDECIDED:
+            self.scheme = self.host.decide(self)
+        if self.scheme is None:
+            self.store = self._plain_store()
+            return self.store
+        judged = self.host.min_sqnr is not None
+        audit, whole = Audit(self.host.refuse_nonfinite, judged or self.host.measure_sqnr), judged or bool(self.shared)
+        self.store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, whole)
+        return self.store
+
+    def _plain_store(self) -> PlainStore:
+        values = self._initial_values()
+        self.initial = None
+        self.recorded.clear()
+        if values is not None:
+            values = values.to(device=self.device, dtype=self.dtype)
+            return PlainStore(values, self.coverage, initialised=True)
+        return PlainStore(torch.empty(self.shape, dtype=self.dtype, device=self.device), self.coverage)
+
+    def _initial_values(self) -> torch.Tensor | None:
+        """What on_missing "keep" or "init" falls back to: the weight's own values, its initialisers done on top."""
+        values = self.initial
+        if self.host.on_missing == "init" and self.recorded:
+            values = torch.zeros(self.shape, dtype=self.dtype, device=self.device) if values is None else values
+            for view, fill in self.recorded:
+                fill(values.as_strided(view.size, view.stride, values.storage_offset() + view.offset))
+        return values
+
+    def _after_write(self) -> None:
+        if self.settled and not self.coverage.complete:
+            self.settled = False
+            self.host.reopened(self)
+        elif self.coverage.complete:
+            self.settle()
+
+    def settle(self) -> None:
+        """Every element is there."""
+        if self.settled:
+            return
+        if self.shared:
+            self.host.submit(self)
+            return
+        self.settled, self.was_settled, self.error = True, True, None
+        self.done = time.perf_counter()
+        store = self.store
+        if isinstance(store, QuantStore):
+            if store.whole_weight:
+                self._judge(store)
+            self.initial = None
+            self.recorded.clear()
+        self.host.completed(self)
+
+    def take_nothing(self) -> None:
+        """It has no elements, so nothing will be written."""
+        with self.lock:
+            store = self._open_store()
+            if isinstance(store, QuantStore):
+                store.take_nothing()
+            self.settle()
+
+    def close_for_agreement(self) -> torch.Tensor:
+        """The amax of this rank's units, fp32 on the CPU. From here on the values stand."""
+        with self.lock:
+            assert isinstance(self.store, QuantStore)
+            self.shared = "closed"
+            return self.store.amax()
+
+    def agree(self, amax: torch.Tensor) -> None:
+        """All ranks have this amax: quantize with it."""
+        with self.lock:
+            assert isinstance(self.store, QuantStore)
+            self.store.quantize_shared(amax)
+            self.shared, self.store.whole_weight = None, False
+            self.settle()
+
+    def _refuse_late_write(self) -> NoReturn:
+        raise QTensorError(
+            f"{self.name}: written again after all of it had arrived and its scales were agreed on with other ranks. "
+            "Deliver every shard once, or load it in a new session."
+        )
+
+    def _judge(self, store: QuantStore) -> None:
+        """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
+        values = store.quantize_whole()
+        limit, found = self.host.min_sqnr, sqnr_db(store.audit)
+        if limit is not None and found is not None and found < limit:
+            self._refused_sqnr = found
+            store.discard_staging()
+            self.scheme, self.store = None, PlainStore(values, self.coverage)
+
+    # Reads
+
+    def read(self, view: View) -> torch.Tensor:
+        """The elements of a view, as far as they were written. Raises IncompleteLoadError, LossyReadError."""
+        with self.lock:
+            if self.store is None and 0 not in view.size:
+                if self.host.closed:
+                    raise QTensorError(f"{self.name}: {self.host.closed}, and nothing is left to read.")
+                self._unwritten([self._bounds(view)])
+            try:
+                values, lossy = self._open_store().read(view)
+            except NeverWritten as error:
+                self._unwritten(error.boxes)
+            if lossy and not self.host.closed:
+                self.host.lossy_read(self)
+            return values
+
+    def readable(self, view: View) -> bool:
+        with self.lock:
+            try:
+                return self.store is not None and self.store.read(view) is not None
+            except NeverWritten:
+                return False
+
+    def _unwritten(self, boxes: list[Box]) -> Any:
+        message = f"{self.name}: read before it was written: {describe_boxes(self.shape, boxes)}."
+        raise IncompleteLoadError(message, {self.name: boxes}) from None
+
+    # Ending
+
+    def fill_missing(self, policy: str) -> bool:
+        """Apply on_missing "zero", "keep" or "init" to the unwritten elements. False if there is nothing to use."""
+        with self.lock:
+            store = self._open_store()
+            missing = self.coverage.missing()
+            if policy == "zero":
+                zero = torch.zeros((), dtype=self.dtype, device="cpu")
+                for box in missing:
+                    view = self._view(box)
+                    store.write(view, zero.expand(view.size))
+            elif isinstance(store, PlainStore):
+                if not store.initialised:
+                    return False
+                self.coverage.add([(0, n) for n in self.shape])
+            elif (values := self._initial_values()) is not None:
+                for box in missing:
+                    store.write(self._view(box), values[tuple(slice(*span) for span in box)])
+            elif not store.keep_missing():
+                return False
+            if self.coverage.complete:
+                self.settle()
+            return self.coverage.complete
+
+    def verify(self) -> None:
+        """Raise what a device's kernels found and could not say while loading."""
+        if isinstance(self.store, QuantStore):
+            try:
+                self.store.audit.verify()
+            except NonFinite as error:
+                raise NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)) from None
+
+    def release(self) -> None:
+        """The writer moved on: what was retained for rereading goes."""
+        with self.lock:
+            if isinstance(self.store, QuantStore):
+                self.store.release()
+
+    def discard(self) -> None:
+        """Free everything: the session was aborted."""
+        with self.lock:
+            if isinstance(self.store, QuantStore):
+                self.store.discard_staging()
+            self.store, self.initial, self.settled = None, None, False
+            self.recorded.clear()
+            self.coverage.clear()
+
+    # Copies
+
+    def clone(self, memo: dict[int, Any]) -> ArmedWeight:
+        """For deepcopy: an independent weight of the same session, in the same state."""
+        with self.lock:
+            other = ArmedWeight(self.host, self.shape, self.dtype, self.device, self.owner)
+            self.copied = True
+            other.scheme, other.initial, other.recorded = self.scheme, self.initial, list(self.recorded)
+            other.coverage, other.settled = self.coverage.copy(), self.settled
+            other.store = self.store.copy(other.coverage) if self.store is not None else None
+            return other
+
+    def retyped(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] | None = None) -> ArmedWeight:
+        """For `.to(dtype)`, `.to(device)` and sharding before the first write: the same weight as another type, or a
+        part of it (whose initial values are then unknown)."""
+        other = ArmedWeight(self.host, shape or self.shape, dtype, device, self.owner)
+        other.scheme = self.scheme
+        if shape is not None:
+            return other
+        other.recorded = list(self.recorded)
+        if self.initial is not None:
+            other.initial = self.initial.to(dtype)
+        if isinstance(self.store, PlainStore):
+            other.store = PlainStore(self.store.tensor.to(device, dtype), other.coverage, self.store.initialised)
+        return other
+
+    def _view(self, box: Box) -> View:
+        strides = whole(self.shape).stride
+        offset = sum(start * step for (start, _), step in zip(box, strides, strict=True))
+        return View(tuple(stop - start for start, stop in box), strides, offset)
+
+    def _bounds(self, view: View) -> Box:
+        found = as_box(self.shape, *view)
+        if found is not None:
+            return found.box
+        region = Coverage(self.shape)
+        region.add_mask(view_mask(self.shape, view))
+        boxes = region.covered_boxes()
+        return tuple((min(b[d][0] for b in boxes), max(b[d][1] for b in boxes)) for d in range(len(self.shape)))
+
+    def _describe(self, view: View) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in self._bounds(view)) + "]"
+
+
+def is_high_precision(source: torch.Tensor) -> bool:
+    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
+    return source.dtype.is_floating_point and source.dtype.itemsize >= 2
+
+
+def unusable_source(name: str, source: torch.Tensor) -> str:
+    return (
+        f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
+        "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
+    )
+
+
+def sqnr_db(audit: Audit) -> float | None:
+    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB: infinite where nothing was lost, None for
+    a weight of zeros, or where it was not measured."""
+    if not audit.measure_sqnr or audit.signal == 0:
+        return None
+    return 10 * math.log10(audit.signal / audit.noise) if audit.noise else math.inf

@@ -1,0 +1,1 @@
+"""Sets of elements of a weight: exact coverage, strided views as boxes. Nothing here knows of quantization."""

@@ -1,0 +1,79 @@
+"""Schemes: what a weight becomes (number format, granularity) and how activations meet it. One frozen value each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..errors import ConfigError
+from ..kernels import (
+    FP8_PER_BLOCK,
+    FP8_PER_CHANNEL,
+    FP8_PER_TENSOR,
+    INT4_PER_GROUP,
+    INT8_PER_CHANNEL,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    WeightFormat,
+)
+
+Activation = Literal["dynamic", "none"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is quantized and multiplied.
+
+    format: element format, granularity and scale formula (see `qtensor.kernels.WeightFormat`).
+    activation: "dynamic" quantizes activations to fp8 per token (per token and group of 128 for per-block weights, of
+        32 for mxfp8) before each multiplication; "none" keeps them (weight-only). Only fp8 weights have "dynamic".
+    numerics: "vllm", byte-exact with vLLM's online quantization.
+    """
+
+    format: WeightFormat
+    activation: Activation = "dynamic"
+    numerics: Literal["vllm"] = "vllm"
+
+    def __post_init__(self) -> None:
+        if self.activation == "dynamic" and self.format.element != "e4m3":
+            raise ValueError(f'Scheme: {self.format.name} is weight-only; pass activation="none"')
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    def weight_only(self) -> Scheme:
+        """The same weights with unquantized activations."""
+        return replace(self, activation="none")
+
+    def __str__(self) -> str:
+        only_choice = self.format.element != "e4m3"
+        return self.name if self.activation == "dynamic" or only_choice else f"{self.name} (weight-only)"
+
+
+fp8_per_tensor = Scheme(FP8_PER_TENSOR)
+fp8_per_channel = Scheme(FP8_PER_CHANNEL)
+fp8_per_block = Scheme(FP8_PER_BLOCK)
+fp8 = fp8_per_channel
+mxfp8 = Scheme(MXFP8)
+mxfp4 = Scheme(MXFP4, "none")
+nvfp4 = Scheme(NVFP4, "none")
+int8_per_channel = Scheme(INT8_PER_CHANNEL, "none")
+int4_per_group = Scheme(INT4_PER_GROUP, "none")
+
+_NAMED = (fp8_per_tensor, fp8_per_channel, fp8_per_block, mxfp8, mxfp4, nvfp4, int8_per_channel, int4_per_group)
+SCHEMES: dict[str, Scheme] = {s.name: s for s in _NAMED} | {"fp8": fp8}
+
+SchemeLike = Scheme | str
+Targets = Sequence[str] | Mapping[str, SchemeLike]
+
+
+def as_scheme(value: SchemeLike) -> Scheme:
+    """A `Scheme`, or its name as a string ("fp8_per_block"), as a `Scheme`. Raises ConfigError for another name."""
+    if isinstance(value, Scheme):
+        return value
+    if isinstance(value, str) and value in SCHEMES:
+        return SCHEMES[value]
+    raise ConfigError(f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, or a qtensor.Scheme")

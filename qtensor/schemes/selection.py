@@ -1,0 +1,111 @@
+"""Selection: which weights are quantized, and how. Patterns are matched on the names a user sees.
+
+A pattern is an exact name, "re:..." (`re.match`), or an fnmatch glob. It is tried on the weight's name
+("model.layers.0.mlp.up_proj.weight") and its module's ("model.layers.0.mlp.up_proj"); an exact name also selects
+everything below that module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from .config import SchemeSpec, read_config, read_patterns
+from .scheme import Scheme, Targets
+
+# Output heads, embeddings, norms and expert routers: small, or known to cost accuracy.
+DEFAULT_IGNORE: tuple[str, ...] = (
+    "lm_head",
+    "*.lm_head",
+    r"re:(.*\.)?(wte|wpe|\w*embed(ding)?s?(_tokens|_in|_out)?)$",
+    r"re:(.*\.)?\w*(norm|ln)(_?\w)?$",
+    r"re:(.*\.)?(\w*router|gate|wg|shared_expert_gate)$",
+)
+_EXPERT_PARAMETERS = {
+    "gate_up_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+    "w13",
+    "w13_weight",
+    "w2_weight",
+}
+
+Owner = tuple[str, nn.Module, str]
+"""A module's name, the module, and the parameter's name in it."""
+
+
+class Selection:
+    """The rule of one session, from what says which schemes (see config.py), `ignore` and `targets`."""
+
+    def __init__(self, scheme: SchemeSpec, ignore: Sequence[str], targets: Targets | None) -> None:
+        if isinstance(ignore, str) or isinstance(targets, str):
+            raise ConfigError("ignore and targets are lists of patterns; put the single pattern in a list")
+        self.config = read_config(scheme, targets)
+        self.ignore = (*read_patterns("ignore", ignore), *self.config.ignore)
+        self.targets = self.config.targets
+        self._unused = {*self.ignore, *(self.targets or ())} - set(DEFAULT_IGNORE)
+
+    def candidate(self, module: nn.Module, name: str, param: torch.Tensor) -> bool:
+        """Could this weight be quantized, whatever it turns out to be called?"""
+        if param.dim() not in (2, 3) or param.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return False
+        if self.targets is not None:
+            return True
+        if isinstance(module, nn.Linear):
+            return name == "weight"
+        built_in = type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Module
+        return param.dim() == 3 and not built_in
+
+    def scheme_for(self, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
+        """The scheme of a weight known under these names; None to leave it alone.
+
+        Ties are one weight: if any of its owners is ignored, or does not qualify, it stays in high precision.
+        """
+        schemes = [self._scheme_of(owner, param) for owner in owners]
+        return schemes[0] if schemes and all(s is not None for s in schemes) else None
+
+    def unused_patterns(self) -> list[str]:
+        """The user's own patterns that matched nothing."""
+        return sorted(self._unused)
+
+    def _scheme_of(self, owner: Owner, param: torch.Tensor) -> Scheme | None:
+        module_name, module, name = owner
+        if not self.candidate(module, name, param):
+            return None
+        if self.targets is None and param.dim() == 3 and not _is_expert_stack(owner):
+            return None
+        full = f"{module_name}.{name}" if module_name else name
+        ignored = [p for p in self.ignore if matches(p, module_name, full)]
+        self._unused.difference_update(ignored)
+        if ignored:
+            return None
+        if self.targets is None:
+            return self.config.linear if isinstance(module, nn.Linear) else self.config.moe
+        found = [pattern for pattern in self.targets if matches(pattern, module_name, full)]
+        self._unused.difference_update(found)
+        return self.targets[found[0]] if found else None
+
+
+def matches(pattern: str, module_name: str, weight_name: str) -> bool:
+    """Does the pattern select the weight `weight_name` of the module `module_name`?"""
+    if pattern.startswith("re:"):
+        return any(re.match(pattern[3:], name) for name in (weight_name, module_name))
+    if pattern in (weight_name, module_name) or module_name.startswith(pattern + "."):
+        return True
+    return fnmatchcase(weight_name, pattern) or fnmatchcase(module_name, pattern)
+
+
+def _is_expert_stack(owner: Owner) -> bool:
+    """Is a 3-d parameter `[E, N, K]` the experts of a mixture? Told by its name, its module's, or its class's."""
+    module_name, module, name = owner
+    kind = type(module).__name__.lower()
+    return name in _EXPERT_PARAMETERS or "moe" in kind or any("expert" in s.lower() for s in (kind, name, module_name))

@@ -1,0 +1,126 @@
+"""What every host of armed weights keeps count of: who is writing, what is held and staged, what was read with loss.
+
+A host is one load or reload (see `armed.Host`): the sessions of this package, and those of the engines that build on
+it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from weakref import WeakSet
+
+from ..errors import LossyReadError
+from ..lazy.lazy_tensor import reopen, settle
+from ..lazy.quant_store import QuantStore
+from ..lazy.weight import ArmedWeight
+from ..report.report import LayerReport, LoadReport
+from ..report.timeline import MemoryTimeline
+from ..tensor.qtensor import QTensor
+
+
+class LoadHost:
+    """The common half of `armed.Host`.
+
+    refuse_nonfinite, min_sqnr, measure_sqnr, strict_reads: as `online_quant` takes them. closed: why nothing can be
+    written any more.
+    """
+
+    min_sqnr: float | None = None
+    measure_sqnr = False
+    strict_reads = False
+    refuse_nonfinite = True
+
+    def __init__(self) -> None:
+        self.closed: str | None = None
+        self._weights: WeakSet[ArmedWeight] = WeakSet()
+        self._writing: dict[int, ArmedWeight] = {}
+        self._counters = threading.Lock()
+        self._memory = MemoryTimeline()
+        self._lossy_reads = 0
+        self._second_copies = self._peak_second_copies = 0
+
+    def enroll(self, weight: ArmedWeight) -> None:
+        self._weights.add(weight)
+
+    def touch(self, weight: ArmedWeight) -> None:
+        """The calling thread writes to `weight` now; what it wrote before is not going to be read back."""
+        thread = threading.get_ident()
+        last = self._writing.get(thread)
+        if last is not weight:
+            self._writing[thread] = weight
+            if last is not None:
+                last.release()
+
+    def staged(self, delta: int) -> None:
+        """High-precision bytes that wait for the rest of their unit changed by so much."""
+        self._memory.stage(delta)
+
+    def second_copy(self, delta: int) -> None:
+        """Bytes of a reload's second copies changed by so much."""
+        with self._counters:
+            self._second_copies += delta
+            self._peak_second_copies = max(self._peak_second_copies, self._second_copies)
+
+    def lossy_read(self, weight: ArmedWeight) -> None:
+        """A loader reads elements that are quantized already."""
+        if self.strict_reads:
+            raise LossyReadError(
+                f"{weight.name}: the loader reads elements that are quantized already, and strict_reads is on. Read "
+                "them before their scale group is complete, or accept the loss with strict_reads=False."
+            )
+        with self._counters:
+            self._lossy_reads += 1
+            weight.lossy_reads += 1
+
+    def submit(self, weight: ArmedWeight) -> None:
+        """All of this rank's part of a shared weight is there."""
+        raise NotImplementedError("this host shares no scales with other ranks")
+
+    def completed(self, weight: ArmedWeight) -> None:
+        """The last element arrived: the Parameters become quantized weights."""
+        self._hold(weight)
+        if isinstance(weight.store, QuantStore):
+            for param in weight.params:
+                settle(param, weight.store.result)
+
+    def reopened(self, weight: ArmedWeight) -> None:
+        """Some elements have to be written again."""
+        self._hold(weight, -1)
+        for param in weight.params:
+            reopen(param)
+
+    def _hold(self, weight: ArmedWeight, sign: int = 1) -> None:
+        """On the timeline: the bytes of a weight that is complete, or (sign -1) is so no longer."""
+        store = weight.store
+        if isinstance(store, QuantStore):
+            self._memory.hold(quantized=sign * store.result.nbytes)
+        elif store is not None:
+            self._memory.hold(passthrough=sign * store.tensor.nbytes)
+
+    def _layer(self, name: str, w: QTensor, weight: ArmedWeight | None = None, note: str = "") -> LayerReport:
+        """A quantized weight for the report; `weight` where it was loaded by this host."""
+        source_bytes = w.numel() * w.dtype.itemsize
+        layer = LayerReport(name, str(w.scheme), tuple(w.shape), w.nbytes, source_bytes, note=note)
+        if weight is None:
+            return layer
+        began, done = (t - self._memory.started if t is not None else None for t in (weight.began, weight.done))
+        return replace(layer, sqnr=weight.sqnr, lossy_reads=weight.lossy_reads, began=began, done=done)
+
+    def _summary_of(self, state: str, scheme: str) -> LoadReport:
+        """What the host itself knows of its load; the caller fills in the weights."""
+        report = LoadReport(state, scheme, peak_staged_bytes=self._memory.peak_staged, lossy_reads=self._lossy_reads)
+        report.seconds = time.perf_counter() - self._memory.started
+        report.peak_second_copy_bytes = self._peak_second_copies
+        return report
+
+    def _sum_up(self, report: LoadReport) -> LoadReport:
+        """The weights are in: their sum, and what was held over time."""
+        report.quantized_bytes = sum(layer.bytes for layer in report.layers)
+        report.timeline = self._memory.points(report.quantized_bytes, report.passthrough_bytes)
+        return report
+
+    def _release_all(self) -> None:
+        for weight in list(self._weights):
+            weight.release()

@@ -1,0 +1,134 @@
+"""ModuleTree: the modules a session loads, and what the weights in them are called.
+
+While a model is under construction its tree is still growing: a weight is registered long before the module that holds
+it has a parent. So names are read off the tree when they are needed, and again after it has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+
+from ..lazy.lazy_tensor import LAZY, LazyWeight
+from ..lazy.weight import ArmedWeight
+from ..modules import local_tensor
+from ..schemes.selection import Owner
+
+
+class ModuleTree:
+    """The given model, or all modules that were noted, by weak reference."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        self._modules: WeakSet[nn.Module] = WeakSet()
+        self._children: WeakSet[nn.Module] = WeakSet()
+        self._names: dict[ArmedWeight, list[Owner]] = {}
+        self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._stale = True
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The given model, if one was given."""
+        return self._model
+
+    def note(self, module: nn.Module, parent: nn.Module | None = None) -> None:
+        """A module exists, perhaps as the child of another."""
+        self._modules.add(module)
+        self._stale = True
+        if parent is not None:
+            self._modules.add(parent)
+            self._children.add(module)
+
+    def changed(self) -> None:
+        """Names that were read off the tree may be wrong by now."""
+        self._stale = True
+
+    def forget(self) -> None:
+        """Let go of the model."""
+        self._model, self._names, self._stale = None, {}, False
+        self._modules.clear()
+
+    def owners(self, weight: ArmedWeight) -> list[Owner]:
+        """The names of a weight; tied weights have several."""
+        if self._stale:
+            self._read_names()
+        module, name = weight.owner
+        return self._names.get(weight) or [(self._module_names.get(module, ""), module, name)]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
+        """Every parameter of every model, under every name it has: module name, module, name, parameter (of a DTensor,
+        its local tensor)."""
+        for model in self.models():
+            for module_name, module, name, param in parameters(model):
+                yield module_name, module, name, local_tensor(param)
+
+    def lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
+        for model in self.models():
+            for module_name, module in model.named_modules():
+                for name, buffer in module._buffers.items():
+                    if isinstance(buffer, LazyWeight):
+                        yield module_name, module, name, buffer
+
+    def plain_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for model in self.models():
+            for name, buffer in model.named_buffers():
+                if not isinstance(buffer, LazyWeight):
+                    yield name, buffer
+
+    def live(self, host: object) -> dict[ArmedWeight, list[Owner]]:
+        """The weights armed by `host` that are part of a model now; others were replaced or dropped."""
+        self._stale = True
+        live: dict[ArmedWeight, list[Owner]] = {}
+        for module_name, module, name, param in self.parameters():
+            if isinstance(param, LAZY) and param._armed.host is host:
+                live.setdefault(param._armed, []).append((module_name, module, name))
+        for module_name, module, name, buffer in self.lazy_buffers():
+            if buffer._armed not in live:
+                live[buffer._armed] = [(module_name, module, name)]
+        return live
+
+    def models(self) -> list[nn.Module]:
+        """The roots that are being loaded: not those that were only built to be copied."""
+        return [m for m in self._roots() if m is self._model or not _is_prototype(m)]
+
+    def _roots(self) -> list[nn.Module]:
+        if self._model is not None:
+            return [self._model]
+        return [m for m in list(self._modules) if m not in self._children]
+
+    def _read_names(self) -> None:
+        self._stale = False
+        names: dict[ArmedWeight, list[Owner]] = {}
+        self._module_names = WeakKeyDictionary()
+        for root in self._roots():
+            for module_name, module, name, whole in parameters(root):
+                param = local_tensor(whole)
+                self._module_names.setdefault(module, module_name)
+                if isinstance(param, LAZY):
+                    param._armed.adopt(param)
+                    names.setdefault(param._armed, []).append((module_name, module, name))
+        self._names = names
+
+
+def parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Every parameter below a module, under every name it has: module name, module, name, parameter."""
+    for module_name, module in root.named_modules(remove_duplicate=False):
+        for name, param in list(module._parameters.items()):
+            if param is not None:
+                yield module_name, module, name, param
+
+
+def full_name(owner: Owner) -> str:
+    """ "model.layers.0.mlp.up_proj.weight" """
+    module_name, _, name = owner
+    return f"{module_name}.{name}" if module_name else name
+
+
+def _is_prototype(root: nn.Module) -> bool:
+    """Was the module only built to be deep-copied, as the layer given to nn.TransformerEncoder is?"""
+    weights = [param._armed for *_, p in parameters(root) if isinstance(param := local_tensor(p), LAZY)]
+    return bool(weights) and all(w.copied and not w.coverage.covered for w in weights)

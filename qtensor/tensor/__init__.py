@@ -1,0 +1,1 @@
+"""QTensor, the quantized weight, `quantize`, and the operations it answers."""
