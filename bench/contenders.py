@@ -1,8 +1,8 @@
 """The contenders of bench/league.py: how each loads a checkpoint, answers, and takes new weights.
 
 Run as a program it is one contender's process: it goes through everything once with a tiny model, then loads the
-checkpoint while its parent looks at its memory (`qtensor.report.memory`), then reloads. Every environment needs qtensor,
-for this file's own sake: the peers' too.
+checkpoint while its parent looks at its memory (`qtensor.report.memory`), then reloads. Every environment needs
+qtensor, for this file's own sake: the peers' too.
 """
 
 from __future__ import annotations

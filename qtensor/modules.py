@@ -1,17 +1,36 @@
-"""DTensor: a Parameter that is split over a device mesh. Its local tensor is the weight that loads and quantizes."""
+"""A model's modules: the owners and names of its parameters, and what this rank holds of them.
+
+Of a Parameter that is split over a device mesh (a DTensor), the local tensor is the weight that loads and quantizes.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+Owner = tuple[str, nn.Module, str]
+"""A module's name, the module, and the parameter's name in it."""
 Split = tuple[int, "dist.ProcessGroup"]
 """A dimension of a weight, and the ranks it is split over."""
-FSDP = "torch.distributed.fsdp"
-_CALLERS = 4  # frames between an operation's handler and who called for it, at most
+
+
+def parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Every parameter below a module, under every name it has: module name, module, name, parameter."""
+    for module_name, module in root.named_modules(remove_duplicate=False):
+        for name, param in list(module._parameters.items()):
+            if param is not None:
+                yield module_name, module, name, param
+
+
+def full_name(owner: Owner) -> str:
+    """ "model.layers.0.mlp.up_proj.weight" """
+    module_name, _, name = owner
+    return f"{module_name}.{name}" if module_name else name
 
 
 def is_dtensor(param: Any) -> bool:
@@ -43,15 +62,3 @@ def rehome(param: Any) -> Any:
     new = type(param)(param._local_tensor, param._spec, requires_grad=param.requires_grad)
     new.__dict__.update(param.__dict__)
     return new
-
-
-def asked_by_fsdp() -> bool:
-    """Is FSDP calling the operation whose handler asks? What it does to pad a shard has a meaning of its own."""
-    frame = sys._getframe(2)
-    for _ in range(_CALLERS):
-        if frame is None:
-            return False
-        if frame.f_globals.get("__name__", "").startswith(FSDP):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

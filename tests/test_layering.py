@@ -1,11 +1,19 @@
-"""The table of rooms in docs/design.md is the order of the house: every file is in it, and imports only go up."""
+"""The table of packages in docs/design.md is the order of imports: only from packages above, and never in a circle."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import multiprocessing
 import re
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PLACES = {
@@ -13,8 +21,10 @@ PLACES = {
     "qtensor.kernels": ROOT / "kernels",
     "qtensor.integrations": ROOT / "integrations",
 }
-ENTRANCE = "qtensor"
-"""The package itself: it gathers what users import, from everywhere, and has the version."""
+ENTRANCES = {"qtensor", "qtensor.__main__", "qtensor.quantized"}
+"""The package itself gathers what users import, from everywhere; the others are names that must not move."""
+LONGEST = 400
+"""Lines of a file, unless the paragraph at its top says why it is one file."""
 
 
 def modules() -> dict[str, Path]:
@@ -27,29 +37,20 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def rooms() -> list[list[str]]:
-    """The rows of the table, each a list of files and folders."""
-    table = (ROOT / "docs/design.md").read_text(encoding="utf-8").partition("## Rooms")[2]
-    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-    return [re.findall(r"`(\w+(?:\.py|/))`", row) for row in rows]
+MODULES = modules()
 
 
-def room_of(module: str) -> str:
-    """What the table calls the module: a folder, or a file."""
-    name = module.split(".")[1]
-    return f"{name}/" if any(m.startswith(f"qtensor.{name}.") for m in MODULES) else f"{name}.py"
+def order() -> list[str]:
+    """The table's packages and files, the lowest first."""
+    table = (ROOT / "docs/design.md").read_text(encoding="utf-8").partition("## Packages")[2]
+    return [name.removesuffix(".py").removesuffix("/") for name in re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)]
 
 
 def imported(module: str) -> Iterator[str]:
-    """The modules of the package that a module imports, in functions too; not what only type checkers see."""
+    """The modules of the package that a module imports: in functions and for type checkers, too."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        waiting.extend(ast.iter_child_nodes(node))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -58,24 +59,62 @@ def imported(module: str) -> Iterator[str]:
             names = [f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names]
         else:
             continue
-        yield from (name for name in names if name in MODULES and name != ENTRANCE)
+        yield from (name for name in names if name in MODULES and name not in ENTRANCES)
 
 
-MODULES = modules()
-
-
-def test_every_file_is_in_one_room() -> None:
-    listed = [name for row in rooms() for name in row]
-    assert sorted(listed) == sorted({room_of(m) for m in MODULES if m != ENTRANCE})
+def test_every_file_is_in_the_table() -> None:
+    assert sorted(order()) == sorted({m.split(".")[1] for m in MODULES if m not in ENTRANCES})
 
 
 def test_imports_go_up_the_table() -> None:
-    height = {name: i for i, row in enumerate(rooms()) for name in row}
+    height = {name: i for i, name in enumerate(order())}
+    height["integrations"] = height["checkpoint"] + 0.5  # type: ignore[assignment]
     down = [
         f"{module} imports {other}"
         for module in MODULES
-        if module != ENTRANCE
+        if module not in ENTRANCES
         for other in imported(module)
-        if height[room_of(other)] > height[room_of(module)]
+        if height[other.split(".")[1]] > height[module.split(".")[1]]
     ]
     assert down == []
+
+
+def test_no_two_files_import_each_other() -> None:
+    graph = {module: set(imported(module)) - {module} for module in MODULES if module not in ENTRANCES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' imports '.join(reversed(error.args[1]))}")
+
+
+def test_long_files_say_why() -> None:
+    long = {}
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        top = ast.get_docstring(ast.parse(text)) or ""
+        if text.count("\n") > LONGEST and "one file because" not in " ".join(top.split()):
+            long[module] = text.count("\n")
+    assert long == {}
+
+
+def import_alone(module: str) -> str | None:
+    """Import a module in a process that has nothing of qtensor, without what `import qtensor` would bring along."""
+    assert not any(name.partition(".")[0] == "qtensor" for name in sys.modules)
+    package = ModuleType("qtensor")
+    package.__path__ = [str(ROOT / "qtensor"), str(ROOT)]
+    package.__version__ = "alone"  # type: ignore[attr-defined]
+    sys.modules["qtensor"] = package
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{module}: {type(error).__name__}: {error}"
+    return None
+
+
+def test_every_file_can_be_imported_first() -> None:
+    """And so in any order. Those of the vLLM plugin need vLLM; tests/vllm/test_surroundings.py imports them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "numpy"])
+    alone = sorted(m for m in MODULES if m not in ENTRANCES and not m.startswith("qtensor.integrations."))
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+        assert [problem for problem in pool.map(import_alone, alone) if problem] == []

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor
+from ..modules import Owner
 from ..regions.views import View
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
-from ..schemes.selection import Owner, Selection
+from ..schemes.selection import Selection
 from ..sessions.online import OnlineSession
 from ..tensor.qtensor import QTensor
 from .mapping import Part, is_transformers, parts_of, tensors_of

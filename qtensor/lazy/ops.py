@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..callers import asked_by_fsdp
 from ..errors import QTensorError, WeightDtypeError, WeightShapeError
-from ..modules import asked_by_fsdp
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
 from .effects import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments

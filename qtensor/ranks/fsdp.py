@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..callers import FSDP, asked_by_fsdp
 from ..errors import QTensorError
 from ..lazy.lazy_tensor import LazyWeight
-from ..modules import FSDP, asked_by_fsdp, local_tensor
+from ..modules import local_tensor
 from ..tensor.ops_slices import _take_slice
 from ..tensor.qtensor import QTensor, _alias, _implements, _like, _on_dequantized, empty
 

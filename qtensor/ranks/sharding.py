@@ -25,9 +25,8 @@ from ..kernels import WeightFormat
 from ..kernels.formats import ceil_div
 from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
-from ..modules import Split, is_dtensor, splits
-from ..schemes.selection import Owner, matches
-from ..sessions.model_tree import full_name, parameters
+from ..modules import Owner, Split, full_name, is_dtensor, parameters, splits
+from ..schemes.selection import matches
 from .vote import Verdict, require_distributed
 
 BUCKET_BYTES = 64 << 20

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..modules import Owner, full_name
 from .config import SchemeSpec, read_config, read_patterns
 from .scheme import Scheme, Targets
 
@@ -38,9 +39,6 @@ _EXPERT_PARAMETERS = {
     "w13_weight",
     "w2_weight",
 }
-
-Owner = tuple[str, nn.Module, str]
-"""A module's name, the module, and the parameter's name in it."""
 
 
 class Selection:
@@ -83,7 +81,7 @@ class Selection:
             return None
         if self.targets is None and param.dim() == 3 and not _is_expert_stack(owner):
             return None
-        full = f"{module_name}.{name}" if module_name else name
+        full = full_name(owner)
         ignored = [p for p in self.ignore if matches(p, module_name, full)]
         self._unused.difference_update(ignored)
         if ignored:

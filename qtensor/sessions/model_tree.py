@@ -15,8 +15,7 @@ from torch import nn
 
 from ..lazy.lazy_tensor import LAZY, LazyWeight
 from ..lazy.weight import ArmedWeight
-from ..modules import local_tensor
-from ..schemes.selection import Owner
+from ..modules import Owner, local_tensor, parameters
 
 
 class ModuleTree:
@@ -112,20 +111,6 @@ class ModuleTree:
                     param._armed.adopt(param)
                     names.setdefault(param._armed, []).append((module_name, module, name))
         self._names = names
-
-
-def parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """Every parameter below a module, under every name it has: module name, module, name, parameter."""
-    for module_name, module in root.named_modules(remove_duplicate=False):
-        for name, param in list(module._parameters.items()):
-            if param is not None:
-                yield module_name, module, name, param
-
-
-def full_name(owner: Owner) -> str:
-    """ "model.layers.0.mlp.up_proj.weight" """
-    module_name, _, name = owner
-    return f"{module_name}.{name}" if module_name else name
 
 
 def _is_prototype(root: nn.Module) -> bool:

@@ -17,17 +17,16 @@ from ..errors import NonFiniteWeightError, QTensorError
 from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, close, parameter, reopen, swap, view_of
 from ..lazy.plain_store import PlainStore
 from ..lazy.weight import ArmedWeight
-from ..modules import home, is_dtensor, local_tensor, rehome
+from ..modules import Owner, full_name, home, is_dtensor, local_tensor, parameters, rehome
 from ..ranks.sharding import Agreements, Sharding
 from ..ranks.vote import describe
 from ..report.progress import ProgressLike
 from ..report.report import LoadReport
 from ..schemes.config import SchemeSpec
 from ..schemes.scheme import Scheme, Targets
-from ..schemes.selection import DEFAULT_IGNORE, Owner, Selection
+from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..tensor.qtensor import QTensor, quantize
 from . import registration
-from .model_tree import full_name, parameters
 from .session import OnMissing, OnNonfinite, Session, attributes_of
 
 

@@ -18,7 +18,7 @@ from ..kernels import Audit
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
 from ..lazy.reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
 from ..lazy.weight import ArmedWeight
-from ..modules import local_tensor
+from ..modules import Owner, full_name, local_tensor, parameters
 from ..ranks.fsdp import reshard
 from ..ranks.sharding import Agreements, Sharding, session_verdict
 from ..ranks.vote import describe
@@ -26,9 +26,7 @@ from ..regions.views import whole
 from ..report.progress import ProgressLike
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
-from ..schemes.selection import Owner
 from ..tensor.qtensor import QTensor
-from .model_tree import full_name, parameters
 from .session import OnMissing, OnNonfinite, Session, attributes_of
 
 

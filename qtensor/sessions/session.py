@@ -21,15 +21,15 @@ from ..lazy import ops  # noqa: F401  lazy_ops fills the table of operations
 from ..lazy.lazy_tensor import LAZY, swap
 from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
+from ..modules import Owner, full_name
 from ..ranks.fsdp import Hold
 from ..regions.coverage import Box
 from ..report.progress import Progress, ProgressLike
 from ..report.report import LoadReport, describe_missing, versions
-from ..schemes.selection import Owner
 from ..tensor.qtensor import QTensor
 from . import registration
 from .host import LoadHost
-from .model_tree import ModuleTree, full_name
+from .model_tree import ModuleTree
 
 logger = logging.getLogger("qtensor")
 OnMissing = Literal["error", "zero", "keep", "init"]
