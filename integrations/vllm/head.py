@@ -17,9 +17,9 @@ from qtensor.errors import QTensorError
 from qtensor.schemes.scheme import SCHEMES
 
 from . import compat
+from .layers import assembled
 from .linear import QTensorLinearMethod
 from .products import CpuLinear, _define, published_parts
-from .published import assembled
 
 
 class QTensorHeadMethod(QTensorLinearMethod):

@@ -26,11 +26,10 @@ from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
 
 from . import compat
-from .derived import aliases
+from .layers import Published, Slot, aliases
 from .missing import Names, refuse_incomplete
 from .options import Choice
 from .parallel import RankHost
-from .published import Published, Slot
 from .reporting import announce, rank, resident_bytes, write
 from .truncated import describe_truncated
 

@@ -13,7 +13,7 @@ from qtensor.ranks.sharding import Agreement, refuse_split_group
 from qtensor.sessions.host import LoadHost
 
 from . import compat
-from .published import Slot
+from .layers import Slot
 
 TIMEOUT_SECONDS = 600.0
 

@@ -18,8 +18,8 @@ from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_p
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
+from .layers import assembled
 from .options import Options, OptionsError
-from .published import assembled
 
 _SERVED_ON_GPUS = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
 

@@ -31,11 +31,10 @@ from qtensor.sessions.reload import Snapshot, insist
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
-from .derived import Processed, absorb_again, process, read_back
+from .layers import Processed, Published, Slot, absorb_again, process, read_back
 from .load import Load
 from .missing import refuse_incomplete
 from .parallel import RankHost
-from .published import Published, Slot
 
 
 class Reload(RankHost):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from qtensor import quantize
 from qtensor.integrations.vllm.config import QTensorConfig
 from qtensor.integrations.vllm.head import QTensorEmbeddingMethod
+from qtensor.integrations.vllm.layers import Published, Slot
 from qtensor.integrations.vllm.products import CpuLinear, part_names
-from qtensor.integrations.vllm.published import Published, Slot
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES
 

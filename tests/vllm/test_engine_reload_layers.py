@@ -18,8 +18,8 @@ from vllm import LLM
 from qtensor import IncompleteLoadError, NonFiniteWeightError, QTensor, WeightShapeError, quantize, weight_checksums
 from qtensor.integrations.vllm import checksums, linear
 from qtensor.integrations.vllm import reload as reload_module
+from qtensor.integrations.vllm.layers import Published, Slot
 from qtensor.integrations.vllm.products import CpuLinear, frozen, part_names
-from qtensor.integrations.vllm.published import Published, Slot
 
 
 def _reload_whole(llm: LLM, scheme: str, architecture: str = "llama") -> None:

@@ -19,9 +19,9 @@ from vllm.lora.request import LoRARequest
 
 from qtensor import QTensorError, int4_per_group, mxfp4, mxfp8, nvfp4, quantize
 from qtensor.integrations.vllm import reports
+from qtensor.integrations.vllm.layers import Slot
 from qtensor.integrations.vllm.options import OptionsError
 from qtensor.integrations.vllm.parallel import RankHost, split_axes
-from qtensor.integrations.vllm.published import Slot
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import Scheme
 
