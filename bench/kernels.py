@@ -227,7 +227,7 @@ def row(shape: str, what: str, who: str, moved: int, ms: float, bandwidth: float
     }
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def goals_met(rows: list[dict[str, Any]]) -> list[str]:
     """The goals, and each row that misses one."""
     took = {(r["shape"], r["kernel"], r["by"]): r["us"] for r in rows}
     lines = []
@@ -260,10 +260,10 @@ def main() -> int:
     about = gpu.machine()
     print(f"{about['chip']}: a copy moves {bandwidth / 1e9:.0f} GB/s\n")
     rows = measure(device, bandwidth, options.quick)
-    goals = verdict(rows)
+    goals = goals_met(rows)
     print(gpu.table(rows), *goals, sep="\n")
     if not options.no_save:
-        record = {"machine": about, "copy_bytes_per_second": bandwidth, "rows": rows, "verdict": goals}
+        record = {"machine": about, "copy_bytes_per_second": bandwidth, "rows": rows, "goals": goals}
         print("written to", gpu.save("kernels", record))
     return 0
 

@@ -141,7 +141,7 @@ def errors(found: Path, wanted: Path) -> Row:
         if (found / f"{name}.safetensors").exists():
             theirs, right = (load_file(folder / f"{name}.safetensors")["logits"] for folder in (found, wanted))
             row[key] = ((theirs - right).norm() / right.norm()).item()
-    # Both checkpoints are of a kind, so their errors are; a stranger's answers are off by about 1.4.
+    # Both checkpoints are of a kind, so their errors are; an unrelated model's answers are off by about 1.4.
     if row.get("reload_error", 0) > 2 * row["error"]:
         row["reload_refused"] = "takes them, answers are wrong"
     return row

@@ -1,6 +1,7 @@
-"""Faults to inject: damaged files, errors in the middle of a write, memory that runs out. Used at every door.
+"""Faults to inject: damaged files, errors in the middle of a write, memory that runs out. Used at every entry point.
 
-Each takes the door (whose `folder` holds the checkpoint, and whose `victim` names one of its bf16 tensors) and a patch.
+Each takes the entry point (whose `folder` holds the checkpoint, and whose `victim` names one of its bf16 tensors) and a
+patch.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ FILE = "model.safetensors"
 Patch = pytest.MonkeyPatch
 
 
-class Door(Protocol):
+class EntryPoint(Protocol):
     """folder: of the checkpoint. victim: one of its bf16 tensors."""
 
     folder: Path
     victim: str
 
 
-Fault = Callable[[Door, Patch], None]
+Fault = Callable[[EntryPoint, Patch], None]
 
 
-def cut(door: Door, patch: Patch) -> None:
-    for path in [*door.folder.glob("*.safetensors"), *door.folder.glob("*.distcp")]:
+def cut(entry: EntryPoint, patch: Patch) -> None:
+    for path in [*entry.folder.glob("*.safetensors"), *entry.folder.glob("*.distcp")]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip_header(door: Door, patch: Patch) -> None:
-    _edit(door.folder / FILE, 9, lambda b: b ^ 0xFF)
+def flip_header(entry: EntryPoint, patch: Patch) -> None:
+    _edit(entry.folder / FILE, 9, lambda b: b ^ 0xFF)
 
 
-def flip_to_nan(door: Door, patch: Patch) -> None:
-    at = _tensor_at(door.folder / FILE, door.victim) + 2 * 777
-    _edit(door.folder / FILE, at, lambda b: b | 0x81)
-    _edit(door.folder / FILE, at + 1, lambda b: b | 0x7F)
+def flip_to_nan(entry: EntryPoint, patch: Patch) -> None:
+    at = _tensor_at(entry.folder / FILE, entry.victim) + 2 * 777
+    _edit(entry.folder / FILE, at, lambda b: b | 0x81)
+    _edit(entry.folder / FILE, at + 1, lambda b: b | 0x7F)
 
 
-def flip_lowest_bit(door: Door, patch: Patch) -> None:
-    _edit(door.folder / FILE, _tensor_at(door.folder / FILE, door.victim) + 2 * 777, lambda b: b ^ 1)
+def flip_lowest_bit(entry: EntryPoint, patch: Patch) -> None:
+    _edit(entry.folder / FILE, _tensor_at(entry.folder / FILE, entry.victim) + 2 * 777, lambda b: b ^ 1)
 
 
 def _tensor_at(path: Path, name: str) -> int:
@@ -69,7 +70,7 @@ def _edit(path: Path, at: int, change: Callable[[int], int]) -> None:
 def at_write(number: int, act: Callable[[], Any]) -> Fault:
     """Act at the write of this number into an armed weight."""
 
-    def arm(door: Door, patch: Patch) -> None:
+    def arm(entry: EntryPoint, patch: Patch) -> None:
         real, seen = ArmedWeight.write, [0]
 
         def write(self: ArmedWeight, *args: Any) -> None:
@@ -94,7 +95,7 @@ def interrupt_at(number: int) -> Fault:
     return at_write(number, lambda: signal.raise_signal(signal.SIGINT))
 
 
-def no_memory_in_a_kernel(door: Door, patch: Patch) -> None:
+def no_memory_in_a_kernel(entry: EntryPoint, patch: Patch) -> None:
     real, calls = kernels.choose, [0]
 
     def quantize_into(*args: Any, **kwargs: Any) -> None:
@@ -111,7 +112,7 @@ def no_memory_in_a_kernel(door: Door, patch: Patch) -> None:
     patch.setattr(kernels, "choose", choose)
 
 
-def no_memory_for_the_result(door: Door, patch: Patch) -> None:
+def no_memory_for_the_result(entry: EntryPoint, patch: Patch) -> None:
     def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
 

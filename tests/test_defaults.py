@@ -98,7 +98,7 @@ def test_what_a_caller_has_set_changes_no_result(default: str, scheme: Scheme, t
 
 def test_every_new_tensor_names_its_device_and_dtype() -> None:
     silent = []
-    for path in sorted(p for room in ("kernels", "qtensor", "integrations") for p in (ROOT / room).rglob("*.py")):
+    for path in sorted(p for top in ("kernels", "qtensor", "integrations") for p in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
                 made, given = ast.unparse(node.func).removeprefix("torch."), {k.arg for k in node.keywords}

@@ -1,7 +1,7 @@
-"""Every fault at every door: what is raised, and what is left. docs/reliability.md has the table.
+"""Every fault at every entry point: what is raised, and what is left. docs/reliability.md has the table.
 
-A door is a way weights come in or go out. After each fault nothing may be armed in the process, no thread, open file or
-shared memory may be left, a reload's old values stand bit for bit (law 10), and the same door then works.
+An entry point is a way weights come in or go out. After each fault nothing may be armed in the process, no thread, open
+file or shared memory may be left, a reload's old values stand bit for bit (law 10), and the entry point then works.
 QTENSOR_WRITE_TABLE=1 writes the table anew.
 """
 
@@ -35,7 +35,7 @@ from qtensor.checkpoint import problems, quantize_checkpoint
 
 OBSERVED: dict[tuple[str, str], str] = {}
 
-# Doors --------------------------------------------------------------------------------------------------------------
+# Entry points -------------------------------------------------------------------------------------------------------
 
 
 class Load:
@@ -153,7 +153,7 @@ class Save(Quantize):
         save_checkpoint(self.model, self.target)
 
 
-DOORS: dict[str, type[Load]] = {
+ENTRY_POINTS: dict[str, type[Load]] = {
     "load_state_dict": Load,
     "safetensors slices": Slices,
     "DCP": Distributed,
@@ -161,7 +161,7 @@ DOORS: dict[str, type[Load]] = {
     "qtensor quantize": Quantize,
     "save_checkpoint": Save,
 }
-READERS = [name for name, door in DOORS.items() if door is not Save]
+READERS = [name for name, entry in ENTRY_POINTS.items() if entry is not Save]
 FROM_SAFETENSORS = [name for name in READERS if name != "DCP"]
 TENSORS = ["load_state_dict", "safetensors slices", "DCP", "online_reload"]
 
@@ -170,9 +170,9 @@ TENSORS = ["load_state_dict", "safetensors slices", "DCP", "online_reload"]
 FAULTS: dict[str, tuple[list[str], Callable[[Load, Patch], None]]] = {}
 
 
-def fault(name: str, doors: list[str]) -> Callable:
+def fault(name: str, entries: list[str]) -> Callable:
     def register(arm: Callable[[Load, Patch], None]) -> Callable[[Load, Patch], None]:
-        FAULTS[name] = doors, arm
+        FAULTS[name] = entries, arm
         return arm
 
     return register
@@ -189,16 +189,16 @@ fault("memory runs out in a kernel", [*TENSORS, "qtensor quantize"])(faults.no_m
 fault("memory runs out for the result", TENSORS)(faults.no_memory_for_the_result)
 
 
-@fault("no room on the disk", ["qtensor quantize", "save_checkpoint"])
-def _disk(door: Load, patch: Patch) -> None:
+@fault("no space on the disk", ["qtensor quantize", "save_checkpoint"])
+def _disk(entry: Load, patch: Patch) -> None:
     """A file may grow to 8 KB; the kernel refuses more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    door.cleanup = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # type: ignore[attr-defined]
+    entry.cleanup = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # type: ignore[attr-defined]
 
 
 @fault("fork at the 2nd write", TENSORS)
-def _fork(door: Load, patch: Patch) -> None:
+def _fork(entry: Load, patch: Patch) -> None:
     """The child goes away with the session open; the parent goes on."""
 
     def fork() -> None:
@@ -207,40 +207,40 @@ def _fork(door: Load, patch: Patch) -> None:
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
-    at_write(2, fork)(door, patch)
+    at_write(2, fork)(entry, patch)
 
 
 @fault("spawn at the 2nd write", TENSORS)
-def _spawn(door: Load, patch: Patch) -> None:
+def _spawn(entry: Load, patch: Patch) -> None:
     def spawn() -> None:
         child = multiprocessing.get_context("spawn").Process(target=os.getpid)
         child.start()
         child.join()
         assert child.exitcode == 0
 
-    at_write(2, spawn)(door, patch)
+    at_write(2, spawn)(entry, patch)
 
 
 def killed(kind: str, folder: Path) -> None:
     """In a process of its own: load, and be killed at the third write."""
     torch.set_num_threads(1)
-    door = DOORS[kind](folder)
+    entry = ENTRY_POINTS[kind](folder)
     with pytest.MonkeyPatch.context() as patch:
-        at_write(3, lambda: os.kill(os.getpid(), signal.SIGKILL))(door, patch)
-        door.run()
+        at_write(3, lambda: os.kill(os.getpid(), signal.SIGKILL))(entry, patch)
+        entry.run()
 
 
 @fault("kill -9 at the 3rd write", TENSORS)
-def _kill(door: Load, patch: Patch) -> None:
+def _kill(entry: Load, patch: Patch) -> None:
     def run() -> None:
-        kind = next(name for name, made in DOORS.items() if made is type(door))
-        process = elsewhere.Process(target=killed, args=(kind, door.folder))
+        kind = next(name for name, made in ENTRY_POINTS.items() if made is type(entry))
+        process = elsewhere.Process(target=killed, args=(kind, entry.folder))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         raise ProcessLookupError
 
-    door.run = run  # type: ignore[method-assign]
+    entry.run = run  # type: ignore[method-assign]
 
 
 DAMAGE = {"file cut in half", "bits flipped in the header", "bits flipped to NaN"}
@@ -263,44 +263,44 @@ def _is_file(fd: str) -> bool:
     return path.is_symlink() and os.readlink(path).startswith("/tmp")
 
 
-CASES = [(fault, door) for fault, (doors, _) in FAULTS.items() for door in doors]
+CASES = [(fault, entry) for fault, (entries, _) in FAULTS.items() for entry in entries]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{door}-{fault}" for fault, door in CASES])
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{entry}-{fault}" for fault, entry in CASES])
 def test_a_fault_leaves_nothing_half_done(name: str, kind: str, tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "source").mkdir()
-    door = DOORS[kind](tmp_path / "source")
+    entry = ENTRY_POINTS[kind](tmp_path / "source")
     state = weights_of(TinyNet, seed=2)
-    door.store(state)
+    entry.store(state)
     before = left_behind()
     error: BaseException | None = None
     with monkeypatch.context() as patch:
-        FAULTS[name][1](door, patch)
+        FAULTS[name][1](entry, patch)
         try:
-            door.run()
+            entry.run()
         except BaseException as raised:  # DCP's own exception is not an Exception
             error = raised.with_traceback(None)
         finally:
-            getattr(door, "cleanup", lambda: None)()
-            vars(door).pop("run", None)
+            getattr(entry, "cleanup", lambda: None)()
+            vars(entry).pop("run", None)
     assert_nothing_armed()
     assert left_behind() == before
     if error is None:
-        door.assert_done()
+        entry.assert_done()
         OBSERVED[name, kind] = "succeeds"
         return
     if isinstance(error, ProcessLookupError):
         OBSERVED[name, kind] = "process gone, files whole"
     else:
-        OBSERVED[name, kind] = f"`{type(error).__name__}`, {door.assert_as_before()}"
+        OBSERVED[name, kind] = f"`{type(error).__name__}`, {entry.assert_as_before()}"
     if name in DAMAGE:
-        door.repair(state)
-    door.run()
-    door.assert_done()
+        entry.repair(state)
+    entry.run()
+    entry.assert_done()
 
 
 def test_the_page_says_what_was_observed() -> None:
     if len(OBSERVED) < len(CASES):
         pytest.skip("only some of the faults were tried in this run")
-    rows = [[name, *(OBSERVED.get((name, door), "–") for door in DOORS)] for name in FAULTS]
-    faults.Page("observed").check([["fault", *DOORS], *rows])
+    rows = [[name, *(OBSERVED.get((name, entry), "–") for entry in ENTRY_POINTS)] for name in FAULTS]
+    faults.Page("observed").check([["fault", *ENTRY_POINTS], *rows])

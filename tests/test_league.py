@@ -76,13 +76,13 @@ def test_ratios_are_to_bf16_of_the_same_engine(league):
 
 def test_goals_are_judged(league):
     rows = rows_of(league, bf16=(1.0, 100), qtensor=(1.4, 50), vllm_fp8=(2.0, 70), vllm_qtensor=(1.0, 80))
-    verdicts = {
+    answers = {
         line.split(" | ")[0].strip("| "): line.rstrip(" |").split()[-1] for line in league.goals(rows).split("\n")
     }
-    assert verdicts["transformers + qtensor: the lowest peak of transformers"] == "yes"
-    assert verdicts["transformers + qtensor: load ≤ 1.3 × transformers, bf16, copied into memory"] == "no"
-    assert verdicts["vLLM + qtensor: the lowest peak of vLLM"] == "no"
-    assert verdicts["vLLM + qtensor: load ≤ 0.7 × vLLM, fp8_per_channel"] == "yes"
+    assert answers["transformers + qtensor: the lowest peak of transformers"] == "yes"
+    assert answers["transformers + qtensor: load ≤ 1.3 × transformers, bf16, copied into memory"] == "no"
+    assert answers["vLLM + qtensor: the lowest peak of vLLM"] == "no"
+    assert answers["vLLM + qtensor: load ≤ 0.7 × vLLM, fp8_per_channel"] == "yes"
 
 
 def test_what_is_not_installed_is_named(league):

@@ -201,18 +201,18 @@ def once_all_have_agreed_an_interrupt_comes_too_late(rank: int, world: int) -> N
     model, group = model_of({"a": full}), Sharding(dims={"a": 1}, timeout=TIMEOUT)
     with online_quant(fp8_per_channel, model, process_group=group):
         parameter(model, "a").data.copy_(full)
-    settle = vote.Verdict.settle
+    settle = vote.Vote.settle
 
-    def interrupted(self: vote.Verdict) -> None:
+    def interrupted(self: vote.Vote) -> None:
         settle(self)
         if rank == 0:
             raise KeyboardInterrupt
 
-    vote.Verdict.settle = interrupted  # type: ignore[method-assign]
+    vote.Vote.settle = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt) if rank == 0 else contextlib.nullcontext():  # noqa: SIM117
         with online_reload(model, process_group=group):
             parameter(model, "a").data.copy_(full * 2)
-    vote.Verdict.settle = settle  # type: ignore[method-assign]
+    vote.Vote.settle = settle  # type: ignore[method-assign]
     together = torch.cat([full * 2] * world, 1)
     assert same_bytes(parameter(model, "a").scale, quantize(together, fp8_per_channel).scale)
 

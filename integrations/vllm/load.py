@@ -185,7 +185,7 @@ class Load(RankHost):
         current = self._context.current
         return f"the checkpoint's tensor '{current}'" if current else "the tensor being loaded"
 
-    # What armed weights ask (armed.Host)
+    # What armed weights ask (lazy.weight.Host)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         scheme: Scheme | None = weight.scheme

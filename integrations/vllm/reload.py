@@ -2,7 +2,7 @@
 
 While one of vLLM's loaders runs, lazy weights take the place of the parameters, with what loaders look for; between
 chunks and until the end the published ones are back, and serve the old values. Who begins and ends a reload is in
-`takeover`.
+`entry`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Reload(RankHost):
         lazy.__dict__.update(like.__dict__)
         return lazy
 
-    # What armed weights ask (armed.Host)
+    # What armed weights ask (lazy.weight.Host)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         scheme: Scheme | None = weight.scheme

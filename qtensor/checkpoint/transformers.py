@@ -167,4 +167,4 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-registration.COMPANIONS.append((install, uninstall))
+registration.PATCHES.append((install, uninstall))

@@ -117,8 +117,8 @@ def show_model(out: Path) -> bool:
         print(f"   {full:11.5f}  {part:20.5f}  {sentence}")
     print(f"   {min(cosines[0]):11.5f}  {min(cosines[1]):20.5f}  the lowest\n")
     for label, lowest, report in zip(("every layer", "without feed-forward"), map(min, cosines), reports, strict=True):
-        verdict = "reaches" if lowest >= MIN_COSINE else "does not reach"
-        print(f"   {label}: {_summary(report)}; {verdict} {MIN_COSINE}")
+        outcome = "reaches" if lowest >= MIN_COSINE else "does not reach"
+        print(f"   {label}: {_summary(report)}; {outcome} {MIN_COSINE}")
     print("   An fp8 number has 4 significant bits: each weight moves by 2.6 % (rms), whoever quantizes it.")
     print(
         "   Compared with quantizing the loaded model, "

@@ -27,7 +27,7 @@ from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, Split, full_name, is_dtensor, parameters, splits
 from ..schemes.selection import matches
-from .vote import Verdict, require_distributed
+from .vote import Vote, require_distributed
 
 BUCKET_BYTES = 64 << 20
 _open: set[Any] = set()  # connections of sessions under way or failed: their destructor would wait for lost ranks
@@ -105,13 +105,13 @@ def refuse_split_group(name: str, whose: str, size: int, dim: int, block: int, f
 class Agreement:
     """The scales that the ranks of one group agree on in one session."""
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float, verdict: Verdict | None = None) -> None:
-        """verdict: of the session, where more than these ranks decide whether it has succeeded."""
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float, vote: Vote | None = None) -> None:
+        """vote: of the session, where more than these ranks decide whether it has succeeded."""
         require_distributed()
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        own = Verdict(ranks, timeout)
-        self._keys, self._own = own.store, own if verdict is None else None
-        self.verdict = own if verdict is None else verdict
+        own = Vote(ranks, timeout)
+        self._keys, self._own = own.store, own if vote is None else None
+        self.vote = own if vote is None else vote
         self._rank, self._leads = own.rank, own.leads
         # Connections of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
         # Not by `new_group`, which keeps a group for the life of the process and knows it by the number of groups.
@@ -159,14 +159,14 @@ class Agreement:
     def finish(self) -> None:
         """Agree on all scales and, unless that is the session's to say, on having succeeded. Raises QTensorError naming
         the rank that did not."""
-        deadline = self.verdict.deadline()
+        deadline = self.vote.deadline()
         with self._lock:
             if self._leads:
                 self._publish()
                 self._keys.set(f"bucket/{self._buckets}", "end")
             while not self._joined_all() or self._flying:
                 self._land()
-                self.verdict.wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
+                self.vote.wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
             for weight in self._complete.values():
                 weight.verify()
             if self._own is not None:
@@ -182,7 +182,7 @@ class Agreement:
 
     def fail(self, reason: str) -> None:
         """Tell the other ranks that this one has given up."""
-        self.verdict.fail(reason)
+        self.vote.fail(reason)
 
     def _publish(self) -> None:
         names, self._waiting, self._waiting_bytes = self._waiting, [], 0
@@ -245,18 +245,16 @@ class Agreements:
     """The weights of one session whose scales are split, and the groups of ranks that agree on them.
 
     process_group: as the session was given it; parameters that are DTensors say themselves how they are split.
-    verdict: of the session, where one decides for all groups together.
+    vote: of the session, where one decides for all groups together.
     """
 
-    def __init__(
-        self, process_group: dist.ProcessGroup | Sharding | None = None, verdict: Verdict | None = None
-    ) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | Sharding | None = None, vote: Vote | None = None) -> None:
         sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
-        self._sharding, self._verdict = sharding, verdict
+        self._sharding, self._vote = sharding, vote
         self._by_group: dict[Any, Agreement] = {}
         self._lock = threading.Lock()
         self.weights: dict[ArmedWeight, Agreement] = {}
-        if sharding is not None and verdict is None:
+        if sharding is not None and vote is None:
             self._with(sharding.group)
 
     def share(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor, fmt: WeightFormat) -> bool:
@@ -284,7 +282,7 @@ class Agreements:
             agreement.finish()
 
     def close(self) -> None:
-        """The session's verdict is that all have succeeded."""
+        """The session's vote is that all have succeeded."""
         for agreement in self._by_group.values():
             agreement.close()
 
@@ -305,12 +303,12 @@ class Agreements:
         with self._lock:
             if key not in self._by_group:
                 timeout = (self._sharding or Sharding()).timeout
-                self._by_group[key] = Agreement(group, timeout, self._verdict)
+                self._by_group[key] = Agreement(group, timeout, self._vote)
             return self._by_group[key]
 
 
-def session_verdict(model: nn.Module, process_group: dist.ProcessGroup | Sharding | None) -> Verdict | None:
-    """The verdict of all ranks that hold parts of a model: those of the process group, or of the largest device mesh
+def session_vote(model: nn.Module, process_group: dist.ProcessGroup | Sharding | None) -> Vote | None:
+    """The vote of all ranks that hold parts of a model: those of the process group, or of the largest device mesh
     of its DTensors. None if there is nobody else."""
     sharding = process_group if isinstance(process_group, Sharding) else Sharding(process_group)
     meshes = {tuple(sorted(p.device_mesh.mesh.flatten().tolist())) for *_, p in parameters(model) if is_dtensor(p)}
@@ -325,4 +323,4 @@ def session_verdict(model: nn.Module, process_group: dist.ProcessGroup | Shardin
                 f"online_reload: parameters are split over ranks {list(mesh)}, others over {list(ranks)}; pass "
                 "process_group, the group of all ranks that reload together"
             )
-    return Verdict(ranks, sharding.timeout) if len(ranks) > 1 else None
+    return Vote(ranks, sharding.timeout) if len(ranks) > 1 else None

@@ -1,7 +1,7 @@
-"""Verdict: one decision for all ranks of a session, whether it has succeeded everywhere or is given up everywhere.
+"""Vote: one decision for all ranks of a session, whether it has succeeded everywhere or is given up everywhere.
 
 The ranks speak through the key-value store of torch.distributed, so that nobody waits in a collective for a rank that
-is gone. The verdict itself is one key that can be set once: whoever comes first, a rank that failed or one that saw all
+is gone. The vote itself is one key that can be set once: whoever comes first, a rank that failed or one that saw all
 succeed, decides for all.
 """
 
@@ -19,11 +19,11 @@ from ..errors import QTensorError
 
 _POLL_SECONDS = 0.002
 _AGREED = "agreed"
-_opened: Counter[str] = Counter()  # verdicts of each set of ranks, in the order that all of them open them
-_settled: dict[str, Any] = {}  # the store in which the last verdict of a set of ranks still stands
+_opened: Counter[str] = Counter()  # votes of each set of ranks, in the order that all of them open them
+_settled: dict[str, Any] = {}  # the store in which the last vote of a set of ranks still stands
 
 
-class Verdict:
+class Vote:
     """What the ranks (of the default group) decide about one session.
 
     timeout: seconds to wait for other ranks before giving up.
@@ -50,13 +50,13 @@ class Verdict:
     def fail(self, reason: str) -> bool:
         """Give up, for all ranks. False if all have agreed already: then this one has to go through with it."""
         try:
-            return self.store.compare_set("verdict", "", f"rank {self.rank} failed: {reason}") != _AGREED.encode()
+            return self.store.compare_set("vote", "", f"rank {self.rank} failed: {reason}") != _AGREED.encode()
         except RuntimeError:
             return True  # the store's own process is gone; the others will notice
 
     def wait(self, deadline: float, what: Callable[[], str]) -> None:
         """Let a moment pass. Raises QTensorError if a rank has failed, or it is too late, saying what is missing."""
-        if self.store.check(["verdict"]) and (said := self.store.get("verdict").decode()) != _AGREED:
+        if self.store.check(["vote"]) and (said := self.store.get("vote").decode()) != _AGREED:
             raise QTensorError(said)
         if time.monotonic() > deadline:
             raise QTensorError(f"the ranks did not agree within {self.timeout:g} s: {what()}")
@@ -76,19 +76,19 @@ class Verdict:
         """This rank has succeeded: return when all have. Raises QTensorError naming the rank that did not."""
         self.say("done", "yes")
         self._await("done")
-        said = self.store.compare_set("verdict", "", _AGREED).decode()
+        said = self.store.compare_set("vote", "", _AGREED).decode()
         if said != _AGREED:
             raise QTensorError(said)
         for key in self._own:
             self.store.delete_key(key)
         before, _settled[self._members] = _settled.get(self._members), self.store
         if before is not None and self.leads:  # All have left the session before this one.
-            before.delete_key("verdict")
+            before.delete_key("vote")
 
     def _await(self, key: str) -> None:
         deadline = self.deadline()
         while missing := [r for r in self.ranks if not self.store.check([f"{key}/{r}"])]:
-            if self.store.check(["verdict"]) and self.store.get("verdict").decode() == _AGREED:
+            if self.store.check(["vote"]) and self.store.get("vote").decode() == _AGREED:
                 return
             self.wait(deadline, lambda missing=missing: f"no word of rank {', '.join(map(str, missing))}")  # type: ignore[misc]
 

@@ -1,6 +1,6 @@
 """What every host of armed weights keeps count of: who is writing, what is held and staged, what was read with loss.
 
-A host is one load or reload (see `armed.Host`): the sessions of this package, and those of the engines that build on
+A host is one load or reload (see `lazy.weight.Host`): the sessions here, and those of the engines that build on
 it.
 """
 
@@ -21,7 +21,7 @@ from ..tensor.qtensor import QTensor
 
 
 class LoadHost:
-    """The common half of `armed.Host`.
+    """The common half of `lazy.weight.Host`.
 
     refuse_nonfinite, min_sqnr, measure_sqnr, strict_reads: as `online_quant` takes them. closed: why nothing can be
     written any more.

@@ -33,7 +33,7 @@ class Listener(Protocol):
 
 
 # What else is in place while any session is open: functions that put it there and take it away.
-COMPANIONS: list[tuple[Callable[[], None], Callable[[], None]]] = []
+PATCHES: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
 _lock = threading.Lock()
 _open = 0
@@ -58,7 +58,7 @@ def install() -> None:
         if _open == 1:
             _handles.append(register_module_parameter_registration_hook(_on_parameter))
             _handles.append(register_module_module_registration_hook(_on_module))
-            for start, _ in COMPANIONS:
+            for start, _ in PATCHES:
                 start()
 
 
@@ -70,7 +70,7 @@ def uninstall() -> None:
         if _open == 0:
             while _handles:
                 _handles.pop().remove()
-            for _, stop in COMPANIONS:
+            for _, stop in PATCHES:
                 stop()
 
 

@@ -20,7 +20,7 @@ from ..lazy.reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight,
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, full_name, local_tensor, parameters
 from ..ranks.fsdp import reshard
-from ..ranks.sharding import Agreements, Sharding, session_verdict
+from ..ranks.sharding import Agreements, Sharding, session_vote
 from ..ranks.vote import describe
 from ..regions.views import whole
 from ..report.progress import ProgressLike
@@ -103,8 +103,8 @@ class ReloadSession(Session):
         self._finished_layers: dict[tuple[str, nn.Module], None] = {}
         self._refuse_what_cannot_be_reloaded(model)
         self._before = Snapshot(model, atomic)
-        self._verdict = session_verdict(model, process_group)
-        self._agreements = Agreements(process_group, self._verdict)
+        self._vote = session_vote(model, process_group)
+        self._agreements = Agreements(process_group, self._vote)
         self._late: BaseException | None = None
         self._begin()
         try:
@@ -178,7 +178,7 @@ class ReloadSession(Session):
     def _early(self) -> bool:
         return not self.atomic
 
-    # What armed weights ask (armed.Host)
+    # What armed weights ask (lazy.weight.Host)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         raise AssertionError("the weights of a reload are decided on")
@@ -229,8 +229,8 @@ class ReloadSession(Session):
     def _complete(self) -> None:
         shared = self._agreements.weights
         written = {weight.name for weight in shared if weight in self._touched}
-        if self._verdict is not None and shared and self.on_missing == "keep":
-            written = self._verdict.union("written", written)
+        if self._vote is not None and shared and self.on_missing == "keep":
+            written = self._vote.union("written", written)
         for weight in self._armed:
             store = weight.store
             if not isinstance(store, ReloadStore) or self.on_missing != "keep":
@@ -250,19 +250,19 @@ class ReloadSession(Session):
     def _agree(self) -> None:
         """All ranks commit, or none. Once all have said that they can, it is too late to be interrupted."""
         self._agreements.finish()
-        if self._verdict is None:
+        if self._vote is None:
             return
         try:
-            self._verdict.settle()
+            self._vote.settle()
         except BaseException as error:
-            if self._verdict.fail(describe(error)):
+            if self._vote.fail(describe(error)):
                 raise
             self._late = error
         self._agreements.close()
 
     def _abandon(self, error: BaseException | None) -> None:
-        if self._state == "open" and self._verdict is not None:
-            self._verdict.fail(describe(error) if error is not None else "its session was aborted")
+        if self._state == "open" and self._vote is not None:
+            self._vote.fail(describe(error) if error is not None else "its session was aborted")
         super()._abandon(error)
 
     def _realise(self) -> None:

@@ -1,4 +1,4 @@
-"""Sessions: the life of one load or reload, from its first weight to the verdict.
+"""Sessions: the life of one load or reload, from its first weight to the end.
 
 `Session` is what `online_quant` and `online_reload` share: it opens and closes, hears from the weights as they
 complete, sees at the end to what the loader left unwritten, and reports. Whatever happens, it leaves no hook behind.
@@ -175,7 +175,7 @@ class Session(LoadHost):
         if listener is self:
             registration.listen(None)
 
-    # What armed weights ask (armed.Host)
+    # What armed weights ask (lazy.weight.Host)
 
     def name_of(self, weight: ArmedWeight) -> str:
         if self.closed:

@@ -30,7 +30,7 @@ FAULTS: dict[str, faults.Fault] = {
     "memory runs out in a kernel": faults.no_memory_in_a_kernel,
     "memory runs out for the result": faults.no_memory_for_the_result,
 }
-DOORS = ("LLM(...)", "reload_weights")
+ENTRY_POINTS = ("LLM(...)", "reload_weights")
 OBSERVED: dict[tuple[str, str], str] = {}
 every_fault = pytest.mark.parametrize("fault", FAULTS)
 
@@ -42,8 +42,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def under(fault: str, folder: Path, patch: faults.Patch) -> None:
-    door = SimpleNamespace(folder=folder, victim=f"{LAYER}mlp.down_proj.weight")
-    FAULTS[fault](door, patch)
+    entry = SimpleNamespace(folder=folder, victim=f"{LAYER}mlp.down_proj.weight")
+    FAULTS[fault](entry, patch)
 
 
 class TestLoad:
@@ -59,7 +59,7 @@ class TestLoad:
                 error = raised.with_traceback(None)
         assert error is not None, "it loaded"
         assert_nothing_armed()
-        OBSERVED[fault, DOORS[0]] = f"`{type(error).__name__}`, next load whole"
+        OBSERVED[fault, ENTRY_POINTS[0]] = f"`{type(error).__name__}`, next load whole"
 
     def test_the_next_load_is_whole(self) -> None:
         with engine(checkpoint("llama"), "qtensor") as llm:
@@ -88,7 +88,7 @@ class TestReload:
         assert error is not None, "it reloaded"
         assert state(served) == before
         assert_nothing_armed()
-        OBSERVED[fault, DOORS[1]] = f"`{type(error).__name__}`, old values"
+        OBSERVED[fault, ENTRY_POINTS[1]] = f"`{type(error).__name__}`, old values"
 
     def test_the_next_reload_is_whole(self, served: LLM) -> None:
         places = addresses(served)
@@ -98,7 +98,7 @@ class TestReload:
 
 
 def test_the_page_says_what_was_observed() -> None:
-    if len(OBSERVED) < len(FAULTS) * len(DOORS):
+    if len(OBSERVED) < len(FAULTS) * len(ENTRY_POINTS):
         pytest.skip("only some of the faults were tried in this run")
-    rows = [[fault, *(OBSERVED[fault, door] for door in DOORS)] for fault in FAULTS]
-    faults.Page("observed in vLLM").check([["fault", *DOORS], *rows])
+    rows = [[fault, *(OBSERVED[fault, entry] for entry in ENTRY_POINTS)] for fault in FAULTS]
+    faults.Page("observed in vLLM").check([["fault", *ENTRY_POINTS], *rows])
