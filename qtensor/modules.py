@@ -33,6 +33,18 @@ def full_name(owner: Owner) -> str:
     return f"{module_name}.{name}" if module_name else name
 
 
+def weight_of(module: str) -> str:
+    """What a checkpoint calls a module's weight: "model.norm" → "model.norm.weight"."""
+    return f"{module}.weight" if module else "weight"
+
+
+def module_of(weight: str) -> str | None:
+    """The module whose weight a checkpoint's tensor is by its name; None if it is no module's weight."""
+    if weight == "weight":
+        return ""
+    return weight.removesuffix(".weight") if weight.endswith(".weight") else None
+
+
 def is_dtensor(param: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # not imported: then nobody has made one
     return module is not None and isinstance(param, module.DTensor)

@@ -82,8 +82,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / INDEX).write_text("{"), "cannot be read as JSON"),
     "twice": (twice, r"is in two files"),
     "twice in a header": (twice_in_a_header, "names a twice|not a whole safetensors file"),
-    "cut": (cut, r"00002-of-00003\.safetensors: is not a whole safetensors file"),
-    "huge header": (huge_header, "is not a whole safetensors file"),
+    "cut": (cut, r"00002-of-00003\.safetensors: is not a whole safetensors file.* are cut off"),
+    "huge header": (huge_header, r"is not a whole safetensors file.* cut short within its header"),
 }
 
 

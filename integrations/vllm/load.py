@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from qtensor.checkpoint.reading import describe_truncated
 from qtensor.errors import QTensorError, WeightShapeError
 from qtensor.lazy.counter import CopyCounter
 from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor, close, parameter
 from qtensor.lazy.quant_store import QuantStore
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.regions.coverage import Box
+from qtensor.report.memory import resident_bytes
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
 
@@ -30,8 +32,7 @@ from .layers import Published, Slot, aliases
 from .missing import Names, refuse_incomplete
 from .options import Choice
 from .parallel import RankHost
-from .reporting import announce, rank, resident_bytes, write
-from .truncated import describe_truncated
+from .reporting import announce, rank, write
 
 if TYPE_CHECKING:
     from .reload import Reload
@@ -102,7 +103,7 @@ class Load(RankHost):
         self.report: LoadReport | None = None
         self.resident_peak = 0
         self.padding = False
-        self._resident_before = resident_bytes()
+        self._resident_before = resident_bytes()[0]
         self._context = _Context()
         self._setting = _Setting.current()
         # vLLM's dummy loader "loads" random initial values.
@@ -205,7 +206,7 @@ class Load(RankHost):
 
     def completed(self, weight: ArmedWeight) -> None:
         super().completed(weight)
-        self.resident_peak = max(self.resident_peak, resident_bytes() - self._resident_before)
+        self.resident_peak = max(self.resident_peak, resident_bytes()[0] - self._resident_before)
 
     # The loader's call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from qtensor.report.report import LoadReport
 
 from . import compat
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _WRITERS = {".json": LoadReport.to_json, ".html": LoadReport.to_html}
 
 
@@ -56,13 +54,3 @@ def rank() -> tuple[int, int]:
     if not distributed.is_available() or not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
-
-
-def resident_bytes() -> int:
-    """Anonymous memory of this process: what it holds itself, file mappings left out. 0 where /proc is missing."""
-    try:
-        with open("/proc/self/statm") as file:
-            _, resident, shared, *_ = file.read().split()
-    except OSError:
-        return 0
-    return (int(resident) - int(shared)) * _PAGE

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..modules import weight_of
 from ..tensor.qtensor import QTensor
 from .reading import Checkpoint, Stored
 from .verify import Weight, weights_of
@@ -71,7 +72,7 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
     report = CheckpointReport(str(folder), config.get("quant_method"), len(checkpoint.files))
     report.plain = {name: stored.nbytes for name, stored in plain.items()}
     for module, weight in weights.items():
-        name = f"{module}.weight" if module else "weight"
+        name = weight_of(module)
         shape, held = tuple(weight.outline().shape), sum(s.nbytes for s in weight.tensors.values())
         sqnr = _sqnr(name, weight, source) if source is not None else None
         report.quantized.append(WeightReport(name, str(weight.layout.scheme), shape, held, sqnr))

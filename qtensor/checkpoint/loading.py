@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor
-from ..modules import Owner
+from ..modules import Owner, full_name, module_of
 from ..regions.views import View
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
@@ -97,11 +97,12 @@ def _matrices(parts: Mapping[str, Part]) -> dict[str, Part]:
     places = {}
     for name, part in parts.items():
         size, stride, offset = part.view
-        if len(size) == 2 and (name == "weight" or name.endswith(".weight")):
-            places[name.removesuffix("weight").removesuffix(".")] = part
+        module = module_of(name)
+        if len(size) == 2 and module is not None:
+            places[module] = part
         elif len(size) == 3:
-            for e, module in enumerate(expert_names(name, size[0])):
-                places[module] = Part(part.name, View(size[1:], stride[1:], offset + e * stride[0]))
+            for e, expert in enumerate(expert_names(name, size[0])):
+                places[expert] = Part(part.name, View(size[1:], stride[1:], offset + e * stride[0]))
     return places
 
 
@@ -128,5 +129,4 @@ class _ByName(Selection):
         return True
 
     def scheme_for(self, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
-        names = (f"{module_name}.{name}" if module_name else name for module_name, _, name in owners)
-        return next((self._schemes[name] for name in names if name in self._schemes), None)
+        return next((self._schemes[name] for name in map(full_name, owners) if name in self._schemes), None)

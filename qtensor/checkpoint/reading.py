@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 MANIFEST = "qtensor.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_SHOWN = 3
 
 # The names safetensors gives dtypes, in the order in which it lays them out in a file.
 DTYPES: dict[str, torch.dtype] = {
@@ -191,16 +192,60 @@ def _header(path: Path) -> Iterator[Stored]:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from None
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size), object_pairs_hook=lambda pairs: _unique(path, pairs))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
+        raise CheckpointError(f"{path}: is not a whole safetensors file: {error}. {_lost(path)}".rstrip(". ")) from None
+    start, entries = _entries(path)
+    for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which cannot be read here")
         begin, end = entry["data_offsets"]
-        yield Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + begin, end - begin)
+        yield Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin)
+
+
+def _entries(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where a file's data begin, and what its header says of each tensor. Raises CheckpointError if it has no whole
+    header; whether the data are whole is not looked at."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if size < 8 or start > size:
+            raise CheckpointError(f"{path.name} is cut short within its header ({size} bytes)")
+        try:
+            header = json.loads(file.read(start - 8), object_pairs_hook=lambda pairs: _unique(path, pairs))
+            header.pop("__metadata__", None)
+            sound = all(int(entry["data_offsets"][1]) >= 0 for entry in header.values())
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
+            sound = False
+    if not sound:
+        raise CheckpointError(f"{path.name} has a damaged header")
+    return start, header
+
+
+def _lost(path: Path) -> str:
+    """What is wrong with a file that is shorter than its header promises, as a sentence; "" if it is not."""
+    try:
+        size = path.stat().st_size
+        start, entries = _entries(path)
+    except CheckpointError as error:
+        return f"{error}."
+    except OSError:
+        return ""
+    ends = {name: start + entry["data_offsets"][1] for name, entry in entries.items()}
+    lost = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size]
+    if not lost:
+        return ""
+    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    names = ", ".join(f"'{name}'" for name in lost[:_SHOWN])
+    return f"{path.name} has {size} of {max(ends.values())} bytes: {names}{more} are cut off."
+
+
+def describe_truncated(folder: str | Path | None) -> str:
+    """One sentence per safetensors file of a folder that is shorter than its header promises, naming the tensors that
+    are lost; "" if there is none, or no such folder."""
+    if folder is None or not Path(folder).is_dir():
+        return ""
+    return " ".join(filter(None, map(_lost, sorted(Path(folder).glob("*.safetensors")))))
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

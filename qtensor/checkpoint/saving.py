@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..lazy.lazy_tensor import LAZY
+from ..modules import module_of
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
 from .layouts import (
@@ -99,8 +100,9 @@ def _contents(
             if tensor.dtype not in DTYPE_NAMES:
                 raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
             contents[name] = _Tensor((tensor.dtype, part.view.size), _plain_values(tensor, part))
-            if name.endswith(".weight") and len(part.view.size) == 2:
-                plain.add(name.removesuffix(".weight"))
+            module = module_of(name)
+            if module and len(part.view.size) == 2:
+                plain.add(module)
             continue
         layout = layout_of(tensor.scheme, format, name)
         if len(part.view.size) == 3 and is_transformers(model):
@@ -136,7 +138,7 @@ def _matrices(name: str, tensor: QTensor, part: Part) -> Iterator[tuple[str, Any
     if tensor.transposed:
         raise CheckpointError(f"{name}: is a transposed view of a quantized weight; save the weight itself")
     box = matrix(name, tuple(tensor.shape), part.view)
-    module = name.removesuffix(".weight") if name.endswith(".weight") else "" if name == "weight" else None
+    module = module_of(name)
     if len(part.view.size) == 2:
         if module is None:
             raise CheckpointError(f'{name}: a quantized matrix is called "weight" in a checkpoint; rename it')

@@ -37,6 +37,7 @@ from ..checkpoint.verify import problems
 from ..checkpoint.writing import Records, ShardWriter, Staging, carry_over, partial_folder, write_json, write_manifest
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..kernels import SOURCE_DTYPES, NonFinite
+from ..modules import module_of, weight_of
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE, matches
 from ..tensor.qtensor import QTensor, nonfinite_message
@@ -183,10 +184,10 @@ def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequen
 
 def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str) -> list[ShardTask]:
     """The tasks, one per file. schemes: of the modules to quantize."""
-    by_module = {_module(name): stored for name, stored in checkpoint.tensors.items() if _module(name) in schemes}
+    by_module = {module_of(name): stored for name, stored in checkpoint.tensors.items() if module_of(name) in schemes}
     tensors: dict[str, list[TensorTask]] = {path.name: [] for path in checkpoint.files}
     for name, stored in checkpoint.tensors.items():
-        module = _module(name)
+        module = module_of(name)
         chosen = schemes.get(module) if module is not None else None
         partners: tuple[Stored, ...] = ()
         if chosen is not None and chosen.format.needs_whole_matrix:
@@ -241,7 +242,7 @@ def finished(task: ShardTask, notes: Path) -> Records | None:
 
 def finish(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str, records: Records) -> None:
     """What is written once, after all shards: config.json, the files beside the weights, index and checksums."""
-    plain = {m for name, s in checkpoint.tensors.items() if (m := _module(name)) is not None and len(s.shape) == 2}
+    plain = {m for name, s in checkpoint.tensors.items() if (m := module_of(name)) is not None and len(s.shape) == 2}
     plain.add("lm_head")  # It may be tied, and then has no tensor of its own.
     carry_over(checkpoint.folder, folder)
     config = dict(checkpoint.config)
@@ -263,7 +264,7 @@ def _choose(
     schemes: dict[str, Scheme] = {}
     unused = set(ignore) - set(DEFAULT_IGNORE)
     for name, stored in checkpoint.tensors.items():
-        module = _module(name)
+        module = module_of(name)
         if len(stored.shape) == 3 and module is None:
             report.left[name] = "a stack of matrices in one tensor"
         if module is None or len(stored.shape) != 2:
@@ -283,18 +284,9 @@ def _choose(
         raise CheckpointError(
             f'{checkpoint.folder}: has no 2-d "….weight" that is not ignored; there is nothing to quantize'
         )
-    refuse_short_groups({m: checkpoint.tensors[_weight(m)].shape[1] for m in schemes}, schemes)
-    refuse_misaligned({m: checkpoint.tensors[_weight(m)].shape[0] for m in schemes}, schemes)
+    refuse_short_groups({m: checkpoint.tensors[weight_of(m)].shape[1] for m in schemes}, schemes)
+    refuse_misaligned({m: checkpoint.tensors[weight_of(m)].shape[0] for m in schemes}, schemes)
     return schemes
-
-
-def _module(name: str) -> str | None:
-    """The module whose weight a tensor is."""
-    return name.removesuffix("weight").removesuffix(".") if name == "weight" or name.endswith(".weight") else None
-
-
-def _weight(module: str) -> str:
-    return f"{module}.weight" if module else "weight"
 
 
 def _specs(task: ShardTask) -> dict[str, Spec]:
