@@ -17,9 +17,9 @@ from .errors import (
     WeightDtypeError,
     WeightShapeError,
 )
+from .lazy import ops as lazy_ops
 from .lazy.counter import CopyCounter
 from .lazy.lazy_tensor import LazyWeight
-from .ranks import fsdp  # noqa: F401  operations of quantized weights
 from .ranks.sharding import Sharding
 from .regions.coverage import Coverage
 from .report.progress import ProgressEvent
@@ -40,7 +40,7 @@ from .schemes.selection import DEFAULT_IGNORE
 from .sessions.online import online_quant
 from .sessions.reload import online_reload
 from .sessions.session import Session
-from .tensor import ops_joins, ops_slices  # noqa: F401  operations of quantized weights
+from .tensor import ops as quantized_ops
 from .tensor.checksums import weight_checksums
 from .tensor.qtensor import QTensor, quantize
 
@@ -82,3 +82,6 @@ __all__ = [
     "save_checkpoint",
     "weight_checksums",
 ]
+
+quantized_ops.install()
+lazy_ops.install()

@@ -106,7 +106,7 @@ def assert_unsharded_bytes(model: Any, scheme: Any, state: State) -> None:
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, [part.view(torch.uint8) for part in local.parts()])
         for i, wanted in enumerate(expected.parts()):
-            by_rows = any(local.parts()[i] is part for part in local._parts_by_rows())
+            by_rows = any(local.parts()[i] is part for part in local.parts_by_rows())
             mine = torch.cat([parts[i] for parts in ranks]) if by_rows else ranks[0][i]
             assert same_bytes(mine, wanted.view(torch.uint8)), (name, scheme, i)
 

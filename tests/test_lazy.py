@@ -137,12 +137,12 @@ def test_forward_works_before_the_session_ends() -> None:
     assert torch.equal(inside, model[1](F.linear(x, quantize(FULL, fp8_per_channel))))
 
 
-def test_operations_are_classified_once() -> None:
-    torch_op = torch.ops.aten.unfold.default
-    OPS.pop(torch_op, None)
-    with online_quant(fp8_per_channel, on_missing="zero"):
-        linear().weight.unfold(0, 2, 1)
-    handler = OPS[torch_op]
-    with online_quant(fp8_per_channel, on_missing="zero"):
-        linear().weight.unfold(0, 2, 1)
-    assert OPS[torch_op] is handler
+def test_operations_are_classified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = torch.ops.aten.unfold.default
+    asked, classify = [], OPS.otherwise
+    monkeypatch.delitem(OPS._handlers, op, raising=False)
+    monkeypatch.setattr(OPS, "otherwise", lambda op: [asked.append(op), classify(op)][1])
+    for _ in range(2):
+        with online_quant(fp8_per_channel, on_missing="zero"):
+            linear().weight.unfold(0, 2, 1)
+    assert asked == [op]

@@ -26,7 +26,7 @@ from qtensor import (
     fp8_per_tensor,
     quantize,
 )
-from qtensor.tensor.qtensor import scaled_mm
+from qtensor.tensor.ops_products import scaled_mm
 
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 SHAPES = [(256, 384), (200, 130)]

@@ -3,39 +3,26 @@
 To a loader it is a tensor of the logical dtype on the real device. Views of it only move geometry (replayed on a meta
 tensor); writes to any view are handed, as (view, source), to the `ArmedWeight` behind it; reads tell the truth or
 raise. When the last element has arrived the same Python object changes class to `LiveQTensor`, and to `QTensor` once
-the session ends. What each operation does is in `lazy_ops`.
+the session ends. What each operation does is in `ops`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
 from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View
-from ..tensor.qtensor import _OPS as _QUANTIZED_OPS
 from ..tensor.qtensor import QTensor
+from ..tensor.table import OpTable
 from .weight import ArmedWeight
 
-aten = torch.ops.aten
-Handler = Callable[[Any, tuple, dict], Any]
-
-
-class OpTable(dict[Any, Handler]):
-    """What each operation does to lazy weights; `lazy_ops` fills it. An operation that has no entry is classified by
-    its schema when it is first met, and the answer is kept."""
-
-    classify: Callable[[Any], Handler]
-
-    def __missing__(self, func: Any) -> Handler:
-        handler = self[func] = self.classify(func)
-        return handler
-
-
 OPS = OpTable()
+"""What operations do to lazy weights."""
+LIVE_OPS = OpTable()
+"""What operations do to quantized weights whose session is open."""
 
 
 class _Handle:
@@ -156,7 +143,7 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return OPS[func](func, args, kwargs or {})
+        return OPS.dispatch(func, args, kwargs)
 
 
 class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
@@ -173,17 +160,10 @@ class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            return QTensor.__torch_dispatch__(func, types, args, kwargs)
-        return LazyWeight.__torch_dispatch__(func, types, args, kwargs)
+        return LIVE_OPS.dispatch(func, args, kwargs)
 
 
 LAZY = (LazyWeight, LiveQTensor)
-_PRODUCTS = {
-    op
-    for op in _QUANTIZED_OPS
-    if op.overloadpacket in (aten.linear, aten.mm, aten.addmm, aten.bmm, aten.embedding, aten.t, aten.transpose)
-}
 
 
 def parameter(armed: ArmedWeight, requires_grad: bool) -> LazyWeight:

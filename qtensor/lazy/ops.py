@@ -1,14 +1,14 @@
 """The operations of lazy weights: views, writes, reads, collectives, and the rule for all that have no entry here.
 
-A handler takes (func, args, kwargs) as PyTorch dispatches them. Views replay on the meta tensor; whatever writes ends
-in `ArmedWeight.write`, or, when an initialiser does it, in `ArmedWeight.initialize`; whatever reads gets real tensors.
+Views replay on the meta tensor; whatever writes ends in `ArmedWeight.write`, or, when an initialiser does it, in
+`ArmedWeight.initialize`; whatever reads gets real tensors. `install` fills the tables of LazyWeight and LiveQTensor,
+once, when qtensor is imported.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,27 +17,21 @@ from torch.utils._pytree import tree_map_only
 from ..callers import asked_by_fsdp
 from ..errors import QTensorError, WeightDtypeError, WeightShapeError
 from ..regions.views import View
+from ..tensor import ops_products
 from ..tensor.qtensor import QTensor
+from ..tensor.table import Handler, OpTable
 from .effects import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
-from .lazy_tensor import LAZY, OPS, Handler, answers_live, assign, materialize, view_of, wrap, written
+from .lazy_tensor import LAZY, LIVE_OPS, OPS, answers_live, assign, materialize, view_of, wrap, written
 
 aten = torch.ops.aten
-
-
-def _implements(*ops: Any) -> Callable[[Handler], Handler]:
-    def register(fn: Handler) -> Handler:
-        OPS.update(dict.fromkeys(ops, fn))
-        return fn
-
-    return register
+ENTRIES = OpTable()
 
 
 # Views --------------------------------------------------------------------------------------------------------------
 
 
-def _view(func: Any, args: tuple, kwargs: dict) -> Any:
-    lazy = args[0]
-    armed, out = lazy._armed, func(lazy._meta, *args[1:], **kwargs)
+def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    armed, out = lazy._armed, func(lazy._meta, *args, **kwargs)
     views = [wrap(armed, m) for m in (out if isinstance(out, (list, tuple)) else [out])]
     if armed.in_place and answers_live(lazy):
         for view in views:
@@ -45,15 +39,15 @@ def _view(func: Any, args: tuple, kwargs: dict) -> Any:
     return views if isinstance(out, (list, tuple)) else views[0]
 
 
-@_implements(aten.detach.default, aten.alias.default)
-def _alias(func: Any, args: tuple, kwargs: dict) -> Any:
-    return wrap(args[0]._armed, args[0]._meta)
+@ENTRIES.implements(aten.detach.default, aten.alias.default)
+def _alias(func: Any, lazy: Any) -> Any:
+    return wrap(lazy._armed, lazy._meta)
 
 
-@_implements(aten.as_strided.default)
-def _as_strided(func: Any, args: tuple, kwargs: dict) -> Any:
+@ENTRIES.implements(aten.as_strided.default)
+def _as_strided(func: Any, lazy: Any, *args: Any) -> Any:
     """The one view that may leave the weight; a meta tensor does not mind."""
-    view = _view(func, args, kwargs)
+    view = _view(func, lazy, *args)
     size, stride, offset = view_of(view)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and not 0 <= last < view._armed.coverage.numel:
@@ -64,24 +58,23 @@ def _as_strided(func: Any, args: tuple, kwargs: dict) -> Any:
     return view
 
 
-@_implements(aten.view.dtype, aten.view_as_real.default, aten.view_as_complex.default)
-def _reinterpret(func: Any, args: tuple, kwargs: dict) -> NoReturn:
+@ENTRIES.implements(aten.view.dtype, aten.view_as_real.default, aten.view_as_complex.default)
+def _reinterpret(func: Any, lazy: Any, *args: Any) -> NoReturn:
     raise QTensorError(
-        f"{args[0]._armed.name}: a lazy weight has no bytes to reinterpret ({func}); copy values of its dtype instead"
+        f"{lazy._armed.name}: a lazy weight has no bytes to reinterpret ({func}); copy values of its dtype instead"
     )
 
 
-@_implements(aten.resize_.default, aten.resize_as_.default)
-def _resize(func: Any, args: tuple, kwargs: dict) -> NoReturn:
-    raise WeightShapeError(f"{args[0]._armed.name}: a weight that is being loaded cannot be resized")
+@ENTRIES.implements(aten.resize_.default, aten.resize_as_.default)
+def _resize(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise WeightShapeError(f"{lazy._armed.name}: a weight that is being loaded cannot be resized")
 
 
 # Writes -------------------------------------------------------------------------------------------------------------
 
 
-@_implements(aten.copy_.default)
-def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
-    dst, src = args[0], args[1]
+@ENTRIES.implements(aten.copy_.default)
+def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
     if isinstance(src, LAZY):
         if isinstance(dst, LAZY) and src._armed is dst._armed and view_of(src) == view_of(dst):
             return dst  # set_model_state_dict completes a partial state dict with the model's own weights
@@ -91,51 +84,65 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Any:
             return dst
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, LAZY):
-        return func(dst, src, *args[2:], **kwargs)
+        return func(dst, src, non_blocking)
     if _copied_by_init():
-        dst._armed.initialize(view_of(dst), partial(_replay, func, (src.clone(),), {}))
+        values = src.clone()
+        dst._armed.initialize(view_of(dst), lambda target: func(target, values))
     else:
         dst._armed.write(view_of(dst), src)
     return dst
 
 
-@_implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
-def _fill_(func: Any, args: tuple, kwargs: dict) -> Any:
-    lazy, value = args[0], args[1] if len(args) > 1 else 0
+@ENTRIES.implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
+def _fill_(func: Any, lazy: Any, *values: Any) -> Any:
     if _initialising():
-        lazy._armed.initialize(view_of(lazy), partial(_replay, func, args[1:], kwargs))
+        lazy._armed.initialize(view_of(lazy), lambda target: func(target, *values))
     else:
         size, stride, offset = view_of(lazy)
         if func is not aten.fill_.Tensor:  # the others may fill an expanded view
             size = tuple(n if step else min(n, 1) for n, step in zip(size, stride, strict=True))
+        value = values[0] if values else 0
         device = value.device if isinstance(value, torch.Tensor) else "cpu"
         lazy._armed.write(View(size, stride, offset), torch.as_tensor(value, dtype=lazy.dtype, device=device))
     return lazy
 
 
-@_implements(aten._foreach_copy_.default)
-def _foreach_copy_(func: Any, args: tuple, kwargs: dict) -> None:
-    for dst, src in zip(args[0], args[1], strict=True):
+@ENTRIES.implements(aten._foreach_copy_.default)
+def _foreach_copy_(func: Any, targets: Sequence[Any], sources: Sequence[Any], non_blocking: bool = False) -> None:
+    for dst, src in zip(targets, sources, strict=True):
         dst.copy_(src)
 
 
-@_implements(aten._foreach_zero_.default)
-def _foreach_zero_(func: Any, args: tuple, kwargs: dict) -> None:
-    for dst in args[0]:
+@ENTRIES.implements(aten._foreach_zero_.default)
+def _foreach_zero_(func: Any, targets: Sequence[Any]) -> None:
+    for dst in targets:
         dst.zero_()
 
 
-@_implements(aten.set_.source_Tensor)
-def _set_(func: Any, args: tuple, kwargs: dict) -> Any:
-    assign(args[0], args[1])
-    return args[0]
+@ENTRIES.implements(aten.set_.source_Tensor)
+def _set_(func: Any, lazy: Any, source: torch.Tensor) -> Any:
+    assign(lazy, source)
+    return lazy
 
 
-@_implements(aten.index_copy_.default)
-def _index_copy_(func: Any, args: tuple, kwargs: dict) -> Any:
+@ENTRIES.implements(*SCATTERED)
+def _scattered_write(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    """Writes to elements that only the operation knows: run it once on values and once on a mask of what it touches."""
+    if accumulates(func, (lazy, *args), kwargs):
+        return _mutate(func, lazy, *args, **kwargs)
+    rest, kwargs = tree_map_only(LAZY, materialize, (args, kwargs))
+    armed, view = lazy._armed, view_of(lazy)
+    values = torch.zeros(armed.shape, dtype=armed.dtype, device=armed.device)
+    func(values.as_strided(*view), *rest, **kwargs)
+    armed.write_masked(values, touched_elements(func, (lazy, *rest), kwargs, armed.shape, view))
+    return lazy
+
+
+@ENTRIES.implements(aten.index_copy_.default, replaces=_scattered_write)
+def _index_copy_(func: Any, lazy: Any, dim: int, index: torch.Tensor, source: torch.Tensor) -> Any:
     """Row by row in the order given, neighbouring rows together."""
-    lazy, dim, index, source = args
-    func(*tree_map_only(torch.Tensor, _on_meta, args))  # complains of shapes and dtypes before anything is written
+    # On meta first: it complains of shapes and dtypes before anything is written.
+    func(_on_meta(lazy), dim, _on_meta(index), _on_meta(source))
     wanted = index.flatten().tolist()
     if source.dtype != lazy.dtype:
         raise WeightDtypeError(f"{lazy._armed.name}: index_copy_ of {source.dtype} into {lazy.dtype}; cast it first")
@@ -160,20 +167,7 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._meta if isinstance(tensor, LAZY) else tensor.to("meta")
 
 
-def _scattered_write(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Writes to elements that only the operation knows: run it once on values and once on a mask of what it touches."""
-    if accumulates(func, args, kwargs):
-        return _mutate(func, args, kwargs)
-    lazy = args[0]
-    rest, kwargs = tree_map_only(LAZY, materialize, (args[1:], kwargs))
-    armed, view = lazy._armed, view_of(lazy)
-    values = torch.zeros(armed.shape, dtype=armed.dtype, device=armed.device)
-    func(values.as_strided(*view), *rest, **kwargs)
-    armed.write_masked(values, touched_elements(func, (lazy, *rest), kwargs, armed.shape, view))
-    return lazy
-
-
-def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
+def _mutate(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other operation that writes: on a real tensor that is read first where it must be, then written back.
 
     An initialiser's operation (uniform_, normal_, or arithmetic inside torch.nn.init) is recorded, not counted.
@@ -201,10 +195,9 @@ def _mutate(func: Any, args: tuple, kwargs: dict) -> Any:
     return first if alone else out
 
 
-def _regeometry(func: Any, args: tuple, kwargs: dict) -> Any:
+def _regeometry(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """unsqueeze_, t_ and their like give a tensor another shape in place. The shape of a handle is what it is."""
-    lazy = args[0]
-    changed = func(lazy._meta.detach(), *args[1:], **kwargs)
+    changed = func(lazy._meta.detach(), *args, **kwargs)
     if View(changed.size(), changed.stride(), changed.storage_offset()) == view_of(lazy):
         return lazy
     name = func._schema.name.removeprefix("aten::")
@@ -212,10 +205,6 @@ def _regeometry(func: Any, args: tuple, kwargs: dict) -> Any:
         f"{lazy._armed.name}: {name} would change the shape of a weight that is being loaded, in place. Take a view "
         f"instead ({name.rstrip('_')}), or change it when the session is over."
     )
-
-
-def _replay(func: Any, args: Sequence[Any], kwargs: dict, target: torch.Tensor) -> None:
-    func(target, *args, **kwargs)
 
 
 def _copied_by_init() -> bool:
@@ -268,7 +257,7 @@ def _initialising() -> bool:
 # Reads --------------------------------------------------------------------------------------------------------------
 
 
-def _read(func: Any, args: tuple, kwargs: dict) -> Any:
+def _read(func: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = tree_map_only(LAZY, materialize, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -281,11 +270,10 @@ def _own(lazy: Any) -> torch.Tensor:
     return written(lazy).clone()
 
 
-@_implements(aten.clone.default)
-def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
+@ENTRIES.implements(aten.clone.default)
+def _clone(func: Any, lazy: Any, **kwargs: Any) -> Any:
     """A read, except where `distribute_tensor` cuts its shard out of a weight that nobody has written to: that makes
     the shard the weight."""
-    lazy = args[0]
     armed = lazy._armed
     if not armed.coverage.covered and not armed.in_place and _is_distributing():
         shard = armed.retyped(armed.dtype, armed.device, tuple(lazy.shape))
@@ -293,10 +281,9 @@ def _clone(func: Any, args: tuple, kwargs: dict) -> Any:
     return materialize(lazy).clone()
 
 
-@_implements(aten._to_copy.default)
-def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
+@ENTRIES.implements(aten._to_copy.default)
+def _to_copy(func: Any, lazy: Any, **kwargs: Any) -> Any:
     """A read, except before anything was written: then `.to(dtype)` and `.to(device)` re-type the weight itself."""
-    lazy = args[0]
     armed, dtype, device = (
         lazy._armed,
         kwargs.get("dtype") or lazy.dtype,
@@ -310,24 +297,23 @@ def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
     return func(materialize(lazy), **kwargs)
 
 
-def _like(func: Any, args: tuple, kwargs: dict) -> Any:
+def _like(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """empty_like, new_zeros and the like: only shape, dtype and device matter."""
-    lazy = args[0]
-    return func(lazy._meta, *args[1:], **({"device": lazy.device} | kwargs))
+    return func(lazy._meta, *args, **({"device": lazy.device} | kwargs))
 
 
-@_implements(aten.new_zeros.default)
-def _new_zeros(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+@ENTRIES.implements(aten.new_zeros.default)
+def _new_zeros(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     if asked_by_fsdp():
         raise QTensorError(
-            f"{args[0]._armed.name} is being loaded, and fully_shard cannot split it now. Call fully_shard before "
+            f"{lazy._armed.name} is being loaded, and fully_shard cannot split it now. Call fully_shard before "
             "online_quant(scheme, model), or when the session is over."
         )
-    return _like(func, args, kwargs)
+    return _like(func, lazy, *args, **kwargs)
 
 
 def _classify(func: Any) -> Handler:
-    """The handler of an operation that has no entry of its own, from its schema. The answer is cached in the table."""
+    """The handler of an operation that has no entry of its own, from its schema."""
     schema = func._schema
     name = schema.name.split("::")[-1]
     if torch.Tag.inplace_view in func.tags:
@@ -344,14 +330,19 @@ def _classify(func: Any) -> Handler:
 # Collectives --------------------------------------------------------------------------------------------------------
 
 
-def _collective(func: Any, args: tuple, kwargs: dict) -> Any:
+_COLLECTIVES = collectives()
+_RECEIVES = {op for op in _COLLECTIVES if "recv" in str(op)}
+
+
+@ENTRIES.implements(*_COLLECTIVES)
+def _collective(func: Any, targets: Any, *args: Any, **kwargs: Any) -> Any:
     """A c10d operation that writes into lazy weights: run it on real tensors and wait, then write those."""
-    lazies = [w for w in flatten(args[0]) if isinstance(w, LAZY)]
+    lazies = [w for w in flatten(targets) if isinstance(w, LAZY)]
     real: dict[int, torch.Tensor] = {}
     for w in lazies:
         readable = _COLLECTIVES[func] and w._armed.readable(view_of(w))
         real[id(w)] = _own(w) if readable else _blank(w)
-    swapped = tree_map_only(LAZY, lambda w: real[id(w)] if id(w) in real else materialize(w), args)
+    swapped = tree_map_only(LAZY, lambda w: real[id(w)] if id(w) in real else materialize(w), (targets, *args))
     result = func(*swapped, **kwargs)
     (result[-1] if isinstance(result, (tuple, list)) else result).wait()
     for w in lazies:
@@ -366,8 +357,10 @@ def _done() -> Any:
     return torch._C._distributed_c10d._create_work_from_future(future).boxed()  # type: ignore[attr-defined]
 
 
-_COLLECTIVES = collectives()
-_RECEIVES = {op for op in _COLLECTIVES if "recv" in str(op)}
-OPS.update(dict.fromkeys(_COLLECTIVES, _collective))
-OPS.update(dict.fromkeys(SCATTERED - set(OPS), _scattered_write))
-OPS.classify = _classify
+# The tables ---------------------------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """A quantized weight whose session is open answers products as any QTensor, and all else as a lazy weight."""
+    OPS.fill(ENTRIES, otherwise=_classify)
+    LIVE_OPS.fill(ops_products.OPS, otherwise=OPS.handler)

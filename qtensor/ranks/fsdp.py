@@ -3,7 +3,7 @@
 FSDP splits a Parameter along its first dimension, keeps this rank's shard as the local tensor of a DTensor, padded in
 memory to the size of the largest, and gathers the shards for each product. It takes a tensor subclass for raw memory
 unless it has `fsdp_pre_all_gather` and `fsdp_post_all_gather`; those of QTensor hand over quantized values and scales
-as bytes. The operations here are what else FSDP asks of a shard. `Hold` is a session's half: while weights are
+as bytes, and `tensor.ops_fsdp` has what else FSDP asks of a shard. `Hold` is a session's half: while weights are
 arriving, FSDP must not touch them.
 """
 
@@ -15,79 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..callers import FSDP, asked_by_fsdp
+from ..callers import FSDP
 from ..errors import QTensorError
 from ..lazy.lazy_tensor import LazyWeight
 from ..modules import local_tensor
-from ..tensor.ops_slices import _take_slice
-from ..tensor.qtensor import QTensor, _alias, _implements, _like, _on_dequantized, empty
-
-aten = torch.ops.aten
-
-
-# What FSDP asks of a shard ------------------------------------------------------------------------------------------
-
-
-@_implements(aten.new_zeros.default)
-def _new_zeros(func: Any, w: QTensor, size: Any, **kwargs: Any) -> Any:
-    return _room(w, tuple(size)) if asked_by_fsdp() else _like(func, w, size, **kwargs)
-
-
-def _room(w: QTensor, size: tuple[int, ...]) -> QTensor:
-    """Zeros in quantized form, of `size`, to hold a shard of `w` and its padding. Scales that no row owns are `w`'s."""
-    if w._padded is not None and w._padded.shape == size:
-        return w._padded
-    if w.transposed or size[1:] != w.shape[1:]:
-        raise QTensorError(
-            f"fully_shard: a quantized weight {list(w.shape)} is split along its first dimension only (Shard(0))"
-        )
-    block = w.scheme.format.block[0] if w.dim() == 2 else 1
-    if block > 1 and size[0] % block and size[0] != w.shape[0]:
-        raise QTensorError(
-            f"fully_shard: a shard of {size[0]} rows of a weight {list(w.shape)} ends inside a group of {block} with "
-            f"one {w.scheme.name} scale. Choose another number of ranks, or a scheme with a scale per row."
-        )
-    room = empty(size, w.scheme, w.dtype, w.device)
-    by_rows = {id(part) for part in w._parts_by_rows()}
-    for mine, theirs in zip(room.parts(), w.parts(), strict=True):
-        if id(theirs) in by_rows:
-            mine.view(torch.uint8).zero_()
-        else:
-            mine.copy_(theirs)
-    room._is_room = True
-    return room
-
-
-@_implements(aten.view.default)
-def _view(func: Any, w: QTensor, size: Any) -> Any:
-    """FSDP keeps a flat view of a shard's memory, which it does not use where there are extensions."""
-    if tuple(size) == (-1,) and asked_by_fsdp():
-        return _alias(aten.alias.default, w)
-    return _on_dequantized(func, w, size)
-
-
-@_implements(aten.as_strided.default)
-def _as_strided(func: Any, w: QTensor, size: Any, stride: Any, offset: int | None = None) -> Any:
-    """The first rows of a gathered weight: those that are not padding."""
-    size = tuple(size)
-    in_rows = torch.empty(size, dtype=w.dtype, device="meta").stride()
-    if w.transposed or size[1:] != w.shape[1:] or size[0] > w.shape[0] or tuple(stride) != in_rows or offset:
-        return _on_dequantized(func, w, size, stride, offset)
-    rows = _take_slice(w, 0, slice(0, size[0], 1))
-    return rows._with(*rows.parts(), whole_units=w.whole_units)
-
-
-@_implements(aten.is_pinned.default)
-def _is_pinned(func: Any, w: QTensor, device: Any = None) -> bool:
-    return all(part.is_pinned() for part in w.parts())
-
-
-@_implements(aten._pin_memory.default)
-def _pin_memory(func: Any, w: QTensor, device: Any = None) -> QTensor:
-    return w._with(*(part.pin_memory() for part in w.parts()))
-
-
-# Sessions -----------------------------------------------------------------------------------------------------------
+from ..tensor.qtensor import QTensor
 
 
 class Hold:

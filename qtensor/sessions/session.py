@@ -17,7 +17,6 @@ from torch import nn
 
 from ..errors import IncompleteLoadError, QTensorError
 from ..kernels import upload
-from ..lazy import ops  # noqa: F401  lazy_ops fills the table of operations
 from ..lazy.lazy_tensor import LAZY, swap
 from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight

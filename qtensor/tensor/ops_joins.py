@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
-from .qtensor import QTensor, _implements, _on_dequantized
+from .qtensor import QTensor, on_dequantized
+from .table import OpTable
 
 aten = torch.ops.aten
+OPS = OpTable()
 
 
-@_implements(aten.stack.default)
+@OPS.implements(aten.stack.default)
 def _stack(func: Any, weights: Sequence[Any], dim: int = 0) -> Any:
     if dim == 0 and _alike(weights, 2):
         return _joined(torch.stack, weights, dim)
-    return _on_dequantized(func, weights, dim)
+    return on_dequantized(func, weights, dim)
 
 
-@_implements(aten.cat.default)
+@OPS.implements(aten.cat.default)
 def _cat(func: Any, weights: Sequence[Any], dim: int = 0) -> Any:
     if _alike(weights, 2) or _alike(weights, 3):
         first = weights[0]
@@ -33,10 +35,10 @@ def _cat(func: Any, weights: Sequence[Any], dim: int = 0) -> Any:
         by_rows = dim % first.dim() == row_dim
         if by_rows and fmt.needs_whole_matrix and all(torch.equal(w.parts()[-1], first.parts()[-1]) for w in weights):
             *split, shared = zip(*(w.parts() for w in weights), strict=True)
-            return first._with(*(_bytes(torch.cat, parts, dim) for parts in split), shared[0].clone())
+            return first.with_parts(*(_bytes(torch.cat, parts, dim) for parts in split), shared[0].clone())
         if by_rows and not fmt.needs_whole_matrix and all(w.shape[row_dim] % fmt.block[0] == 0 for w in weights[:-1]):
             return _joined(torch.cat, weights, dim)
-    return _on_dequantized(func, weights, dim)
+    return on_dequantized(func, weights, dim)
 
 
 def _alike(weights: Sequence[Any], dims: int) -> bool:
@@ -54,7 +56,7 @@ def _alike(weights: Sequence[Any], dims: int) -> bool:
 
 def _joined(join: Any, weights: Sequence[QTensor], dim: int) -> QTensor:
     parts = (_bytes(join, tensors, dim) for tensors in zip(*(w.parts() for w in weights), strict=True))
-    return weights[0]._with(*parts, whole_units=True)
+    return weights[0].with_parts(*parts, whole_units=True)
 
 
 def _bytes(join: Any, tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

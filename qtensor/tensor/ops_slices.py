@@ -11,36 +11,38 @@ from typing import Any
 import torch
 
 from ..kernels.formats import ceil_div
-from .qtensor import QTensor, _implements, _rows
+from .qtensor import QTensor
+from .table import OpTable
 
 aten = torch.ops.aten
+OPS = OpTable()
 
 
-@_implements(aten.select.int)
+@OPS.implements(aten.select.int)
 def _select(func: Any, w: QTensor, dim: int, index: int) -> Any:
     if w.dim() == 3 and dim % 3 == 0:
-        return w._with(*(part[index] for part in w.parts()))
+        return w.with_parts(*(part[index] for part in w.parts()))
     return func(w.dequantize(), dim, index)
 
 
-@_implements(aten.slice.Tensor)
+@OPS.implements(aten.slice.Tensor)
 def _slice(func: Any, w: QTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     dim, part = dim % w.dim(), slice(*slice(start, end, step).indices(w.shape[dim]))
     if w._is_room and dim == part.start == 0 and part.step == 1:
-        rows = _take_slice(w, 0, part)
-        shard = rows._with(*rows.parts(), whole_units=True)
+        rows = take_slice(w, 0, part)
+        shard = rows.with_parts(*rows.parts(), whole_units=True)
         shard._padded = w
         return shard
-    return _take_slice(w, dim, part) if _sliceable(w, dim, part) else func(w.dequantize(), dim, start, end, step)
+    return take_slice(w, dim, part) if _sliceable(w, dim, part) else func(w.dequantize(), dim, start, end, step)
 
 
-@_implements(aten.split.Tensor, aten.unsafe_split.Tensor)
+@OPS.implements(aten.split.Tensor, aten.unsafe_split.Tensor)
 def _split(func: Any, w: QTensor, size: int, dim: int = 0) -> Any:
     sizes = [min(size, w.shape[dim] - at) for at in range(0, max(w.shape[dim], 1), size)]
     return _split_with_sizes(func, w, sizes, dim)
 
 
-@_implements(aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default)
+@OPS.implements(aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default)
 def _split_with_sizes(func: Any, w: QTensor, sizes: Sequence[int], dim: int = 0) -> Any:
     parts, at = [], 0
     for size in sizes:
@@ -49,26 +51,26 @@ def _split_with_sizes(func: Any, w: QTensor, sizes: Sequence[int], dim: int = 0)
     return parts
 
 
-@_implements(aten.unbind.int)
+@OPS.implements(aten.unbind.int)
 def _unbind(func: Any, w: QTensor, dim: int = 0) -> Any:
     return [_select(aten.select.int, w, dim, i) for i in range(w.shape[dim])]
 
 
-@_implements(aten.index.Tensor)
+@OPS.implements(aten.index.Tensor)
 def _index(func: Any, w: QTensor, indices: Sequence[Any]) -> Any:
     if w.dim() == 3 and len(indices) == 1 and indices[0].dim() == 1:
         return _gather(w, indices[0])
     return func(w.dequantize(), indices)
 
 
-@_implements(aten.index_select.default)
+@OPS.implements(aten.index_select.default)
 def _index_select(func: Any, w: QTensor, dim: int, index: torch.Tensor) -> Any:
     return _gather(w, index) if w.dim() == 3 and dim % 3 == 0 else func(w.dequantize(), dim, index)
 
 
 def _gather(w: QTensor, experts: torch.Tensor) -> QTensor:
     """The matrices `experts` (indices or mask, 1-d) of a stack."""
-    return w._with(*(_rows(part, experts) for part in w.parts()), whole_units=True)
+    return w.with_parts(*(index_rows(part, experts) for part in w.parts()), whole_units=True)
 
 
 def _sliceable(w: QTensor, dim: int, part: slice) -> bool:
@@ -88,12 +90,12 @@ def _stored_dim(w: QTensor, dim: int) -> int:
     return 2 * w.dim() - 3 - dim
 
 
-def _take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
+def take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
     fmt, size = w.scheme.format, len(range(part.start, part.stop, part.step))
     everything, dim = size == w.shape[dim], _stored_dim(w, dim)
     before, row_dim = (slice(None),) * dim, w.dim() - 2
     if dim < row_dim:
-        return w._with(*(tensor[(*before, part)] for tensor in w.parts()))
+        return w.with_parts(*(tensor[(*before, part)] for tensor in w.parts()))
     whole, scale, stored, cols = w.whole_units, w.scale, part, w.cols
     block = fmt.block[dim - row_dim]
     if fmt.granularity == "tensor" or (fmt.granularity == "channel" and dim > row_dim):
@@ -104,4 +106,9 @@ def _take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
     if dim > row_dim:
         cols, stored = size, slice(part.start // fmt.per_byte, ceil_div(part.stop, fmt.per_byte), part.step)
     rest = () if w.global_scale is None else (w.global_scale,)
-    return w._with(w.qdata[(*before, stored)], scale, *rest, whole_units=whole, cols=cols)
+    return w.with_parts(w.qdata[(*before, stored)], scale, *rest, whole_units=whole, cols=cols)
+
+
+def index_rows(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`t[index]`, as bytes where elements are bytes: CPU has no indexing for float8."""
+    return t[index] if t.dtype.itemsize > 1 else t.view(torch.uint8)[index].view(t.dtype)

@@ -1,8 +1,8 @@
 """QTensor: a quantized weight that behaves as the high-precision tensor it stands for.
 
-It reports the logical dtype and shape, holds `qdata` and `scale`, and answers operations from one table. Operations
-that have no entry are computed on the dequantized values, so that results are right first and fast where it matters:
-linear and matrix products, slices of whole scale groups, embedding lookups.
+It reports the logical dtype and shape, holds `qdata` and `scale`, and answers operations from one table, which `ops`
+fills. Operations that have no entry are computed on the dequantized values, so that results are right first and fast
+where it matters: linear and matrix products, slices of whole scale groups, embedding lookups.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,12 @@ import torch
 
 from .. import kernels
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
-from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, compiled
+from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
+from .table import OpTable
 
-aten = torch.ops.aten
-_OPS: dict[Any, Callable[..., Any]] = {}
-
-
-def _implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _OPS.update(dict.fromkeys(ops, fn))
-        return fn
-
-    return register
+OPS = OpTable()
+"""What operations do to quantized weights."""
 
 
 class QTensor(torch.Tensor):
@@ -115,7 +107,7 @@ class QTensor(torch.Tensor):
         """The tensors it is made of: quantized values, scales, and the global scale of formats with one."""
         return (self.qdata, self.scale) if self.global_scale is None else (self.qdata, self.scale, self.global_scale)
 
-    def _parts_by_rows(self) -> list[torch.Tensor]:
+    def parts_by_rows(self) -> list[torch.Tensor]:
         """Those parts of which each row (expert, of a stack) has its own; the others belong to the whole weight."""
         if self.dim() == 3:
             return list(self.parts())
@@ -128,7 +120,7 @@ class QTensor(torch.Tensor):
         padded size of the weight. Where one rank has all rows, FSDP takes no more than one tensor.
         """
         shard = self if self._padded is None else self._padded
-        parts = shard._parts_by_rows()[: 1 if mesh.size() == 1 else None]
+        parts = shard.parts_by_rows()[: 1 if mesh.size() == 1 else None]
         return tuple(part.view(torch.uint8) for part in parts), None
 
     def fsdp_post_all_gather(
@@ -138,9 +130,9 @@ class QTensor(torch.Tensor):
         memory that was gathered into."""
         if out is not None:
             return None
-        of_all = dict(zip(map(id, self._parts_by_rows()), gathered, strict=False))
+        of_all = dict(zip(map(id, self.parts_by_rows()), gathered, strict=False))
         whole = [of_all[id(part)].view(part.dtype) if id(part) in of_all else part for part in self.parts()]
-        return self._with(*whole, dtype=dtype, whole_units=True), ()
+        return self.with_parts(*whole, dtype=dtype, whole_units=True), ()
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.detach().dequantize().numpy(force=force)
@@ -152,7 +144,7 @@ class QTensor(torch.Tensor):
         return f"QTensor({list(self.shape)}, {self.dtype}, scheme={self.scheme}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
-        other = self._with(*(part.clone() for part in self.parts()))
+        other = self.with_parts(*(part.clone() for part in self.parts()))
         other.__dict__.update(
             {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in other.__dict__ and k[0] != "_"}
         )
@@ -164,7 +156,7 @@ class QTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         scheme, is_param = self.scheme, isinstance(self, torch.nn.Parameter)
         how = (scheme.name, scheme.activation, self.dtype, self.transposed, is_param)
-        return _rebuild, (self.qdata, self.scale, *how, self.global_scale, self.cols)
+        return rebuild, (self.qdata, self.scale, *how, self.global_scale, self.cols)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         context = (self.scheme, self.dtype, self.transposed, self.whole_units, self.cols)
@@ -180,18 +172,15 @@ class QTensor(torch.Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache on disk needs to tell two kinds of QTensor apart, and two versions of this code:
-        the cached program holds what the operations below did when it was made."""
+        the cached program holds what its operations did when it was made."""
         parts = (self.scheme, self.dtype, self.transposed, self.whole_units, tuple(self.shape), _code_digest())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _OPS.get(func)
-        if handler is not None:
-            return handler(func, *args, **(kwargs or {}))
-        return _on_dequantized(func, *args, **(kwargs or {}))
+        return OPS.dispatch(func, args, kwargs)
 
-    def _with(
+    def with_parts(
         self, qdata: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor | None = None, **changes: Any
     ) -> QTensor:
         parts: dict[str, Any] = {
@@ -255,7 +244,7 @@ def nonfinite_message(name: str, shape: Sequence[int], error: NonFinite) -> str:
     )
 
 
-def _rebuild(
+def rebuild(
     qdata: torch.Tensor,
     scale: torch.Tensor,
     scheme: str,
@@ -275,199 +264,20 @@ def _rebuild(
 
 
 # Files saved by version 0.1 have the second name.
-torch.serialization.add_safe_globals([_rebuild, (_rebuild, "qtensor.quantized._rebuild")])
-
-
-# Aliases, copies and moves ------------------------------------------------------------------------------------------
+torch.serialization.add_safe_globals([rebuild, (rebuild, "qtensor.quantized._rebuild")])
 
 
 @functools.cache
 def _code_digest() -> str:
-    """A digest of the source that computes with QTensors: this file, slices, and the kernels."""
-    here = Path(__file__)
-    files = [here, here.with_name("ops_slices.py"), *sorted(Path(kernels.__file__).parent.rglob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """A digest of the source that computes with QTensors: this package, and the kernels."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(kernels.__file__).parent):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
-@_implements(aten.detach.default, aten.alias.default)
-def _alias(func: Any, w: QTensor) -> QTensor:
-    return w._with(*map(func, w.parts()))
-
-
-@_implements(aten.clone.default)
-def _clone(func: Any, w: QTensor, *, memory_format: Any = None) -> QTensor:
-    return w._with(*(part.clone() for part in w.parts()), whole_units=True)
-
-
-@_implements(aten._to_copy.default)
-def _to_copy(
-    func: Any, w: QTensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any
-) -> Any:
-    if dtype is not None and dtype not in SOURCE_DTYPES:
-        return func(w.dequantize(), dtype=dtype, device=device)
-    move = {"device": device, "non_blocking": non_blocking, "copy": True}
-    if w._padded is not None:
-        room = w._padded._with(*(part.to(**move) for part in w._padded.parts()), dtype=dtype or w.dtype)
-        room._is_room = True
-        return room[: w.shape[0]]
-    return w._with(*(part.to(**move) for part in w.parts()), dtype=dtype or w.dtype, whole_units=True)
-
-
-@_implements(aten.t.default, aten.transpose.int)
-def _transpose(func: Any, w: QTensor, d0: int = 0, d1: int = 1) -> Any:
-    if {d0 % w.dim(), d1 % w.dim()} != {w.dim() - 2, w.dim() - 1}:
-        return func(w.dequantize(), d0, d1)
-    return w._with(*w.parts(), transposed=not w.transposed)
-
-
-# Products -----------------------------------------------------------------------------------------------------------
-
-
-@_implements(aten.linear.default)
-def _linear(func: Any, x: Any, w: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not isinstance(w, QTensor) or isinstance(x, QTensor) or w.transposed:
-        return _on_dequantized(func, x, w, bias)
-    out = _product(x.reshape(-1, x.shape[-1]), w, bias)
-    return out.view(*x.shape[:-1], w.shape[0])
-
-
-@_implements(aten.mm.default)
-def _mm(func: Any, x: Any, w: Any) -> torch.Tensor:
-    if isinstance(w, QTensor) and w.transposed and not isinstance(x, QTensor):
-        return _product(x, w, None)
-    return _on_dequantized(func, x, w)
-
-
-@_implements(aten.addmm.default)
-def _addmm(func: Any, bias: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
-    if isinstance(w, QTensor) and w.transposed and not isinstance(x, QTensor) and beta == 1 and alpha == 1:
-        return _product(x, w, bias)
-    return _on_dequantized(func, bias, x, w, beta=beta, alpha=alpha)
-
-
-@_implements(aten.bmm.default)
-def _bmm(func: Any, x: Any, w: Any) -> torch.Tensor:
-    if isinstance(w, QTensor) and w.transposed and not isinstance(x, QTensor):
-        return torch.stack([_mm(aten.mm.default, x[e], w[e]) for e in range(w.shape[0])])
-    return _on_dequantized(func, x, w)
-
-
-@_implements(aten.embedding.default)
-def _embedding(func: Any, w: Any, indices: torch.Tensor, *args: Any) -> torch.Tensor:
-    """Dequantizes the rows that are looked up, not the table."""
-    fmt, rows = w.scheme.format, indices.reshape(-1)
-    scale = w.scale if fmt.granularity == "tensor" else _rows(w.scale, rows // fmt.block[0])
-    row_format = replace(fmt, block=(1, fmt.block[1]))
-    values = compiled.dequantize(_rows(w.qdata, rows), scale, row_format, w.dtype, global_scale=w.global_scale)
-    return values[:, : w.cols].reshape(*indices.shape, w.cols)
-
-
-def _rows(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`t[index]`, as bytes where elements are bytes: CPU has no indexing for float8."""
-    return t[index] if t.dtype.itemsize > 1 else t.view(torch.uint8)[index].view(t.dtype)
-
-
-def _product(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x `[M, K]` times the stored matrix `[N, K]` transposed, plus bias `[N]`."""
-    fmt = w.scheme.format
-    if w.scheme.activation == "dynamic":
-        if has_fp8_matmul(x, w):
-            return scaled_mm(x, w, bias)
-        x = kernels.round_trip_activation(x, fmt)
-    return kernels.linear(x, w.qdata, w.scale, fmt, bias, w.global_scale)
-
-
-def has_fp8_matmul(x: torch.Tensor, w: QTensor) -> bool:
-    """Can the device multiply these in fp8? sm_89 and newer, per-token × per-row scales, sizes in steps of 16."""
-    return (
-        x.is_cuda
-        and w.scheme.format.granularity in ("tensor", "channel")
-        and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
-        and all(n % 16 == 0 for n in w.qdata.shape)
-    )
-
-
-def scaled_mm(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product in fp8: activations quantized per token, the weight's scale per output row."""
-    xq, xs = kernels.quantize_activation(x, w.scheme.format)
-    row_wise = torch.nn.functional.ScalingType.RowWise
-    w_scale = w.scale.reshape(1, -1).expand(1, w.qdata.shape[0]).contiguous()
-    return torch.nn.functional.scaled_mm(
-        xq, w.qdata.t(), xs, row_wise, w_scale, row_wise, bias=bias, output_dtype=x.dtype
-    )
-
-
-# Writes -------------------------------------------------------------------------------------------------------------
-
-
-@_implements(aten.copy_.default)
-def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
-    if not isinstance(dst, QTensor):
-        return func(dst, src.dequantize(), non_blocking)
-    if isinstance(src, QTensor):
-        if src.scheme.format == dst.scheme.format and src.shape == dst.shape and src.transposed == dst.transposed:
-            _require_whole_units(dst)
-            for mine, theirs in zip(dst.parts(), src.parts(), strict=True):
-                mine.copy_(theirs)
-            return dst
-        src = src.dequantize()
-    _requantize(dst, src)
-    return dst
-
-
-@_implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
-def _fill_(func: Any, dst: QTensor, value: Any = 0.0) -> QTensor:
-    value = torch.as_tensor(value, dtype=dst.dtype, device=dst.device)
-    _requantize(dst, value)
-    return dst
-
-
-def _requantize(dst: QTensor, src: torch.Tensor) -> None:
-    """Quantize new high-precision values into the same storage."""
-    _require_whole_units(dst)
-    if not src.is_floating_point() or src.dtype.itemsize < 2:
-        raise WeightDtypeError(f"QTensor {list(dst.shape)}: cannot take {src.dtype} values; pass a float tensor")
-    try:
-        src = src.detach().to(device=dst.device, dtype=dst.dtype).expand(dst.shape)
-    except RuntimeError:
-        raise WeightShapeError(f"QTensor {list(dst.shape)}: a source of shape {list(src.shape)} does not fit") from None
-    try:
-        stored = src.mT if dst.transposed else src
-        kernels.quantize_into(stored, dst.qdata, dst.scale, dst.scheme.format, global_scale=dst.global_scale)
-    except NonFinite as error:
-        raise NonFiniteWeightError(nonfinite_message("QTensor", stored.shape, error)) from None
-
-
-def _require_whole_units(dst: QTensor) -> None:
-    if not dst.whole_units:
-        raise QTensorError(
-            f"QTensor slice {list(dst.shape)}: these elements share a {dst.scheme.name} scale with others, so they "
-            "cannot be written alone. Write whole rows, bands of 128 rows (per_block) or all of it (per_tensor, nvfp4)."
-        )
-
-
-# Everything else ----------------------------------------------------------------------------------------------------
-
-
-@_implements(
-    aten.empty_like.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.rand_like.default,
-    aten.randn_like.default,
-    aten.new_empty.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-)
-def _like(func: Any, w: QTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Only shape, dtype and device matter: a one-element stand-in saves the dequantization."""
-    return func(torch.empty((), dtype=w.dtype, device=w.device).expand(w.shape), *args, **kwargs)
-
-
-def _on_dequantized(func: Any, *args: Any, **kwargs: Any) -> Any:
+def on_dequantized(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other operation, on the dequantized values. A mutation of the weight is refused: it would be lost."""
     for value, spec in zip(args, func._schema.arguments, strict=False):
         if isinstance(value, QTensor) and spec.alias_info is not None and spec.alias_info.is_write:
