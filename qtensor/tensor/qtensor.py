@@ -173,7 +173,7 @@ class QTensor(torch.Tensor):
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache on disk needs to tell two kinds of QTensor apart, and two versions of this code:
         the cached program holds what its operations did when it was made."""
-        parts = (self.scheme, self.dtype, self.transposed, self.whole_units, tuple(self.shape), _code_digest())
+        parts = (self.scheme, self.dtype, self.transposed, self.whole_units, tuple(self.shape), code_digest())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @classmethod
@@ -268,10 +268,15 @@ torch.serialization.add_safe_globals([rebuild, (rebuild, "qtensor.quantized._reb
 
 
 @functools.cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """A digest of the source that computes with QTensors: this package, and the kernels."""
+    return digest_of(Path(__file__).parent, Path(kernels.__file__).parent)
+
+
+def digest_of(*packages: Path) -> str:
+    """A digest of all Python files of some packages, by name and content."""
     digest = hashlib.sha256()
-    for package in (Path(__file__).parent, Path(kernels.__file__).parent):
+    for package in packages:
         for file in sorted(package.rglob("*.py")):
             digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""torch.compile keeps programs on disk: one that was made by another version of this code is not taken again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ANOTHER_CAT = """
+
+@OPS.implements(aten.cat.default, replaces=_cat)
+def _another_cat(func: Any, weights: Sequence[Any], dim: int = 0) -> Any:
+    scales = weights[{which}].scale.view(4, 8)
+    return scales @ scales.mT
+"""
+"""One product: a program that needs no C++ compiler, so that the test is quick."""
+
+
+def package(folder: Path) -> Path:
+    """A copy of the package, as it is installed."""
+    copy = folder / "qtensor"
+    shutil.copytree(ROOT / "qtensor", copy, ignore=shutil.ignore_patterns("kernels", "integrations", "__pycache__"))
+    shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def compiled_and_eager(folder: Path) -> tuple[float, float, int]:
+    """What a compiled join of two weights gives, what it gives uncompiled, and how often of two times the cache on disk
+    had the program."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    sys.path.insert(0, str(folder))
+    import torch
+    from torch._dynamo.utils import counters
+
+    import qtensor
+
+    assert qtensor.__file__ == str(folder / "qtensor" / "__init__.py")
+    pair = [qtensor.quantize(torch.full((32, 16), x, dtype=torch.bfloat16), qtensor.fp8_per_channel) for x in (1, 2)]
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda a, b: torch.cat([a, b]), fullgraph=True)(*pair)
+    return float(compiled.sum()), float(torch.cat(pair).sum()), counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def test_a_program_of_edited_code_is_made_anew(tmp_path: Path) -> None:
+    joins = package(tmp_path) / "tensor" / "ops_joins.py"
+    source = joins.read_text(encoding="utf-8")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._inductor.compile_fx"])
+    results = []
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for which in (0, 1):
+            joins.write_text(source + ANOTHER_CAT.format(which=which), encoding="utf-8")
+            results.append(pool.submit(compiled_and_eager, tmp_path).result())
+    (before, _, hits), (compiled, eager, _) = results
+    assert hits == 1  # the cache works, or this test would show nothing
+    assert eager != before
+    assert compiled == eager
+
+
+@pytest.mark.parametrize("part", ["tensor", "kernels"])
+def test_every_file_counts(tmp_path: Path, part: str) -> None:
+    from qtensor.tensor.qtensor import digest_of
+
+    folder = package(tmp_path) / part
+    before = digest_of(folder)
+    for file in sorted(folder.rglob("*.py")):
+        source = file.read_bytes()
+        file.write_bytes(source + b"# edited\n")
+        assert digest_of(folder) != before, file
+        file.write_bytes(source)
+    assert digest_of(folder) == before
+    assert list(folder.rglob("ops_fsdp.py" if part == "tensor" else "*/numba_backend.py"))
+
+
+def test_the_packages_that_count() -> None:
+    from qtensor.tensor.qtensor import code_digest, digest_of
+
+    assert code_digest() == digest_of(ROOT / "qtensor" / "tensor", ROOT / "kernels")
