@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import QTensorError
+
 NAMES = ("triton", "numba", "torch")
 VARIABLE = "QTENSOR_KERNELS"
 _MODULES = {"torch": ".reference", "numba": ".cpu.numba_backend", "triton": ".triton"}
 _MIN_CAPABILITY = (8, 0)
 
 
-class UnsupportedBackend(RuntimeError):
+class UnsupportedBackend(QTensorError):
     """The backend asked for, or the only one made for this device, cannot run here."""
 
 

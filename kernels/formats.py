@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from ..errors import QTensorError
+
 Granularity = Literal["tensor", "channel", "block", "group"]
 Element = Literal["e4m3", "e2m1", "int8", "int4"]
 
@@ -20,7 +22,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class NonFinite(ValueError):
+class NonFinite(QTensorError, ValueError):
     """The source holds NaN or infinity. `index` is the flat, row-major position in the whole weight."""
 
     def __init__(self, index: int, value: float) -> None:

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..errors import ConfigError
+
 CHUNK_BYTES = 32 << 20
 SLOTS = 2
 
@@ -191,7 +193,7 @@ def upload_rows(source: torch.Tensor, device: torch.device, consume: Consume, un
     after all that the consumers did. See `UploadRing` for what `consume` may do.
     """
     if source.device.type != "cpu" or device.type != "cuda":
-        raise ValueError(f"upload_rows moves CPU memory to a GPU, not {source.device} to {device}")
+        raise ConfigError(f"upload_rows moves CPU memory to a GPU, not {source.device} to {device}")
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     with _rings_lock:

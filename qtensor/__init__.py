@@ -12,6 +12,7 @@ from .errors import (
     ConfigError,
     IncompleteLoadError,
     LossyReadError,
+    MissingExtraError,
     NonFiniteWeightError,
     QTensorError,
     WeightDtypeError,
@@ -43,8 +44,7 @@ from .sessions.session import Session
 from .tensor import ops as quantized_ops
 from .tensor.checksums import weight_checksums
 from .tensor.qtensor import QTensor, quantize
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "DEFAULT_IGNORE",
@@ -57,6 +57,7 @@ __all__ = [
     "LazyWeight",
     "LoadReport",
     "LossyReadError",
+    "MissingExtraError",
     "NonFiniteWeightError",
     "ProgressEvent",
     "QTensor",

@@ -1,4 +1,7 @@
-"""Every error qtensor raises. All derive from `QTensorError`, name the weight, and say what to do."""
+"""Every error qtensor raises. All derive from `QTensorError`, name the weight, and say what to do.
+
+Kernels have two of their own, in `qtensor.kernels`; they derive from it, too.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,10 @@ class WeightDtypeError(QTensorError, TypeError):
 
 class ConfigError(QTensorError, ValueError):
     """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
+
+
+class MissingExtraError(QTensorError, ImportError):
+    """An optional package is not installed; the message has the pip line that brings it."""
 
 
 class CheckpointError(QTensorError, ValueError):

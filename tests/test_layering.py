@@ -102,7 +102,6 @@ def import_alone(module: str) -> str | None:
     assert not any(name.partition(".")[0] == "qtensor" for name in sys.modules)
     package = ModuleType("qtensor")
     package.__path__ = [str(ROOT / "qtensor"), str(ROOT)]
-    package.__version__ = "alone"  # type: ignore[attr-defined]
     sys.modules["qtensor"] = package
     try:
         importlib.import_module(module)

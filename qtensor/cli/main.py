@@ -11,7 +11,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from ..errors import MissingExtraError, QTensorError
+from ..extras import require
+from ..version import __version__
 from . import checkpoint as checkpoint_commands
 
 
@@ -66,9 +68,9 @@ class _PrintCompletion(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, option: str | None = None) -> None:
         try:
-            import shtab
-        except ImportError:
-            parser.error(f"{option} needs shtab: pip install 'qtensor-online[completion]'")
+            shtab = require("shtab", "completion", str(option))
+        except MissingExtraError as error:
+            parser.error(str(error))
         print(shtab.complete(parser, shell))
         parser.exit()
 
@@ -101,6 +103,6 @@ def _demo(args: argparse.Namespace) -> int:
             good = demo.run(args.size, args.out, args.part)
         print(json.dumps({"ok": good, **demo.results(args.out, args.part)}, indent=2))
         return 0 if good else 1
-    except (demo.DemoError, OSError) as error:
+    except (QTensorError, OSError) as error:
         print(f"qtensor demo: {error}", file=sys.stderr)
         return 1

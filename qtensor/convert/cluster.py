@@ -20,10 +20,9 @@ from uuid import uuid4
 
 import torch.distributed
 
-import qtensor
-
 from ..checkpoint.writing import MARK, partial_folder
 from ..errors import CheckpointError, QTensorError
+from ..version import __version__
 from .converting import Conversion, OnBytes, ShardTask, attempt, finished
 
 LOST_AFTER = 60.0
@@ -96,7 +95,7 @@ class Ranks:
         until, answer = time.monotonic() + _JOIN_SECONDS, [""]
         while answer[0] != fresh:
             if time.monotonic() > until:
-                raise RuntimeError("rank 0 does not answer")
+                raise CheckpointError("rank 0 does not answer")
             time.sleep(0.05)
             if self._hall.check([f"welcome/{self.rank}"]):
                 answer = self._hall.get(f"welcome/{self.rank}").decode().split()
@@ -159,7 +158,7 @@ class Ranks:
         if self._identity(conversion) != identity:
             raise CheckpointError(
                 "has another source, other settings or another version of qtensor than rank 0 "
-                f"({conversion.checkpoint.folder}, qtensor {qtensor.__version__})"
+                f"({conversion.checkpoint.folder}, qtensor {__version__})"
             )
         self._store.set(f"agreed/{self.rank}", "1")
         self._await("start")
@@ -167,7 +166,7 @@ class Ranks:
         self._work(todo, partial_folder(target) / MARK, workers)
 
     def _identity(self, conversion: Conversion) -> list[str]:
-        return [qtensor.__version__, conversion.digest()]
+        return [__version__, conversion.digest()]
 
     def _work(self, todo: list[ShardTask], notes: Path, workers: int) -> None:
         """Take shards until all are done. Each rank looks from another place on, so that most first tries succeed."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoint.layouts import COMPRESSED_TENSORS
 from ..errors import CheckpointError, QTensorError
+from ..extras import require
 from ..schemes.scheme import SchemeLike
 from ..schemes.selection import DEFAULT_IGNORE
 from .cluster import LOST_AFTER, Ranks, await_visible
@@ -82,10 +83,7 @@ def quantize_on_ray(
     Every machine has qtensor, and the folders under the same paths. A shard whose worker is lost is given to another,
     three times. A task that fails ends all: CheckpointError names its machine and shard.
     """
-    try:
-        import ray
-    except ImportError:
-        raise CheckpointError("Ray is not installed: pip install 'qtensor-online[ray]'") from None
+    ray = require("ray", "ray", "quantize_on_ray")
     ours = not ray.is_initialized()
     if ours:
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import QTensorError
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View, cover, regions
 
 
-class NeverWritten(Exception):
+class NeverWritten(QTensorError):
     """A read touched elements that were never written. `boxes` holds them, in the weight's dimensions."""
 
     def __init__(self, boxes: list[Box]) -> None:

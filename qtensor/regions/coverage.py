@@ -14,6 +14,8 @@ from math import prod
 
 import numpy as np
 
+from ..errors import WeightShapeError
+
 Box = tuple[tuple[int, int], ...]
 Region = Sequence[tuple[int, int] | slice]
 
@@ -83,7 +85,7 @@ class Coverage:
     def add_mask(self, mask: np.ndarray) -> int:
         """Cover the elements where `mask` (bool, of this shape) is true: the exact fallback for any region."""
         if mask.shape != self.shape:
-            raise ValueError(f"mask of shape {mask.shape} for coverage of shape {self.shape}")
+            raise WeightShapeError(f"mask of shape {mask.shape} for coverage of shape {self.shape}")
         if not self.numel:
             return 0
         if not self.shape:
@@ -173,11 +175,11 @@ class Coverage:
 
     def _box(self, region: Region) -> Box:
         if len(region) != len(self.shape):
-            raise ValueError(f"a region of {len(region)} dimensions for a shape of {len(self.shape)}: {self.shape}")
+            raise WeightShapeError(f"a region of {len(region)} dimensions for the shape {self.shape}")
         box = tuple([r.indices(n)[:2] if isinstance(r, slice) else r for r, n in zip(region, self.shape, strict=True)])
         for (start, stop), n in zip(box, self.shape, strict=True):
             if not 0 <= start <= n or stop > n:
-                raise ValueError(f"region {box} is outside of shape {self.shape}")
+                raise WeightShapeError(f"region {box} is outside of shape {self.shape}")
         return box
 
     def _refine(self, box: Box) -> tuple[slice, ...]:

@@ -22,6 +22,9 @@ from math import ceil
 from pathlib import Path
 from typing import IO, Any
 
+from ..errors import QTensorError
+from ..extras import require
+
 _MARK = "@qtensor "
 
 
@@ -64,7 +67,7 @@ class Child:
 def measure(command: Sequence[str], interval: float = 0.002) -> Measurement:
     """Run `command`, whose program speaks through `Child`, and sample it between its ready and its done.
 
-    Raises RuntimeError with the end of the child's error output if it fails.
+    Raises QTensorError with the end of the child's error output if it fails.
     """
     with (
         tempfile.TemporaryFile("w+") as errors,
@@ -107,7 +110,7 @@ def measure(command: Sequence[str], interval: float = 0.002) -> Measurement:
                 child.stdin.flush()
         if child.wait() != 0:
             errors.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
+            raise QTensorError(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
     return Measurement(baseline, peak - baseline, final - baseline, peak_file, seconds, result, _thinned(samples))
 
 
@@ -129,8 +132,7 @@ def resident_bytes(pid: int | None = None) -> tuple[int, int]:
     except (FileNotFoundError, ProcessLookupError):
         if status.parent.parent.joinpath("self").exists():
             return 0, 0  # the process has ended
-        import psutil
-
+        psutil = require("psutil", "demo", "measuring memory")
         return int(psutil.Process(pid).memory_info().rss), 0
     return _field(text, "RssAnon"), _field(text, "RssFile")
 

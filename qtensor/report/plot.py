@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .report import LoadReport
+from ..extras import require
 
 _QUANTIZED, _PLAIN, _STAGED, _INK, _GRID = "#2f74d0", "#9aa5b1", "#e07b00", "#3b424b", "#e3e7ec"
 _LINES = (_PLAIN, _STAGED, _QUANTIZED, "#7a4fbf", "#1a7f4b")
@@ -16,29 +15,27 @@ Samples = Sequence[tuple[float, int]]
 """(seconds, bytes), in the order of time."""
 
 
-def plot_report(report: LoadReport, path: str | Path) -> None:
+def plot_load(
+    path: str | Path,
+    *,
+    title: str,
+    seconds: Sequence[float],
+    held: Mapping[str, Sequence[int]],
+    unquantized: int,
+    sqnr: Sequence[float],
+) -> None:
     """`LoadReport.plot`: bytes over time as stacked areas, and a histogram of SQNR where it was measured."""
-    sqnr = [layer.sqnr for layer in report.layers if layer.sqnr is not None and layer.sqnr != float("inf")]
     figure, axes = _figure((11 if sqnr else 7.5, 3.8), columns=2 if sqnr else 1)
-    seconds = [p.seconds for p in report.timeline]
-    stack = [[getattr(p, key) / 1e6 for p in report.timeline] for key in _SERIES]
-    axes[0].stackplot(seconds, stack, step="post", labels=list(_SERIES.values()), colors=(_QUANTIZED, _PLAIN, _STAGED))
-    source = sum(layer.source_bytes for layer in report.layers) + report.passthrough_bytes
-    axes[0].axhline(source / 1e6, color=_INK, linestyle="--", linewidth=1, label="the same weights unquantized")
-    _label(axes[0], f"Memory while loading ({report.scheme})", "seconds", "MB")
+    stack = [[n / 1e6 for n in series] for series in held.values()]
+    axes[0].stackplot(seconds, stack, step="post", labels=list(held), colors=(_QUANTIZED, _PLAIN, _STAGED))
+    axes[0].axhline(unquantized / 1e6, color=_INK, linestyle="--", linewidth=1, label="the same weights unquantized")
+    _label(axes[0], title, "seconds", "MB")
     axes[0].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.94))
     if sqnr:
         axes[1].hist(sqnr, bins=20, color=_QUANTIZED, rwidth=0.92)
         axes[1].yaxis.get_major_locator().set_params(integer=True)
         _label(axes[1], f"SQNR of {len(sqnr)} weights", "dB", "weights")
     figure.savefig(path)
-
-
-_SERIES = {
-    "quantized_bytes": "quantized",
-    "passthrough_bytes": "left as they are",
-    "staged_bytes": "staging",
-}
 
 
 def plot_loads(loads: Mapping[str, Samples], path: str | Path, title: str) -> None:
@@ -59,13 +56,10 @@ def plot_loads(loads: Mapping[str, Samples], path: str | Path, title: str) -> No
 
 def _figure(size: tuple[float, float], columns: int = 1) -> tuple[Any, list[Any]]:
     """A figure of its own, without pyplot: no window, no global state, any thread."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install 'qtensor-online[plot]'") from None
-    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    matplotlib_figure = require("matplotlib.figure", "plot", "a picture")
+    canvas = require("matplotlib.backends.backend_agg", "plot", "a picture")
+    figure = matplotlib_figure.Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
+    canvas.FigureCanvasAgg(figure)
     ratios = [1.7, 1.0][:columns]
     axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={"width_ratios": ratios})
     return figure, list(axes[0])

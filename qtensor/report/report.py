@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 
 from ..regions.coverage import Box
+from ..version import __version__
+from .page import page
+from .plot import plot_load
 from .timeline import MemoryPoint
 
 _SHOWN_BOXES = 4
@@ -93,19 +96,29 @@ class LoadReport:
         Memory over time, a table of all weights to sort and filter, a histogram of SQNR where it was measured, what
         was missing, and the settings. Names come from checkpoints, and are shown as text whatever they hold.
         """
-        from .page import page
-
-        text = page(self)
+        data = json.loads(self.to_json())
+        for layer, found in zip(data["layers"], self.layers, strict=True):
+            layer["lossless"] = found.sqnr is not None and math.isinf(found.sqnr)
+        text = page(f"qtensor load report: {self.scheme}", str(self), data)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
     def plot(self, path: str | Path) -> None:
         """Draw memory over time, and SQNR where it was measured, into a file of any kind that matplotlib writes (PNG,
-        SVG, PDF, by the name's ending). Raises ImportError, naming the extra, without matplotlib."""
-        from .plot import plot_report
-
-        plot_report(self, path)
+        SVG, PDF, by the name's ending). Raises MissingExtraError, naming the extra, without matplotlib."""
+        plot_load(
+            path,
+            title=f"Memory while loading ({self.scheme})",
+            seconds=[point.seconds for point in self.timeline],
+            held={
+                "quantized": [point.quantized_bytes for point in self.timeline],
+                "left as they are": [point.passthrough_bytes for point in self.timeline],
+                "staging": [point.staged_bytes for point in self.timeline],
+            },
+            unquantized=sum(layer.source_bytes for layer in self.layers) + self.passthrough_bytes,
+            sqnr=[layer.sqnr for layer in self.layers if layer.sqnr is not None and not math.isinf(layer.sqnr)],
+        )
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("weight", "shape", "scheme", "bytes", "ratio", "SQNR dB", "note")]
@@ -136,8 +149,6 @@ class LoadReport:
 
 def versions() -> dict[str, str]:
     """Versions that a reader of a report may ask for."""
-    from .. import __version__
-
     return {"qtensor": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 

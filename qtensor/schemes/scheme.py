@@ -29,16 +29,14 @@ class Scheme:
     format: element format, granularity and scale formula (see `qtensor.kernels.WeightFormat`).
     activation: "dynamic" quantizes activations to fp8 per token (per token and group of 128 for per-block weights, of
         32 for mxfp8) before each multiplication; "none" keeps them (weight-only). Only fp8 weights have "dynamic".
-    numerics: "vllm", byte-exact with vLLM's online quantization.
     """
 
     format: WeightFormat
     activation: Activation = "dynamic"
-    numerics: Literal["vllm"] = "vllm"
 
     def __post_init__(self) -> None:
         if self.activation == "dynamic" and self.format.element != "e4m3":
-            raise ValueError(f'Scheme: {self.format.name} is weight-only; pass activation="none"')
+            raise ConfigError(f'Scheme: {self.format.name} is weight-only; pass activation="none"')
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import NonFiniteWeightError, QTensorError
+from ..errors import ConfigError, NonFiniteWeightError, QTensorError
 from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, close, parameter, reopen, swap, view_of
 from ..lazy.plain_store import PlainStore
 from ..lazy.weight import ArmedWeight
@@ -104,9 +104,9 @@ class OnlineSession(Session):
     ) -> None:
         super().__init__(model, str(selection.config), on_missing, on_nonfinite, strict_reads, progress)
         if on_missing not in ("error", "zero", "keep", "init"):
-            raise ValueError(f'on_missing is "error", "zero", "keep" or "init", not {on_missing!r}')
+            raise ConfigError(f'on_missing is "error", "zero", "keep" or "init", not {on_missing!r}')
         if process_group is not None and min_sqnr is not None:
-            raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
+            raise ConfigError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
         self.min_sqnr, self.measure_sqnr = min_sqnr, measure_sqnr
         self._agreements = Agreements(process_group)
         self._selection = selection
@@ -246,7 +246,7 @@ class OnlineSession(Session):
         if scheme is not None:
             self._progress.expect(1)
             if self._agreements.share(weight, owners, param, scheme.format) and self.min_sqnr is not None:
-                raise ValueError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
+                raise ConfigError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
         return scheme
 
     # Finishing

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import QTensorError, WeightShapeError
+from ..errors import ConfigError, QTensorError, WeightShapeError
 from ..kernels import Audit
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
 from ..lazy.reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
@@ -89,9 +89,9 @@ class ReloadSession(Session):
         progress: ProgressLike,
     ) -> None:
         if on_missing not in ("error", "zero", "keep"):
-            raise ValueError(f'on_missing of a reload is "error", "zero" or "keep", not {on_missing!r}')
+            raise ConfigError(f'on_missing of a reload is "error", "zero" or "keep", not {on_missing!r}')
         if shadow not in SECOND_COPIES:
-            raise ValueError(f'shadow is "device" or "host", not {shadow!r}')
+            raise ConfigError(f'shadow is "device" or "host", not {shadow!r}')
         reshard(model)
         schemes = sorted({str(p.scheme) for p in _held(model) if isinstance(p, QTensor)})
         if not schemes:

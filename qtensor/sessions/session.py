@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..errors import IncompleteLoadError, QTensorError
+from ..errors import ConfigError, IncompleteLoadError, QTensorError
 from ..kernels import upload
 from ..lazy.lazy_tensor import LAZY, swap
 from ..lazy.quant_store import QuantStore
@@ -56,7 +56,7 @@ class Session(LoadHost):
     ) -> None:
         super().__init__()
         if on_nonfinite not in ("error", "keep"):
-            raise ValueError(f'on_nonfinite is "error" or "keep", not {on_nonfinite!r}')
+            raise ConfigError(f'on_nonfinite is "error" or "keep", not {on_nonfinite!r}')
         self.on_missing, self.strict_reads = on_missing, strict_reads
         self.refuse_nonfinite = on_nonfinite == "error"
         self._scheme = scheme
