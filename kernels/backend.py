@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import QTensorError
+from qtensor.errors import QTensorError
 
 NAMES = ("triton", "numba", "torch")
 VARIABLE = "QTENSOR_KERNELS"

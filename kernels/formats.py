@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from ..errors import QTensorError
+from qtensor.errors import QTensorError
 
 Granularity = Literal["tensor", "channel", "block", "group"]
 Element = Literal["e4m3", "e2m1", "int8", "int4"]

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import ConfigError
+from qtensor.errors import ConfigError
 
 CHUNK_BYTES = 32 << 20
 SLOTS = 2

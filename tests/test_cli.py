@@ -160,7 +160,7 @@ def test_demo_for_programs(measured_once, tmp_path, capsys):
 def test_demo_without_matplotlib_has_no_picture(measured_once, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main.main(["demo", "--part", "memory", "--size", "1", "--out", str(tmp_path)]) == 0
-    assert "no picture: pictures need matplotlib: pip install 'qtensor-online[plot]'" in capsys.readouterr().out
+    assert "no picture: a picture needs matplotlib: pip install 'qtensor-online[plot]'" in capsys.readouterr().out
     assert not (tmp_path / "memory.png").exists()
 
 

@@ -77,6 +77,7 @@ def test_a_missing_package_is_named_with_its_pip_line(tmp_path, monkeypatch, mis
         act(tmp_path)
     assert isinstance(found.value, QTensorError)
     assert isinstance(found.value, ImportError)
+    assert not list(tmp_path.iterdir())
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(requirement.startswith(missing) for requirement in extras[extra])
 

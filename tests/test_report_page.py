@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import html
 import json
 import os
@@ -80,20 +79,6 @@ def test_plot_writes_a_picture(report: LoadReport, tmp_path: Path, kind: str, me
     assert path.read_bytes().startswith(b"\x89PNG" if kind == "png" else b"<?xml")
     if kind == "svg":
         assert len(re.findall(r'id="axes_\d', path.read_text())) == (2 if measured else 1)
-
-
-def test_plot_names_the_extra_that_is_missing(report: LoadReport, tmp_path: Path, monkeypatch: Any) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"qtensor-online\[plot\]"):
-        report.plot(tmp_path / "picture.png")
-    assert not list(tmp_path.iterdir())
 
 
 # In a browser ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from ...errors import WeightDtypeError, WeightShapeError
+from qtensor.errors import WeightDtypeError, WeightShapeError
+
 from .. import reference
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat, ceil_div

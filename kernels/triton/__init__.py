@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import WeightDtypeError
+from qtensor.errors import WeightDtypeError
+
 from .. import reference
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, WeightFormat
