@@ -27,6 +27,12 @@ def parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
                 yield module_name, module, name, param
 
 
+def local_parameters(root: nn.Module) -> Iterator[Any]:
+    """What this rank holds of every parameter below a module."""
+    for *_, param in parameters(root):
+        yield local_tensor(param)
+
+
 def full_name(owner: Owner) -> str:
     """ "model.layers.0.mlp.up_proj.weight" """
     module_name, _, name = owner

@@ -139,12 +139,12 @@ class Reloading(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         assert self.session is not None
-        if self.session.on_missing == "error" and not (self.seen.all() and self.new_bias is not None):
+        if self.session.options.on_missing == "error" and not (self.seen.all() and self.new_bias is not None):
             with contextlib.suppress(IncompleteLoadError):
                 self.session.finish()
                 raise AssertionError("an incomplete reload was committed")
             return self.over(committed=False)
-        if self.session.on_missing == "zero":
+        if self.session.options.on_missing == "zero":
             self.full[~self.seen] = 0
             self.seen[...] = True
             self.new_bias = torch.zeros_like(self.expected_bias) if self.new_bias is None else self.new_bias

@@ -417,7 +417,7 @@ def test_every_holder_of_the_parameter_sees_the_quantized_weight(inference: bool
     assert_oracle(captured, full, fp8_per_tensor)
     assert session.report().peak_staged_bytes == full.nbytes
     gc.collect()
-    assert session._memory.staged == 0
+    assert session._work._memory.staged == 0
 
 
 def test_half_before_loading_is_honoured() -> None:

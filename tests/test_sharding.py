@@ -248,8 +248,8 @@ def buckets_are_batched_and_stream(rank: int, world: int) -> None:
         for name, w in weights.items():
             parameter(model, name).data.copy_(w)
             deadline = time.monotonic() + TIMEOUT
-            while session._memory.staged > 2 * sharding.BUCKET_BYTES and time.monotonic() < deadline:
-                session._agreements.advance()  # as every write does
+            while session._work._memory.staged > 2 * sharding.BUCKET_BYTES and time.monotonic() < deadline:
+                session._work._agreements.advance()  # as every write does
                 time.sleep(0.001)
     assert session.report().collectives == 10
     assert session.report().collective_bytes == 30 * 4

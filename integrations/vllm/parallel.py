@@ -62,6 +62,8 @@ class RankHost(LoadHost):
         """Wait until all ranks have their weights, and quantize those they share."""
         if self.agreement is not None:
             self.agreement.finish()
+            self.agreement.settle()
+            self.agreement.close()
             for weight in self.slots:
                 weight.verify()
 

@@ -27,7 +27,8 @@ from qtensor.regions.coverage import Box
 from qtensor.regions.views import whole
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
-from qtensor.sessions.reload import Snapshot, insist
+from qtensor.sessions.snapshot import Snapshot
+from qtensor.sessions.transaction import in_spite_of_interrupts as insist
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat

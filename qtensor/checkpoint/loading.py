@@ -17,7 +17,8 @@ from ..regions.views import View
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
 from ..schemes.selection import Selection
-from ..sessions.online import OnlineSession
+from ..sessions.online import open_load
+from ..sessions.options import LoadOptions
 from ..tensor.qtensor import QTensor
 from .mapping import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint
@@ -53,18 +54,8 @@ def load_checkpoint(
     outer = next(
         (t._armed.host for t in tensors_of(model).values() if isinstance(t, LAZY) and not t._armed.host.closed), None
     )
-    session: Any = outer or OnlineSession(
-        _ByName(schemes),
-        model,
-        place,
-        on_missing="error",
-        on_nonfinite="keep",
-        strict_reads=False,
-        process_group=None,
-        min_sqnr=None,
-        measure_sqnr=False,
-        progress=progress,
-    )
+    options = LoadOptions(device=place, on_nonfinite="keep", progress=progress)
+    session: Any = outer or open_load(_ByName(schemes), model, options)
     with session if outer is None else nullcontext(), torch.no_grad():
         if is_transformers(model):
             _compute_buffers(model, place)

@@ -31,7 +31,7 @@ def install() -> None:
 
     table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     for method in LAYOUTS:
-        if method in table:
+        if method in table and method not in _originals:
             _originals[method] = table[method]
             table[method] = functools.partial(_choose, table[method])
 

@@ -164,6 +164,13 @@ class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
 
 
 LAZY = (LazyWeight, LiveQTensor)
+# Attributes that make a tensor lazy or quantized; all others belong to the user and follow the Parameter.
+_OWN = {"_armed", "_meta", "_live", "_is_param", *QTensor.__annotations__}
+
+
+def attributes_of(param: torch.Tensor) -> dict[str, Any]:
+    """What a user has put on a Parameter."""
+    return {k: v for k, v in param.__dict__.items() if k not in _OWN}
 
 
 def parameter(armed: ArmedWeight, requires_grad: bool) -> LazyWeight:
@@ -189,22 +196,52 @@ def reopen(param: Any) -> None:
     param.__class__ = LazyWeight
 
 
+def arm(param: Any, armed: ArmedWeight) -> None:
+    """A quantized weight that exists follows writes from now on. May be repeated."""
+    param._armed, param._meta = armed, torch.empty(param.shape, dtype=param.dtype, device="meta")
+    param.__class__ = LiveQTensor
+    armed.adopt(param)
+
+
 def close(param: Any) -> None:
-    """The session is over: a plain QTensor."""
+    """The session is over: a plain QTensor. May be repeated."""
     if isinstance(param, LiveQTensor):
         param.__class__ = QTensor  # type: ignore[assignment]
-        del param._armed, param._meta
+    if type(param) is QTensor:
+        param.__dict__.pop("_armed", None)
+        param.__dict__.pop("_meta", None)
 
 
-def swap(a: Any, b: Any) -> None:
-    """Exchange what two tensor objects are, so that everyone who holds one of them sees the change.
+class Swap:
+    """An exchange of what two tensor objects are, so that everyone who holds one of them sees the change.
 
     As `torch.utils.swap_tensors`, which refuses where a graph or a Python weak reference holds one of them. Those keep
-    meaning the tensor, or the object, that they took. Raises RuntimeError where C++ holds a weak reference.
+    meaning the tensor, or the object, that they took. `do` and `undo` may be repeated, and called after an interrupt
+    has stopped the other anywhere.
     """
-    torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
-    a.__class__, b.__class__ = b.__class__, a.__class__
-    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+
+    def __init__(self, a: Any, b: Any) -> None:
+        self._a, self._b = a, b
+        self._was = [(t._cdata, t.__class__, t.__dict__) for t in (a, b)]
+
+    def do(self) -> bool:
+        """False, with nothing changed, where PyTorch refuses because C++ holds a weak reference."""
+        try:
+            self._become(*reversed(self._was))
+        except RuntimeError:
+            if self._a._cdata != self._was[0][0]:
+                raise
+            return False
+        return True
+
+    def undo(self) -> None:
+        """The objects are what they were."""
+        self._become(*self._was)
+
+    def _become(self, a: Any, b: Any) -> None:
+        if self._a._cdata != a[0]:
+            torch._C._swap_tensor_impl(self._a, self._b)  # type: ignore[attr-defined]
+        (_, self._a.__class__, self._a.__dict__), (_, self._b.__class__, self._b.__dict__) = a, b
 
 
 def wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:

@@ -83,7 +83,7 @@ class ArmedWeight:
         self.recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
         self.error: QTensorError | None = None
         self.settled = self.was_settled = False
-        self.copied = False
+        self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
         self.lossy_reads = 0
         # By time.perf_counter(): when the first element was written, and when the last was there.
@@ -157,6 +157,7 @@ class ArmedWeight:
         another form, or the view is not of whole units."""
         self.host.touch(self)
         with self.lock:
+            self._require_open()
             store, view = self._open_store(), view or whole(self.shape)
             found = as_box(self.shape, *view)
             if (
@@ -182,9 +183,17 @@ class ArmedWeight:
             elif not self.coverage.covered:
                 self.recorded.append((view, fill))
 
-    def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
+    def _require_open(self) -> None:
         if self.host.closed:
             raise QTensorError(f"{self.name}: {self.host.closed}; nothing can be written to this handle any more.")
+        if self._sealed:
+            raise QTensorError(
+                f"{self.name}: written while its session ends; this write is not taken. Let all threads of a loader "
+                "finish before the session does."
+            )
+
+    def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
+        self._require_open()
         if source.is_meta:
             raise QTensorError(f"{self.name}: the source is on the meta device and has no values to copy.")
         if source.shape == view.size:
@@ -328,6 +337,11 @@ class ArmedWeight:
         raise IncompleteLoadError(message, {self.name: boxes}) from None
 
     # Ending
+
+    def seal(self) -> None:
+        """The session is ending: what has arrived is what will be verified. A write under way is waited for."""
+        with self.lock:
+            self._sealed = True
 
     def fill_missing(self, policy: str) -> bool:
         """Apply on_missing "zero", "keep" or "init" to the unwritten elements. False if there is nothing to use."""

@@ -124,7 +124,7 @@ class Agreement:
                 f"{timeout:g} s: {error}"
             ) from error
         _open.add(self._gloo)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # The thread that an interrupt took it from can take it again.
         self._complete: dict[str, ArmedWeight] = {}
         self._waiting: list[str] = []  # the leader's next bucket
         self._waiting_bytes = 0
@@ -157,8 +157,7 @@ class Agreement:
             self._lock.release()
 
     def finish(self) -> None:
-        """Agree on all scales and, unless that is the session's to say, on having succeeded. Raises QTensorError naming
-        the rank that did not."""
+        """Agree on all scales. Raises QTensorError naming the rank that did not."""
         deadline = self.vote.deadline()
         with self._lock:
             if self._leads:
@@ -169,20 +168,23 @@ class Agreement:
                 self.vote.wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
             for weight in self._complete.values():
                 weight.verify()
-            if self._own is not None:
-                self._own.settle()
-                self.close()
+
+    def settle(self) -> None:
+        """Agree on having succeeded, unless that is the session's to say. Raises QTensorError naming the rank that has
+        not."""
+        if self._own is not None:
+            self._own.settle()
 
     def close(self) -> None:
         """All ranks have agreed: connections end, and keys go."""
-        if self._leads:
+        if self._leads and self._gloo in _open:
             for i in range(self._buckets + 1):
                 self._keys.delete_key(f"bucket/{i}")
         _open.discard(self._gloo)
 
-    def fail(self, reason: str) -> None:
-        """Tell the other ranks that this one has given up."""
-        self.vote.fail(reason)
+    def fail(self, reason: str) -> bool:
+        """Tell the other ranks that this one has given up. False if all have agreed already."""
+        return self.vote.fail(reason)
 
     def _publish(self) -> None:
         names, self._waiting, self._waiting_bytes = self._waiting, [], 0
@@ -281,14 +283,19 @@ class Agreements:
         for agreement in self._by_group.values():
             agreement.finish()
 
+    def settle(self) -> None:
+        for agreement in self._by_group.values():
+            agreement.settle()
+
     def close(self) -> None:
         """The session's vote is that all have succeeded."""
         for agreement in self._by_group.values():
             agreement.close()
 
-    def fail(self, reason: str) -> None:
-        for agreement in self._by_group.values():
-            agreement.fail(reason)
+    def fail(self, reason: str) -> bool:
+        """False if all ranks have agreed that all is well."""
+        told = [agreement.fail(reason) for agreement in self._by_group.values()]
+        return all(told)
 
     @property
     def collectives(self) -> int:

@@ -50,6 +50,11 @@ class MemoryTimeline:
                 self._crest, self._crest_at = self.staged, time.perf_counter()
                 self.peak_staged = max(self.peak_staged, self.staged)
 
+    def stage_nothing(self) -> None:
+        """Whatever was staged is gone."""
+        with self._lock:
+            self.staged = 0
+
     def hold(self, quantized: int = 0, passthrough: int = 0) -> None:
         """A weight of so many bytes is complete; with negative bytes, one is incomplete again."""
         with self._lock:

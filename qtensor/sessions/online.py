@@ -6,16 +6,29 @@ takes in what was assigned where no hook could see it and gives every weight its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self, cast
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError, NonFiniteWeightError, QTensorError
-from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, close, parameter, reopen, swap, view_of
+from ..lazy.lazy_tensor import (
+    LAZY,
+    LazyWeight,
+    LiveQTensor,
+    Swap,
+    attributes_of,
+    close,
+    parameter,
+    reopen,
+    settle,
+    view_of,
+)
 from ..lazy.plain_store import PlainStore
+from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, full_name, home, is_dtensor, local_tensor, parameters, rehome
 from ..ranks.sharding import Agreements, Sharding
@@ -27,7 +40,10 @@ from ..schemes.scheme import Scheme, Targets
 from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..tensor.qtensor import QTensor, quantize
 from . import registration
-from .session import OnMissing, OnNonfinite, Session, attributes_of
+from .model_transaction import ModelTransaction, waits_for_its_end
+from .options import LoadOptions, OnMissing, OnNonfinite
+from .session import Session
+from .transaction import State
 
 
 def online_quant(
@@ -70,63 +86,71 @@ def online_quant(
     progress: True shows a progress bar, False none; by default there is one only on a terminal. A callable is called
         with a `ProgressEvent` each time a weight is chosen or complete, and no bar is shown.
     """
-    return OnlineSession(
-        Selection(scheme, ignore, targets),
-        model,
-        device,
-        on_missing,
-        on_nonfinite,
-        strict_reads,
-        process_group,
-        min_sqnr,
-        measure_sqnr,
-        progress,
+    options = LoadOptions(
+        on_missing=on_missing,
+        on_nonfinite=on_nonfinite,
+        strict_reads=strict_reads,
+        process_group=process_group,
+        progress=progress,
+        device=device,  # type: ignore[arg-type]
+        min_sqnr=min_sqnr,
+        measure_sqnr=measure_sqnr,
     )
+    return open_load(Selection(scheme, ignore, targets), model, options)
 
 
-class OnlineSession(Session):
+def open_load(selection: Selection, model: nn.Module | None, options: LoadOptions) -> Session:
+    """A session of `online_quant`, whose weights are chosen by `selection`."""
+    load = Load(selection, model, options)
+    session = Session(load)  # From here on somebody ends what is begun.
+    if model is not None:
+        load.arm(model)
+    return session
+
+
+class Replacement:
+    """A Parameter that becomes another tensor, for everyone who holds it. Where PyTorch refuses to exchange the two,
+    its owners get the new object. `do` may be repeated."""
+
+    def __init__(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner]) -> None:
+        new.__dict__.update(attributes_of(param))
+        self._swap, self._new, self._owners = Swap(param, new), new, owners
+
+    def do(self) -> None:
+        if not self._swap.do():
+            for _, module, name in self._owners:
+                module._parameters[name] = self._new  # type: ignore[assignment]
+
+
+class Load(ModelTransaction):
     """One load into weights that are quantized as they arrive."""
 
     opener = "online_quant"
+    options: LoadOptions
 
-    def __init__(
-        self,
-        selection: Selection,
-        model: nn.Module | None,
-        device: torch.device | str | None,
-        on_missing: OnMissing,
-        on_nonfinite: OnNonfinite,
-        strict_reads: bool,
-        process_group: dist.ProcessGroup | Sharding | None,
-        min_sqnr: float | None,
-        measure_sqnr: bool,
-        progress: ProgressLike,
-    ) -> None:
-        super().__init__(model, str(selection.config), on_missing, on_nonfinite, strict_reads, progress)
-        if on_missing not in ("error", "zero", "keep", "init"):
-            raise ConfigError(f'on_missing is "error", "zero", "keep" or "init", not {on_missing!r}')
-        if process_group is not None and min_sqnr is not None:
-            raise ConfigError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
-        self.min_sqnr, self.measure_sqnr = min_sqnr, measure_sqnr
-        self._agreements = Agreements(process_group)
+    def __init__(self, selection: Selection, model: nn.Module | None, options: LoadOptions) -> None:
+        super().__init__(model, str(selection.config), options)
+        self.min_sqnr, self.measure_sqnr = options.min_sqnr, options.measure_sqnr
+        self._agreements = Agreements()
         self._selection = selection
-        self._device = torch.device(device) if device is not None else None
-        if model is not None:
-            self._begin()
-            try:
-                self._arm_model(model)
-                self._fsdp.let_go_of_values()
-            except BaseException as error:
-                self._abandon(error)
-                raise
+        self._arming: Replacement | None = None
+        self._unseen: list[tuple[torch.Tensor, list[Owner]]] = []
+        self._steps: list[Callable[[], object]] = []
 
-    def __enter__(self) -> Self:
-        if self._state == "new":
-            if registration.listening() is not None:
-                raise QTensorError("online_quant is already active in this thread; sessions do not nest")
-            self._begin()
-            registration.listen(self)
-        return super().__enter__()
+    def enter(self) -> None:
+        """The `with` block begins: without a model, what this thread constructs in it is armed."""
+        alone = self._tree.model is None
+        if alone and registration.listening() is not None:
+            raise QTensorError("online_quant is already active in this thread; sessions do not nest")
+        try:
+            if not self.begun:
+                self.begin()
+            registration.install(self)
+            if alone:
+                registration.listen(self)
+        except BaseException as error:
+            self.abort(error)
+            raise
 
     def _settings(self) -> dict[str, str]:
         targets = self._selection.targets
@@ -135,12 +159,26 @@ class OnlineSession(Session):
             "targets": "nn.Linear and 3-d experts"
             if targets is None
             else ", ".join(f"{pattern} → {scheme}" for pattern, scheme in targets.items()),
-            "device": str(self._device or "where each weight was created"),
+            "device": str(self.options.device or "where each weight was created"),
             "min_sqnr": "none" if self.min_sqnr is None else f"{self.min_sqnr:g} dB",
             "measure_sqnr": str(self.measure_sqnr),
         }
 
+    def begin(self) -> None:
+        super().begin()
+        self._agreements = Agreements(self.options.process_group)
+
     # Arming
+
+    def arm(self, model: nn.Module) -> None:
+        """Arm a model that exists."""
+        try:
+            self.begin()
+            self._arm_model(model)
+            self._fsdp.let_go_of_values()
+        except BaseException as error:
+            self.abort(error)
+            raise
 
     def constructed(self, module: nn.Module, name: str, param: nn.Parameter) -> torch.Tensor | None:
         """A parameter was registered by the thread this session listens to: arm it if it is being created."""
@@ -164,7 +202,7 @@ class OnlineSession(Session):
                     f"{full_name((module_name, module, name))} is quantized already. Load new values with "
                     "`module.weight.copy_(...)`, or start from a high-precision model."
                 )
-            if isinstance(param, LazyWeight) and not param._armed.host.closed:
+            if isinstance(param, LAZY) and waits_for_its_end(param):
                 raise QTensorError(
                     f"{full_name((module_name, module, name))} is armed by another session that is still open"
                 )
@@ -193,10 +231,12 @@ class OnlineSession(Session):
         if param is not whole:
             whole.requires_grad_(whole.requires_grad and not quantizable)
         weight.scheme = self._decide(weight, owners, whole)
-        self._replace(param, lazy, owners)
+        self._arming = Replacement(param, lazy, owners)
+        self._arming.do()
+        self._arming = None
         weight.params = [local_tensor(module._parameters[name])]
         if whole.is_meta and whole is not param:
-            swap(whole, rehome(whole))
+            Swap(whole, rehome(whole)).do()
 
     def _lazy(
         self,
@@ -212,7 +252,7 @@ class OnlineSession(Session):
 
         trusted: the values are a model's own, not whatever memory held when it was constructed.
         """
-        target = self._device or device or home(param)
+        target = self.options.device or device or home(param)
         weight = ArmedWeight(self, tuple(param.shape), param.dtype, target, (module, name))
         has_values = not param.is_meta and not isinstance(param, LazyWeight)
         values = param.detach().contiguous() if has_values else None
@@ -252,10 +292,6 @@ class OnlineSession(Session):
     # Finishing
 
     def _gather(self) -> None:
-        self._retie()
-        self._quantize_unseen()
-
-    def _retie(self) -> None:
         """A Parameter put out of sight under one name and assigned to an armed weight under another is a tie, which
         accelerate makes this way: both names get the armed weight."""
         armed = {id(w.assigned()): w for w in self._weights if w.assigned is not None and w.assigned() is not None}
@@ -265,8 +301,15 @@ class OnlineSession(Session):
                 standing = [p for p in weight.params if getattr(p, "_armed", None) is weight]
                 module._parameters[name] = cast(nn.Parameter, standing[0])
 
+    def _agree(self) -> None:
+        self._agreements.finish()
+
+    def _build(self) -> None:
+        self._quantize_unseen()
+        self._steps = list(self._final_steps())
+
     def _quantize_unseen(self) -> None:
-        """Weights that were assigned where no hook could see them are quantized now."""
+        """Weights that were assigned where no hook could see them are quantized now, and freed one by one."""
         found: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
         for module_name, module, name, param in self._tree.parameters():
             if type(param) is nn.Parameter and not param.is_meta and param.is_floating_point():
@@ -280,41 +323,50 @@ class OnlineSession(Session):
                 result = quantize(param, scheme, on_nonfinite="error" if self.refuse_nonfinite else "keep")
             except NonFiniteWeightError as error:
                 raise NonFiniteWeightError(str(error).replace("weight", name, 1)) from None
-            if self._device is not None:
-                result = result.to(self._device)  # type: ignore[assignment]
-            self._replace(param, nn.Parameter(result, requires_grad=False), owners)
+            if self.options.device is not None:
+                result = result.to(self.options.device)  # type: ignore[assignment]
+            self._unseen.append((param, owners))
+            Replacement(param, nn.Parameter(result, requires_grad=False), owners).do()
             self._notes[name] = "assigned out of sight; quantized at finish"
 
-    def _realise(self) -> None:
+    def _final_steps(self) -> Iterator[Callable[[], object]]:
         """Lazy weights take their final form: QTensor, or an ordinary Parameter."""
         for _, module, name, buffer in list(self._tree.lazy_buffers()):
             store = buffer._armed.store
             if isinstance(store, PlainStore):
                 # A buffer may be a view of a parameter, and goes on aliasing it.
-                module._buffers[name] = store.at(view_of(buffer))
+                yield partial(module._buffers.__setitem__, name, store.at(view_of(buffer)))
         live = self._tree.live(self)
         for weight, owners in live.items():
             held: list[torch.Tensor | None] = [local_tensor(m._parameters.get(n)) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
-                self._realise_parameter(weight, param, owners)
+                yield self._final_step(weight, param, owners)
         for weight in [w for w in self._weights if w not in live and w.coverage.complete]:
             # Outside of every model: a deep copy, or a handle someone holds. It was loaded all the same.
             for param in [p for p in weight.params if getattr(p, "_armed", None) is weight]:
-                self._realise_parameter(weight, param)
+                yield self._final_step(weight, param, ())
 
-    def _realise_parameter(self, weight: ArmedWeight, param: torch.Tensor, owners: Sequence[Owner] = ()) -> None:
-        if isinstance(weight.store, PlainStore) and isinstance(param, LazyWeight):
-            self._replace(param, _plain_parameter(param, weight.store.tensor), owners)
-        else:
-            close(param)
+    def _final_step(self, weight: ArmedWeight, param: torch.Tensor, owners: Sequence[Owner]) -> Callable[[], object]:
+        if isinstance(weight.store, PlainStore):
+            return Replacement(param, _plain_parameter(param, weight.store.tensor), owners).do
+        assert isinstance(weight.store, QuantStore)
+        return partial(_become_quantized, param, weight.store.result)
 
-    def _agree(self) -> None:
-        self._agreements.finish()
+    def vote(self) -> None:
+        self._agreements.settle()
 
-    def _abandon(self, error: BaseException | None) -> None:
-        if self._state == "open":
-            self._agreements.fail(describe(error) if error is not None else "its session was aborted")
-        super()._abandon(error)
+    def withdraw(self, error: BaseException | None) -> bool:
+        return self._agreements.fail(describe(error) if error is not None else "its session was aborted")
+
+    def commit(self) -> None:
+        for step in self._steps:
+            step()
+
+    def close(self, state: State) -> None:
+        super().close(state)
+        if state == "finished":
+            self._agreements.close()
+        self._steps, self._unseen, self._arming = [], [], None
 
     def _summary(self, state: str) -> LoadReport:
         report = super()._summary(state)
@@ -322,6 +374,14 @@ class OnlineSession(Session):
         return report
 
     def _undo(self) -> None:
+        """Values that arrived are given up; the model can be armed again."""
+        if self._arming is not None:
+            self._arming.do()
+        for param, owners in self._unseen:
+            if not isinstance(param, LAZY):
+                _, module, name = owners[0]
+                lazy = self._lazy(module, name, param, trusted=False, quantizable=True)
+                Replacement(param, lazy, owners).do()
         for weight in list(self._weights):
             kept = weight.store if isinstance(weight.store, PlainStore) and weight.store.initialised else None
             if kept is None:
@@ -330,7 +390,7 @@ class OnlineSession(Session):
                 if isinstance(param, LiveQTensor):
                     reopen(param)
                 elif kept is not None and isinstance(param, LazyWeight):
-                    self._replace(param, _plain_parameter(param, kept.tensor))
+                    Replacement(param, _plain_parameter(param, kept.tensor), ()).do()
 
     def _warn(self) -> None:
         assert self._report is not None
@@ -344,5 +404,11 @@ class OnlineSession(Session):
         super()._warn()
 
 
-def _plain_parameter(lazy: LazyWeight, tensor: torch.Tensor) -> nn.Parameter:
+def _become_quantized(param: Any, result: QTensor) -> None:
+    if isinstance(param, LAZY):
+        settle(param, result)
+    close(param)
+
+
+def _plain_parameter(lazy: torch.Tensor, tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=lazy.requires_grad)

@@ -12,13 +12,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules import module as torch_module
 
 from ..lazy.lazy_tensor import LazyWeight, LiveQTensor
 from ..modules import local_tensor
@@ -32,46 +30,57 @@ class Listener(Protocol):
     def attached(self, parent: nn.Module, child: nn.Module | None) -> None: ...
 
 
-# What else is in place while any session is open: functions that put it there and take it away.
+# What else is in place while any session is open: functions that put it there and take it away, which may be repeated.
 PATCHES: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
-_lock = threading.Lock()
-_open = 0
-_handles: list[Any] = []
-_thread = threading.local()
+_lock = threading.RLock()
+_open: WeakSet[Any] = WeakSet()
+_listening: dict[int, Listener] = {}
 
 
 def listening() -> Listener | None:
     """The session that arms what the calling thread constructs."""
-    return getattr(_thread, "listener", None)
+    return _listening.get(threading.get_ident())
 
 
-def listen(listener: Listener | None) -> None:
-    _thread.listener = listener
+def listen(listener: Listener) -> None:
+    """Let a session hear of what the calling thread constructs."""
+    _listening[threading.get_ident()] = listener
 
 
-def install() -> None:
-    """Count one more open session; the first one installs the hooks."""
-    global _open
+def unlisten(listener: object) -> None:
+    """The session hears of nothing any more, whichever thread it listened to."""
+    for thread in [thread for thread, other in list(_listening.items()) if other is listener]:
+        del _listening[thread]
+
+
+def install(session: object) -> None:
+    """A session is open; with the first one the hooks come. May be repeated."""
     with _lock:
-        _open += 1
-        if _open == 1:
-            _handles.append(register_module_parameter_registration_hook(_on_parameter))
-            _handles.append(register_module_module_registration_hook(_on_module))
-            for start, _ in PATCHES:
-                start()
+        _open.add(session)
+        for hooks, own, register in _HOOKS:
+            if own not in hooks.values():
+                register(own)
+        for start, _ in PATCHES:
+            start()
 
 
-def uninstall() -> None:
-    """Count one open session less; the last one removes the hooks."""
-    global _open
+def uninstall(session: object) -> None:
+    """A session is not open any more; with the last one the hooks go. May be repeated."""
     with _lock:
-        _open -= 1
-        if _open == 0:
-            while _handles:
-                _handles.pop().remove()
-            for _, stop in PATCHES:
-                stop()
+        _open.discard(session)
+        if _open:
+            return
+        for hooks, own, _ in _HOOKS:
+            for key in [key for key, hook in hooks.items() if hook is own]:
+                del hooks[key]
+        for _, stop in PATCHES:
+            stop()
+
+
+def installed() -> bool:
+    """Is there a hook, or a session that any thread listens for?"""
+    return bool(_listening) or any(own in hooks.values() for hooks, own, _ in _HOOKS)
 
 
 def is_constructing(module: nn.Module) -> bool:
@@ -121,3 +130,14 @@ def _on_module(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     listener = listening()
     if listener is not None:
         listener.attached(parent, child)
+
+
+# By the dictionaries that PyTorch keeps them in: a handle can be lost to an interrupt before anyone holds it.
+_HOOKS: list[tuple[dict[int, Any], Any, Callable[[Any], Any]]] = [
+    (
+        torch_module._global_parameter_registration_hooks,
+        _on_parameter,
+        torch_module.register_module_parameter_registration_hook,
+    ),
+    (torch_module._global_module_registration_hooks, _on_module, torch_module.register_module_module_registration_hook),
+]

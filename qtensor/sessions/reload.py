@@ -6,28 +6,32 @@ computing with the old values until `finish` commits the new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import ConfigError, QTensorError, WeightShapeError
+from ..errors import QTensorError, WeightShapeError
 from ..kernels import Audit
-from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor, close, parameter, swap
-from ..lazy.reload_store import SECOND_COPIES, PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
+from ..lazy.lazy_tensor import LAZY, LazyWeight, Swap, arm, attributes_of, close, parameter
+from ..lazy.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
 from ..lazy.weight import ArmedWeight
-from ..modules import Owner, full_name, local_tensor, parameters
+from ..modules import Owner, full_name, local_parameters, local_tensor, parameters
 from ..ranks.fsdp import reshard
 from ..ranks.sharding import Agreements, Sharding, session_vote
-from ..ranks.vote import describe
+from ..ranks.vote import Vote, describe
 from ..regions.views import whole
 from ..report.progress import ProgressLike
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
-from .session import OnMissing, OnNonfinite, Session, attributes_of
+from . import registration
+from .model_transaction import ModelTransaction, logger, waits_for_its_end
+from .options import OnMissing, OnNonfinite, ReloadOptions
+from .session import Session
+from .snapshot import Snapshot, is_plain_memory, put
+from .transaction import State
 
 
 def online_reload(
@@ -66,56 +70,64 @@ def online_reload(
     assert_identity: check at the end that every Parameter is the same object, at the same address, with the same
         attributes and ties, and raise QTensorError if one is not.
     """
-    return ReloadSession(
-        model, atomic, shadow, on_missing, on_nonfinite, strict_reads, process_group, assert_identity, progress
+    options = ReloadOptions(
+        atomic=atomic,
+        shadow=shadow,
+        on_missing=on_missing,
+        on_nonfinite=on_nonfinite,
+        strict_reads=strict_reads,
+        process_group=process_group,
+        assert_identity=assert_identity,
+        progress=progress,
     )
+    reload = Reload(model, options)
+    session = ReloadSession(reload)  # From here on somebody ends what is begun.
+    reload.arm(model)
+    return session
 
 
 class ReloadSession(Session):
     """One reload. See `online_reload`."""
 
-    opener = "online_reload"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        atomic: bool,
-        shadow: ShadowKind,
-        on_missing: OnMissing,
-        on_nonfinite: OnNonfinite,
-        strict_reads: bool,
-        process_group: dist.ProcessGroup | Sharding | None,
-        assert_identity: bool,
-        progress: ProgressLike,
-    ) -> None:
-        if on_missing not in ("error", "zero", "keep"):
-            raise ConfigError(f'on_missing of a reload is "error", "zero" or "keep", not {on_missing!r}')
-        if shadow not in SECOND_COPIES:
-            raise ConfigError(f'shadow is "device" or "host", not {shadow!r}')
+class Reload(ModelTransaction):
+    """One reload into weights that a model is using."""
+
+    opener = "online_reload"
+    options: ReloadOptions
+
+    def __init__(self, model: nn.Module, options: ReloadOptions) -> None:
         reshard(model)
-        schemes = sorted({str(p.scheme) for p in _held(model) if isinstance(p, QTensor)})
+        schemes = sorted({str(p.scheme) for p in local_parameters(model) if isinstance(p, QTensor)})
         if not schemes:
             raise QTensorError("online_reload: no weight of this model is quantized; load it with online_quant(...)")
-        super().__init__(model, ", ".join(schemes), on_missing, on_nonfinite, strict_reads, progress)
-        self.atomic, self._shadow, self._assert_identity = atomic, shadow, assert_identity
-        self._armed: dict[ArmedWeight, torch.Tensor] = {}  # weight → the other half of a swap, for plain ones
+        super().__init__(model, ", ".join(schemes), options)
+        self._arming: dict[ArmedWeight, _Arming] = {}
         self._touched: set[ArmedWeight] = set()
         self._finished_layers: dict[tuple[str, nn.Module], None] = {}
-        self._refuse_what_cannot_be_reloaded(model)
-        self._before = Snapshot(model, atomic)
-        self._vote = session_vote(model, process_group)
-        self._agreements = Agreements(process_group, self._vote)
-        self._late: BaseException | None = None
-        self._begin()
-        try:
-            self._arm(model)
-        except BaseException as error:
-            self._abandon(error)
-            raise
+        self._vote: Vote | None = None
+        self._agreements = Agreements()
 
     # Arming
 
+    def arm(self, model: nn.Module) -> None:
+        """Let every parameter of the model take new values."""
+        try:
+            self._refuse_what_cannot_be_reloaded(model)
+            self._before = Snapshot(model, self.options.atomic)
+            self.begin()
+            self._vote = session_vote(model, self.options.process_group)
+            self._agreements = Agreements(self.options.process_group, self._vote)
+            registration.install(self)
+            self._arm_all(model)
+        except BaseException as error:
+            self.abort(error)
+            raise
+
     def _refuse_what_cannot_be_reloaded(self, model: nn.Module) -> None:
+        for param in local_parameters(model):
+            if isinstance(param, LAZY):
+                waits_for_its_end(param)
         for module_name, module, name, held in parameters(model):
             param, full = local_tensor(held), full_name((module_name, module, name))
             if isinstance(param, LAZY):
@@ -124,7 +136,7 @@ class ReloadSession(Session):
             if isinstance(param, QTensor) and (param.transposed or not param.whole_units):
                 raise QTensorError(f"{full} is a view of a quantized weight; it cannot be reloaded on its own")
 
-    def _arm(self, model: nn.Module) -> None:
+    def _arm_all(self, model: nn.Module) -> None:
         seen: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
         for module_name, module, name, param in parameters(model):
             seen.setdefault(id(param), (param, []))[1].append((module_name, module, name))
@@ -133,7 +145,10 @@ class ReloadSession(Session):
             if isinstance(param, QTensor):
                 self._arm_quantized(param, owners, held)
             elif param.is_floating_point() and not param.is_meta:
-                self._arm_plain(param, owners)
+                if is_plain_memory(param):
+                    self._arm_plain(param, owners)
+                else:  # Sparse or expanded: a loader writes to it as PyTorch lets it.
+                    self._before.watch(param)
         self._tree.changed()
 
     def _weight(self, param: torch.Tensor, owner: Owner) -> ReloadedWeight:
@@ -147,36 +162,28 @@ class ReloadSession(Session):
         weight.store = ReloadStore(
             live, weight.coverage, audit, self.staged, self.second_copy, self._kind, self._early, shared
         )
-        armed = cast(Any, param)
-        armed.__class__ = LiveQTensor
-        armed._armed, armed._meta = weight, torch.empty(param.shape, dtype=param.dtype, device="meta")
-        weight.adopt(armed)
-        self._armed[weight] = live
+        self._arming[weight] = arming = _ArmedQuantized(param, weight)
+        arming.do()
         self._progress.expect(1)
 
     def _arm_plain(self, param: torch.Tensor, owners: list[Owner]) -> None:
         weight = self._weight(param, owners[0])
         weight.scheme = None
         weight.store = PlainReloadStore(param.detach(), weight.coverage, self.second_copy, self._kind, self._early)
-        lazy = parameter(weight, param.requires_grad)
-        lazy.__dict__.update(attributes_of(param))
-        try:
-            swap(param, lazy)
-        except RuntimeError:
+        arming = _ArmedPlain(param, weight)
+        self._arming[weight] = arming
+        if not arming.do():
             # C++ holds a weak reference: it stays as it is, and a loader writes to it directly.
             self._before.watch(param)
-            weight.params.clear()
-            return
-        weight.params = [param]
-        self._armed[weight] = lazy
+            del self._arming[weight]
 
     @property
     def _kind(self) -> ShadowKind:
-        return self._shadow if self.atomic else "device"
+        return self.options.shadow if self.options.atomic else "device"
 
     @property
     def _early(self) -> bool:
-        return not self.atomic
+        return not self.options.atomic
 
     # What armed weights ask (lazy.weight.Host)
 
@@ -195,14 +202,14 @@ class ReloadSession(Session):
         self._hold(weight)
         if isinstance(weight.store, ReloadStore):
             self._progress.advance(weight.store.result.nbytes)
-        if weight in self._touched and self._layer_hooks:
+        if weight in self._touched and self.layer_hooks:
             self._run_layer_hooks(weight)
 
     def reopened(self, weight: ArmedWeight) -> None:
         self._hold(weight, -1)  # The Parameter stands for the live values, which are whole.
 
     def _run_layer_hooks(self, weight: ArmedWeight) -> None:
-        if self.atomic and self._state == "open":
+        if self.options.atomic:
             self._finished_layers.update({(name, module): None for name, module, _ in self._tree.owners(weight)})
         else:
             super()._run_layer_hooks(weight)
@@ -210,30 +217,42 @@ class ReloadSession(Session):
     # Finishing
 
     def _gather(self) -> None:
-        """What was put into a module in place of its Parameter or buffer is taken as new values for it."""
+        """What was put into a module in place of its Parameter or buffer, or exchanged with a Parameter
+        (`torch.utils.swap_tensors`), is taken as new values for it."""
+        for weight, arming in self._arming.items():
+            if not isinstance(arming.param, LAZY):
+                values = arming.param.detach()
+                if values.shape != weight.shape or values.is_meta:
+                    raise self._misfit(weight.name, weight.shape, values)
+                arming.do()
+                with torch.no_grad():
+                    arming.param.data.copy_(values)
         for owner, original, current in self._before.replaced():
             _, module, name = owner
             if not isinstance(current, torch.Tensor) or current.shape != original.shape or current.is_meta:
-                found = list(current.shape) if isinstance(current, torch.Tensor) else current
-                raise WeightShapeError(
-                    f"{full_name(owner)} {list(original.shape)} was replaced by {found} during the reload; write new "
-                    "values of the same shape"
-                )
+                raise self._misfit(full_name(owner), original.shape, current)
             if isinstance(original, LAZY):
                 original._armed.write(whole(original._armed.shape), current.detach())
             else:
                 with torch.no_grad():
                     original.copy_(current)
-            _put(module, name, original)
+            put(module, name, original)
+
+    @staticmethod
+    def _misfit(name: str, shape: tuple[int, ...], found: Any) -> WeightShapeError:
+        what = list(found.shape) if isinstance(found, torch.Tensor) else found
+        return WeightShapeError(
+            f"{name} {list(shape)} was replaced by {what} during the reload; write new values of the same shape"
+        )
 
     def _complete(self) -> None:
         shared = self._agreements.weights
         written = {weight.name for weight in shared if weight in self._touched}
-        if self._vote is not None and shared and self.on_missing == "keep":
+        if self._vote is not None and shared and self.options.on_missing == "keep":
             written = self._vote.union("written", written)
-        for weight in self._armed:
+        for weight in self._arming:
             store = weight.store
-            if not isinstance(store, ReloadStore) or self.on_missing != "keep":
+            if not isinstance(store, ReloadStore) or self.options.on_missing != "keep":
                 continue
             in_part = store.has_open_units()
             if weight in shared and weight.shared is True:
@@ -248,72 +267,62 @@ class ReloadSession(Session):
         super()._complete()
 
     def _agree(self) -> None:
-        """All ranks commit, or none. Once all have said that they can, it is too late to be interrupted."""
         self._agreements.finish()
-        if self._vote is None:
-            return
-        try:
+
+    def _build(self) -> None:
+        if self.options.assert_identity:
+            self._before.require_same(self._at_commit())
+
+    def _at_commit(self) -> dict[int, torch.Tensor]:
+        """By Parameter: the memory that it will stand for when it is committed."""
+        return {id(arming.param): arming.live for arming in self._arming.values()}
+
+    def vote(self) -> None:
+        if self._vote is not None:
             self._vote.settle()
-        except BaseException as error:
-            if self._vote.fail(describe(error)):
-                raise
-            self._late = error
-        self._agreements.close()
 
-    def _abandon(self, error: BaseException | None) -> None:
-        if self._state == "open" and self._vote is not None:
-            self._vote.fail(describe(error) if error is not None else "its session was aborted")
-        super()._abandon(error)
+    def withdraw(self, error: BaseException | None) -> bool:
+        reason = describe(error) if error is not None else "its session was aborted"
+        return self._vote is None or self._vote.fail(reason)
 
-    def _realise(self) -> None:
-        try:
-            insist(self._commit)
-            if self._late is not None:
-                raise self._late
-            if self._assert_identity:
-                self._before.require_same()
-        except BaseException:
-            self._close("finished", "the session has finished")
-            self._fsdp.release()
-            raise
-
-    def _commit(self) -> None:
-        for weight in self._armed:
+    def commit(self) -> None:
+        for weight in self._arming:
             with weight.lock:
                 cast(ReloadedWeight, weight).store.commit()
-        for weight in self._armed:
-            self._disarm(weight)
-
-    def _close(self, state: str, reason: str) -> None:
-        layers = list(self._finished_layers) if state == "finished" else []
-        super()._close(state, reason)
-        for name, module in layers:
-            for hook in self._layer_hooks:
-                hook(name, module)
+        for arming in self._arming.values():
+            arming.undo()
 
     def _undo(self) -> None:
-        insist(self._roll_back)
-
-    def _roll_back(self) -> None:
-        for weight in self._armed:
+        if not self.begun:
+            return
+        for weight in self._arming:
             with weight.lock:
                 cast(ReloadedWeight, weight).store.rollback()
         self._before.restore()
-        for weight in self._armed:
-            self._disarm(weight)
+        for arming in self._arming.values():
+            arming.undo()
 
-    def _disarm(self, weight: ArmedWeight) -> None:
-        """The Parameter is again the object it was before the reload."""
-        other = self._armed[weight]
-        for param in weight.params:
-            if isinstance(param, LiveQTensor):
-                close(param)
-            elif isinstance(param, LazyWeight):
-                other.__dict__.update(attributes_of(param))
-                swap(param, other)
+    def close(self, state: State) -> None:
+        super().close(state)
+        if state == "finished":
+            self._agreements.close()
+        self._arming = {}
+
+    def tell(self) -> None:
+        super().tell()
+        assert self._report is not None
+        for name, module in self._finished_layers:
+            for hook in self.layer_hooks:
+                try:
+                    hook(name, module)
+                except Exception as error:
+                    problem = f"{name}: the reload is finished, and its on_layer_quantized hook raised {error!r}"
+                    self._report.warnings.append(problem)
+                    logger.warning(problem, exc_info=True)
 
     def _settings(self) -> dict[str, str]:
-        told = {"atomic": self.atomic, "shadow": self._shadow, "assert_identity": self._assert_identity}
+        options = self.options
+        told = {"atomic": options.atomic, "shadow": options.shadow, "assert_identity": options.assert_identity}
         return super()._settings() | {key: str(value) for key, value in told.items()}
 
     def _summary(self, state: str) -> LoadReport:
@@ -322,95 +331,48 @@ class ReloadSession(Session):
         return report
 
 
-def insist(action: Callable[[], object]) -> None:
-    """Do it, whatever the keyboard says: an interrupt is raised when it is done. The action may be begun again."""
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            action()
-            break
-        except KeyboardInterrupt as error:
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
+class _ArmedQuantized:
+    """A quantized Parameter that takes new values. `do` and `undo` may be repeated, and undo what was half done; they
+    put it back where `torch.utils.swap_tensors` has made something else of it."""
+
+    def __init__(self, param: QTensor, weight: ArmedWeight) -> None:
+        self.param, self.live, self._weight = param, cast(QTensor, param.detach()), weight
+        self._attributes = attributes_of(param)
+
+    def do(self) -> bool:
+        self._put_back()
+        arm(self.param, self._weight)
+        return True
+
+    def undo(self) -> None:
+        self._put_back()
+        close(self.param)
+
+    def _put_back(self) -> None:
+        if not isinstance(self.param, QTensor):
+            twin = cast(Any, self.live.detach())
+            twin._is_param = True
+            twin.__dict__.update(self._attributes)
+            Swap(self.param, twin).do()
 
 
-class Snapshot:
-    """What a model was before a reload: its Parameters and buffers as objects, their addresses and attributes, and
-    (with `values`) the bytes of those tensors that no store looks after."""
+class _ArmedPlain:
+    """A Parameter in high precision that is a lazy weight while it takes new values. `do` and `undo` as above."""
 
-    def __init__(self, model: nn.Module, values: bool) -> None:
-        self._values = values
-        self._entries: list[tuple[Owner, torch.Tensor]] = []
-        self._attributes: dict[int, tuple[torch.Tensor, dict[str, Any], tuple[int, ...]]] = {}
-        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for module_name, module in model.named_modules():
-            for entries in (module._parameters, module._buffers):
-                for name, tensor in entries.items():
-                    if tensor is not None:
-                        self._entries.append(((module_name, module, name), tensor))
-                        self._attributes[id(tensor)] = (tensor, attributes_of(tensor), _addresses(tensor))
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    self.watch(buffer)
-        for param in _held(model):
-            if not isinstance(param, QTensor) and not param.is_floating_point():
-                self.watch(param)
+    def __init__(self, param: torch.Tensor, weight: ArmedWeight) -> None:
+        self.param, self.live, self._weight = param, param.detach(), weight
+        self._other = parameter(weight, param.requires_grad)
+        self._other.__dict__.update(attributes_of(param))
+        self._swap = Swap(param, self._other)
+        weight.params = [param]
 
-    def watch(self, tensor: torch.Tensor) -> None:
-        """Nobody else looks after this one's values."""
-        if self._values and not tensor.is_meta:
-            self._saved.append((tensor, tensor.detach().clone()))
+    def do(self) -> bool:
+        return self._swap.do()
 
-    def replaced(self) -> Iterator[tuple[Owner, Any, Any]]:
-        """Entries of modules that hold another object now: owner, the original, what is there."""
-        for (module_name, module, name), original in self._entries:
-            current = _entries(module, name).get(name)
-            if current is not original:
-                yield (module_name, module, name), original, current
-
-    def restore(self) -> None:
-        for (_, module, name), original in self._entries:
-            if _entries(module, name).get(name) is not original:
-                _put(module, name, original)
-        for tensor, values in self._saved:
-            with torch.no_grad():
-                tensor.copy_(values)
-        for tensor, attributes, _ in self._attributes.values():
-            for key in attributes_of(tensor).keys() - attributes.keys():
-                del tensor.__dict__[key]
-            tensor.__dict__.update(attributes)
-
-    def require_same(self) -> None:
-        """Raise QTensorError unless objects, addresses and attributes are what they were."""
-        for owner, original, _ in self.replaced():
-            raise QTensorError(f"assert_identity: {full_name(owner)} {list(original.shape)} is another object now")
-        for owner, original in self._entries:
-            tensor, attributes, addresses = self._attributes[id(original)]
-            if _addresses(tensor) != addresses:
-                raise QTensorError(f"assert_identity: {full_name(owner)} has moved to another address")
-            now = attributes_of(tensor)
-            if now.keys() != attributes.keys() or any(now[key] is not attributes[key] for key in now):
-                raise QTensorError(f"assert_identity: {full_name(owner)} has other attributes now")
+    def undo(self) -> None:
+        if isinstance(self.param, LazyWeight):
+            self._other.__dict__.update(attributes_of(self.param))
+        self._swap.undo()
 
 
-def _held(model: nn.Module) -> Iterator[Any]:
-    """What this rank holds of every parameter."""
-    for *_, param in parameters(model):
-        yield local_tensor(param)
-
-
-def _addresses(tensor: torch.Tensor) -> tuple[int, ...]:
-    local = local_tensor(tensor)
-    return tuple(part.data_ptr() for part in (local.parts() if isinstance(local, QTensor) else (local,)))
-
-
-def _entries(module: nn.Module, name: str) -> dict[str, Any]:
-    return module._parameters if name in module._parameters else module._buffers
-
-
-def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Place a tensor where a module keeps its kind, past every hook."""
-    isparam = isinstance(tensor, nn.Parameter)
-    (module._buffers if isparam else module._parameters).pop(name, None)
-    (module._parameters if isparam else module._buffers)[name] = tensor  # type: ignore[assignment]
+_Arming = _ArmedQuantized | _ArmedPlain
