@@ -1,0 +1,334 @@
+"""Exceptions at any moment: from a timer's signal handler, at a given line of qtensor, or in a given torch operation.
+
+A subject is a small model and something that is done to it. Afterwards the model must be all old or all new, compute,
+and take the next load; and nothing may be left behind. Nothing here knows how qtensor does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import random
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qtensor
+from qtensor import QTensor, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload, quantize
+
+STOPS: tuple[type[BaseException], ...] = (KeyboardInterrupt, TimeoutError, SystemExit, MemoryError)
+SCHEMES = {"up.weight": fp8_per_channel, "down.weight": fp8_per_tensor, "wide.weight": fp8_per_block}
+TARGETS = SCHEMES | {"head.weight": fp8_per_channel}
+Weights = dict[str, torch.Tensor]
+
+
+class Net(nn.Module):
+    """A weight of each granularity, biases, a buffer, and a tie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.wide = nn.Linear(16, 32), nn.Linear(32, 16, bias=False), nn.Linear(16, 160)
+        self.head = nn.Linear(16, 32)
+        self.head.weight = self.up.weight
+        self.register_buffer("steps", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x)) + self.wide(x)[:, :16]
+
+
+def values(seed: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        net = Net()
+    return {
+        name: torch.randn(t.shape, generator=generator)
+        for name, t in net.state_dict().items()
+        if name != "head.weight"
+    }
+
+
+def load(net: Net, weights: Weights) -> None:
+    """As a loader does it: in pieces, columns too."""
+    params: dict[str, Any] = dict(net.named_parameters()) | dict(net.named_buffers())
+    with torch.no_grad():
+        for name, value in weights.items():
+            if value.dim() == 2 and value.shape[0] == 160:
+                params[name].data[:, 8:].copy_(value[:, 8:])
+                params[name].data[:, :8].copy_(value[:, :8])
+            elif value.dim() == 2:
+                params[name].data[:8].copy_(value[:8])
+                params[name].data[8:].copy_(value[8:])
+            else:
+                params[name].data.copy_(value)
+
+
+def loaded(weights: Weights) -> Net:
+    net = Net()
+    with online_quant(TARGETS, net):
+        load(net, weights)
+    return net
+
+
+def expected(weights: Weights) -> dict[str, bytes]:
+    return {
+        name: b"".join(_bytes(p) for p in (quantize(w, SCHEMES[name]).parts() if name in SCHEMES else (w,)))
+        for name, w in weights.items()
+    }
+
+
+def held(net: Net) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for name, t in (*net.named_parameters(), *net.named_buffers()):
+        if name in SCHEMES:
+            assert type(t) is QTensor, f"{name} is a {type(t).__name__}"
+        parts = t.parts() if isinstance(t, QTensor) else (t,)
+        found[name] = b"".join(map(_bytes, parts))
+    return found
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+OLD, NEW, NEXT = values(0), values(1), values(2)
+STATES = {"old": expected(OLD), "new": expected(NEW), "next": expected(NEXT)}
+
+
+class Subject:
+    """What is interrupted: `run`. kind: "load", "abort of a load", or a mode of reload."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.net = Net() if "load" in kind.split() else loaded(OLD)
+        self.objects = {name: param for name, param in self.net.named_parameters()}
+
+    def run(self) -> None:
+        if "load" in self.kind.split():
+            with online_quant(TARGETS, self.net):
+                load(self.net, NEW)
+                if "abort" in self.kind:
+                    raise _Enough
+            return
+        mode: dict[str, Any] = {"shadow": "host" if "host" in self.kind else "device", "atomic": "each" not in self.kind}
+        with online_reload(self.net, **mode):
+            load(self.net, NEW)
+            if "abort" in self.kind:
+                raise _Enough
+
+    def problem(self) -> str | None:
+        """What is wrong with the model or the process now; None if nothing is."""
+        gc.collect()
+        try:
+            if "load" in self.kind.split():
+                if any(type(p) is not QTensor for n, p in self.net.named_parameters() if n in SCHEMES):
+                    load_again = online_quant(TARGETS, self.net)
+                    with load_again:
+                        load(self.net, NEW)
+                if held(self.net) != STATES["new"]:
+                    return "it is not what was loaded"
+            else:
+                now = held(self.net)
+                if "each" in self.kind:
+                    wrong = [n for n in now if now[n] not in (STATES["old"][n], STATES["new"][n])]
+                    if wrong:
+                        return f"{wrong} are neither old nor new"
+                elif now not in (STATES["old"], STATES["new"]):
+                    return f"old: {[n for n in now if now[n] == STATES['old'][n]]}, new: " + str(
+                        [n for n in now if now[n] == STATES["new"][n]]
+                    )
+                if {n: id(p) for n, p in self.net.named_parameters()} != {n: id(p) for n, p in self.objects.items()}:
+                    return "a Parameter is another object"
+            if not torch.isfinite(self.net(torch.ones(2, 16))).all():
+                return "the forward pass gives no numbers"
+            with online_reload(self.net):
+                load(self.net, NEXT)
+            if held(self.net) != STATES["next"]:
+                return "the next reload did not load"
+            if any("_armed" in p.__dict__ or "_meta" in p.__dict__ for p in self.net.parameters()):
+                return "a Parameter knows its session still"
+            if left := hooks_left():
+                return f"hooks are left: {left}"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+
+class _Enough(Exception):
+    """What a loader fails with."""
+
+
+def hooks_left() -> list[str]:
+    """Functions of qtensor among PyTorch's process-wide hooks."""
+    from torch.nn.modules import module
+
+    tables = [v for k, v in vars(module).items() if k.startswith("_global_") and k.endswith("hooks")]
+    return [repr(h) for table in tables for h in table.values() if h.__module__.startswith("qtensor")]
+
+
+KINDS = [
+    "load",
+    "abort of a load",
+    "reload",
+    "reload in place, host",
+    "reload of each",
+    "abort of a reload",
+    "abort of a reload in place, host",
+    "abort of a reload of each",
+]
+
+
+def attempt(subject: Subject, around: Callable[[], Any]) -> BaseException | None:
+    """Run the subject within `around()`; what came out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with around():
+                subject.run()
+        except BaseException as error:
+            error.__traceback__ = None
+            error.__context__ = error.__cause__ = None
+            return None if isinstance(error, _Enough) else error
+    return None
+
+
+@contextmanager
+def timer(seconds: float, stop: type[BaseException]) -> Iterator[None]:
+    """`stop` is raised from a signal handler after so much time, unless all is over by then."""
+
+    def handler(*_: object) -> None:
+        raise stop("from a timer")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+        yield
+    finally:
+        while True:
+            with suppress(*STOPS):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+                break
+
+
+def duration(kind: str) -> float:
+    times = []
+    for _ in range(5):
+        subject = Subject(kind)
+        start = time.perf_counter()
+        with suppress(_Enough):
+            subject.run()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[2]
+
+
+def random_moments(runs: int, seed: int) -> list[str]:
+    """Every kind, stopped at random moments. What went wrong, one line each."""
+    chance, wrong = random.Random(seed), []
+    longest = {kind: duration(kind) for kind in KINDS}
+    for i in range(runs):
+        kind, stop = KINDS[i % len(KINDS)], chance.choice(STOPS)
+        subject, moment = Subject(kind), chance.random() * longest[kind] * 1.2
+        attempt(subject, lambda moment=moment, stop=stop: timer(moment, stop))  # type: ignore[misc]
+        problem = subject.problem()
+        if problem is not None:
+            wrong.append(f"{kind}, {stop.__name__} after {moment * 1e3:.3f} ms: {problem}")
+    return wrong
+
+
+class AtLine:
+    """Raises at a line of qtensor when it is run for the n-th time (-1: never); notes all lines that are run."""
+
+    def __init__(self, line: str, n: int, stop: type[BaseException]) -> None:
+        self._line, self._n, self._stop = line, n, stop
+        self.seen: Counter[str] = Counter()
+
+    def __enter__(self) -> AtLine:
+        self._before = sys.gettrace()
+        sys.settrace(self._on_call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self._on_line if _file(frame.f_code) else None
+
+    def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            where = f"{_file(frame.f_code)}:{frame.f_lineno}"
+            self.seen[where] += 1
+            if where == self._line and self.seen[where] == self._n:
+                raise self._stop("at a line")
+        return self._on_line
+
+
+PACKAGE = str(Path(qtensor.__file__).parent)
+
+
+@functools.cache
+def _file(code: CodeType) -> str:
+    """Of qtensor's own files that keep state: sessions, weights, ranks."""
+    package, _, rest = code.co_filename.partition(PACKAGE + "/")
+    return rest if not package and rest.split("/")[0] in ("sessions", "lazy", "ranks") else ""
+
+
+def lines_of(kind: str) -> Counter[str]:
+    """The lines of qtensor that a kind of subject runs, and how often."""
+    with AtLine("", -1, KeyboardInterrupt) as tracer, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(_Enough):
+            Subject(kind).run()
+    return tracer.seen
+
+
+def at_every_line(kind: str, stop: type[BaseException], where: Callable[[str], bool] = bool) -> list[str]:
+    """The subject stopped at each line, when it is run first and last. What went wrong, one line each."""
+    wrong = []
+    for line, times in lines_of(kind).items():
+        for n in {1, times} if where(line) else ():
+            subject = Subject(kind)
+            attempt(subject, lambda line=line, n=n: AtLine(line, n, stop))  # type: ignore[misc]
+            problem = subject.problem()
+            if problem is not None:
+                wrong.append(f"{kind}, {stop.__name__} at {line} ({n}): {problem}")
+    return wrong
+
+
+def in_every_operation(kind: str, stop: type[BaseException]) -> list[str]:
+    """The subject stopped in each torch operation it runs. What went wrong, one line each."""
+    wrong, n = [], 0
+    while True:
+        n += 1
+        subject, mode = Subject(kind), InOperation(n, stop)
+        attempt(subject, lambda mode=mode: mode)  # type: ignore[misc]
+        if mode.seen < n:
+            return wrong
+        problem = subject.problem()
+        if problem is not None:
+            wrong.append(f"{kind}, {stop.__name__} in operation {n}: {problem}")
+
+
+class InOperation(TorchDispatchMode):
+    """Raises in the n-th torch operation that is run."""
+
+    def __init__(self, n: int, stop: type[BaseException]) -> None:
+        super().__init__()
+        self._n, self._stop, self.seen = n, stop, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self._n:
+            raise self._stop(f"in {func}")
+        return func(*args, **(kwargs or {}))
+
