@@ -18,7 +18,8 @@ import gpu
 import torch
 
 import qtensor.kernels as kernels
-from qtensor.kernels import FORMATS, Audit, WeightFormat, reference
+from qtensor.kernels import FORMATS, Audit, Parts, WeightFormat
+from qtensor.kernels.reference import TORCH
 
 SHAPES = {
     "small 2048x2048": (2048, 2048),
@@ -124,16 +125,16 @@ def copy_bandwidth(device: torch.device, quick: bool) -> float:
 
 def same_bytes(fmt: WeightFormat, x: torch.Tensor) -> bool:
     """Whether the kernels on this device give the bytes of the CPU reference."""
-    q, s = torch.empty(x.shape, dtype=fmt.dtype), torch.empty(fmt.scale_shape(x.shape))
-    dq, ds = q.to(x.device), s.to(x.device)
-    reference.quantize_into(x.cpu(), q, s, fmt, Audit(refuse_nonfinite=False))
-    kernels.quantize_into(x, dq, ds, fmt, Audit(refuse_nonfinite=False))
-    expected, actual = q.view(torch.uint8), dq.cpu().view(torch.uint8)
+    wanted, found = (Parts.of(tuple(x.shape), fmt, device) for device in ("cpu", x.device))
+    TORCH.quantize_into(x.cpu(), wanted, fmt, Audit(refuse_nonfinite=False))
+    fast = kernels.choose(x.device)
+    fast.quantize_into(x, found, fmt, Audit(refuse_nonfinite=False))
+    expected, actual = (parts.qdata.cpu().view(torch.uint8) for parts in (wanted, found))
     nan = (expected & 0x7F == 0x7F) & (actual & 0x7F == 0x7F)
-    same = bool(((expected == actual) | nan).all()) and torch.equal(s, ds.cpu())
+    same = bool(((expected == actual) | nan).all()) and torch.equal(wanted.scale, found.scale.cpu())
     for dtype in kernels.SOURCE_DTYPES:
-        back = kernels.dequantize(dq, ds, fmt, dtype).cpu()
-        same &= torch.equal(back.nan_to_num(), reference.dequantize(dq.cpu(), s, fmt, dtype).nan_to_num())
+        back = fast.dequantize(found, fmt, dtype).cpu()
+        same &= torch.equal(back.nan_to_num(), TORCH.dequantize(wanted, fmt, dtype).nan_to_num())
     return same
 
 
@@ -164,7 +165,7 @@ def check(device: torch.device) -> list[str]:
             failures.append(f"encoder, {values.dtype}")
     for fmt in (kernels.FP8_PER_CHANNEL, kernels.FP8_PER_BLOCK):
         x = torch.randn(77, 1408, generator=generator).to(torch.bfloat16)
-        expected, actual = reference.quantize_activation(x, fmt), kernels.quantize_activation(x.to(device), fmt)
+        expected, actual = TORCH.quantize_activation(x, fmt), kernels.quantize_activation(x.to(device), fmt)
         pairs = zip(expected, actual, strict=True)
         if not all(torch.equal(a.contiguous().view(torch.uint8), b.cpu().view(torch.uint8)) for a, b in pairs):
             failures.append(f"activation, {fmt.name}")
@@ -203,7 +204,7 @@ def measure(device: torch.device, bandwidth: float, quick: bool) -> list[dict[st
         x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
         for fmt in (kernels.FP8_PER_CHANNEL, kernels.FP8_PER_BLOCK):
             kind = "activation per token" if fmt.granularity == "channel" else "activation per 1x128"
-            compiled = torch.compile(lambda x, f=fmt: reference.quantize_activation(x, f), dynamic=False)
+            compiled = torch.compile(lambda x, f=fmt: TORCH.quantize_activation(x, f), dynamic=False)
             ways = {
                 "qtensor": lambda x=x, f=fmt: kernels.quantize_activation(x, f),
                 "torch.compile": lambda x=x, c=compiled: c(x),

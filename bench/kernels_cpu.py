@@ -26,12 +26,20 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qtensor.kernels import FORMATS, FP8_PER_CHANNEL, reference
-from qtensor.kernels.audit import Audit
-from qtensor.kernels.cpu import numba_backend
-from qtensor.kernels.formats import WeightFormat
+from qtensor.kernels import (
+    FORMATS,
+    FP8_PER_BLOCK,
+    FP8_PER_CHANNEL,
+    FP8_PER_TENSOR,
+    Audit,
+    Backend,
+    Parts,
+    WeightFormat,
+    choose,
+)
+from qtensor.kernels.reference import TORCH
 
-FUSED = [fmt for fmt in FORMATS.values() if numba_backend.is_fused(fmt)]
+FUSED = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK)
 SHAPES = [(4096, 4096), (8192, 28672)]
 QUICK_SHAPES = [(2048, 4096)]
 BATCHES = (1, 2, 4, 8, 16)
@@ -87,8 +95,12 @@ def naive_dequantize(qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (qdata.float() * scale).bfloat16()
 
 
-def dequantize_then_linear(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return functional.linear(x, numba_backend.dequantize(qdata, scale, FP8_PER_CHANNEL, torch.bfloat16))
+def numba() -> Backend:
+    return choose(torch.device("cpu"), "numba")
+
+
+def dequantize_then_linear(x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    return functional.linear(x, numba().dequantize(parts, FP8_PER_CHANNEL, torch.bfloat16))
 
 
 def torchao_per_row(weight: torch.Tensor) -> dict[str, Call]:
@@ -109,18 +121,17 @@ def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]
     weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
     table = []
     for fmt in FUSED:
-        qdata = torch.empty(shape, dtype=fmt.dtype)
-        scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
-        ours = partial(numba_backend.quantize_into, weight, qdata, scale, fmt)
+        parts = Parts.of(shape, fmt)
+        ours = partial(numba().quantize_into, weight, parts, fmt)
         calls: dict[str, Call] = {
             "qtensor numba": ours,
             "qtensor numba, non-finite kept": partial(ours, Audit(refuse_nonfinite=False)),
             "qtensor numba, SQNR measured": partial(ours, Audit(measure_sqnr=True)),
-            "qtensor torch reference": partial(reference.quantize_into, weight, qdata, scale, fmt),
+            "qtensor torch reference": partial(TORCH.quantize_into, weight, parts, fmt),
             "naive torch": partial(naive, weight, fmt),
         }
         if fmt is FP8_PER_CHANNEL:
-            calls["vLLM's formula, 64 MiB chunks"] = partial(chunked, weight, qdata, scale)
+            calls["vLLM's formula, 64 MiB chunks"] = partial(chunked, weight, parts.qdata, parts.scale)
             calls |= torchao_per_row(weight)
         table += rows_of("quantize " + fmt.name, shape, calls, budget)
     return table
@@ -129,16 +140,15 @@ def quantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]
 def dequantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     table = []
     for fmt in FUSED:
-        qdata = torch.empty(shape, dtype=fmt.dtype)
-        scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32)
-        numba_backend.quantize_into(torch.randn(shape, dtype=torch.bfloat16), qdata, scale, fmt)
+        parts = Parts.of(shape, fmt)
+        numba().quantize_into(torch.randn(shape, dtype=torch.bfloat16), parts, fmt)
         out = torch.empty(shape, dtype=torch.bfloat16)
         calls: dict[str, Call] = {
-            "qtensor numba": partial(numba_backend.dequantize, qdata, scale, fmt, torch.bfloat16, out),
-            "qtensor torch reference": partial(reference.dequantize, qdata, scale, fmt, torch.bfloat16, out),
+            "qtensor numba": partial(numba().dequantize, parts, fmt, torch.bfloat16, out),
+            "qtensor torch reference": partial(TORCH.dequantize, parts, fmt, torch.bfloat16, out),
         }
         if fmt.granularity != "block":
-            calls["naive torch"] = partial(naive_dequantize, qdata, scale)
+            calls["naive torch"] = partial(naive_dequantize, *parts)
         table += rows_of("dequantize " + fmt.name, shape, calls, budget)
     return table
 
@@ -148,18 +158,12 @@ def grouped_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
     table = []
     weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
     for fmt in (fmt for fmt in FORMATS.values() if fmt not in FUSED):
-        qdata = torch.empty(fmt.qdata_shape(shape), dtype=fmt.dtype)
-        scale = torch.empty(fmt.scale_shape(shape), dtype=fmt.scale_dtype)
-        whole = torch.empty(1) if fmt.has_global_scale else None
-        out = torch.empty_like(weight)
-        backends = {"qtensor numba": numba_backend, "qtensor torch reference": reference}
-        quantize: dict[str, Call] = {
-            name: partial(b.quantize_into, weight, qdata, scale, fmt, global_scale=whole)
-            for name, b in backends.items()
-        }
+        parts, out = Parts.of(shape, fmt), torch.empty_like(weight)
+        backends = {"qtensor numba": numba(), "qtensor torch reference": TORCH}
+        quantize: dict[str, Call] = {name: partial(b.quantize_into, weight, parts, fmt) for name, b in backends.items()}
         table += rows_of("quantize " + fmt.name, shape, quantize, budget)
         dequantize: dict[str, Call] = {
-            name: partial(b.dequantize, qdata, scale, fmt, torch.bfloat16, out, whole) for name, b in backends.items()
+            name: partial(b.dequantize, parts, fmt, torch.bfloat16, out) for name, b in backends.items()
         }
         table += rows_of("dequantize " + fmt.name, shape, dequantize, budget)
     return table
@@ -187,24 +191,26 @@ def rows_of(task: str, shape: tuple[int, int], calls: dict[str, Call], budget: f
 def linear_rows(size: int, budget: float) -> list[dict[str, Any]]:
     table = []
     dense = torch.randn(size, size, dtype=torch.bfloat16) * 0.02
-    weights = {}
-    for fmt in FUSED:
-        qdata = torch.empty(dense.shape, dtype=fmt.dtype)
-        scale = torch.empty(fmt.scale_shape((size, size)), dtype=torch.float32)
-        numba_backend.quantize_into(dense, qdata, scale, fmt)
-        weights[fmt] = (qdata, scale)
-    qdata, scale = weights[FP8_PER_CHANNEL]
+    weights = {fmt: Parts.of((size, size), fmt) for fmt in FUSED}
+    for fmt, parts in weights.items():
+        numba().quantize_into(dense, parts, fmt)
+    per_channel = weights[FP8_PER_CHANNEL]
     for batch in BATCHES:
         x = torch.randn(batch, size, dtype=torch.bfloat16)
-        x8, x_scale = numba_backend.quantize_activation(x, FP8_PER_CHANNEL)
+        x8, x_scale = numba().quantize_activation(x, FP8_PER_CHANNEL)
         calls: dict[str, Call] = {"bf16 F.linear": partial(functional.linear, x, dense)}
-        for fmt, (q, s) in weights.items():
-            calls[f"qtensor numba {fmt.name}"] = partial(numba_backend.linear, x, q, s, fmt)
-        calls["dequantize (numba) + F.linear"] = partial(dequantize_then_linear, x, qdata, scale)
-        calls["qtensor torch reference"] = partial(reference.linear, x, qdata, scale, FP8_PER_CHANNEL)
+        for fmt, parts in weights.items():
+            calls[f"qtensor numba {fmt.name}"] = partial(numba().linear, x, parts, fmt)
+        calls["dequantize (numba) + F.linear"] = partial(dequantize_then_linear, x, per_channel)
+        calls["qtensor torch reference"] = partial(TORCH.linear, x, per_channel, FP8_PER_CHANNEL)
         best = best_of(calls, budget)
         scaled_mm = partial(
-            torch._scaled_mm, x8, qdata.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=torch.bfloat16
+            torch._scaled_mm,
+            x8,
+            per_channel.qdata.t(),
+            scale_a=x_scale,
+            scale_b=per_channel.scale.t(),
+            out_dtype=torch.bfloat16,
         )
         best |= best_of({"torch._scaled_mm (x quantized beforehand)": scaled_mm}, budget / 4)
         for name, seconds in best.items():
@@ -222,11 +228,10 @@ def warm_up() -> dict[str, float]:
         start = time.perf_counter()
         weight = torch.ones(128, 128, dtype=dtype)
         for fmt in FUSED:
-            qdata = torch.empty(weight.shape, dtype=fmt.dtype)
-            scale = torch.empty(fmt.scale_shape((128, 128)))
-            numba_backend.quantize_into(weight, qdata, scale, fmt)
-            numba_backend.dequantize(qdata, scale, fmt, dtype)
-            numba_backend.linear(weight[:1], qdata, scale, fmt)
+            parts = Parts.of((128, 128), fmt)
+            numba().quantize_into(weight, parts, fmt)
+            numba().dequantize(parts, fmt, dtype)
+            numba().linear(weight[:1], parts, fmt)
         seconds[str(dtype).removeprefix("torch.")] = time.perf_counter() - start
     return seconds
 

@@ -1,16 +1,15 @@
 """Quantization kernels: number formats, the plain-torch reference, the fast backends, and the choice among them.
 
-The functions here look at the device of their tensors, let `backend.choose` pick the code, and call it. `backend`
-("triton", "numba", "torch") or the environment variable QTENSOR_KERNELS overrides the pick.
+The functions here take the tensors of a weight one by one, let `backend.py` pick the code for their device, and call
+it with their `Parts`. `backend` ("triton", "numba", "torch") or the environment variable QTENSOR_KERNELS overrides it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import compiled, reference
 from .audit import Audit
-from .backend import UnsupportedBackend, choose, describe
+from .backend import Backend, UnsupportedBackend, choose, describe, serving
 from .formats import (
     FORMATS,
     FP8_PER_BLOCK,
@@ -25,6 +24,7 @@ from .formats import (
     NonFinite,
     WeightFormat,
 )
+from .parts import Parts
 from .reference import round_trip_activation
 
 __all__ = [
@@ -39,16 +39,20 @@ __all__ = [
     "NVFP4",
     "SOURCE_DTYPES",
     "Audit",
+    "Backend",
     "NonFinite",
+    "Parts",
     "UnsupportedBackend",
     "WeightFormat",
     "choose",
     "dequantize",
     "describe",
+    "experts",
     "linear",
     "quantize_activation",
     "quantize_into",
     "round_trip_activation",
+    "serving",
 ]
 
 
@@ -73,7 +77,8 @@ def quantize_into(
     Raises NonFinite(index, value) for NaN or infinity unless `audit` allows them; on a GPU `audit.verify()` raises it,
     and a call without an audit waits for the device. Raises UnsupportedBackend as `choose` does.
     """
-    choose(qdata.device, backend).quantize_into(source, qdata, scale, fmt, audit, origin, global_scale)
+    parts = Parts(qdata, scale, global_scale)
+    choose(qdata.device, backend).quantize_into(source, parts, fmt, audit, origin)
 
 
 def dequantize(
@@ -91,9 +96,8 @@ def dequantize(
     Where two elements share a byte, the last of an odd number of columns has a zero beside it, which `out` leaves off
     if it has one column less than qdata has elements.
     """
-    if compiled.must_trace(qdata, scale, out):
-        return compiled.dequantize(qdata, scale, fmt, dtype, out, global_scale)
-    return choose(qdata.device, backend).dequantize(qdata, scale, fmt, dtype, out, global_scale)
+    parts = Parts(qdata, scale, global_scale)
+    return serving(*parts, out, backend=backend).dequantize(parts, fmt, dtype, out)
 
 
 def quantize_activation(
@@ -106,9 +110,7 @@ def quantize_activation(
     dynamic fp8 activations. The first two: max(amax / F, 1 / (F * 512)), divide, clamp, cast. Traces under
     torch.compile.
     """
-    if compiled.must_trace(x):
-        return reference.quantize_activation(x, fmt)
-    return choose(x.device, backend).quantize_activation(x, fmt)
+    return serving(x, backend=backend).quantize_activation(x, fmt)
 
 
 def linear(
@@ -125,8 +127,25 @@ def linear(
 
     Weight-only: x is used as it is. A backend without a fused product dequantizes first. Traces under torch.compile.
     """
-    if compiled.must_trace(x, qdata, scale):
-        weight = compiled.dequantize(qdata, scale, fmt, x.dtype, global_scale=global_scale)[:, : x.shape[1]]
-        return torch.nn.functional.linear(x, weight, bias)
-    module = choose(x.device, backend)
-    return getattr(module, "linear", reference.linear)(x, qdata, scale, fmt, bias, global_scale)
+    parts = Parts(qdata, scale, global_scale)
+    return serving(x, *parts, backend=backend).linear(x, parts, fmt, bias)
+
+
+def experts(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: WeightFormat,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Each row of x `[M, K]` times the dequantized matrix of its expert, transposed, plus bias `[E, N]`: `[M, N]`.
+
+    The weight is `[E, N, K]`. Rows are sorted by expert: those of expert e end at `offsets[e]` (int `[E]`), where those
+    of e + 1 begin, and the last offset is M. Weight-only, as `linear`.
+    """
+    parts = Parts(qdata, scale, global_scale)
+    return serving(x, *parts, backend=backend).experts(x, parts, fmt, offsets, bias)

@@ -1,31 +1,89 @@
-"""Which code quantizes: the one place that knows the backends and picks among them.
+"""Which code quantizes: what a backend is, and the one place that knows them all and picks among them.
 
 torch  plain torch, on any device; the reference.          kernels/reference.py
 numba  fused loops for CPUs, when numba is installed.      kernels/cpu/numba_backend.py
 triton fused kernels for NVIDIA and AMD GPUs.              kernels/triton/
+traced operations a compiler can look into.                kernels/compiled.py
 
 A CPU takes numba, or torch where numba is not installed; a GPU takes triton; any other device takes torch. An argument
 `backend=`, or else the environment variable QTENSOR_KERNELS, overrides that. A backend that cannot serve the device is
-an error that names the remedy: there is no silent second choice.
+an error that names the remedy: there is no silent second choice. Nobody chooses traced: it takes the calls that are
+being recorded.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from qtensor.errors import QTensorError
 
+from . import compiled, reference
+from .audit import Audit
+from .formats import WeightFormat
+from .parts import Parts
+
 NAMES = ("triton", "numba", "torch")
 VARIABLE = "QTENSOR_KERNELS"
-_MODULES = {"torch": ".reference", "numba": ".cpu.numba_backend", "triton": ".triton"}
 _MIN_CAPABILITY = (8, 0)
+
+
+class Backend(Protocol):
+    """Code for the arithmetic of quantized weights `[N, K]` and stacks of them `[E, N, K]`.
+
+    All give the reference's bytes, and products within its rounding. A backend is a subclass of `reference.Torch`: its
+    class shows what it has code of its own for, and the rest is the reference's.
+
+    name: what `backend=` and QTENSOR_KERNELS call it.
+    """
+
+    name: str
+
+    def quantize_into(
+        self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0
+    ) -> None:
+        """Quantize `source` `[..., N, K]` (any strides) into `parts`, which may be views of a larger weight.
+
+        The rows must be whole units of `fmt`: any rows per channel or group, a band that starts on a multiple of 128
+        per block, the entire matrix per tensor and for nvfp4. `origin` is the flat index of `source[0]` in the weight,
+        for error messages.
+        """
+
+    def dequantize(
+        self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The values times their scales in fp32, rounded once to `dtype`: `[..., N, K]`.
+
+        Where two elements share a byte, the last of an odd number of columns has a zero beside it, which `out` leaves
+        off if it has one column less than there are elements.
+        """
+
+    def linear(
+        self, x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x `[M, K]` times the dequantized weight `[N, K]` transposed, plus bias `[N]`: `[M, N]` in x's dtype."""
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        parts: Parts,
+        fmt: WeightFormat,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Each row of x `[M, K]` times the matrix of its expert, transposed, plus bias `[E, N]`: `[M, N]`.
+
+        Rows are sorted by expert: those of expert e end at `offsets[e]` (int `[E]`), where those of e + 1 begin, and
+        the last offset is M. The convention of `torch.nn.functional.grouped_mm`.
+        """
+
+    def quantize_activation(self, x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+        """x `[M, K]` → fp8 `[M, K]` and its scales: `[M, 1]`, `[M, ceil(K/128)]` or `[M, ceil(K/32)]` by the weight's
+        format."""
 
 
 class UnsupportedBackend(QTensorError):
@@ -40,13 +98,20 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(device: torch.device, backend: str | None = None) -> ModuleType:
-    """The module whose `quantize_into`, `dequantize` and `quantize_activation` serve tensors on `device`.
+def choose(device: torch.device, backend: str | None = None) -> Backend:
+    """The backend that serves tensors on `device`.
 
     Raises UnsupportedBackend when the backend named by `backend` or QTENSOR_KERNELS cannot serve the device, or when
     none is named and the device's own backend is missing.
     """
     return _choose(backend or os.environ.get(VARIABLE) or None, device.type, device.index)
+
+
+def serving(tensor: torch.Tensor, *others: torch.Tensor | None, backend: str | None = None) -> Backend:
+    """The backend for a call with these tensors: as `choose`, unless the call is being recorded."""
+    if compiled.must_trace(tensor, *others):
+        return compiled.TRACED
+    return choose(tensor.device, backend)
 
 
 def describe() -> list[Choice]:
@@ -73,8 +138,17 @@ def _describe(device: torch.device) -> Choice:
 
 
 @functools.cache
-def _choose(asked: str | None, device_type: str, index: int | None) -> ModuleType:
-    return importlib.import_module(_MODULES[_name(asked, device_type, index)], __package__)
+def _choose(asked: str | None, device_type: str, index: int | None) -> Backend:
+    name = _name(asked, device_type, index)
+    if name == "numba":
+        from .cpu.numba_backend import NUMBA
+
+        return NUMBA
+    if name == "triton":
+        from .triton import TRITON
+
+        return TRITON
+    return reference.TORCH
 
 
 def _name(asked: str | None, device_type: str, index: int | None) -> str:
@@ -115,7 +189,8 @@ def _problem(name: str, device_type: str, index: int | None) -> str | None:
 def _numba_problem() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'qtensor-online[cpu]')"
-    if importlib.util.find_spec(".cpu.numba_backend", __package__) is None:
-        return "this build has no numba kernels"
-    module = importlib.import_module(".cpu.numba_backend", __package__)
-    return None if module.available() else "numba is installed but does not work here"
+    try:
+        from .cpu import jit  # noqa: F401
+    except ImportError:
+        return "numba is installed but does not work here"
+    return None

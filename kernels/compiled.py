@@ -1,4 +1,4 @@
-"""Dequantization as a few plain torch operations, for tracing: torch.compile, torch.export, fake and meta tensors.
+"""Quantized weights as a few plain torch operations, for tracing: torch.compile, torch.export, fake and meta tensors.
 
 No loop over chunks, no data-dependent branch, no kernel launch a compiler cannot see into; a compiler fuses it into
 whatever reads the result. Same values as the other backends.
@@ -10,6 +10,8 @@ import torch
 
 from .codes import traceable_decode
 from .formats import WeightFormat
+from .parts import Parts
+from .reference import Torch
 
 
 def must_trace(*tensors: torch.Tensor | None) -> bool:
@@ -19,25 +21,49 @@ def must_trace(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and (t.is_meta or type(t) not in (torch.Tensor, torch.nn.Parameter)) for t in tensors)
 
 
-def dequantize(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-    global_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `qtensor.kernels.dequantize`."""
-    values = traceable_decode(qdata, fmt)
-    rows, cols = values.shape[-2:]
-    step = fmt.step(scale)
-    if global_scale is not None:
-        step = step * global_scale[..., None]
-    if fmt.granularity == "tensor":
-        step = step.unsqueeze(-1)
-    if fmt.block[0] > 1:
-        step = step.repeat_interleave(fmt.block[0], -2)[..., :rows, :]
-    if fmt.block[1] > 1:
-        step = step[..., torch.arange(cols, dtype=torch.int64, device=step.device) // fmt.block[1]]
-    values = (values * step).to(dtype)
-    return values if out is None else out.copy_(values[..., : out.shape[-1]])
+class Traced(Torch):
+    """The backend "traced"."""
+
+    name = "traced"
+
+    def dequantize(
+        self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        values = traceable_decode(parts.qdata, fmt)
+        rows, cols = values.shape[-2:]
+        step = fmt.step(parts.scale)
+        if parts.global_scale is not None:
+            step = step * parts.global_scale[..., None]
+        if fmt.granularity == "tensor":
+            step = step.unsqueeze(-1)
+        if fmt.block[0] > 1:
+            step = step.repeat_interleave(fmt.block[0], -2)[..., :rows, :]
+        if fmt.block[1] > 1:
+            step = step[..., torch.arange(cols, dtype=torch.int64, device=step.device) // fmt.block[1]]
+        values = (values * step).to(dtype)
+        return values if out is None else out.copy_(values[..., : out.shape[-1]])
+
+    def linear(
+        self, x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        weight = self.dequantize(parts, fmt, x.dtype)[:, : x.shape[1]]
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        parts: Parts,
+        fmt: WeightFormat,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Every row by every matrix: which rows belong to one is not known yet."""
+        expert = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device), right=True)
+        out = x.new_zeros(x.shape[0], parts.qdata.shape[1])
+        for e in range(parts.qdata.shape[0]):
+            product = self.linear(x, parts.matrix(e), fmt, None if bias is None else bias[e])
+            out = torch.where(expert[:, None] == e, product, out)
+        return out
+
+
+TRACED = Traced()

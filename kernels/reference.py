@@ -6,103 +6,96 @@ memory it needs does not grow with the weight. It runs on any device torch runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
 from .audit import Audit
 from .codes import decode, encode
 from .formats import FP8_PER_CHANNEL, NonFinite, WeightFormat, ceil_div
+from .parts import Parts
 
 CHUNK_ELEMENTS = 1 << 18
 
 
-def quantize_into(
-    source: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    audit: Audit | None = None,
-    origin: int = 0,
-    global_scale: torch.Tensor | None = None,
-) -> None:
-    """Quantize `source` `[..., N, K]` (any strides) into `qdata`, `scale` and, for formats with one, `global_scale`.
+class Torch:
+    """The backend "torch". The others inherit from it what they have no code of their own for.
 
-    Their shapes are the format's `qdata_shape`, `scale_shape` and `global_scale_shape`. The rows must be whole units of
-    `fmt`: any rows per channel or group, a band that starts on a multiple of 128 per block, the entire matrix per
-    tensor and for nvfp4. `origin` is the flat index of `source[0]` in the weight, for error messages.
+    band_elements: `linear` dequantizes about so many at a time, so that they stay in cache.
     """
-    audit = audit or Audit()
-    if source.dim() == 3:
+
+    name = "torch"
+    band_elements = 4 * CHUNK_ELEMENTS
+
+    def quantize_into(
+        self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0
+    ) -> None:
+        audit = audit or Audit()
+        if source.dim() == 2:
+            _quantize_matrix(source, parts, fmt, audit, origin)
+            return
         step = source.shape[1] * source.shape[2]
         for e in range(source.shape[0]):
-            matrix_scale = None if global_scale is None else global_scale[e]
-            _quantize_matrix(source[e], qdata[e], scale[e], fmt, audit, origin + e * step, matrix_scale)
-    else:
-        _quantize_matrix(source, qdata, scale, fmt, audit, origin, global_scale)
+            _quantize_matrix(source[e], parts.matrix(e), fmt, audit, origin + e * step)
 
-
-def dequantize(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-    global_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """qdata times its scale in fp32, rounded once to `dtype`: `[..., N, K]`.
-
-    Where two elements share a byte, the last of an odd number of columns has a zero beside it, which `out` leaves off
-    if it has one column less than qdata has elements.
-    """
-    if out is None:
-        out = torch.empty((*qdata.shape[:-1], qdata.shape[-1] * fmt.per_byte), dtype=dtype, device=qdata.device)
-    if qdata.dim() == 3:
-        for e in range(qdata.shape[0]):
-            dequantize(qdata[e], scale[e], fmt, dtype, out[e], None if global_scale is None else global_scale[e])
+    def dequantize(
+        self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = room(parts, fmt, dtype) if out is None else out
+        if out.dim() == 3:
+            for e in range(out.shape[0]):
+                self.dequantize(parts.matrix(e), fmt, dtype, out[e])
+            return out
+        height, cols = out.shape
+        for rows in row_chunks(height, cols, fmt.block[0]):
+            out[rows] = _restore(parts.rows(rows.start, rows.stop, fmt), fmt, cols)
         return out
-    height, cols = out.shape
-    for rows in row_chunks(height, cols, fmt.block[0]):
-        out[rows] = _restore(qdata[rows], scale[fmt.scale_rows(rows.start, rows.stop)], fmt, global_scale, cols)
-    return out
+
+    def linear(
+        self, x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows, cols = parts.qdata.shape[0], x.shape[1]
+        out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+        for band in row_chunks(rows, cols, fmt.block[0], self.band_elements):
+            weight = torch.empty((band.stop - band.start, cols), dtype=x.dtype, device=x.device)
+            self.dequantize(parts.rows(band.start, band.stop, fmt), fmt, x.dtype, weight)
+            out[:, band] = torch.nn.functional.linear(x, weight, None if bias is None else bias[band])
+        return out
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        parts: Parts,
+        fmt: WeightFormat,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out = torch.empty((x.shape[0], parts.qdata.shape[1]), dtype=x.dtype, device=x.device)
+        for e, (start, stop) in enumerate(pairwise([0, *offsets.tolist()])):
+            if start < stop:
+                own_bias = None if bias is None else bias[e]
+                out[start:stop] = self.linear(x[start:stop], parts.matrix(e), fmt, own_bias)
+        return out
+
+    def quantize_activation(self, x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale, _ = _quantize_groups(x, fmt)
+        return q.flatten(1)[:, : x.shape[1]], scale
 
 
-def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic activation quantization: x `[M, K]` → fp8 `[M, K]` and its scales.
+TORCH = Torch()
 
-    Per token (`[M, 1]`, fp32), per token and group of 128 (`[M, K/128]`, fp32) for a per-block weight, or per token and
-    group of 32 with the weight's own formula (`[M, K/32]`, e8m0) for mxfp8: the granularities of vLLM's dynamic fp8
-    activations. The first two: amax / F with the per-channel floor, divide, clamp, cast.
-    """
-    q, scale, _ = _quantize_groups(x, fmt)
-    return q.flatten(1)[:, : x.shape[1]], scale
+
+def room(parts: Parts, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for what `dequantize` returns when it is given none."""
+    qdata = parts.qdata
+    return torch.empty((*qdata.shape[:-1], qdata.shape[-1] * fmt.per_byte), dtype=dtype, device=qdata.device)
 
 
 def round_trip_activation(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """What `quantize_activation` leaves of x `[M, K]`, in x's dtype: for devices that have no fp8 product."""
     q, _, step = _quantize_groups(x, fmt)
     return (q.float() * step).to(x.dtype).flatten(1)[:, : x.shape[1]]
-
-
-def linear(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    bias: torch.Tensor | None = None,
-    global_scale: torch.Tensor | None = None,
-    restore: Callable[..., torch.Tensor] = dequantize,
-    band_elements: int = 4 * CHUNK_ELEMENTS,
-) -> torch.Tensor:
-    """x `[M, K]` times the weight `[N, K]` transposed, plus bias: dequantized (by `restore`) in bands of rows that stay
-    in cache."""
-    rows, cols = qdata.shape[0], x.shape[1]
-    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    for band in row_chunks(rows, cols, fmt.block[0], band_elements):
-        weight = torch.empty((band.stop - band.start, cols), dtype=x.dtype, device=x.device)
-        restore(qdata[band], scale[fmt.scale_rows(band.start, band.stop)], fmt, x.dtype, weight, global_scale)
-        out[:, band] = torch.nn.functional.linear(x, weight, None if bias is None else bias[band])
-    return out
 
 
 def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,37 +113,29 @@ def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, 
     return (x32 / step).clamp(-fmt.max, fmt.max).to(fmt.dtype), scale, step
 
 
-def _quantize_matrix(
-    source: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    audit: Audit,
-    origin: int,
-    global_scale: torch.Tensor | None,
-) -> None:
+def _quantize_matrix(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, origin: int) -> None:
     rows, cols = source.shape
     gain = None
     if fmt.needs_whole_matrix:
         amax = torch.zeros((), dtype=torch.float32, device=source.device)
         for chunk in row_chunks(rows, cols, 1):
             amax = torch.maximum(amax, _amax(source[chunk].float(), fmt, audit, origin + chunk.start * cols).amax())
-        if global_scale is None:
-            scale.copy_(fmt.scale_from_amax(amax))
+        if parts.global_scale is None:
+            parts.scale.copy_(fmt.scale_from_amax(amax))
         else:
             gain = fmt.gain_from_amax(amax)
-            global_scale.copy_(1.0 / gain)
+            parts.global_scale.copy_(1.0 / gain)
     elif source.numel() == 0:
-        scale.copy_(fmt.scale_from_amax(torch.zeros_like(scale, dtype=torch.float32)))
+        parts.scale.copy_(fmt.scale_from_amax(torch.zeros_like(parts.scale, dtype=torch.float32)))
     for chunk in row_chunks(rows, cols, fmt.block[0]):
         x = source[chunk].float()
-        chunk_scale = scale[fmt.scale_rows(chunk.start, chunk.stop)]
+        here = parts.rows(chunk.start, chunk.stop, fmt)
         if fmt.granularity != "tensor":
             amax = _amax(x, fmt, audit, origin + chunk.start * cols)
-            chunk_scale.copy_(scale_of(amax, fmt, source.dtype, gain))
-        qdata[chunk] = _quantized(x, chunk_scale, fmt, global_scale, source.dtype)
+            here.scale.copy_(scale_of(amax, fmt, source.dtype, gain))
+        here.qdata.copy_(_quantized(x, here, fmt, source.dtype))
         if audit.measure_sqnr:
-            restored = _restore(qdata[chunk], chunk_scale, fmt, global_scale, cols)
+            restored = _restore(here, fmt, cols)
             audit.signal += float(x.double().square().sum())
             audit.noise += float((x - restored).double().square().sum())
 
@@ -204,17 +189,15 @@ def _unblock(blocks: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return blocks.flatten(2).flatten(0, 1)[:rows, :cols]
 
 
-def _step(scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None) -> torch.Tensor:
+def _step(parts: Parts, fmt: WeightFormat) -> torch.Tensor:
     """`step_of`, broadcastable against `_blocks`."""
-    step = step_of(scale, fmt, global_scale)
+    step = step_of(parts.scale, fmt, parts.global_scale)
     return step.view(1, 1, 1, 1) if step.dim() == 1 else step[:, None, :, None]
 
 
-def _quantized(
-    x: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """The stored elements of one fp32 chunk that came from `dtype`."""
-    step, blocks = _step(scale, fmt, global_scale), _blocks(x, fmt)
+def _quantized(x: torch.Tensor, parts: Parts, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
+    """The elements to store of one fp32 chunk that came from `dtype`, by the scales in its `parts`."""
+    step, blocks = _step(parts, fmt), _blocks(x, fmt)
     if fmt.divides:
         scaled = torch.where(step == 0.0, 0.0, blocks / step)
         if fmt.element == "int8":
@@ -225,12 +208,10 @@ def _quantized(
     return encode(_unblock(scaled, *x.shape), fmt)
 
 
-def _restore(
-    codes: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None, cols: int
-) -> torch.Tensor:
+def _restore(parts: Parts, fmt: WeightFormat, cols: int) -> torch.Tensor:
     """Stored elements times their scale, fp32 `[R, cols]`."""
-    values = decode(codes, fmt)[:, :cols]
-    return _unblock(_blocks(values, fmt).mul_(_step(scale, fmt, global_scale)), *values.shape)
+    values = decode(parts.qdata, fmt)[:, :cols]
+    return _unblock(_blocks(values, fmt).mul_(_step(parts, fmt)), *values.shape)
 
 
 def _round_through(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import pytest
@@ -98,18 +97,14 @@ def interrupt_at(number: int) -> Fault:
 def no_memory_in_a_kernel(entry: EntryPoint, patch: Patch) -> None:
     real, calls = kernels.choose, [0]
 
-    def quantize_into(*args: Any, **kwargs: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 2:
-            raise MemoryError
-        real(torch.device("cpu")).quantize_into(*args, **kwargs)
+    class OutOfMemory(type(real(torch.device("cpu")))):  # type: ignore[misc]
+        def quantize_into(self, *args: Any, **kwargs: Any) -> None:
+            calls[0] += 1
+            if calls[0] == 2:
+                raise MemoryError
+            super().quantize_into(*args, **kwargs)
 
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        backend = real(*args, **kwargs)
-        names = {n: getattr(backend, n) for n in dir(backend) if n[0] != "_"}
-        return SimpleNamespace(**names | {"quantize_into": quantize_into})
-
-    patch.setattr(kernels, "choose", choose)
+    patch.setattr(kernels, "choose", lambda *args, **kwargs: OutOfMemory())
 
 
 def no_memory_for_the_result(entry: EntryPoint, patch: Patch) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtensor import kernels, quantize
-from qtensor.kernels import FORMATS, Audit, NonFinite, UnsupportedBackend, WeightFormat, backend, choose, reference
+from qtensor.kernels import FORMATS, Audit, NonFinite, Parts, UnsupportedBackend, WeightFormat, backend, choose
+from qtensor.kernels.reference import TORCH
 from qtensor.schemes.scheme import SCHEMES
 
 CPU = torch.device("cpu")
@@ -23,18 +24,17 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def quantized(fmt: WeightFormat, shape: tuple[int, ...] = (130, 257)) -> tuple[torch.Tensor, ...]:
-    """Quantized values, scales, and the global scale of formats with one."""
+def quantized(fmt: WeightFormat, shape: tuple[int, ...] = (130, 257)) -> Parts:
     source = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     return quantize(source, SCHEMES[fmt.name]).parts()
 
 
 def test_argument_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(CPU, "torch") is reference
+    assert choose(CPU, "torch") is TORCH
     monkeypatch.setenv(backend.VARIABLE, "torch")
-    assert choose(CPU) is reference
+    assert choose(CPU) is TORCH
     monkeypatch.setenv(backend.VARIABLE, "triton")
-    assert choose(CPU, "torch") is reference
+    assert choose(CPU, "torch") is TORCH
     with pytest.raises(UnsupportedBackend, match="cannot serve cpu"):
         choose(CPU)
 
@@ -94,19 +94,21 @@ def test_describe_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @formats
 @pytest.mark.parametrize("shape", [(130, 257), (2, 130, 129)])
 def test_dequantize_traces(fmt: WeightFormat, shape: tuple[int, ...]) -> None:
-    qdata, scale, *rest = quantized(fmt, shape)
+    parts = quantized(fmt, shape)
 
-    def dequantize(qdata: torch.Tensor, scale: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def dequantize(*tensors: torch.Tensor) -> torch.Tensor:
+        parts = Parts(*tensors)
         # An odd number of columns has a zero beside it where two elements share a byte.
-        return kernels.dequantize(qdata, scale, fmt, torch.bfloat16, None, *rest)[..., : shape[-1]]
+        values = kernels.dequantize(parts.qdata, parts.scale, fmt, torch.bfloat16, None, parts.global_scale)
+        return values[..., : shape[-1]]
 
     torch.compiler.reset()
     traced = torch.compile(dequantize, fullgraph=True, backend="aot_eager")
-    assert torch.equal(traced(qdata, scale, *rest), dequantize(qdata, scale, *rest))
+    assert torch.equal(traced(*parts), dequantize(*parts))
     with FakeTensorMode() as mode:
-        fake = dequantize(*(mode.from_tensor(part) for part in (qdata, scale, *rest)))
+        fake = dequantize(*(mode.from_tensor(part) for part in parts))
     assert fake.shape == shape
-    meta = dequantize(*(part.to("meta") for part in (qdata, scale, *rest)))
+    meta = dequantize(*(part.to("meta") for part in parts))
     assert meta.is_meta
     assert meta.shape == shape
 

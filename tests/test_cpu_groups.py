@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,38 +9,33 @@ from hypothesis import strategies as st
 from test_cpu_kernels import assert_same_bytes, assert_same_values, dtypes, matrices
 from test_cpu_kernels import relaxed as more
 
-from qtensor.kernels import FORMATS, NonFinite, reference
-from qtensor.kernels.audit import Audit
-from qtensor.kernels.cpu import numba_backend
-from qtensor.kernels.formats import WeightFormat
+from qtensor.kernels import FORMATS, Audit, Backend, NonFinite, Parts, WeightFormat
+from qtensor.kernels.cpu.fused import is_fused
+from qtensor.kernels.cpu.numba_backend import NUMBA
+from qtensor.kernels.reference import TORCH
 
-GROUPED = [fmt for fmt in FORMATS.values() if not numba_backend.is_fused(fmt)]
+GROUPED = [fmt for fmt in FORMATS.values() if not is_fused(fmt)]
 relaxed = settings(more, max_examples=max(20, settings().max_examples // 3))  # The reference is slow in these formats.
 formats = pytest.mark.parametrize("fmt", GROUPED, ids=lambda f: f.name)
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def empty(fmt: WeightFormat, shape: tuple[int, ...]) -> Parts:
-    whole = fmt.global_scale_shape(shape)
-    data = torch.zeros(fmt.qdata_shape(shape), dtype=fmt.dtype)
-    scale = torch.ones(fmt.scale_shape(shape)).to(fmt.scale_dtype)
-    return data, scale, None if whole is None else torch.zeros(whole)
+    return Parts.of(shape, fmt).map(lambda part: part.fill_(0))
 
 
-def quantized(backend: Any, source: torch.Tensor, fmt: WeightFormat, audit: Audit | None = None) -> Parts:
-    data, scale, whole = empty(fmt, tuple(source.shape))
-    backend.quantize_into(source, data, scale, fmt, audit, global_scale=whole)
-    return data, scale, whole
+def quantized(backend: Backend, source: torch.Tensor, fmt: WeightFormat, audit: Audit | None = None) -> Parts:
+    parts = empty(fmt, tuple(source.shape))
+    backend.quantize_into(source, parts, fmt, audit)
+    return parts
 
 
 def assert_same(got: Parts, want: Parts) -> None:
     for mine, theirs in zip(got, want, strict=True):
-        if mine is not None and theirs is not None:
-            assert_same_bytes(mine, theirs)
+        assert_same_bytes(mine, theirs)
 
 
 def assert_quantizes_alike(source: torch.Tensor, fmt: WeightFormat) -> None:
-    assert_same(quantized(numba_backend, source, fmt), quantized(reference, source, fmt))
+    assert_same(quantized(NUMBA, source, fmt), quantized(TORCH, source, fmt))
 
 
 @formats
@@ -57,7 +50,7 @@ def test_quantize_equals_the_reference(fmt: WeightFormat, source: torch.Tensor) 
 @given(source=matrices(nonfinite=True))
 def test_nonfinite_values_that_are_kept(fmt: WeightFormat, source: torch.Tensor) -> None:
     keep = Audit(refuse_nonfinite=False)
-    assert_same(quantized(numba_backend, source, fmt, keep), quantized(reference, source, fmt, keep))
+    assert_same(quantized(NUMBA, source, fmt, keep), quantized(TORCH, source, fmt, keep))
 
 
 @formats
@@ -67,28 +60,23 @@ def test_nonfinite_values_are_refused_before_anything_is_stored(fmt: WeightForma
     if source.isfinite().all():
         return
     parts = empty(fmt, tuple(source.shape))
-    before = [part.clone() for part in parts if part is not None]
+    before = parts.map(torch.clone)
     with pytest.raises(NonFinite) as refused:
-        numba_backend.quantize_into(source, *parts[:2], fmt, global_scale=parts[2])
+        NUMBA.quantize_into(source, parts, fmt)
     assert refused.value.index == int((~source.flatten().isfinite()).nonzero()[0])
-    for part, old in zip(parts, before, strict=False):
-        assert part is not None
-        assert_same_bytes(part, old)
+    assert_same(parts, before)
 
 
 @formats
 @relaxed
 @given(source=matrices(), padding=st.integers(1, 3))
 def test_destinations_inside_a_larger_weight(fmt: WeightFormat, source: torch.Tensor, padding: int) -> None:
-    want = quantized(reference, source, fmt)
-    got: list[torch.Tensor] = []
-    for part in want[:2]:
-        assert part is not None
-        around = torch.zeros((*part.shape[:-1], part.shape[-1] + 2 * padding)).to(part.dtype)
-        got.append(around.narrow(-1, padding, part.shape[-1]))
-    whole = None if want[2] is None else torch.zeros_like(want[2])
-    numba_backend.quantize_into(source, *got, fmt, global_scale=whole)
-    assert_same((*got, whole), want)  # type: ignore[arg-type]
+    want = quantized(TORCH, source, fmt)
+    inside = [torch.zeros((*part.shape[:-1], part.shape[-1] + 2 * padding)).to(part.dtype) for part in want[:2]]
+    inside = [around.narrow(-1, padding, part.shape[-1]) for around, part in zip(inside, want, strict=False)]
+    got = Parts(*inside, None if want.global_scale is None else torch.zeros_like(want.global_scale))
+    NUMBA.quantize_into(source, got, fmt)
+    assert_same(got, want)
 
 
 @formats
@@ -97,10 +85,9 @@ def test_a_large_weight_shared_among_threads(fmt: WeightFormat, dtype: torch.dty
     source = (torch.randn(1000, 1111, generator=torch.Generator().manual_seed(0)) * 0.03).to(dtype)
     for form in (source, source.mT, source[:896].view(7, 128, 1111)):
         assert_quantizes_alike(form, fmt)
-        parts = quantized(reference, form, fmt)
+        parts = quantized(TORCH, form, fmt)
         for target in (torch.bfloat16, torch.float32):
-            arguments = (*parts[:2], fmt, target, None, parts[2])
-            assert_same_bytes(numba_backend.dequantize(*arguments), reference.dequantize(*arguments))
+            assert_same_bytes(NUMBA.dequantize(parts, fmt, target), TORCH.dequantize(parts, fmt, target))
 
 
 @dtypes
@@ -136,8 +123,9 @@ def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype, cols: int)
     whole = torch.tensor([0.37]) if fmt.has_global_scale else None
     for data in (codes.view(fmt.dtype), codes.view(fmt.dtype).t().contiguous().t()):
         for out in (None, torch.empty(300, cols, dtype=dtype), torch.empty(cols, 300, dtype=dtype).t()):
-            want = reference.dequantize(data, scale, fmt, dtype, None if out is None else out.clone(), whole)
-            assert_same_values(numba_backend.dequantize(data, scale, fmt, dtype, out, whole), want)
+            parts = Parts(data, scale, whole)
+            want = TORCH.dequantize(parts, fmt, dtype, None if out is None else out.clone())
+            assert_same_values(NUMBA.dequantize(parts, fmt, dtype, out), want)
 
 
 @formats
@@ -145,11 +133,11 @@ def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype, cols: int)
 def test_linear(fmt: WeightFormat, batch: int) -> None:
     for rows, cols in ((1, 1), (7, 33), (257, 1000)):
         generator = torch.Generator().manual_seed(rows)
-        data, scale, whole = quantized(reference, torch.randn(rows, cols, generator=generator), fmt)
+        parts = quantized(TORCH, torch.randn(rows, cols, generator=generator), fmt)
         x, bias = torch.randn(batch, cols, generator=generator), torch.randn(rows, generator=generator)
         x.requires_grad_(batch == 17)
-        exact = reference.dequantize(data, scale, fmt, torch.float32, torch.empty(rows, cols), whole)
-        got = numba_backend.linear(x, data, scale, fmt, bias, whole)
+        exact = TORCH.dequantize(parts, fmt, torch.float32, torch.empty(rows, cols))
+        got = NUMBA.linear(x, parts, fmt, bias)
         torch.testing.assert_close(got, x @ exact.T + bias, rtol=1e-4, atol=1e-4)
         if batch == 17:
             got.sum().backward()
@@ -162,5 +150,4 @@ def test_weights_made_under_inference_mode(fmt: WeightFormat) -> None:
     with torch.inference_mode():
         source = torch.randn(1000, 600)
         assert_quantizes_alike(source, fmt)
-        parts = quantized(numba_backend, source, fmt)
-        numba_backend.dequantize(*parts[:2], fmt, torch.bfloat16, None, parts[2])
+        NUMBA.dequantize(quantized(NUMBA, source, fmt), fmt, torch.bfloat16)

@@ -16,22 +16,25 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
 
-from qtensor.kernels import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, NonFinite, reference
+from qtensor.kernels import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Backend, NonFinite, Parts
 from qtensor.kernels.audit import Audit
-from qtensor.kernels.cpu import numba_backend
+from qtensor.kernels.cpu.fused import is_fused
+from qtensor.kernels.cpu.numba_backend import LINEAR_BATCH, NUMBA
 from qtensor.kernels.formats import SOURCE_DTYPES, WeightFormat
+from qtensor.kernels.reference import TORCH
 
-LOOPS = [fmt for fmt in FORMATS.values() if numba_backend.is_fused(fmt)]
+LOOPS = [fmt for fmt in FORMATS.values() if is_fused(fmt)]
 formats = pytest.mark.parametrize("fmt", LOOPS, ids=lambda f: f.name)
 dtypes = pytest.mark.parametrize("dtype", SOURCE_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def quantized(backend, source, fmt, audit=None, origin=0):  # type: ignore[no-untyped-def]
-    qdata = torch.empty(source.shape, dtype=fmt.dtype)
-    scale = torch.empty(fmt.scale_shape(tuple(source.shape)), dtype=torch.float32)
-    backend.quantize_into(source, qdata, scale, fmt, audit, origin)
-    return qdata, scale
+def quantized(
+    backend: Backend, source: torch.Tensor, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0
+) -> Parts:
+    parts = Parts.of(tuple(source.shape), fmt)
+    backend.quantize_into(source, parts, fmt, audit, origin)
+    return parts
 
 
 def assert_same_bytes(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -57,7 +60,7 @@ def assert_same_codes(got: torch.Tensor, want: torch.Tensor, source: torch.dtype
 
 def assert_same_quantization(source: torch.Tensor, fmt: WeightFormat, refuse: bool = True) -> None:
     got_audit, want_audit = Audit(refuse, measure_sqnr=True), Audit(refuse, measure_sqnr=True)
-    got, want = quantized(numba_backend, source, fmt, got_audit), quantized(reference, source, fmt, want_audit)
+    got, want = quantized(NUMBA, source, fmt, got_audit), quantized(TORCH, source, fmt, want_audit)
     assert_same_bytes(got[1], want[1])
     assert_same_codes(got[0], want[0], source.dtype)
     assert got_audit.signal == pytest.approx(want_audit.signal, rel=1e-9, nan_ok=True)
@@ -110,7 +113,7 @@ def matrices(draw: st.DrawFn, nonfinite: bool = False) -> torch.Tensor:
 def test_quantize_equals_the_reference(fmt: WeightFormat, source: torch.Tensor) -> None:
     assert_same_quantization(source, fmt)
     # Without sums to measure, a small source takes a shorter way.
-    for got, want in zip(quantized(numba_backend, source, fmt), quantized(reference, source, fmt), strict=True):
+    for got, want in zip(quantized(NUMBA, source, fmt), quantized(TORCH, source, fmt), strict=True):
         assert_same_bytes(got, want)
 
 
@@ -132,7 +135,7 @@ def test_nonfinite_values_are_refused_before_anything_is_stored(
     qdata = torch.zeros(source.shape, dtype=fmt.dtype)
     scale = torch.full(fmt.scale_shape(tuple(source.shape)), -1.0)
     with pytest.raises(NonFinite) as refused:
-        numba_backend.quantize_into(source, qdata, scale, fmt, Audit(), origin)
+        NUMBA.quantize_into(source, Parts(qdata, scale), fmt, Audit(), origin)
     flat = source.flatten()
     first = int((~flat.isfinite()).nonzero()[0])
     assert refused.value.index == origin + first
@@ -151,8 +154,8 @@ def test_destinations_inside_a_larger_weight(fmt: WeightFormat, source: torch.Te
     scale_shape = fmt.scale_shape(tuple(source.shape))
     scales = torch.full((*scale_shape[:-1], scale_shape[-1] + 2 * padding), -1.0)
     qdata, scale = weight.narrow(-1, padding, source.shape[-1]), scales.narrow(-1, padding, scale_shape[-1])
-    numba_backend.quantize_into(source, qdata, scale, fmt)
-    want_qdata, want_scale = quantized(reference, source, fmt)
+    NUMBA.quantize_into(source, Parts(qdata, scale), fmt)
+    want_qdata, want_scale = quantized(TORCH, source, fmt)
     assert_same_bytes(qdata, want_qdata)
     assert_same_bytes(scale, want_scale)
     outside = torch.ones(shape, dtype=torch.bool)
@@ -199,24 +202,24 @@ def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype) -> None:
     scale.view(-1)[0] = 1e-41
     for weight in (qdata, qdata.t().contiguous().t()):
         assert_same_values(
-            numba_backend.dequantize(weight, scale, fmt, dtype), reference.dequantize(weight, scale, fmt, dtype)
+            NUMBA.dequantize(Parts(weight, scale), fmt, dtype), TORCH.dequantize(Parts(weight, scale), fmt, dtype)
         )
     big = scale * 1e30
-    assert_same_values(numba_backend.dequantize(qdata, big, fmt, dtype), reference.dequantize(qdata, big, fmt, dtype))
+    assert_same_values(NUMBA.dequantize(Parts(qdata, big), fmt, dtype), TORCH.dequantize(Parts(qdata, big), fmt, dtype))
 
 
 @formats
 @dtypes
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (5, 1), (200, 130), (2, 129, 257)], ids=str)
 def test_dequantize_shapes(fmt: WeightFormat, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    qdata, scale = quantized(reference, torch.randn(shape), fmt)
-    want = reference.dequantize(qdata, scale, fmt, dtype)
-    assert_same_values(numba_backend.dequantize(qdata, scale, fmt, dtype), want)
+    qdata, scale = quantized(TORCH, torch.randn(shape), fmt)
+    want = TORCH.dequantize(Parts(qdata, scale), fmt, dtype)
+    assert_same_values(NUMBA.dequantize(Parts(qdata, scale), fmt, dtype), want)
     out = torch.zeros((*shape[:-1], shape[-1] + 2), dtype=dtype)[..., 1:-1]
-    assert numba_backend.dequantize(qdata, scale, fmt, dtype, out) is out
+    assert NUMBA.dequantize(Parts(qdata, scale), fmt, dtype, out) is out
     assert_same_values(out, want)
     transposed = torch.zeros(shape, dtype=dtype).mT.contiguous().mT
-    assert_same_values(numba_backend.dequantize(qdata, scale, fmt, dtype, transposed), want)
+    assert_same_values(NUMBA.dequantize(Parts(qdata, scale), fmt, dtype, transposed), want)
 
 
 @formats
@@ -227,7 +230,7 @@ def test_activations_equal_the_reference(fmt: WeightFormat, x: torch.Tensor, poi
     if poison is not None and x.numel():
         x = x.clone()
         x[x.shape[0] // 2, x.shape[1] // 2] = poison
-    got, want = numba_backend.quantize_activation(x, fmt), reference.quantize_activation(x, fmt)
+    got, want = NUMBA.quantize_activation(x, fmt), TORCH.quantize_activation(x, fmt)
     assert_same_values(got[1], want[1])
     # A NaN makes its token's scale NaN, and what sign x / NaN has is not defined.
     assert_same_values(got[0].float(), want[0].float())
@@ -244,33 +247,31 @@ def test_linear(fmt: WeightFormat, dtype: torch.dtype, batch: int) -> None:
     step = torch.finfo(dtype).eps
     for rows, cols in ((1, 1), (7, 33), (128, 128), (257, 1000)):
         generator = torch.Generator().manual_seed(rows * cols + batch)
-        weight, scale = quantized(reference, torch.randn((rows, cols), generator=generator) * 0.05, fmt)
+        weight, scale = quantized(TORCH, torch.randn((rows, cols), generator=generator) * 0.05, fmt)
         x = torch.randn((batch, cols), generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator).to(dtype)
-        exact = reference.dequantize(weight, scale, fmt, torch.float32).double()
-        got = numba_backend.linear(x, weight, scale, fmt, bias)
+        exact = TORCH.dequantize(Parts(weight, scale), fmt, torch.float32).double()
+        got = NUMBA.linear(x, Parts(weight, scale), fmt, bias)
         want = x.double() @ exact.T + bias.double()
         assert got.dtype == dtype
         terms = x.double().abs() @ exact.abs().T + bias.double().abs()
-        relative = 2.0**-20 + (step if batch > numba_backend.LINEAR_BATCH else 0.0)
+        relative = 2.0**-20 + (step if batch > LINEAR_BATCH else 0.0)
         assert ((got.double() - want).abs() <= relative * terms + step * want.abs()).all()
 
 
 @formats
 def test_linear_of_strided_and_extreme_inputs(fmt: WeightFormat) -> None:
-    weight, scale = quantized(reference, torch.randn(130, 64), fmt)
-    exact = reference.dequantize(weight, scale, fmt, torch.float32)
+    weight, scale = quantized(TORCH, torch.randn(130, 64), fmt)
+    exact = TORCH.dequantize(Parts(weight, scale), fmt, torch.float32)
     for size in (1e-30, 1.0, 1e30):
         x = (torch.randn(64, 3) * size).t()
-        torch.testing.assert_close(
-            numba_backend.linear(x, weight, scale, fmt), x @ exact.T, rtol=1e-4, atol=1e-5 * size
-        )
+        torch.testing.assert_close(NUMBA.linear(x, Parts(weight, scale), fmt), x @ exact.T, rtol=1e-4, atol=1e-5 * size)
     wide = torch.empty(130, 80, dtype=fmt.dtype)
     wide[:, 8:72].copy_(weight)
     x = torch.randn(2, 64)
-    assert torch.equal(numba_backend.linear(x, wide[:, 8:72], scale, fmt), numba_backend.linear(x, weight, scale, fmt))
+    assert torch.equal(NUMBA.linear(x, Parts(wide[:, 8:72], scale), fmt), NUMBA.linear(x, Parts(weight, scale), fmt))
     x = torch.randn(2, 64, requires_grad=True)
-    numba_backend.linear(x, weight, scale, fmt).sum().backward()
+    NUMBA.linear(x, Parts(weight, scale), fmt).sum().backward()
     assert x.grad is not None
 
 
@@ -279,8 +280,8 @@ def test_linear_of_strided_and_extreme_inputs(fmt: WeightFormat) -> None:
 def test_a_nan_in_the_weight_reaches_its_outputs(fmt: WeightFormat, batch: int) -> None:
     source = torch.randn(129, 65)
     source[17, 3] = float("nan")
-    weight, scale = quantized(numba_backend, source, fmt, Audit(refuse_nonfinite=False))
-    out = numba_backend.linear(torch.randn(batch, 65), weight, scale, fmt)
+    weight, scale = quantized(NUMBA, source, fmt, Audit(refuse_nonfinite=False))
+    out = NUMBA.linear(torch.randn(batch, 65), Parts(weight, scale), fmt)
     assert out[:, 17].isnan().all()
     assert out.isnan().sum() == batch
 
@@ -288,11 +289,11 @@ def test_a_nan_in_the_weight_reaches_its_outputs(fmt: WeightFormat, batch: int) 
 def test_wrong_arguments_are_named() -> None:
     qdata, scale = torch.empty(2, 3, dtype=torch.float8_e4m3fn), torch.empty(2, 1)
     with pytest.raises(ValueError, match=r"source is \[3, 2\] but qdata is \[2, 3\]"):
-        numba_backend.quantize_into(torch.zeros(3, 2), qdata, scale, FP8_PER_CHANNEL)
+        NUMBA.quantize_into(torch.zeros(3, 2), Parts(qdata, scale), FP8_PER_CHANNEL)
     with pytest.raises(TypeError, match="float64"):
-        numba_backend.quantize_into(torch.zeros(2, 3, dtype=torch.float64), qdata, scale, FP8_PER_CHANNEL)
+        NUMBA.quantize_into(torch.zeros(2, 3, dtype=torch.float64), Parts(qdata, scale), FP8_PER_CHANNEL)
     with pytest.raises(TypeError, match="not torch"):
-        numba_backend.quantize_into(torch.zeros(2, 3), qdata.view(torch.int8), scale, FP8_PER_CHANNEL)
+        NUMBA.quantize_into(torch.zeros(2, 3), Parts(qdata.view(torch.int8), scale), FP8_PER_CHANNEL)
 
 
 def test_unaligned_source() -> None:
@@ -302,8 +303,8 @@ def test_unaligned_source() -> None:
     raw[1:] = source.view(torch.uint8).numpy().tobytes()
     odd = torch.frombuffer(raw, dtype=torch.bfloat16, offset=1, count=source.numel()).view(64, 64)
     assert odd.data_ptr() % 2 == 1
-    want = quantized(reference, source, FP8_PER_CHANNEL)[0]
-    assert_same_bytes(quantized(numba_backend, odd, FP8_PER_CHANNEL)[0], want)
+    want = quantized(TORCH, source, FP8_PER_CHANNEL)[0]
+    assert_same_bytes(quantized(NUMBA, odd, FP8_PER_CHANNEL)[0], want)
 
 
 def test_eight_threads_at_once() -> None:
@@ -311,7 +312,7 @@ def test_eight_threads_at_once() -> None:
     for i in range(8):
         fmt = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK)[i % 3]
         source = torch.randn(1024 + i, 700, generator=torch.Generator().manual_seed(i)).bfloat16()
-        work.append((source, fmt, *quantized(reference, source, fmt)))
+        work.append((source, fmt, *quantized(TORCH, source, fmt)))
     errors: list[BaseException] = []
     start = threading.Barrier(len(work))
 
@@ -319,10 +320,10 @@ def test_eight_threads_at_once() -> None:
         try:
             start.wait()
             for _ in range(20):
-                got = quantized(numba_backend, source, fmt)
+                got = quantized(NUMBA, source, fmt)
                 assert_same_bytes(got[0], qdata)
                 assert_same_bytes(got[1], scale)
-                numba_backend.linear(source[:2], *got, fmt)
+                NUMBA.linear(source[:2], got, fmt)
         except BaseException as error:
             errors.append(error)
 
@@ -338,12 +339,12 @@ def test_eight_threads_at_once() -> None:
 def test_a_forked_child_quantizes_too() -> None:
     """The parent's pool is in use when the child starts; the child exits 0 when its bytes are right."""
     source = torch.randn(1024, 1024).bfloat16()
-    qdata, _ = quantized(numba_backend, source, FP8_PER_CHANNEL)
+    qdata, _ = quantized(NUMBA, source, FP8_PER_CHANNEL)
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            again = quantized(numba_backend, source, FP8_PER_CHANNEL)[0]
+            again = quantized(NUMBA, source, FP8_PER_CHANNEL)[0]
             # Compared by numpy: torch's own parallel loops hang in a child forked after they were used.
             code = 0 if (again.view(torch.uint8).numpy() == qdata.view(torch.uint8).numpy()).all() else 2
         finally:
@@ -357,9 +358,9 @@ def test_without_a_folder_for_the_compiled_code(tmp_path: Path) -> None:
     code = (
         "import torch, numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []\n"
-        "from qtensor.kernels import numba_backend, FP8_PER_CHANNEL as f\n"
+        "from qtensor.kernels import FP8_PER_CHANNEL as f, quantize_into\n"
         "q, s = torch.empty(2, 8, dtype=f.dtype), torch.empty(2, 1)\n"
-        "numba_backend.quantize_into(torch.full((2, 8), 3.0), q, s, f)\n"
+        "quantize_into(torch.full((2, 8), 3.0), q, s, f, backend='numba')\n"
         "assert (q.float() == 448).all()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)

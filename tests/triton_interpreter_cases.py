@@ -30,11 +30,11 @@ from qtensor.kernels import (
     SOURCE_DTYPES,
     Audit,
     NonFinite,
+    Parts,
     WeightFormat,
-    reference,
 )
-from qtensor.kernels import triton as kernels
-from qtensor.kernels.triton import activation, encode, launch, per_channel, per_tensor
+from qtensor.kernels.reference import TORCH
+from qtensor.kernels.triton import TRITON, activation, encode, launch, per_channel, per_tensor
 
 FUSED = launch.target(torch.device("cpu"))["FUSED"]
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -89,19 +89,16 @@ sources = st.builds(
 )
 
 
-def destination(shape: tuple[int, ...], fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """qdata and scale as row ranges of larger tensors, and the larger qdata."""
+def destination(shape: tuple[int, ...], fmt: WeightFormat) -> tuple[Parts, torch.Tensor]:
+    """Parts with values and scales as row ranges of larger tensors, and the larger values."""
     *lead, rows, _ = shape
     big = torch.full((*lead, rows + 3, fmt.qdata_shape(shape)[-1]), 0x55, dtype=torch.uint8)
     scale = torch.full(fmt.scale_shape(shape), 9.0).to(fmt.scale_dtype)
     if fmt.granularity in ("channel", "group"):
         scale = torch.full((*lead, rows + 3, scale.shape[-1]), 9.0).to(fmt.scale_dtype)[..., 1 : 1 + rows, :]
-    return big[..., 1 : 1 + rows, :].view(fmt.dtype), scale, big
-
-
-def global_scale(shape: tuple[int, ...], fmt: WeightFormat) -> torch.Tensor | None:
-    size = fmt.global_scale_shape(shape)
-    return None if size is None else torch.full(size, 9.0)
+    whole = fmt.global_scale_shape(shape)
+    whole_scale = None if whole is None else torch.full(whole, 9.0)
+    return Parts(big[..., 1 : 1 + rows, :].view(fmt.dtype), scale, whole_scale), big
 
 
 def canonical(codes: torch.Tensor) -> torch.Tensor:
@@ -117,18 +114,20 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_equal_parts(actual: Parts, expected: Parts) -> None:
+    assert_equal(canonical(actual.qdata.contiguous()), canonical(expected.qdata))
+    for ours, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert_equal(ours, wanted)
+
+
 def check(source: torch.Tensor, fmt: WeightFormat, refuse: bool = True) -> None:
-    expected, expected_scale, _ = destination(source.shape, fmt)
-    actual, scale, around = destination(source.shape, fmt)
+    expected, _ = destination(source.shape, fmt)
+    actual, around = destination(source.shape, fmt)
     old, new = Audit(refuse, measure_sqnr=True), Audit(refuse, measure_sqnr=True)
-    wanted, found = (global_scale(source.shape, fmt) for _ in range(2))
-    reference.quantize_into(source, expected, expected_scale, fmt, old, 0, wanted)
-    kernels.quantize_into(source, actual, scale, fmt, new, 0, found)
+    TORCH.quantize_into(source, expected, fmt, old)
+    TRITON.quantize_into(source, actual, fmt, new)
     new.verify()
-    if wanted is not None:
-        assert_equal(found, wanted)
-    assert_equal(canonical(actual), canonical(expected))
-    assert_equal(scale, expected_scale)
+    assert_equal_parts(actual, expected)
     assert (around[..., 0, :] == 0x55).all(), "wrote before its rows"
     assert (around[..., -2:, :] == 0x55).all(), "wrote past its rows"
     if math.isfinite(old.signal) and old.signal > 1e-30:
@@ -154,10 +153,9 @@ def test_non_finite(fmt: WeightFormat, source: torch.Tensor, data: st.DataObject
         source[where] = data.draw(st.sampled_from([math.nan, -math.nan, math.inf, -math.inf]))
     check(source, fmt, refuse=False)
 
-    qdata, scale, _ = destination(source.shape, fmt)
+    parts, _ = destination(source.shape, fmt)
     audit = Audit()
-    second = global_scale(source.shape, fmt)
-    kernels.quantize_into(source, qdata, scale, fmt, audit, 1000, second)
+    TRITON.quantize_into(source, parts, fmt, audit, 1000)
     first = int((~torch.isfinite(source.reshape(-1))).nonzero()[0])
     with pytest.raises(NonFinite) as refused:
         audit.verify()
@@ -165,7 +163,7 @@ def test_non_finite(fmt: WeightFormat, source: torch.Tensor, data: st.DataObject
     assert str(refused.value.value) == str(float(source.reshape(-1)[first])).replace("-nan", "nan")
     audit.verify()  # reported once
     with pytest.raises(NonFinite):
-        kernels.quantize_into(source, qdata, scale, fmt, global_scale=second)
+        TRITON.quantize_into(source, parts, fmt)
 
 
 @formats
@@ -179,12 +177,10 @@ def test_rows_too_long_for_one_pass() -> None:
     for cols in (4097, 2 * 8192 + 5):
         source = make_values("one outlier", (3, cols), torch.bfloat16, 4000)
         source[1, cols - 1], source[2, 5] = math.inf, math.nan
-        expected, expected_scale, _ = destination(source.shape, FP8_PER_CHANNEL)
-        actual, scale, _ = destination(source.shape, FP8_PER_CHANNEL)
-        reference.quantize_into(source, expected, expected_scale, FP8_PER_CHANNEL, Audit(False))
-        per_channel.quantize(source, actual, scale, Audit(False), 0, one_pass_cols=4096)
-        assert_equal(canonical(actual), canonical(expected))
-        assert_equal(scale, expected_scale)
+        (expected, _), (actual, _) = (destination(source.shape, FP8_PER_CHANNEL) for _ in range(2))
+        TORCH.quantize_into(source, expected, FP8_PER_CHANNEL, Audit(False))
+        per_channel.quantize(source, actual, FP8_PER_CHANNEL, Audit(False), 0, one_pass_cols=4096)
+        assert_equal_parts(actual, expected)
         check(source, FP8_PER_TENSOR, refuse=False)
         check(source, FP8_PER_BLOCK, refuse=False)
         check_activation(source, FP8_PER_CHANNEL, one_pass_cols=4096)
@@ -196,12 +192,10 @@ def test_amax_accumulates_write_by_write() -> None:
     for rows in (slice(40, 60), slice(0, 10), slice(5, 40), slice(0, 10)):
         per_tensor.accumulate_amax(source[rows], amax, Audit(), 0)
     assert amax.item() == source.abs().max().item()
-    expected, expected_scale, _ = destination(source.shape, FP8_PER_TENSOR)
-    actual, scale, _ = destination(source.shape, FP8_PER_TENSOR)
-    reference.quantize_into(source, expected, expected_scale, FP8_PER_TENSOR)
-    per_tensor.scale_and_cast(source, amax, actual, scale, Audit())
-    assert_equal(canonical(actual), canonical(expected))
-    assert_equal(scale, expected_scale)
+    (expected, _), (actual, _) = (destination(source.shape, FP8_PER_TENSOR) for _ in range(2))
+    TORCH.quantize_into(source, expected, FP8_PER_TENSOR)
+    per_tensor.scale_and_cast(source, amax, actual, Audit())
+    assert_equal_parts(actual, expected)
 
 
 @formats
@@ -211,18 +205,16 @@ def test_offsets_beyond_32_bits(fmt: WeightFormat) -> None:
     stored = fmt.qdata_shape((2, 3, 40))
     q = torch.empty(far + 1000, dtype=torch.uint8).as_strided(stored, (far, 40, 1)).view(fmt.dtype)
     x.copy_(make_values("normal", (2, 3, 40), torch.bfloat16, 1))
-    expected, expected_scale, _ = destination((2, 3, 40), fmt)
-    scale, second = torch.empty(fmt.scale_shape((2, 3, 40)), dtype=fmt.scale_dtype), global_scale((2, 3, 40), fmt)
-    reference.quantize_into(x, expected, expected_scale, fmt, global_scale=second)
-    kernels.quantize_into(x, q, scale, fmt, global_scale=second)
-    assert_equal(canonical(q.contiguous()), canonical(expected))
-    assert_equal(scale, expected_scale)
-    restored = [k.dequantize(q, scale, fmt, torch.float32, None, second) for k in (kernels, reference)]
-    assert_equal(*restored)
+    expected, _ = destination((2, 3, 40), fmt)
+    actual = Parts(q, *Parts.of((2, 3, 40), fmt)[1:])
+    TORCH.quantize_into(x, expected, fmt)
+    TRITON.quantize_into(x, actual, fmt)
+    assert_equal_parts(actual, expected)
+    assert_equal(*(backend.dequantize(actual, fmt, torch.float32) for backend in (TRITON, TORCH)))
 
 
 def check_activation(x: torch.Tensor, fmt: WeightFormat, one_pass_cols: int = 16384) -> None:
-    expected, expected_scale = reference.quantize_activation(x, fmt)
+    expected, expected_scale = TORCH.quantize_activation(x, fmt)
     group = fmt.block[1] if fmt.granularity == "block" else max(x.shape[1], 1)
     actual, scale = activation.quantize(x, group, one_pass_cols)
     assert_equal(canonical(actual), canonical(expected.contiguous()))
@@ -249,21 +241,22 @@ def test_dequantize(fmt: WeightFormat, shape: tuple[int, ...], dtype: torch.dtyp
     scale = torch.rand(fmt.scale_shape(shape), generator=generator) * 10.0 ** (seed % 9 - 4)
     if fmt.scale_dtype != torch.float32:
         scale = torch.randint(0, 127, scale.shape, generator=generator, dtype=torch.uint8).view(fmt.scale_dtype)
-    second = global_scale(shape, fmt)
+    whole = fmt.global_scale_shape(shape)
+    parts = Parts(qdata, scale, None if whole is None else torch.full(whole, 9.0))
     out = torch.empty((*shape[:-1], shape[-1] + 3), dtype=dtype)[..., 1 : 1 + shape[-1]] if into else None
     if out is None and fmt.per_byte == 2:
         out = torch.empty(shape, dtype=dtype)
-    actual = kernels.dequantize(qdata, scale, fmt, dtype, out, second)
-    assert_equal(actual, reference.dequantize(qdata, scale, fmt, dtype, torch.empty(shape, dtype=dtype), second))
+    actual = TRITON.dequantize(parts, fmt, dtype, out)
+    assert_equal(actual, TORCH.dequantize(parts, fmt, dtype, torch.empty(shape, dtype=dtype)))
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    q, s = torch.empty(2, 2, dtype=torch.float8_e4m3fn), torch.empty(2, 1)
+    parts = Parts.of((2, 2), FP8_PER_CHANNEL)
     with pytest.raises(TypeError, match="float64"):
-        kernels.quantize_into(torch.zeros(2, 2, dtype=torch.float64), q, s, FP8_PER_CHANNEL)
+        TRITON.quantize_into(torch.zeros(2, 2, dtype=torch.float64), parts, FP8_PER_CHANNEL)
     other = WeightFormat("fp8_e5m2", torch.float8_e5m2, 57344.0, "channel")
     with pytest.raises(TypeError, match="e5m2"):
-        kernels.quantize_into(torch.zeros(2, 2), q, s, other)
+        TRITON.quantize_into(torch.zeros(2, 2), parts, other)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtensor.kernels import Parts
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.regions.boxes import contiguous_strides
 from qtensor.schemes.scheme import Scheme
@@ -74,8 +75,8 @@ class Published:
 
 def assembled(parts: Sequence[torch.Tensor], scheme: Scheme, dtype: torch.dtype, cols: int) -> QTensor:
     """The weight `[..., N, cols]` whose `QTensor.parts` these are."""
-    qdata, scale, *rest = parts
-    return QTensor(qdata, scale, scheme, dtype, global_scale=rest[0] if rest else None, cols=cols)
+    named = Parts(*parts)
+    return QTensor(named.qdata, named.scale, scheme, dtype, global_scale=named.global_scale, cols=cols)
 
 
 # Derived from weights -----------------------------------------------------------------------------------------------

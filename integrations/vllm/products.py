@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qtensor import kernels
-from qtensor.kernels import FORMATS, WeightFormat
+from qtensor.kernels import FORMATS, Parts, WeightFormat
 from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.tensor.qtensor import QTensor
 
@@ -125,10 +125,10 @@ def product(
 ) -> torch.Tensor:
     """x `[M, K]` times the weight of these parts, plus bias: `[M, N]`. round_x: with x quantized to fp8 and back."""
     form = FORMATS[fmt]
-    qdata, scale, *rest = weight
+    parts = Parts(*weight)
     if round_x:
         x = kernels.round_trip_activation(x, form)
-    return kernels.linear(x, qdata, scale, form, bias, *rest)
+    return kernels.serving(x, *parts).linear(x, parts, form, bias)
 
 
 def _product_shape(

@@ -6,8 +6,8 @@ gives them in between.
 
 Nothing here knows torch. Arrays are flat and contiguous, a matrix is a flat array plus the distance between its rows,
 and the element type of an array says what its bits mean: uint16 is bfloat16, int16 is float16, uint8 is e4m3fn. Each
-loop runs over a range of rows without the GIL and starts no threads; `numba_backend` shares the ranges out. The file
-stays in one piece because numba's cache notices a change only in the file that defines a function.
+loop runs over a range of rows without the GIL and starts no threads; `rows.share` shares the ranges out. All loops are
+in one file because numba's cache notices a change only in the file that defines a function.
 
 Integer steps are wrapped in uint32 one by one: numba widens integers to 64 bits, which would halve the vector width.
 Fast-math is allowed only where sums may be reordered, never where it could change a stored byte.

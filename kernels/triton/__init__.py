@@ -6,8 +6,8 @@ activation                           dynamic activations, per token or per token
 dequant                              back to bf16, fp16 or fp32
 encode, findings, launch             what they share: number formats, fused checks, launch geometry
 
-The functions here have the signatures of kernels/reference.py and equal it byte for byte. None of them waits for the
-device, except that a call without an audit verifies at once.
+All equal kernels/reference.py byte for byte. None of them waits for the device, except that a call without an audit
+verifies at once.
 """
 
 from __future__ import annotations
@@ -16,66 +16,57 @@ import torch
 
 from qtensor.errors import WeightDtypeError
 
-from .. import reference
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, WeightFormat
+from ..parts import Parts
+from ..reference import Torch, room
 from . import activation, dequant, per_block, per_channel, per_group, per_tensor
 
-__all__ = ["dequantize", "quantize_activation", "quantize_into"]
+__all__ = ["TRITON", "Triton"]
 
 
-def quantize_into(
-    source: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    audit: Audit | None = None,
-    origin: int = 0,
-    global_scale: torch.Tensor | None = None,
-) -> None:
-    """As `qtensor.kernels.quantize_into`; non-finite elements are reported by `audit.verify()`, the rest is stored."""
-    _check(source.dtype, fmt)
-    if source.numel() == 0:
-        reference.quantize_into(source, qdata, scale, fmt, audit, origin, global_scale)
-        return
-    findings = Audit() if audit is None else audit
-    if fmt.granularity == "group":
-        per_group.quantize(source, qdata, scale, fmt, findings, origin, global_scale)
-    elif fmt.granularity == "channel":
-        per_channel.quantize(source, qdata, scale, findings, origin, fmt.element)
-    elif fmt.granularity == "block":
-        per_block.quantize(source, qdata, scale, findings, origin, fmt.block)
-    else:
-        per_tensor.quantize(source, qdata, scale, findings, origin)
-    if audit is None:
-        findings.verify()
+class Triton(Torch):
+    """The backend "triton". Its products are the reference's, on weights that its own kernel dequantizes."""
+
+    name = "triton"
+
+    def quantize_into(
+        self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0
+    ) -> None:
+        """Non-finite elements are reported by `audit.verify()`, the rest is stored."""
+        _check(source.dtype, fmt)
+        if source.numel() == 0:
+            super().quantize_into(source, parts, fmt, audit, origin)
+            return
+        findings = Audit() if audit is None else audit
+        if fmt.granularity == "group":
+            per_group.quantize(source, parts, fmt, findings, origin)
+        elif fmt.granularity == "channel":
+            per_channel.quantize(source, parts, fmt, findings, origin)
+        elif fmt.granularity == "block":
+            per_block.quantize(source, parts, fmt, findings, origin)
+        else:
+            per_tensor.quantize(source, parts, findings, origin)
+        if audit is None:
+            findings.verify()
+
+    def dequantize(
+        self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = room(parts, fmt, dtype) if out is None else out
+        _check(out.dtype, fmt)
+        if parts.qdata.numel():
+            (per_group if fmt.granularity == "group" else dequant).dequantize(parts, fmt, out)
+        return out
+
+    def quantize_activation(self, x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+        _check(x.dtype, fmt)
+        if fmt.granularity == "group":
+            return super().quantize_activation(x, fmt)
+        return activation.quantize(x, fmt.block[1] if fmt.granularity == "block" else max(x.shape[1], 1))
 
 
-def dequantize(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-    global_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `qtensor.kernels.dequantize`."""
-    if out is None:
-        out = torch.empty((*qdata.shape[:-1], qdata.shape[-1] * fmt.per_byte), dtype=dtype, device=qdata.device)
-    _check(out.dtype, fmt)
-    if qdata.numel() and fmt.granularity == "group":
-        per_group.dequantize(qdata, scale, out, fmt, global_scale)
-    elif qdata.numel():
-        dequant.dequantize(qdata, scale, out, fmt)
-    return out
-
-
-def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `qtensor.kernels.quantize_activation`."""
-    _check(x.dtype, fmt)
-    if fmt.granularity == "group":
-        return reference.quantize_activation(x, fmt)
-    return activation.quantize(x, fmt.block[1] if fmt.granularity == "block" else max(x.shape[1], 1))
+TRITON = Triton()
 
 
 def _check(dtype: torch.dtype, fmt: WeightFormat) -> None:

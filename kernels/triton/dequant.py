@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..formats import WeightFormat
+from ..parts import Parts
 from . import launch
 from .encode import decode, decode_element, narrow
 
@@ -52,8 +53,9 @@ def per_block(
     tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
 
-def dequantize(qdata: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, fmt: WeightFormat) -> None:
-    """qdata `[..., N, K]` and its fp32 `scale` → `out` `[..., N, K]`, bf16, fp16 or fp32; not for groups."""
+def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
+    """The parts of a format without groups → `out` `[..., N, K]`, bf16, fp16 or fp32."""
+    qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(qdata)
     codes, cast = launch.codes(qdata), launch.target(qdata.device)["CAST"]
     q_strides, out_strides = launch.strides(qdata), launch.strides(out)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 from ..audit import Audit
+from ..formats import WeightFormat
+from ..parts import Parts
 from . import launch
 from .encode import encode, reciprocal_or_zero, widen
 from .findings import add_sums, finite_amax
@@ -47,19 +49,13 @@ def per_block(
         add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
 
 
-def quantize(
-    source: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    audit: Audit,
-    origin: int,
-    block: tuple[int, int] = (128, 128),
-) -> None:
-    """source `[..., N, K]` → qdata `[..., N, K]`, scale `[..., ceil(N/128), ceil(K/128)]`."""
+def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, origin: int) -> None:
+    """source `[..., N, K]` → values `[..., N, K]`, scales `[..., ceil(N/128), ceil(K/128)]`."""
+    qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(source)
     found, sums = launch.findings(audit, qdata)
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale))
-    down, across = block
+    down, across = fmt.block
     with launch.on(qdata.device):
         per_block[(triton.cdiv(rows, down) * triton.cdiv(cols, across), experts)](
             source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides,

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ..audit import Audit
-from ..formats import Element
+from ..formats import WeightFormat
+from ..parts import Parts
 from . import launch
 from .encode import bring_within, decode_element, divide, divide_or_zero, encode, encode_int, narrow, widen
 from .findings import add_sums, add_sums_of, finite_amax
@@ -110,20 +111,20 @@ def two_reads(
 
 def quantize(
     source: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
+    parts: Parts,
+    fmt: WeightFormat,
     audit: Audit,
     origin: int,
-    element: Element = "e4m3",
     one_pass_cols: int = ONE_PASS_COLS,
 ) -> None:
-    """source `[..., N, K]` → qdata `[..., N, K]`, scale `[..., N, 1]`."""
+    """source `[..., N, K]` → values `[..., N, K]`, scales `[..., N, 1]`."""
+    qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(source)
     target = launch.target(qdata.device)
     found, sums = launch.findings(audit, qdata)
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale)[:2])
     args = (source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides)
-    flags = {"ELEMENT": element, "CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
+    flags = {"ELEMENT": fmt.element, "CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
     with launch.on(qdata.device):
         if cols > one_pass_cols:
             two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=launch.warps(256), **flags)

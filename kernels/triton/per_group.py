@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..audit import Audit
 from ..formats import WeightFormat
+from ..parts import Parts
 from . import launch, per_tensor
 from .encode import (
     decode,
@@ -146,23 +147,16 @@ def _grid(fmt: WeightFormat, experts: int, rows: int, cols: int) -> tuple[int, i
     return triton.cdiv(rows * triton.cdiv(cols, fmt.block[1]), TILE // fmt.block[1]), experts
 
 
-def quantize(
-    source: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: WeightFormat,
-    audit: Audit,
-    origin: int,
-    global_scale: torch.Tensor | None,
-) -> None:
-    """source `[..., N, K]` → qdata and scale of a format with groups, and global_scale `[..., 1]` where it has one."""
+def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, origin: int) -> None:
+    """source `[..., N, K]` → the parts of a format with groups."""
+    qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(source)
     gain = torch.ones(experts, dtype=torch.float32, device=source.device)
-    if global_scale is not None:
+    if parts.global_scale is not None:
         amax = torch.zeros_like(gain)
         per_tensor.accumulate_amax(source, amax, audit, origin)
         gain = fmt.gain_from_amax(amax)
-        global_scale.copy_((1.0 / gain).view(global_scale.shape))
+        parts.global_scale.copy_((1.0 / gain).view(parts.global_scale.shape))
     found, sums = launch.findings(audit, qdata)
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale))
     with launch.on(qdata.device):
@@ -174,13 +168,13 @@ def quantize(
         )  # fmt: skip
 
 
-def dequantize(
-    qdata: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None
-) -> None:
-    """qdata and scale of a format with groups → `out` `[..., N, K]`, bf16, fp16 or fp32."""
+def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
+    """The parts of a format with groups → `out` `[..., N, K]`, bf16, fp16 or fp32."""
+    qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(out)
     strides = (*launch.strides(qdata), *launch.strides(scale), *launch.strides(out))
-    per_matrix = out.new_ones(1, dtype=torch.float32) if global_scale is None else global_scale.contiguous()
+    whole = parts.global_scale
+    per_matrix = out.new_ones(1, dtype=torch.float32) if whole is None else whole.contiguous()
     with launch.on(qdata.device):
         dequantize_kernel[_grid(fmt, experts, rows, cols)](
             launch.codes(qdata), launch.scales(scale), per_matrix, out, rows, cols, qdata.shape[-1], *strides,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..audit import Audit
+from ..parts import Parts
 from . import launch
 from .encode import encode, reciprocal_or_zero, widen
 from .findings import add_sums, finite_amax
@@ -80,10 +81,9 @@ def accumulate_amax(source: torch.Tensor, amax: torch.Tensor, audit: Audit, orig
         )  # fmt: skip
 
 
-def scale_and_cast(
-    source: torch.Tensor, amax: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit
-) -> None:
-    """`source` `[..., N, K]` and its `amax` (fp32 `[E]`) → qdata `[..., N, K]` and scale `[..., 1]`."""
+def scale_and_cast(source: torch.Tensor, amax: torch.Tensor, parts: Parts, audit: Audit) -> None:
+    """`source` `[..., N, K]` and its `amax` (fp32 `[E]`) → values `[..., N, K]` and scales `[..., 1]`."""
+    qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(source)
     _, sums = launch.findings(audit, qdata)
     tile_rows, block, threads = launch.loop_tile(cols)
@@ -97,8 +97,8 @@ def scale_and_cast(
         )  # fmt: skip
 
 
-def quantize(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit, origin: int) -> None:
-    """source `[..., N, K]` → qdata `[..., N, K]`, scale `[..., 1]`."""
+def quantize(source: torch.Tensor, parts: Parts, audit: Audit, origin: int) -> None:
+    """source `[..., N, K]` → values `[..., N, K]`, scales `[..., 1]`."""
     amax = torch.zeros(launch.geometry(source)[0], dtype=torch.float32, device=source.device)
     accumulate_amax(source, amax, audit, origin)
-    scale_and_cast(source, amax, qdata, scale, audit)
+    scale_and_cast(source, amax, parts, audit)

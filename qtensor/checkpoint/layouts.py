@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..kernels import WeightFormat
+from ..kernels import Parts, WeightFormat
 from ..schemes.config import read_patterns
 from ..schemes.scheme import (
     Scheme,
@@ -143,8 +143,8 @@ class Layout:
                     f"{list(shape)} has {list(expected)}"
                 )
         decoded = ((entry.decode, tensors[name]) for name, entry in self.entries.items())
-        qdata, scale, *rest = (decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None)
-        return QTensor(qdata, scale, self.scheme, dtype, global_scale=rest[0] if rest else None, cols=shape[1])
+        parts = Parts(*(decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None))
+        return QTensor(parts.qdata, parts.scale, self.scheme, dtype, global_scale=parts.global_scale, cols=shape[1])
 
 
 _STATIC = {"symmetric": True, "dynamic": False}

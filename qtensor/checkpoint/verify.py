@@ -163,7 +163,8 @@ def _any_value_at_zero(weight: Weight) -> bool:
     fmt = held.scheme.format
     marks = torch.where(zero, 1.0, 0.0).to(fmt.scale_dtype)
     ones = None if held.global_scale is None else torch.ones_like(held.global_scale)
-    return bool(kernels.dequantize(held.qdata, marks, fmt, torch.float32, global_scale=ones).any())
+    parts = kernels.Parts(held.qdata, marks, ones)
+    return bool(kernels.serving(*parts).dequantize(parts, fmt, torch.float32).any())
 
 
 def _checksum_problems(stored: Stored, expected: str | None, on_bytes: Callable[[int], None]) -> list[str]:

@@ -356,9 +356,7 @@ def _quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[byte
         stored.read(start * cols, source[extra:])
         made = _empty((source.shape[0], cols), scheme)
         try:
-            kernels.quantize_into(
-                source, made.qdata, made.scale, fmt, None, (start - extra) * cols, global_scale=made.global_scale
-            )
+            kernels.choose(source.device).quantize_into(source, made.parts(), fmt, None, (start - extra) * cols)
         except NonFinite as error:
             raise NonFiniteWeightError(_nonfinite(stored, error)) from None
         band: Any = made[extra:]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .. import kernels
-from ..kernels import Audit, NonFinite
+from ..kernels import Audit, NonFinite, Parts
 from ..kernels.formats import ceil_div
 from ..kernels.upload import upload_rows
 from ..regions.boxes import as_box
@@ -66,7 +66,7 @@ class QuantStore:
         self.coverage, self.audit, self._on_staged = coverage, audit, on_staged
         self.whole_weight = whole_weight
         self._on_cpu = device.type == "cpu"
-        self._quantize_into = kernels.choose(device).quantize_into
+        self._kernels = kernels.choose(device)
         *lead, self._n, self._k = coverage.shape
         self._lead = bool(lead)
         self._e = lead[0] if lead else 1
@@ -83,7 +83,7 @@ class QuantStore:
         self._staged_whole: torch.Tensor | None = None
         self._accepted: set[int] = set()  # per tensor: matrices whose written rows all came quantized
         self._clock = 0
-        self._matrices: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._matrices: dict[int, Parts] = {}
         self.result = empty(coverage.shape, scheme, dtype, device) if result is None else result
 
     # Writing
@@ -153,23 +153,20 @@ class QuantStore:
         self._free_unused(e, start, stop)
 
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
-        qdata, scale, *rest = self._rows(self._matrix(e), start, stop)
+        parts = self._rows(self._matrix(e), start, stop)
         origin = (e * self._n + start) * self._k
-        self._quantize_into(rows, qdata, scale, self.scheme.format, self.audit, origin, *rest)
+        self._kernels.quantize_into(rows, parts, self.scheme.format, self.audit, origin)
 
-    def _rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple[torch.Tensor, ...]:
+    def _rows(self, matrix: Parts, start: int, stop: int) -> Parts:
         """Rows start:stop, whole units, of a matrix's quantized values and scales."""
-        if stop - start == self._n:
-            return matrix
-        qdata, scale, *rest = matrix
-        return qdata.narrow(0, start, stop - start), scale[self.scheme.format.scale_rows(start, stop)], *rest
+        return matrix if stop - start == self._n else matrix.rows(start, stop, self.scheme.format)
 
-    def _matrix(self, e: int) -> tuple[torch.Tensor, ...]:
-        """The parts of matrix e: quantized values, scales, and the global scale of formats with one."""
+    def _matrix(self, e: int) -> Parts:
+        """The parts of matrix e."""
         found = self._matrices.get(e)
         if found is None:
             parts = self.result.parts()
-            found = self._matrices[e] = tuple(part[e] for part in parts) if self._lead else parts
+            found = self._matrices[e] = parts.matrix(e) if self._lead else parts
         return found
 
     def _stage(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
@@ -245,7 +242,7 @@ class QuantStore:
         if cols != (0, self._k) or not (aligned or self.scheme.format.needs_whole_matrix):
             return False
         for e in range(e0, e1):
-            given = tuple(part[e - e0] if values.dim() == 3 else part for part in values.parts())
+            given = values.parts().matrix(e - e0) if values.dim() == 3 else values.parts()
             target = self._rows(self._matrix(e), start, stop) if aligned else self._shared(e, start, stop, given[-1])
             if target is None:
                 return False
@@ -260,7 +257,7 @@ class QuantStore:
                 self._free_unused(e, start, stop)
         return True
 
-    def _shared(self, e: int, start: int, stop: int, new_scale: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    def _shared(self, e: int, start: int, stop: int, new_scale: torch.Tensor) -> Parts | None:
         """Where rows of a matrix that has one scale are accepted; None if the rows before them had another."""
         matrix = self._matrix(e)
         if e in self._accepted and not torch.equal(matrix[-1], new_scale.to(matrix[-1].device)):
@@ -387,10 +384,9 @@ class QuantStore:
 
     def _quantize_carried(self, e: int, start: int, stop: int, values: torch.Tensor) -> None:
         fmt = self.scheme.format
-        wide = empty(values.shape, self.scheme, self.dtype, self.device)
-        qdata, scale, *rest = wide.parts()
-        self._quantize_into(values, qdata, scale, fmt, self.audit, 0, *rest)
-        for target, source in zip(self._rows(self._matrix(e), start, stop), wide.parts(), strict=True):
+        wide = Parts.of(tuple(values.shape), fmt, self.device)
+        self._kernels.quantize_into(values, wide, fmt, self.audit)
+        for target, source in zip(self._rows(self._matrix(e), start, stop), wide, strict=True):
             target.copy_(source[tuple(map(slice, target.shape))])
 
     def copy(self, coverage: Coverage) -> QuantStore:
@@ -485,13 +481,11 @@ class QuantStore:
     def _dequantized(self, e: int, start: int, stop: int) -> torch.Tensor:
         return self._dequantize_rows(self._matrix(e), start, stop)
 
-    def _dequantize_rows(self, matrix: tuple[torch.Tensor, ...], start: int, stop: int) -> torch.Tensor:
+    def _dequantize_rows(self, matrix: Parts, start: int, stop: int) -> torch.Tensor:
         fmt = self.scheme.format
-        qdata, scale, *rest = matrix
         first = start // fmt.block[0] * fmt.block[0]
         out = torch.empty((stop - first, self._k), dtype=self.dtype, device=self.device)
-        scale = scale[fmt.scale_rows(first, stop)]
-        return kernels.dequantize(qdata[first:stop], scale, fmt, self.dtype, out, *rest)[start - first :]
+        return self._kernels.dequantize(matrix.rows(first, stop, fmt), fmt, self.dtype, out)[start - first :]
 
     def _box(self, e: int, rows: tuple[int, int], cols: tuple[int, int]) -> Box:
         return ((e, e + 1), rows, cols) if self._lead else (rows, cols)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import QTensorError
-from ..kernels import Audit
+from ..kernels import Audit, Parts
 from ..kernels.formats import ceil_div
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View, cover, whole
@@ -28,30 +28,30 @@ from .weight import ArmedWeight
 _MAPPED_BYTES = 1 << 20
 _LIVE = 8  # a unit whose values are the live ones: nothing new has been quantized
 ShadowKind = Literal["device", "host"]
-Parts = tuple[torch.Tensor, ...]
+Tensors = tuple[torch.Tensor, ...]
 OnBytes = Callable[[int], None]
 
 
 class SecondCopy(Protocol):
     """live: the tensors of one matrix. target: where its new values are written. nbytes: what the copy takes."""
 
-    live: Parts
-    target: Parts
+    live: Tensors
+    target: Tensors
     nbytes: int
 
-    def publish(self, new: Parts, live: Parts) -> None: ...
+    def publish(self, new: Tensors, live: Tensors) -> None: ...
     def rollback(self) -> None: ...
 
 
 class Shadow:
     """New values beside the live ones, on the same device."""
 
-    def __init__(self, live: Parts) -> None:
+    def __init__(self, live: Tensors) -> None:
         self.live = live
         self.target = tuple(_room_for(t) for t in live)
         self.nbytes = sum(t.nbytes for t in self.target)
 
-    def publish(self, new: Parts, live: Parts) -> None:
+    def publish(self, new: Tensors, live: Tensors) -> None:
         """Copy new values, whole or some rows of them, over the live ones."""
         for target, source in zip(live, new, strict=True):
             _bytes(target).copy_(_bytes(source))
@@ -63,12 +63,12 @@ class Shadow:
 class Undo:
     """The old values in host memory (pinned where the live ones are on a GPU); the new are written in place."""
 
-    def __init__(self, live: Parts) -> None:
+    def __init__(self, live: Tensors) -> None:
         self.live = self.target = live
         self._saved = tuple(torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t) for t in live)
         self.nbytes = sum(t.nbytes for t in self._saved)
 
-    def publish(self, new: Parts, live: Parts) -> None:
+    def publish(self, new: Tensors, live: Tensors) -> None:
         pass
 
     def rollback(self) -> None:
@@ -76,7 +76,7 @@ class Undo:
             target.copy_(source)
 
 
-SECOND_COPIES: dict[ShadowKind, Callable[[Parts], SecondCopy]] = {"device": Shadow, "host": Undo}
+SECOND_COPIES: dict[ShadowKind, Callable[[Tensors], SecondCopy]] = {"device": Shadow, "host": Undo}
 
 
 def _room_for(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ class ReloadStore(QuantStore):
         if copy is None:
             copy = self._copies[e] = self._second_copy(super()._matrix(e))
             self._on_second_copy(copy.nbytes)
-        return copy.target
+        return Parts(*copy.target)
 
     def _quantize_rows(self, e: int, start: int, stop: int, rows: torch.Tensor) -> None:
         super()._quantize_rows(e, start, stop, rows)
@@ -191,7 +191,7 @@ class ReloadStore(QuantStore):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _source(self, e: int, live: bool) -> Parts:
-        return super()._matrix(e) if live or e not in self._copies else self._copies[e].target
+        return super()._matrix(e) if live or e not in self._copies else Parts(*self._copies[e].target)
 
     def _runs(self, e: int, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """Rows start:stop cut where units change between live and new: first row, last row, are they live."""
@@ -216,7 +216,7 @@ class ReloadStore(QuantStore):
         copy = self._copies[e]
         for start, stop, live in self._runs(e, 0, self._n):
             if not live:
-                copy.publish(self._rows(copy.target, start, stop), self._rows(copy.live, start, stop))
+                copy.publish(self._rows(Parts(*copy.target), start, stop), self._rows(Parts(*copy.live), start, stop))
         self._state[e] |= _LIVE
         del self._copies[e]
         self._on_second_copy(-copy.nbytes)

@@ -76,7 +76,7 @@ def _requantize(dst: QTensor, src: torch.Tensor) -> None:
         raise WeightShapeError(f"QTensor {list(dst.shape)}: a source of shape {list(src.shape)} does not fit") from None
     try:
         stored = src.mT if dst.transposed else src
-        kernels.quantize_into(stored, dst.qdata, dst.scale, dst.scheme.format, global_scale=dst.global_scale)
+        kernels.choose(dst.device).quantize_into(stored, dst.parts(), dst.scheme.format)
     except NonFinite as error:
         raise NonFiniteWeightError(nonfinite_message("QTensor", stored.shape, error)) from None
 

@@ -63,7 +63,8 @@ def _embedding(func: Any, w: Any, indices: torch.Tensor, *args: Any) -> torch.Te
     fmt, rows = w.scheme.format, indices.reshape(-1)
     scale = w.scale if fmt.granularity == "tensor" else index_rows(w.scale, rows // fmt.block[0])
     row_format = replace(fmt, block=(1, fmt.block[1]))
-    values = compiled.dequantize(index_rows(w.qdata, rows), scale, row_format, w.dtype, global_scale=w.global_scale)
+    parts = kernels.Parts(index_rows(w.qdata, rows), scale, w.global_scale)
+    values = compiled.TRACED.dequantize(parts, row_format, w.dtype)
     return values[:, : w.cols].reshape(*indices.shape, w.cols)
 
 
@@ -74,7 +75,8 @@ def _product(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Te
         if has_fp8_matmul(x, w):
             return scaled_mm(x, w, bias)
         x = kernels.round_trip_activation(x, fmt)
-    return kernels.linear(x, w.qdata, w.scale, fmt, bias, w.global_scale)
+    parts = w.parts()
+    return kernels.serving(x, *parts).linear(x, parts, fmt, bias)
 
 
 def has_fp8_matmul(x: torch.Tensor, w: QTensor) -> bool:

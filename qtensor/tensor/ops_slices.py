@@ -105,8 +105,7 @@ def take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
         whole = whole and (everything or not fmt.needs_whole_matrix)
     if dim > row_dim:
         cols, stored = size, slice(part.start // fmt.per_byte, ceil_div(part.stop, fmt.per_byte), part.step)
-    rest = () if w.global_scale is None else (w.global_scale,)
-    return w.with_parts(w.qdata[(*before, stored)], scale, *rest, whole_units=whole, cols=cols)
+    return w.with_parts(w.qdata[(*before, stored)], scale, w.global_scale, whole_units=whole, cols=cols)
 
 
 def index_rows(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from .. import kernels
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
-from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite
+from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, Parts
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from .table import OpTable
 
@@ -93,19 +93,19 @@ class QTensor(torch.Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight in high precision (`dtype`, by default the logical dtype): qdata × scale in fp32, rounded once."""
-        fmt, dtype = self.scheme.format, dtype or self.dtype
-        values = kernels.dequantize(self.qdata, self.scale, fmt, dtype, global_scale=self.global_scale)
+        parts = self.parts()
+        values = kernels.serving(*parts).dequantize(parts, self.scheme.format, dtype or self.dtype)
         values = values[..., : self.cols]
         return values.mT if self.transposed else values
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes held: quantized values and scales."""
-        return sum(part.nbytes for part in self.parts())
+        return self.parts().nbytes
 
-    def parts(self) -> tuple[torch.Tensor, ...]:
+    def parts(self) -> Parts:
         """The tensors it is made of: quantized values, scales, and the global scale of formats with one."""
-        return (self.qdata, self.scale) if self.global_scale is None else (self.qdata, self.scale, self.global_scale)
+        return Parts(self.qdata, self.scale, self.global_scale)
 
     def parts_by_rows(self) -> list[torch.Tensor]:
         """Those parts of which each row (expert, of a stack) has its own; the others belong to the whole weight."""
@@ -214,9 +214,7 @@ def quantize(weight: torch.Tensor, scheme: SchemeLike, *, on_nonfinite: str = "e
     result = empty(weight.shape, scheme, weight.dtype, weight.device)
     try:
         audit = Audit(refuse_nonfinite=on_nonfinite == "error")
-        kernels.quantize_into(
-            weight.detach(), result.qdata, result.scale, scheme.format, audit, global_scale=result.global_scale
-        )
+        kernels.choose(weight.device).quantize_into(weight.detach(), result.parts(), scheme.format, audit)
     except NonFinite as error:
         raise NonFiniteWeightError(nonfinite_message("weight", weight.shape, error)) from None
     return result
@@ -225,12 +223,8 @@ def quantize(weight: torch.Tensor, scheme: SchemeLike, *, on_nonfinite: str = "e
 def empty(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype, device: Any) -> QTensor:
     """A QTensor whose storage is allocated and not yet written."""
     shape = tuple(shape)
-    fmt = scheme.format
-    qdata = torch.empty(fmt.qdata_shape(shape), dtype=fmt.dtype, device=device)
-    scale = torch.empty(fmt.scale_shape(shape), dtype=fmt.scale_dtype, device=device)
-    global_shape = fmt.global_scale_shape(shape)
-    global_scale = None if global_shape is None else torch.empty(global_shape, dtype=torch.float32, device=device)
-    return QTensor(qdata, scale, scheme, dtype, global_scale=global_scale, cols=shape[-1])
+    parts = Parts.of(shape, scheme.format, device)
+    return QTensor(parts.qdata, parts.scale, scheme, dtype, global_scale=parts.global_scale, cols=shape[-1])
 
 
 def nonfinite_message(name: str, shape: Sequence[int], error: NonFinite) -> str:

@@ -1,0 +1,212 @@
+"""fp8 per tensor, channel and block: one pass finds the amax, derives the scale and encodes while the row is in cache.
+
+The linear reads one byte per weight and decodes it in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..audit import Audit
+from ..formats import NonFinite, WeightFormat, ceil_div
+from ..parts import Parts
+from . import jit
+from .rows import Array, adjacent, flat_rows, share, slabs
+
+_KINDS = {"tensor": jit.TENSOR, "channel": jit.CHANNEL, "block": jit.BLOCKS}
+_X_PADDING = 16  # Keeps rows of x from falling on the same cache sets when K is a power of two.
+_LIKE: dict[torch.dtype, Array] = {
+    torch.bfloat16: np.empty(0, np.uint16),
+    torch.float16: np.empty(0, np.int16),
+    torch.float32: np.empty(0, np.float32),
+}
+
+
+def is_fused(fmt: WeightFormat) -> bool:
+    """Whether `jit` has loops that do all of the format's work in one pass."""
+    return fmt.element == "e4m3" and fmt.granularity != "group"
+
+
+def quantize_piece(source: torch.Tensor, parts: Parts, fmt: WeightFormat, origin: int) -> None:
+    """A small matrix in one call: loaders that deliver a weight in many slices spend their time between the calls.
+
+    All are `adjacent`, and the scales contiguous.
+    """
+    qdata, scale, (rows, cols) = parts.qdata, parts.scale, source.shape
+    bad = jit.quantize_piece(
+        _KINDS[fmt.granularity],
+        source.data_ptr(),
+        source.stride(0),
+        _LIKE[source.dtype],
+        qdata.data_ptr(),
+        qdata.stride(0),
+        scale.data_ptr(),
+        scale.numel(),
+        rows,
+        cols,
+    )
+    if bad >= 0:
+        raise NonFinite(origin + bad, float(source[bad // cols, bad % cols]))
+
+
+def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, amax: torch.Tensor) -> None:
+    """Quantize one matrix; `amax`, fp32 of no dimension, is used per tensor only."""
+    qdata, scale = parts.qdata, parts.scale
+    target = qdata if adjacent(qdata) else torch.empty(qdata.shape, dtype=qdata.dtype, device="cpu")
+    unit = fmt.block[0]
+    # Written to a tensor of our own first: a loop over its rows need not know the strides of `scale`.
+    scales = torch.empty(scale.shape, dtype=torch.float32, device="cpu")
+    if fmt.granularity == "tensor":
+        scales.copy_(fmt.scale_from_amax(amax))
+    flat_scales = scales.view(-1, scales.shape[-1])
+    for first, slab in slabs(source, unit):
+        codes = target[first : first + slab.shape[0]]
+        if fmt.granularity == "tensor":
+            _run_rows(slab, codes, scales, audit)
+        elif fmt.granularity == "channel":
+            _run_groups(slab, codes, flat_scales[first : first + slab.shape[0]], slab.shape[1], True, audit)
+        else:
+            _run_blocks(slab, codes, flat_scales[first // unit :], audit)
+    scale.copy_(scales)
+    if target is not qdata:
+        qdata.copy_(target)
+
+
+def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.quantize_activation`, for an x that is not empty."""
+    rows, cols = x.shape
+    group = fmt.block[1] if fmt.granularity == "block" else cols
+    q = torch.empty((rows, cols), dtype=fmt.dtype, device="cpu")
+    scale = torch.empty((rows, ceil_div(cols, group)), dtype=torch.float32, device="cpu")
+    _run_groups(x if adjacent(x) else x.contiguous(), q, scale, group, False, Audit())
+    return q, scale
+
+
+def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
+    """One matrix into `out`; quantized values and `out` are `adjacent`."""
+    rows, cols = out.shape
+    down = rows if fmt.granularity == "tensor" else fmt.block[0]
+    across = fmt.block[1] if fmt.granularity == "block" else cols
+    codes, codes_stride = flat_rows(parts.qdata)
+    values, values_stride = flat_rows(out)
+    scales = flat_rows(parts.scale.contiguous().view(1, -1))[0]
+    share(
+        rows,
+        out.numel(),
+        lambda start, stop: jit.dequantize_rows(
+            codes, codes_stride, values, values_stride, cols, scales, down, across, start, stop
+        ),
+    )
+
+
+def linear(x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `Backend.linear`, for a few rows of x and values that are `adjacent`: summed in fp32."""
+    batch, cols = x.shape
+    qdata, scale = parts.qdata, parts.scale
+    rows = qdata.shape[0]
+    padded = 1 if batch == 1 else 4 if batch <= 4 else 8 * ceil_div(batch, 8)
+    x32 = torch.zeros((padded, cols + _X_PADDING), dtype=torch.float32, device="cpu")
+    x32[:batch, :cols] = x
+    out = torch.empty((padded, rows), dtype=torch.float32, device="cpu")
+    codes, codes_stride = flat_rows(qdata)
+    values, x_stride = flat_rows(x32)
+    sums, sums_stride = flat_rows(out)
+    if fmt.granularity == "block":
+        scales = flat_rows(scale.contiguous().view(1, -1))[0]
+        share(
+            ceil_div(rows, fmt.block[0]),
+            qdata.numel(),
+            lambda start, stop: jit.linear_bands(
+                codes, codes_stride, rows, cols, values, x_stride, padded, scales, sums, sums_stride, start, stop
+            ),
+        )
+    else:
+        scales = flat_rows(scale.reshape(1, -1).expand(1, rows).contiguous())[0]
+        share(
+            rows,
+            qdata.numel(),
+            lambda start, stop: jit.linear_rows(
+                codes, codes_stride, cols, values, x_stride, padded, scales, sums, sums_stride, start, stop
+            ),
+        )
+    result = out[:batch]
+    if bias is not None:
+        result += bias
+    return result.to(x.dtype)
+
+
+def _run_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit) -> None:
+    values, stride = flat_rows(source)
+    codes, codes_stride = flat_rows(qdata)
+    rows, cols = source.shape
+    scales = flat_rows(scale.reshape(1, 1))[0]
+    _share_and_sum(
+        rows,
+        source.numel(),
+        audit,
+        lambda start, stop, sums: jit.quantize_rows(
+            values, stride, codes, codes_stride, cols, scales, start, stop, audit.measure_sqnr, sums
+        ),
+    )
+
+
+def _run_groups(
+    source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, group: int, skip_nonfinite: bool, audit: Audit
+) -> None:
+    values, stride = flat_rows(source)
+    codes, codes_stride = flat_rows(qdata)
+    rows, cols = source.shape
+    scales = flat_rows(scale.contiguous().view(1, -1))[0]
+    _share_and_sum(
+        rows,
+        source.numel(),
+        audit,
+        lambda start, stop, sums: jit.quantize_groups(
+            values,
+            stride,
+            codes,
+            codes_stride,
+            cols,
+            group,
+            scales,
+            start,
+            stop,
+            skip_nonfinite,
+            audit.measure_sqnr,
+            sums,
+        ),
+    )
+
+
+def _run_blocks(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit) -> None:
+    values, stride = flat_rows(source)
+    codes, codes_stride = flat_rows(qdata)
+    rows, cols = source.shape
+    scales = flat_rows(scale.contiguous().view(1, -1))[0]
+    _share_and_sum(
+        ceil_div(rows, jit.BLOCK),
+        source.numel(),
+        audit,
+        lambda start, stop, sums: jit.quantize_blocks(
+            values, stride, codes, codes_stride, rows, cols, scales, start, stop, audit.measure_sqnr, sums
+        ),
+    )
+
+
+def _share_and_sum(count: int, elements: int, audit: Audit, work: Callable[[int, int, Array], None]) -> None:
+    """`share`, with an array for work to add (signal, noise) to, which end up in `audit`."""
+    parts: list[Array] = []
+
+    def piece(start: int, stop: int) -> None:
+        sums = np.zeros(2)
+        work(start, stop, sums)
+        parts.append(sums)
+
+    share(count, elements, piece)
+    if audit.measure_sqnr:
+        signal, noise = np.sum(parts, axis=0)
+        audit.signal += float(signal)
+        audit.noise += float(noise)
