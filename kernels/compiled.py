@@ -11,7 +11,7 @@ import torch
 from .codes import traceable_decode
 from .formats import WeightFormat
 from .parts import Parts
-from .reference import Torch
+from .reference import Torch, saturated
 
 
 def must_trace(*tensors: torch.Tensor | None) -> bool:
@@ -40,7 +40,7 @@ class Traced(Torch):
             step = step.repeat_interleave(fmt.block[0], -2)[..., :rows, :]
         if fmt.block[1] > 1:
             step = step[..., torch.arange(cols, dtype=torch.int64, device=step.device) // fmt.block[1]]
-        values = (values * step).to(dtype)
+        values = saturated(values * step, dtype).to(dtype)
         return values if out is None else out.copy_(values[..., : out.shape[-1]])
 
     def linear(

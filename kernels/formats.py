@@ -171,9 +171,7 @@ def _exponent_at_least(x: torch.Tensor) -> torch.Tensor:
 
 def _exponent_nearest(amax: torch.Tensor) -> torch.Tensor:
     """The biased exponent of amax / 4 (fp32) rounded to a power of two, up from 1.75 times one."""
-    exponent = (amax.view(torch.int32) + 0x200000) >> 23
-    # An exponent that overflows is infinity for vLLM, which it clamps to the largest scale.
-    return torch.where(exponent == 255, 254, (exponent - 2).clamp_min(0))
+    return (((amax.view(torch.int32) + 0x200000) >> 23) - 2).clamp_min(0)
 
 
 E4M3_MAX = 448.0

@@ -49,7 +49,7 @@ class Torch:
             return out
         height, cols = out.shape
         for rows in row_chunks(height, cols, fmt.block[0]):
-            out[rows] = _restore(parts.rows(rows.start, rows.stop, fmt), fmt, cols)
+            out[rows] = saturated(_restore(parts.rows(rows.start, rows.stop, fmt), fmt, cols), out.dtype)
         return out
 
     def linear(
@@ -90,6 +90,12 @@ def room(parts: Parts, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
     """Memory for what `dequantize` returns when it is given none."""
     qdata = parts.qdata
     return torch.empty((*qdata.shape[:-1], qdata.shape[-1] * fmt.per_byte), dtype=dtype, device=qdata.device)
+
+
+def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 values within the range of `dtype`: rounding up near its end would make infinity of a finite weight."""
+    limit = torch.finfo(dtype).max if dtype.itemsize < 4 else torch.finfo(torch.float32).max
+    return values.clamp(-limit, limit)
 
 
 def round_trip_activation(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:

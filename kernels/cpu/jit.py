@@ -131,6 +131,26 @@ def _narrow_overload(value, like):
     return lambda value, like: value
 
 
+_LIMITS = {types.uint16: u32(0x7F7F0000), types.int16: u32(0x477FE000)}  # The largest bf16, fp16.
+
+
+def _restored(value, like):
+    """As `_narrow`, and within the type's range: rounding up near its end would make infinity of a finite weight."""
+    raise NotImplementedError
+
+
+@extending.overload(_restored)
+def _restored_overload(value, like):
+    largest = _LIMITS.get(like.dtype, u32(0x7F7FFFFF))
+
+    def restored(value, like):
+        limit = _float(largest)
+        value = limit if value > limit else value  # min() would lose NaN
+        return _narrow(-limit if value < -limit else value, like)
+
+    return restored
+
+
 @_jit()
 def _encode(value):
     """float32 → e4m3fn code: clamp to ±448, round to nearest even; NaN stays NaN."""
@@ -364,13 +384,13 @@ def quantize_piece(kind, source_at, stride, like, codes_at, codes_stride, scale_
 @_jit()
 def _decode_times(codes, factor, out):
     for i in range(codes.size):
-        out[i] = _narrow(_decode(codes[i]) * factor, out)
+        out[i] = _restored(_decode(codes[i]) * factor, out)
 
 
 @_jit()
 def _decode_times_each(codes, factors, out):
     for i in range(codes.size):
-        out[i] = _narrow(_decode(codes[i]) * factors[i], out)
+        out[i] = _restored(_decode(codes[i]) * factors[i], out)
 
 
 @_jit()
@@ -519,25 +539,25 @@ def encode_groups(element, divides, source, stride, codes, codes_stride, cols, g
 @_jit()
 def _from_int8(codes, step, out):
     for i in range(codes.size):
-        out[i] = _narrow(f32(np.int8(codes[i])) * step, out)
+        out[i] = _restored(f32(np.int8(codes[i])) * step, out)
 
 
 @_jit()
 def _from_e2m1(codes, step, out):
     for i in range(out.size // 2):
-        out[2 * i] = _narrow(_decode_e2m1(codes[i]) * step, out)
-        out[2 * i + 1] = _narrow(_decode_e2m1(np.uint8(codes[i] >> np.uint8(4))) * step, out)
+        out[2 * i] = _restored(_decode_e2m1(codes[i]) * step, out)
+        out[2 * i + 1] = _restored(_decode_e2m1(np.uint8(codes[i] >> np.uint8(4))) * step, out)
     if out.size % 2:
-        out[out.size - 1] = _narrow(_decode_e2m1(codes[out.size // 2]) * step, out)
+        out[out.size - 1] = _restored(_decode_e2m1(codes[out.size // 2]) * step, out)
 
 
 @_jit()
 def _from_int4(codes, step, out):
     for i in range(out.size // 2):
-        out[2 * i] = _narrow(_decode_int4(codes[i]) * step, out)
-        out[2 * i + 1] = _narrow(_decode_int4(np.uint8(codes[i] >> np.uint8(4))) * step, out)
+        out[2 * i] = _restored(_decode_int4(codes[i]) * step, out)
+        out[2 * i + 1] = _restored(_decode_int4(np.uint8(codes[i] >> np.uint8(4))) * step, out)
     if out.size % 2:
-        out[out.size - 1] = _narrow(_decode_int4(codes[out.size // 2]) * step, out)
+        out[out.size - 1] = _restored(_decode_int4(codes[out.size // 2]) * step, out)
 
 
 @_jit()

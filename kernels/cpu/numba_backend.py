@@ -36,6 +36,8 @@ class Numba(Torch):
         """A source with NaN or infinity is refused before anything is stored."""
         audit = audit or Audit()
         _check(source, parts.qdata, fmt)
+        if source.is_neg():  # The loops see memory, not torch's bit that says to negate what is there.
+            source = source.resolve_neg()
         plain = audit.refuse_nonfinite and not audit.measure_sqnr
         is_fused = fused.is_fused(fmt)
         if source.numel() == 0 or not (is_fused or plain):
@@ -84,7 +86,7 @@ class Numba(Torch):
     def quantize_activation(self, x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
         if x.numel() == 0 or x.dtype not in SOURCE_DTYPES or not fused.is_fused(fmt):
             return super().quantize_activation(x, fmt)
-        return fused.quantize_activation(x, fmt)
+        return fused.quantize_activation(x.resolve_neg(), fmt)
 
 
 NUMBA = Numba()

@@ -38,6 +38,7 @@ class Triton(Torch):
         if source.numel() == 0:
             super().quantize_into(source, parts, fmt, audit, origin)
             return
+        source = source.resolve_neg()  # Kernels see memory, not torch's bit that says to negate what is there.
         findings = Audit() if audit is None else audit
         if fmt.granularity == "group":
             per_group.quantize(source, parts, fmt, findings, origin)
@@ -63,7 +64,7 @@ class Triton(Torch):
         _check(x.dtype, fmt)
         if fmt.granularity == "group":
             return super().quantize_activation(x, fmt)
-        return activation.quantize(x, fmt.block[1] if fmt.granularity == "block" else max(x.shape[1], 1))
+        return activation.quantize(x.resolve_neg(), fmt.block[1] if fmt.granularity == "block" else max(x.shape[1], 1))
 
 
 TRITON = Triton()

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..formats import WeightFormat
 from ..parts import Parts
 from . import launch
-from .encode import decode, decode_element, narrow
+from .encode import decode, decode_element, restore
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -30,7 +30,7 @@ def per_row(
         inside = (row < rows) & (col < cols)
         code = tl.load(q + expert * q_e + row * q_n + col * q_k, mask=inside, other=0)
         value = decode_element(code, ELEMENT, CAST) * scale
-        value = narrow(value, out.dtype.element_ty, CAST)
+        value = restore(value, out.dtype.element_ty, CAST)
         tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
 
@@ -49,7 +49,7 @@ def per_block(
     inside = (row < rows) & (col < cols)
     scale = tl.load(s + expert * s_e + band * s_n + strip * s_k)
     value = decode(tl.load(q + expert * q_e + row * q_n + col * q_k, mask=inside, other=0), CAST) * scale
-    value = narrow(value, out.dtype.element_ty, CAST)
+    value = restore(value, out.dtype.element_ty, CAST)
     tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
 

@@ -40,6 +40,13 @@ def narrow(x, dtype: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
+def restore(x, dtype: tl.constexpr, CAST: tl.constexpr):
+    """As `narrow`, and within the range of `dtype`: rounding up near its end makes infinity of a finite weight."""
+    limit = 65504.0 if dtype == tl.float16 else 3.3895313892515355e38 if dtype == tl.bfloat16 else 3.4028234663852886e38
+    return narrow(tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL), dtype, CAST)
+
+
+@triton.jit
 def encode(x, CAST: tl.constexpr):
     """fp32 → e4m3fn code as uint8."""
     if CAST == "satfinite":

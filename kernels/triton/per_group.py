@@ -26,9 +26,9 @@ from .encode import (
     divide_or_zero,
     encode,
     encode_element,
-    narrow,
     power_of_two,
     reciprocal_or_zero,
+    restore,
     widen,
 )
 from .findings import add_sums_of, finite_amax
@@ -53,8 +53,7 @@ def unpack(byte):
 def mx_exponent(amax, ELEMENT: tl.constexpr):
     """fp32 amax → biased exponent of its group's scale, as int32."""
     if ELEMENT == "e2m1":
-        exponent = (amax.to(tl.int32, bitcast=True) + 0x200000) >> 23
-        return tl.where(exponent == 255, 254, tl.maximum(exponent - 2, 0))
+        return tl.maximum(((amax.to(tl.int32, bitcast=True) + 0x200000) >> 23) - 2, 0)
     bits = tl.math.div_rn(amax, 448.0).to(tl.int32, bitcast=True)
     return tl.where(bits <= 0x400000, 0, (bits + 0x7FFFFF) >> 23)
 
@@ -132,7 +131,7 @@ def dequantize_kernel(
     else:
         byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         code = unpack(tl.load(q + byte * q_k, mask=(row < rows) & (byte < q_cols), other=0))
-    value = narrow(decode_element(code, ELEMENT, CAST) * step, out.dtype.element_ty, CAST)
+    value = restore(decode_element(code, ELEMENT, CAST) * step, out.dtype.element_ty, CAST)
     tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
 
