@@ -52,9 +52,7 @@ def values(seed: int) -> Weights:
     with torch.device("meta"):
         net = Net()
     return {
-        name: torch.randn(t.shape, generator=generator)
-        for name, t in net.state_dict().items()
-        if name != "head.weight"
+        name: torch.randn(t.shape, generator=generator) for name, t in net.state_dict().items() if name != "head.weight"
     }
 
 
@@ -111,7 +109,7 @@ class Subject:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.net = Net() if "load" in kind.split() else loaded(OLD)
-        self.objects = {name: param for name, param in self.net.named_parameters()}
+        self.objects = dict(self.net.named_parameters())
 
     def run(self) -> None:
         if "load" in self.kind.split():
@@ -120,15 +118,15 @@ class Subject:
                 if "abort" in self.kind:
                     raise _Enough
             return
-        mode: dict[str, Any] = {"shadow": "host" if "host" in self.kind else "device", "atomic": "each" not in self.kind}
-        with online_reload(self.net, **mode):
+        shadow: Any = "host" if "host" in self.kind else "device"
+        with online_reload(self.net, shadow=shadow, atomic="each" not in self.kind):
             load(self.net, NEW)
             if "abort" in self.kind:
                 raise _Enough
 
     def problem(self) -> str | None:
         """What is wrong with the model or the process now; None if nothing is."""
-        gc.collect()
+        gc.collect()  # of what came since `gc.freeze`
         try:
             if "load" in self.kind.split():
                 if any(type(p) is not QTensor for n, p in self.net.named_parameters() if n in SCHEMES):
@@ -235,6 +233,7 @@ def duration(kind: str) -> float:
 def random_moments(runs: int, seed: int) -> list[str]:
     """Every kind, stopped at random moments. What went wrong, one line each."""
     chance, wrong = random.Random(seed), []
+    gc.freeze()
     longest = {kind: duration(kind) for kind in KINDS}
     for i in range(runs):
         kind, stop = KINDS[i % len(KINDS)], chance.choice(STOPS)
@@ -295,6 +294,7 @@ def lines_of(kind: str) -> Counter[str]:
 def at_every_line(kind: str, stop: type[BaseException], where: Callable[[str], bool] = bool) -> list[str]:
     """The subject stopped at each line, when it is run first and last. What went wrong, one line each."""
     wrong = []
+    gc.freeze()
     for line, times in lines_of(kind).items():
         for n in {1, times} if where(line) else ():
             subject = Subject(kind)
@@ -308,6 +308,7 @@ def at_every_line(kind: str, stop: type[BaseException], where: Callable[[str], b
 def in_every_operation(kind: str, stop: type[BaseException]) -> list[str]:
     """The subject stopped in each torch operation it runs. What went wrong, one line each."""
     wrong, n = [], 0
+    gc.freeze()
     while True:
         n += 1
         subject, mode = Subject(kind), InOperation(n, stop)
@@ -331,4 +332,3 @@ class InOperation(TorchDispatchMode):
         if self.seen == self._n:
             raise self._stop(f"in {func}")
         return func(*args, **(kwargs or {}))
-

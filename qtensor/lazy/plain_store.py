@@ -35,6 +35,10 @@ class PlainStore:
         self.at(view).copy_(source)
         cover(self.coverage, view)
 
+    def start_over(self) -> None:
+        """Forget everything that was written: values that were there before are gone."""
+        self.initialised = False
+
     def at(self, view: View) -> torch.Tensor:
         """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
         return self.tensor.as_strided(view.size, view.stride, self.tensor.storage_offset() + view.offset)

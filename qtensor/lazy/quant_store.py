@@ -328,15 +328,22 @@ class QuantStore:
             self._free(key)
         self._staged_whole = None
 
+    def start_over(self) -> None:
+        """Forget everything that was written."""
+        self.discard_staging()
+        self._state[...] = 0
+        self._received[...] = 0
+        self._accepted.clear()
+
     # Completing
 
     def quantize_whole(self) -> torch.Tensor:
         """Quantize a weight that was staged as a whole; from now on its writes stream. Returns the staged values."""
         assert self._staged_whole is not None
-        self.whole_weight = False
         for e in range(self._e):
             self._settle(e, 0, self._n)
-        values, self._staged_whole = self._staged_whole.view(self.coverage.shape), None
+        values = self._staged_whole.view(self.coverage.shape)
+        self.whole_weight, self._staged_whole = False, None
         return values
 
     def take_nothing(self) -> None:

@@ -166,6 +166,10 @@ class ReloadStore(QuantStore):
         self.discard_staging()
         self._state[...] = QUANTIZED | _LIVE
 
+    def start_over(self) -> None:
+        super().start_over()
+        self.rollback()
+
     def copy(self, coverage: Coverage) -> NoReturn:
         raise QTensorError("a model whose weights are being reloaded cannot be deep-copied; finish the reload first")
 
@@ -269,6 +273,9 @@ class PlainReloadStore(PlainStore):
         if self._copy is not None:
             self._copy.rollback()
         self._drop()
+
+    def start_over(self) -> None:
+        self.rollback()
 
     def copy(self, coverage: Coverage) -> NoReturn:
         raise QTensorError("a model whose weights are being reloaded cannot be deep-copied; finish the reload first")

@@ -21,7 +21,7 @@ from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, We
 from ..kernels import Audit, NonFinite
 from ..regions.boxes import as_box
 from ..regions.coverage import Box, Coverage
-from ..regions.views import View, view_mask, whole
+from ..regions.views import View, regions, view_mask, whole
 from ..report.report import describe_boxes
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor, nonfinite_message
@@ -82,6 +82,7 @@ class ArmedWeight:
         self.initial: torch.Tensor | None = None
         self.recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
         self.error: QTensorError | None = None
+        self._wrong = Coverage(shape)  # what the error kept from being written, and nobody has written since
         self.settled = self.was_settled = False
         self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
@@ -138,9 +139,14 @@ class ArmedWeight:
                     raise WeightDtypeError(unusable_source(self.name, source))
                 store.write(view, source)
             except NonFinite as error:
-                self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)))
+                self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), view)
             except QTensorError as error:
-                self.fail(error)
+                self.fail(error, view)
+            except BaseException as error:
+                self._start_over(error)
+                raise
+            else:
+                self._forgive(view)
             finally:
                 self._after_write()
 
@@ -206,13 +212,34 @@ class ArmedWeight:
                 WeightShapeError(
                     f"{self.name}: a source of shape {list(source.shape)} does not fit{where} {list(view.size)} of a "
                     f"weight of shape {list(self.shape)}. Is this checkpoint made for this model and parallel layout?"
-                )
+                ),
+                view,
             )
 
-    def fail(self, error: QTensorError) -> NoReturn:
-        """Raise, and remember: a loader that swallows the error must not make it disappear."""
+    def fail(self, error: QTensorError, view: View | None = None) -> NoReturn:
+        """Raise, and remember until the view (by default, everything) has been written: a loader that swallows the
+        error must not make it disappear."""
         self.error = self.error or error
+        self._wrong.add(self._bounds(view or whole(self.shape)))
         raise error from None
+
+    def _forgive(self, view: View) -> None:
+        """The view has been written."""
+        if self.error is not None:
+            for box, _ in regions(self.shape, view):
+                self._wrong.discard(box)
+            if not self._wrong.covered:
+                self.error = None
+
+    def _start_over(self, error: BaseException) -> None:
+        """A write was cut short, nobody knows where: nothing of this weight counts any more."""
+        self.error = QTensorError(
+            f"{self.name}: a write to it was cut short by {type(error).__name__}; all of it has to be written again"
+        )
+        self._wrong.add([(0, n) for n in self.shape])
+        self.coverage.clear()
+        if self.store is not None:
+            self.store.start_over()
 
     def _open_store(self) -> QuantStore | PlainStore:
         if self.store is not None:
@@ -260,14 +287,18 @@ class ArmedWeight:
         if self.shared:
             self.host.submit(self)
             return
-        self.settled, self.was_settled, self.error = True, True, None
-        self.done = time.perf_counter()
         store = self.store
         if isinstance(store, QuantStore):
-            if store.whole_weight:
-                self._judge(store)
+            try:
+                if store.whole_weight:
+                    self._judge(store)
+            except BaseException as error:
+                self._start_over(error)
+                raise
             self.initial = None
             self.recorded.clear()
+        self.done = time.perf_counter()
+        self.settled = self.was_settled = True
         self.host.completed(self)
 
     def take_nothing(self) -> None:
@@ -337,6 +368,12 @@ class ArmedWeight:
         raise IncompleteLoadError(message, {self.name: boxes}) from None
 
     # Ending
+
+    def settle_if_complete(self) -> None:
+        """For the end of a session: an interrupt may have come between the last element and this."""
+        with self.lock:
+            if self.coverage.complete and self.coverage.numel:
+                self.settle()
 
     def seal(self) -> None:
         """The session is ending: what has arrived is what will be verified. A write under way is waited for."""

@@ -188,9 +188,10 @@ class ModelTransaction(LoadHost, Transaction):
             name = full_name(owners[0])
             if not weight.coverage.numel and not weight.settled:
                 weight.take_nothing()
+            weight.settle_if_complete()
+            if weight.error is not None:
+                raise weight.error
             if not weight.coverage.complete:
-                if weight.error is not None:
-                    raise weight.error
                 gaps = weight.coverage.missing()
                 self._notes.setdefault(name, f"unwritten elements: {self.on_missing}")
                 if self.on_missing == "error" or not weight.fill_missing(self.on_missing):

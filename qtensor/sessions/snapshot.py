@@ -40,7 +40,7 @@ class Snapshot:
         """Nobody else looks after this one's values."""
         if self._values and not tensor.is_meta:
             memory = _memory(tensor)
-            self._saved.append((memory, memory.clone()))
+            self._saved.append((memory, memory.detach().clone()))
 
     def replaced(self) -> Iterator[tuple[Owner, Any, Any]]:
         """Entries of modules that hold another object now: owner, the original, what is there."""
@@ -93,9 +93,10 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:
     """What to copy to save a tensor's values, and to copy back: of an expanded one each element once."""
-    local = local_tensor(tensor.detach())
+    local = local_tensor(tensor)
     if local.layout is not torch.strided:
-        return local
+        return local  # A sparse tensor's memory is replaced when it is written to.
+    local = local.detach()
     size = [min(n, 1) if not step else n for n, step in zip(local.shape, local.stride(), strict=True)]
     return local.as_strided(size, local.stride(), local.storage_offset())
 

@@ -1,0 +1,241 @@
+"""Whatever stops a load or a reload, and when: the model is old or new as a whole, and the next load works."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import Counter
+from contextlib import suppress
+
+import pytest
+import torch
+from interrupts import (
+    KINDS,
+    NEW,
+    NEXT,
+    OLD,
+    STATES,
+    TARGETS,
+    AtLine,
+    Net,
+    at_every_line,
+    held,
+    hooks_left,
+    in_every_operation,
+    load,
+    loaded,
+    random_moments,
+)
+from torch import nn
+
+from qtensor import QTensorError, WeightShapeError, fp8_per_channel, online_quant, online_reload
+
+ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
+ENDS = ("sessions/transaction.py", "sessions/session.py")
+
+
+def test_an_exception_at_a_random_moment() -> None:
+    """10,000 in `make endurance`."""
+    assert random_moments(10_000 if ENDURANCE else 500, seed=0) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupt_in_every_torch_operation(kind: str) -> None:
+    assert in_every_operation(kind, KeyboardInterrupt) == []
+
+
+@pytest.mark.parametrize("kind", ["load", "reload", "abort of a reload in place, host"])
+def test_an_interrupt_at_every_line_of_the_end(kind: str) -> None:
+    """Of all sessions, weights and ranks in `make endurance`."""
+    where = bool if ENDURANCE else lambda line: line.startswith(ENDS)
+    assert at_every_line(kind, KeyboardInterrupt, where) == []
+
+
+# What a block may raise after the commit ------------------------------------------------------------------------------
+
+
+def test_warnings_as_errors_keep_the_old_weights() -> None:
+    net = loaded(OLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="only a part"), online_reload(net):
+            net.down.weight.data[:3].copy_(NEW["down.weight"][:3])
+    assert held(net) == STATES["old"]
+    assert hooks_left() == []
+
+
+def test_a_hook_that_raises_after_the_commit_is_a_warning_of_the_report(caplog: pytest.LogCaptureFixture) -> None:
+    net = loaded(OLD)
+
+    def hook(name: str, module: nn.Module) -> None:
+        assert held(net) == STATES["new"]
+        raise ValueError(name)
+
+    with online_reload(net) as session:
+        session.on_layer_quantized(hook)
+        load(net, NEW)
+    assert held(net) == STATES["new"]
+    found = [w for w in session.report().warnings if "on_layer_quantized" in w]
+    assert len(found) == 4
+    assert "down: the reload is finished" in caplog.text
+
+
+# Buffers and Parameters that are no plain memory ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sparse_and_expanded_tensors_are_reported_and_restored(fails: bool) -> None:
+    net = loaded(OLD)
+    sparse, wide = torch.eye(4).to_sparse(), torch.zeros(1).expand(5)
+    net.register_buffer("sparse", sparse.clone())
+    net.register_buffer("stretched", wide)
+    net.bias = nn.Parameter(torch.ones(1).expand(6))
+    with suppress(ZeroDivisionError), online_reload(net) as session:
+        load(net, NEW)
+        net.sparse.copy_(2 * sparse)  # type: ignore[operator]
+        if fails:
+            raise ZeroDivisionError
+    assert torch.equal(net.sparse.to_dense(), torch.eye(4) * (1 if fails else 2))  # type: ignore[operator]
+    assert session.report().state == ("aborted" if fails else "finished")
+    del net.sparse, net.stretched, net.bias
+    assert held(net) == STATES["old" if fails else "new"]
+
+
+# Errors that a loader swallows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_error_that_a_loader_swallows_is_raised_at_the_end_unless_it_writes_again(again: bool) -> None:
+    net = Net()
+
+    def session() -> None:
+        with online_quant(TARGETS, net):
+            load(net, NEW)
+            with suppress(WeightShapeError):
+                net.up.weight.data[2:4].copy_(torch.zeros(7))
+            if again:
+                net.up.weight.data[2:4].copy_(NEW["up.weight"][2:4])
+
+    if again:
+        session()
+        assert held(net) == STATES["new"]
+    else:
+        with pytest.raises(WeightShapeError, match=r"up\.weight: a source of shape \[7\] does not fit"):
+            session()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("reloads", [False, True])
+def test_a_write_that_was_cut_short_and_swallowed_is_no_write(name: str, reloads: bool) -> None:
+    """A loader with a timeout goes on with the next tensor as if nothing had happened. At every line of the write."""
+    ours = name.replace("head", "up")
+
+    def stopped_at(line: str, n: int) -> Counter[str]:
+        net = loaded(OLD) if reloads else Net()
+        session = online_reload(net) if reloads else online_quant(TARGETS, net)
+        load(net, NEW)
+        weight = net.get_parameter(name).data
+        with suppress(TimeoutError), AtLine(line, n, TimeoutError) as tracer:
+            weight.copy_(NEXT[ours])
+        try:
+            session.finish()
+        except QTensorError as error:
+            refused.append(str(error))
+            assert not reloads or held(net) == STATES["old"]
+        else:  # It was stopped before the write began, or when it was through.
+            assert held(net)[ours] in (STATES["new"][ours], STATES["next"][ours])
+        return tracer.seen
+
+    refused: list[str] = []
+    for line, times in stopped_at("", -1).items():
+        for n in {1, times}:
+            stopped_at(line, n)
+    assert any("a write to it was cut short by TimeoutError" in message for message in refused)
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_of_another_thread_while_the_session_ends_is_an_error_or_taken() -> None:
+    for _ in range(20):
+        net, problems, done = loaded(OLD), [], threading.Event()
+
+        def writer(net: Net = net, problems: list = problems, done: threading.Event = done) -> None:
+            weight = net.down.weight
+            written = weight.data
+            while not done.is_set():
+                try:
+                    written.copy_(NEXT["down.weight"])
+                except QTensorError as error:
+                    problems.append(str(error))
+                    return
+
+        with online_reload(net):
+            load(net, NEW)
+            thread = threading.Thread(target=writer)
+            thread.start()
+        done.set()
+        thread.join()
+        assert held(net)["down.weight"] in (STATES["new"]["down.weight"], STATES["next"]["down.weight"])
+        assert all("ends" in p or "finished" in p for p in problems), problems
+
+
+def test_a_block_that_is_left_in_another_thread_than_it_was_entered_in() -> None:
+    net = Net()
+    block = online_quant(fp8_per_channel)
+    with block:
+        pass
+    entered = online_quant(fp8_per_channel)
+    entered.__enter__()
+
+    def leave() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            entered.__exit__(None, None, None)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join()
+    assert hooks_left() == []
+    with online_quant(TARGETS, net):
+        load(net, NEW)
+    assert held(net) == STATES["new"]
+    with online_quant(fp8_per_channel) as session:
+        made = nn.Linear(4, 4, bias=False)
+        made.weight.data.copy_(torch.ones(4, 4))
+    assert session.report().layers
+
+
+# Sessions that nobody ends --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opened", ["load", "reload"])
+def test_a_session_that_is_dropped_is_aborted_with_a_warning(opened: str) -> None:
+    net = loaded(OLD) if opened == "reload" else Net()
+    session = online_reload(net) if opened == "reload" else online_quant(TARGETS, net)
+    load(net, NEW)
+    with pytest.warns(ResourceWarning, match="dropped without finish"):
+        del session
+    assert hooks_left() == []
+    if opened == "reload":
+        assert held(net) == STATES["old"]
+        with online_reload(net):
+            load(net, NEW)
+    else:
+        with online_quant(TARGETS, net):
+            load(net, NEW)
+    assert held(net) == STATES["new"]
+
+
+def test_parameters_exchanged_during_a_reload_are_taken_as_new_values() -> None:
+    net = loaded(OLD)
+    before = {name: id(param) for name, param in net.named_parameters()}
+    with online_reload(net, assert_identity=True):
+        load(net, OLD)
+        for name in ("down.weight", "up.bias"):
+            torch.utils.swap_tensors(net.get_parameter(name), nn.Parameter(NEW[name].clone(), requires_grad=False))
+    assert {name: id(param) for name, param in net.named_parameters()} == before
+    found = held(net)
+    changed = ("down.weight", "up.bias")
+    assert found == {name: STATES["new" if name in changed else "old"][name] for name in found}
