@@ -32,7 +32,7 @@ class MemoryTimeline:
     def __init__(self, max_points: int = MAX_POINTS) -> None:
         self.peak_staged = 0
         self._max_points = max(4, max_points)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.start()
 
     def start(self) -> None:

@@ -36,7 +36,7 @@ class LoadHost:
         self.closed: str | None = None
         self._weights: WeakSet[ArmedWeight] = WeakSet()
         self._writing: dict[int, ArmedWeight] = {}
-        self._counters = threading.Lock()
+        self._counters = threading.RLock()
         self._memory = MemoryTimeline()
         self._lossy_reads = 0
         self._second_copies = self._peak_second_copies = 0
