@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qtensor.errors import QTensorError
+from qtensor.interrupts import in_spite_of_interrupts as insist
 from qtensor.kernels import Audit
 from qtensor.lazy.lazy_tensor import LazyWeight, parameter
 from qtensor.lazy.plain_store import PlainStore
@@ -28,7 +29,6 @@ from qtensor.regions.views import whole
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
 from qtensor.sessions.snapshot import Snapshot
-from qtensor.sessions.transaction import in_spite_of_interrupts as insist
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import QTensorError
+from ..interrupts import in_spite_of_interrupts
 from ..kernels import Audit, Parts
 from ..kernels.formats import ceil_div
 from ..regions.coverage import Box, Coverage
@@ -214,10 +216,12 @@ class ReloadStore(QuantStore):
         for e in list(self._copies):
             if list(self.coverage.full_rows((e,) if self._lead else (), 0, self._n)) == [(0, self._n)]:
                 self.audit.verify()
-                self._commit(e)
+                in_spite_of_interrupts(partial(self._commit, e))
 
     def _commit(self, e: int) -> None:
-        copy = self._copies[e]
+        copy = self._copies.get(e)
+        if copy is None:  # An interrupt came when it was through.
+            return
         for start, stop, live in self._runs(e, 0, self._n):
             if not live:
                 copy.publish(self._rows(Parts(*copy.target), start, stop), self._rows(Parts(*copy.live), start, stop))
@@ -254,7 +258,7 @@ class PlainReloadStore(PlainStore):
                 self.tensor.copy_(self.live)
         super().write(view, source)
         if self._early and self.coverage.complete:
-            self.commit()
+            in_spite_of_interrupts(self.commit)
 
     def read(self, view: View) -> tuple[torch.Tensor, bool]:
         if self.tensor.is_contiguous():

@@ -10,13 +10,12 @@ what follows may be interrupted between any two instructions, and is done again 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Literal
 
 from ..errors import QTensorError
+from ..interrupts import in_spite_of_interrupts
 
 State = Literal["open", "committing", "aborting", "finished", "aborted"]
-MOST_TRIES = 100
 
 
 class Transaction(ABC):
@@ -109,20 +108,3 @@ class Transaction(ABC):
             self.roll_back()
             self.close("aborted")
             self.state = "aborted"
-
-
-def in_spite_of_interrupts(action: Callable[[], object]) -> None:
-    """Do what may be done again from the start, until it is through. An interrupt is raised then."""
-    late: BaseException | None = None
-    for _ in range(MOST_TRIES):
-        try:
-            action()
-            break
-        except BaseException as error:
-            late = error
-    else:
-        raise QTensorError(
-            f"{MOST_TRIES} tries failed, and the model is left between old and new: {late}. Load it anew."
-        ) from late
-    if late is not None:
-        raise late
