@@ -77,7 +77,7 @@ wheel: $(VENV)/.dev
 	@# Its dependencies are looked up where they are installed already; qtensor is not found there this way.
 	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		$$($(FRESH)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
-	@cd $(FRESH) && bin/python $(CURDIR)/tests/installed.py $(CURDIR)/$(FRESH)
+	@cd $(FRESH) && bin/python $(CURDIR)/tests/support/installed.py $(CURDIR)/$(FRESH)
 
 clean:
 	@echo "Removing $(VENV), build/, dist/, site/ and demo-out/"

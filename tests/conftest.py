@@ -6,8 +6,9 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from helpers import assert_no_hooks
 from hypothesis import settings
+
+from support.helpers import assert_no_hooks
 
 settings.register_profile("default", max_examples=60, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("thorough", max_examples=1000, deadline=None)

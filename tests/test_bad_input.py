@@ -9,19 +9,6 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from loading import (
-    FORMS,
-    SCHEMES,
-    TinyNet,
-    armed,
-    assert_equals_oracle,
-    assert_is,
-    assert_nothing_armed,
-    assert_session_works,
-    identities,
-    lazy_names,
-    weights_of,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,6 +27,19 @@ from qtensor import (
     online_quant,
 )
 from qtensor.sessions import registration
+from support.loading import (
+    FORMS,
+    SCHEMES,
+    TinyNet,
+    armed,
+    assert_equals_oracle,
+    assert_is,
+    assert_nothing_armed,
+    assert_session_works,
+    identities,
+    lazy_names,
+    weights_of,
+)
 
 State = dict[str, torch.Tensor]
 every_form = pytest.mark.parametrize("form", FORMS)

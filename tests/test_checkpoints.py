@@ -16,7 +16,6 @@ from compressed_tensors.compressors.mx_utils import compress_mx_scale
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from helpers import Experts, same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -45,6 +44,7 @@ from qtensor.checkpoint import inspect_checkpoint, problems, quantize_checkpoint
 from qtensor.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, quantization_config
 from qtensor.checkpoint.transformers import transformers_asks
 from qtensor.schemes.scheme import SCHEMES as NAMED
+from support.helpers import Experts, same_bytes
 
 SCHEMES = tuple(dict.fromkeys(NAMED.values()))
 FP8_SCHEMES = (fp8_per_tensor, fp8_per_channel, fp8_per_block)

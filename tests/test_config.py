@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import Experts, assert_no_hooks, assert_oracle
 from torch import nn
 
 from qtensor import QTensor, QTensorError, fp8, fp8_per_block, int8_per_channel, mxfp4, mxfp8, online_quant
+from support.helpers import Experts, assert_no_hooks, assert_oracle
 
 
 class Block(nn.Module):

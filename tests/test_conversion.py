@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interrupted import convert_alone, elsewhere, kill_at_random, quantize_folder, save_model
 from safetensors.torch import save_file
 from test_checkpoints import digests
 from torch import nn
@@ -26,6 +24,8 @@ from qtensor.checkpoint.reading import Checkpoint
 from qtensor.checkpoint.verify import weights_of
 from qtensor.convert import converting
 from qtensor.schemes.scheme import SCHEMES as NAMED
+from support.helpers import same_bytes
+from support.interrupted import convert_alone, elsewhere, kill_at_random, quantize_folder, save_model
 
 SCHEMES = tuple(dict.fromkeys(NAMED.values()))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_oracle
 from torch import nn
 
 from qtensor import Scheme, load_checkpoint, online_quant, online_reload, quantize, save_checkpoint
 from qtensor.schemes.scheme import SCHEMES
+from support.helpers import assert_oracle
 
 ROOT = Path(__file__).parents[1]
 FACTORIES = {

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_programs import DTYPES, SHAPES, Machine, Step, exact_values, programs, small_limits
-from helpers import assert_oracle, holder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from programs import slices
 
 from qtensor import (
     QTensorError,
@@ -25,6 +22,9 @@ from qtensor import (
     online_quant,
     online_reload,
 )
+from support.fuzz_programs import DTYPES, SHAPES, Machine, Step, exact_values, programs, small_limits
+from support.helpers import assert_oracle, holder
+from support.programs import slices
 
 SCHEMES = (fp8_per_channel, fp8_per_block, fp8_per_tensor, mxfp8)
 """Schemes that represent the values of `exact_values` exactly."""

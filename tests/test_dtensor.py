@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import same_bytes
-from ranks import spawn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -29,6 +27,8 @@ from qtensor import (
     online_reload,
     quantize,
 )
+from support.helpers import same_bytes
+from support.ranks import spawn
 
 SCHEMES = (fp8_per_channel, fp8_per_tensor, fp8_per_block)
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import assert_oracle
-from loading import TinyNet, assert_equals_oracle, weights_of
 from test_reload import assert_reloaded, quantized
 from torch import nn
 
 from qtensor import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload
 from qtensor.report.memory import resident_bytes
+from support.helpers import assert_oracle
+from support.loading import TinyNet, assert_equals_oracle, weights_of
 
 FULL = bool(os.environ.get("QTENSOR_ENDURANCE"))
 LOADS, RELOADS, ROUNDS = (1000, 500, 20) if FULL else (100, 50, 2)

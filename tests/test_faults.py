@@ -18,13 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from faults import FILE, Patch, at_write
-from interrupted import elsewhere
-from loading import TinyNet, assert_equals_oracle, assert_nothing_armed, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_reload import assert_reloaded, everything, quantized
@@ -32,6 +28,10 @@ from torch import nn
 
 from qtensor import QTensorError, fp8, online_quant, online_reload, save_checkpoint
 from qtensor.checkpoint import problems, quantize_checkpoint
+from support import faults
+from support.faults import FILE, Patch, at_write
+from support.interrupted import elsewhere
+from support.loading import TinyNet, assert_equals_oracle, assert_nothing_armed, weights_of
 
 OBSERVED: dict[tuple[str, str], str] = {}
 

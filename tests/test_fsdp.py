@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Experts, assert_oracle, same_bytes
-from programs import SCHEMES
-from ranks import spawn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,6 +26,9 @@ from qtensor import (
     online_reload,
     quantize,
 )
+from support.helpers import Experts, assert_oracle, same_bytes
+from support.programs import SCHEMES
+from support.ranks import spawn
 
 State = dict[str, torch.Tensor]
 

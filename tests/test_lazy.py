@@ -10,7 +10,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_oracle
 from torch import nn
 
 from qtensor import (
@@ -26,6 +25,7 @@ from qtensor import (
     quantize,
 )
 from qtensor.lazy.lazy_tensor import OPS
+from support.helpers import assert_oracle
 
 FULL = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
 

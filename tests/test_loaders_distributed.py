@@ -6,9 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import free_port
-from loading import FORMS, SCHEMES, TinyNet, armed, assert_equals_oracle, assert_is, identities, weights_of
-from ranks import process_group, spawn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,6 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qtensor import IncompleteLoadError, NonFiniteWeightError, fp8, fp8_per_block, online_quant
+from support.helpers import free_port
+from support.loading import FORMS, SCHEMES, TinyNet, armed, assert_equals_oracle, assert_is, identities, weights_of
+from support.ranks import process_group, spawn
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package"),

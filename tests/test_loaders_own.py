@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loading import (
+from torch import nn
+
+from qtensor import WeightShapeError
+from support.loading import (
     FORMS,
     SCHEMES,
     Experts,
@@ -16,9 +19,6 @@ from loading import (
     identities,
     weights_of,
 )
-from torch import nn
-
-from qtensor import WeightShapeError
 
 State = dict[str, torch.Tensor]
 

@@ -10,18 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from loading import (
-    FORMS,
-    SCHEMES,
-    TiedNet,
-    TinyNet,
-    armed,
-    assert_equals_oracle,
-    assert_is,
-    identities,
-    weights_of,
-    write_sharded,
-)
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
@@ -35,6 +23,18 @@ from qtensor import (
     fp8_per_block,
     fp8_per_tensor,
     online_quant,
+)
+from support.loading import (
+    FORMS,
+    SCHEMES,
+    TiedNet,
+    TinyNet,
+    armed,
+    assert_equals_oracle,
+    assert_is,
+    identities,
+    weights_of,
+    write_sharded,
 )
 
 State = dict[str, torch.Tensor]

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import (
+from safetensors.torch import save_file
+
+from qtensor import IncompleteLoadError, QTensor, fp8, fp8_per_block, online_quant
+from support.loading import (
     FORMS,
     SCHEMES,
     TiedNet,
@@ -21,9 +24,6 @@ from loading import (
     weights_of,
     write_sharded,
 )
-from safetensors.torch import save_file
-
-from qtensor import IncompleteLoadError, QTensor, fp8, fp8_per_block, online_quant
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")

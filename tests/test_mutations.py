@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import assert_oracle
 from torch import nn
 
 from qtensor import IncompleteLoadError, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload
@@ -18,6 +17,7 @@ from qtensor.lazy.quant_store import QuantStore
 from qtensor.lazy.reload_store import ReloadStore, Shadow, Undo
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.regions.coverage import Coverage
+from support.helpers import assert_oracle
 
 FULL = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
 

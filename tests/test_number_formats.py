@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import same_bytes
 
 from qtensor import QTensor, QTensorError, int4_per_group, int8_per_channel, mxfp4, mxfp8, nvfp4, quantize
 from qtensor.kernels import FORMATS, INT4_PER_GROUP, MXFP4, MXFP8, SOURCE_DTYPES
 from qtensor.kernels.codes import decode, encode, traceable_decode
+from support.helpers import same_bytes
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 ALL_BYTES = torch.arange(256, dtype=torch.int16).to(torch.uint8)

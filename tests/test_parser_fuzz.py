@@ -6,9 +6,10 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from fuzz_parsers import CORPUS, TARGETS, accepted, mutated
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from support.fuzz_parsers import CORPUS, TARGETS, accepted, mutated
 
 INPUTS = {target: sorted((CORPUS / target).iterdir()) for target in TARGETS}
 

@@ -7,13 +7,24 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_no_hooks, assert_oracle, holder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from programs import LARGEST_ERROR, ROW_WISE, SCHEMES, WRITERS, Case, cases, partitions, row_partitions, slices, write
 from torch import nn
 
 from qtensor import QTensor, fp8_per_block, online_quant
+from support.helpers import assert_no_hooks, assert_oracle, holder
+from support.programs import (
+    LARGEST_ERROR,
+    ROW_WISE,
+    SCHEMES,
+    WRITERS,
+    Case,
+    cases,
+    partitions,
+    row_partitions,
+    slices,
+    write,
+)
 
 EVERYDAY = WRITERS[:5]
 slow_data = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

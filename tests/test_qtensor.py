@@ -9,10 +9,8 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import same_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import SCHEMES
 from torch import nn
 
 from qtensor import (
@@ -27,6 +25,8 @@ from qtensor import (
     quantize,
 )
 from qtensor.tensor.ops_products import scaled_mm
+from support.helpers import same_bytes
+from support.programs import SCHEMES
 
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 SHAPES = [(256, 384), (200, 130)]

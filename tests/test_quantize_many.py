@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import many
 import pytest
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from many import Hosts, Ranks, Torchrun
 from test_checkpoints import digests
 from test_conversion import layers, write
 
 from qtensor import CheckpointError
 from qtensor.checkpoint import quantize_checkpoint, quantize_on_ray
 from qtensor.convert import launch
+from support import many
+from support.many import Hosts, Ranks, Torchrun
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package"),

@@ -13,11 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_no_hooks, assert_oracle, copy_unit, holder, same_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from loading import Experts, TinyNet, weights_of
-from programs import SCHEMES, WRITERS, Case, cases, partitions, slices, write
 from test_properties import slow_data
 from torch import nn
 
@@ -36,6 +33,9 @@ from qtensor import (
 )
 from qtensor.lazy.reload_store import ReloadStore, Undo
 from qtensor.report.memory import resident_bytes
+from support.helpers import assert_no_hooks, assert_oracle, copy_unit, holder, same_bytes
+from support.loading import Experts, TinyNet, weights_of
+from support.programs import SCHEMES, WRITERS, Case, cases, partitions, slices, write
 
 MODES: dict[str, dict[str, Any]] = {
     "shadow": {},

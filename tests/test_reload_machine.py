@@ -7,15 +7,15 @@ import contextlib
 from typing import Any
 
 import torch
-from helpers import assert_no_hooks, copy_unit, holder, same_bytes
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from programs import LARGEST_ERROR, SCHEMES
 from test_reload import MODES
 
 from qtensor import IncompleteLoadError, QTensor, QTensorError, online_quant, online_reload, quantize
 from qtensor.sessions.reload import ReloadSession
+from support.helpers import assert_no_hooks, copy_unit, holder, same_bytes
+from support.programs import LARGEST_ERROR, SCHEMES
 
 SHAPES = [(40, 24), (300, 40), (2, 150, 24)]
 

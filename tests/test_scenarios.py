@@ -12,7 +12,6 @@ import weakref
 
 import pytest
 import torch
-from helpers import Experts, assert_no_hooks, assert_oracle, same_bytes
 from torch import nn
 
 from qtensor import (
@@ -26,6 +25,7 @@ from qtensor import (
     online_quant,
     quantize,
 )
+from support.helpers import Experts, assert_no_hooks, assert_oracle, same_bytes
 
 SCHEMES = (fp8_per_channel, fp8_per_block, fp8_per_tensor)
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_no_hooks, assert_oracle, same_bytes
 from torch import nn
 
 from qtensor import (
@@ -24,6 +23,7 @@ from qtensor import (
     online_quant,
     quantize,
 )
+from support.helpers import assert_no_hooks, assert_oracle, same_bytes
 
 
 class Attn(nn.Module):

@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Experts, free_port, same_bytes
-from programs import SCHEMES
-from ranks import process_group, spawn
 from torch import nn
 
 from qtensor import (
@@ -32,6 +29,9 @@ from qtensor import (
     quantize,
 )
 from qtensor.ranks import sharding, vote
+from support.helpers import Experts, free_port, same_bytes
+from support.programs import SCHEMES
+from support.ranks import process_group, spawn
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 TIMEOUT = 20.0

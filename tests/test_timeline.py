@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_oracle
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from qtensor import ProgressEvent, fp8, fp8_per_block, fp8_per_tensor, online_quant, quantize
 from qtensor.report.timeline import MemoryTimeline
+from support.helpers import assert_oracle
 
 MB = 1 << 20
 

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("triton_interpreter_cases.py")
+CASES = Path(__file__).parent / "support" / "triton_interpreter_cases.py"
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_kernels_equal_the_reference_in_the_interpreter() -> None:
 
     def run(selection: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, selection], env=env, cwd=CASES.parent.parent, capture_output=True, text=True, timeout=600
+            [*command, selection], env=env, cwd=CASES.parents[2], capture_output=True, text=True, timeout=600
         )
 
     # Two processes, because the interpreter is slow and uses one core.

@@ -6,14 +6,10 @@ What they find out goes into tables, which pytest prints at its end; docs/vllm.m
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 _found = importlib.util.find_spec("vllm")
 if _found is None or _found.origin is None:  # This folder itself can pass for an empty package of that name.

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checkpoints import ARCHITECTURES, MIXTURES, checkpoint, tensors_of
-from engines import DISTANCE, Seen, engine, is_quantized, load_error, look
-from oracle import mistakes
 
 from qtensor.kernels import FORMATS
+from support.vllm.checkpoints import ARCHITECTURES, MIXTURES, checkpoint, tensors_of
+from support.vllm.engines import DISTANCE, Seen, engine, is_quantized, load_error, look
+from support.vllm.oracle import mistakes
 
 _CORE = {"llama": FORMATS, "qwen3-moe": ("fp8_per_channel", "fp8_per_block", "nvfp4", "int4_per_group")}
 _ORACLE_KNOWS = ("llama", "qwen3-tied", "gemma", "qwen3-moe")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checkpoints import checkpoint, tensors_of, variant
-from engines import load_error
 from safetensors.torch import save_file
 
 from qtensor import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightShapeError
+from support.vllm.checkpoints import checkpoint, tensors_of, variant
+from support.vllm.engines import load_error
 
 LAYER = "model.layers.1."
 Change = Callable[[dict[str, torch.Tensor]], None]

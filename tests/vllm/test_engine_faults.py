@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import faults
 import pytest
-from checkpoints import checkpoint, tensors_of
-from engines import engine
-from loading import assert_nothing_armed
-from oracle import mistakes
-from reloads import LAYER, addresses, other, reload, runtime, state
 from vllm import LLM
+
+from support import faults
+from support.loading import assert_nothing_armed
+from support.vllm.checkpoints import checkpoint, tensors_of
+from support.vllm.engines import engine
+from support.vllm.oracle import mistakes
+from support.vllm.reloads import LAYER, addresses, other, reload, runtime, state
 
 FAULTS: dict[str, faults.Fault] = {
     "file cut in half": faults.cut,

@@ -17,10 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import checkpoint, tensors_of, variant
-from engines import engine, look
-from oracle import fused, mistakes
-from reloads import LAYER, Q_ROWS, QKV, Q, Tensors, addresses, fresh, lasting, options, other, reload, runtime, state
 from safetensors.torch import save_file
 from vllm import LLM
 
@@ -34,6 +30,24 @@ from qtensor import (
 )
 from qtensor.integrations.vllm import checksums, compat
 from qtensor.report.memory import resident_bytes
+from support.vllm.checkpoints import checkpoint, tensors_of, variant
+from support.vllm.engines import engine, look
+from support.vllm.oracle import fused, mistakes
+from support.vllm.reloads import (
+    LAYER,
+    Q_ROWS,
+    QKV,
+    Q,
+    Tensors,
+    addresses,
+    fresh,
+    lasting,
+    options,
+    other,
+    reload,
+    runtime,
+    state,
+)
 
 # What vLLM's own fp8 does ---------------------------------------------------------------------------------------------
 

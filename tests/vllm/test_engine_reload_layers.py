@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import checkpoint, tensors_of, variant
-from engines import engine, look
-from oracle import fused, mistakes, unequal
-from reloads import LAYER, Q_ROWS, QKV, Q, addresses, fresh, lasting, options, other, reload, runtime, state
 from vllm import LLM
 
 from qtensor import IncompleteLoadError, NonFiniteWeightError, QTensor, WeightShapeError, quantize, weight_checksums
@@ -20,6 +16,23 @@ from qtensor.integrations.vllm import checksums, linear
 from qtensor.integrations.vllm import reload as reload_module
 from qtensor.integrations.vllm.layers import Published, Slot
 from qtensor.integrations.vllm.products import CpuLinear, frozen, part_names
+from support.vllm.checkpoints import checkpoint, tensors_of, variant
+from support.vllm.engines import engine, look
+from support.vllm.oracle import fused, mistakes, unequal
+from support.vllm.reloads import (
+    LAYER,
+    Q_ROWS,
+    QKV,
+    Q,
+    addresses,
+    fresh,
+    lasting,
+    options,
+    other,
+    reload,
+    runtime,
+    state,
+)
 
 
 def _reload_whole(llm: LLM, scheme: str, architecture: str = "llama") -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import checkpoint, root, tensors_of
-from engines import Seen, engine, load_error, look, weights_of
-from oracle import mistakes, runtime_state
 from safetensors.torch import save_file
+
+from support.vllm.checkpoints import checkpoint, root, tensors_of
+from support.vllm.engines import Seen, engine, load_error, look, weights_of
+from support.vllm.oracle import mistakes, runtime_state
 
 MODELS = ("llama", "qwen3-moe")
 _TABLE = "load format × architecture, fp8_per_channel"

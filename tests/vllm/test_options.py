@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import checkpoint
-from engines import engine, load_error, look
 
 from qtensor import QTensorError, fp8_per_block, fp8_per_channel, mxfp8, nvfp4
 from qtensor.integrations.vllm import compat, register
@@ -22,6 +20,8 @@ from qtensor.integrations.vllm.products import linear_compute
 from qtensor.integrations.vllm.reporting import report_paths
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES
+from support.vllm.checkpoints import checkpoint
+from support.vllm.engines import engine, load_error, look
 
 
 def test_names() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import vllm
-from checkpoints import checkpoint
-from engines import engine
+
+from support.vllm.checkpoints import checkpoint
+from support.vllm.engines import engine
 
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 

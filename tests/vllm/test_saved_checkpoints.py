@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import checkpoint, tensors_of, variant
-from engines import Seen, engine, look
 from vllm.model_executor import parameter
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
@@ -28,6 +26,8 @@ from vllm.utils.deep_gemm import per_block_cast_to_fp8
 from qtensor import fp8_per_channel, online_quant, quantize, save_checkpoint
 from qtensor.checkpoint import quantize_checkpoint
 from qtensor.checkpoint.layouts import fused_group
+from support.vllm.checkpoints import checkpoint, tensors_of, variant
+from support.vllm.engines import Seen, engine, look
 
 
 def seen(folder: Path, quantization: str | None = None) -> Seen:

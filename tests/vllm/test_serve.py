@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import checkpoint
-from helpers import free_port
+
+from support.helpers import free_port
+from support.vllm.checkpoints import checkpoint
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 _START_SECONDS = 240

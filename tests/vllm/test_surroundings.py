@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import adapter, checkpoint, quantized_checkpoint, tensors_of
-from engines import DISTANCE, Seen, digest, engine, load_error, look, runtime_tensors
-from oracle import fused, mistakes
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -24,6 +21,9 @@ from qtensor.integrations.vllm.options import OptionsError
 from qtensor.integrations.vllm.parallel import RankHost, split_axes
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import Scheme
+from support.vllm.checkpoints import adapter, checkpoint, quantized_checkpoint, tensors_of
+from support.vllm.engines import DISTANCE, Seen, digest, engine, load_error, look, runtime_tensors
+from support.vllm.oracle import fused, mistakes
 
 
 def _with_options(**options: object) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import torch
-from engines import is_quantized, is_scale
 
 from qtensor import quantize
+from support.vllm.engines import is_quantized, is_scale
 
 _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import free_port
-from interrupted import elsewhere
 
 from qtensor.cli.main import main
 from qtensor.convert import cluster, converting
+from support.helpers import free_port
+from support.interrupted import elsewhere
 
 CLONE_NEWNET = 0x40000000
 
@@ -125,7 +125,7 @@ def _torchrun(arguments: list[str], log: Path, host: str) -> None:
 
     if host:
         enter(host)
-    os.environ |= {"OMP_NUM_THREADS": "1", "QTENSOR_KERNELS": "torch"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "QTENSOR_KERNELS": "torch", "PYTHONPATH": os.pathsep.join(sys.path)}
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)

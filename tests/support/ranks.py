@@ -9,7 +9,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from helpers import free_port
+
+from support.helpers import free_port
 
 
 @contextlib.contextmanager

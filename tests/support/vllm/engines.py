@@ -17,12 +17,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from checkpoints import VOCAB
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from qtensor.integrations.vllm.compat import shield_llvmlite
 from qtensor.kernels import FORMATS
+from support.vllm.checkpoints import VOCAB
 
 _PROMPTS = [torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
 _TOKENS = 4

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import variant
-from engines import Seen, digest, engine, look, runtime_tensors
 from vllm import LLM
 
 from qtensor.integrations.vllm.load import find_load
+from support.vllm.checkpoints import variant
+from support.vllm.engines import Seen, digest, engine, look, runtime_tensors
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "model.layers.1."

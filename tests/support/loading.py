@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import assert_no_hooks, assert_oracle
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from qtensor import LazyWeight, Scheme, Session, fp8, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant
+from support.helpers import assert_no_hooks, assert_oracle
 
 SCHEMES = [fp8_per_channel, fp8_per_block, fp8_per_tensor]
 FORMS = ["constructed", "real", "meta"]

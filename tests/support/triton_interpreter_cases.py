@@ -1,6 +1,6 @@
 """The cases of test_triton_kernels.py, to be run with TRITON_INTERPRET=1.
 
-Directly: TRITON_INTERPRET=1 pytest tests/triton_interpreter_cases.py
+Directly: TRITON_INTERPRET=1 pytest tests/support/triton_interpreter_cases.py
 
 Bytes are compared exactly, except that any NaN byte equals any other: the sign of a NaN is not promised.
 """

@@ -27,7 +27,7 @@ from qtensor.schemes.config import read_config
 from qtensor.schemes.scheme import SCHEMES
 from qtensor.schemes.selection import matches
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).parents[1] / "corpus"
 NAMES = [("model.layers.0.mlp.up_proj", "weight"), ("lm_head", "weight"), ("", "w")]
 _WORDS = """
     linear moe ignore targets weight activation none re:.* *.mlp.* dtype shape data_offsets __metadata__ F32 BF16

@@ -1,6 +1,6 @@
 """What an installed wheel must be able to do, run outside of the repository by `make wheel`: not collected by pytest.
 
-python tests/installed.py ENVIRONMENT
+python tests/support/installed.py ENVIRONMENT
 """
 
 import subprocess

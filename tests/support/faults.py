@@ -118,7 +118,7 @@ def no_memory_for_the_result(entry: EntryPoint, patch: Patch) -> None:
 class Page:
     """A table in docs/reliability.md, behind a mark of its own. QTENSOR_WRITE_TABLE=1 writes it anew."""
 
-    PATH = Path(__file__).parents[1] / "docs" / "reliability.md"
+    PATH = Path(__file__).parents[2] / "docs" / "reliability.md"
 
     def __init__(self, mark: str) -> None:
         self.begin, self.end = f"<!-- {mark} -->\n", "<!-- end -->\n"

@@ -1,7 +1,7 @@
 """Search for inputs that break the parsers of `fuzz_parsers`: coverage-guided, with atheris (libFuzzer). Not a test.
 
     pip install atheris
-    python tests/search_parsers.py header --seconds 600
+    PYTHONPATH=tests python tests/support/search_parsers.py header --seconds 600
 
 A finding ends the search with its traceback, and its input is left beside the corpus as crash-*. At the end of a search
 without one, the inputs that reach code no kept input reaches are added to tests/corpus/TARGET.
@@ -21,7 +21,7 @@ import atheris
 
 os.environ["QTENSOR_KERNELS"] = "torch"  # Compiling loops would pass for an input that takes too long.
 with atheris.instrument_imports(include=["qtensor"]):
-    import fuzz_parsers
+    from support import fuzz_parsers
 
 LONGEST = 1200
 """Bytes of an input. A longer one is seldom needed to reach a line, and is no joy to read."""

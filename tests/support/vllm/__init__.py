@@ -1,0 +1,1 @@
+"""What the tests in tests/vllm share: checkpoints, engines, the oracle, reloads."""
