@@ -10,7 +10,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-from interrupts import (
+from torch import nn
+
+from qtensor import QTensorError, WeightShapeError, fp8_per_channel, online_quant, online_reload
+from support.interrupts import (
     KINDS,
     NEW,
     NEXT,
@@ -27,9 +30,6 @@ from interrupts import (
     loaded,
     random_moments,
 )
-from torch import nn
-
-from qtensor import QTensorError, WeightShapeError, fp8_per_channel, online_quant, online_reload
 
 ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
 ENDS = ("sessions/transaction.py", "sessions/session.py")
