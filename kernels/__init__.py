@@ -67,15 +67,26 @@ def quantize_into(
     *,
     backend: str | None = None,
 ) -> None:
-    """Quantize `source` `[..., N, K]` (any strides) into `qdata`, `scale` and, for formats with one, `global_scale`.
+    """Quantize a weight, or some rows of one, into memory that exists.
 
-    Their shapes are the format's `qdata_shape`, `scale_shape` and `global_scale_shape`. All are on one device, and
-    all but the source may be views of a larger weight. The rows must be whole units of `fmt`: any rows per channel or
-    group, a band that starts on a multiple of 128 per block, the entire matrix per tensor and for nvfp4. `origin` is
-    the flat index of `source[0]` in the weight, for error messages.
+    All tensors are on one device, and all but the source may be views of a larger weight. The rows must be whole units
+    of `fmt`: any rows per channel or group, a band that starts on a multiple of 128 per block, the entire matrix per
+    tensor and for nvfp4.
 
-    Raises NonFinite(index, value) for NaN or infinity unless `audit` allows them; on a GPU `audit.verify()` raises it,
-    and a call without an audit waits for the device. Raises UnsupportedBackend as `choose` does.
+    Args:
+        source: `[..., N, K]`, any strides.
+        qdata: Where the quantized values go, of the format's `qdata_shape`.
+        scale: Where the scales go, of the format's `scale_shape`.
+        fmt: The number format.
+        audit: What to refuse, and what to measure.
+        origin: The flat index of `source[0]` in the weight, for error messages.
+        global_scale: Where the global scale goes, for formats with one.
+        backend: As `choose` takes it.
+
+    Raises:
+        NonFinite: The source has NaN or infinity, and `audit` does not allow them. On a GPU `audit.verify()` raises it,
+            and a call without an audit waits for the device.
+        UnsupportedBackend: As `choose` raises it.
     """
     parts = Parts(qdata, scale, global_scale)
     choose(qdata.device, backend).quantize_into(source, parts, fmt, audit, origin)
@@ -95,6 +106,18 @@ def dequantize(
 
     Where two elements share a byte, the last of an odd number of columns has a zero beside it, which `out` leaves off
     if it has one column less than qdata has elements.
+
+    Args:
+        qdata: Quantized values, of the format's `qdata_shape`.
+        scale: Scales, of the format's `scale_shape`.
+        fmt: The number format.
+        dtype: Of the result.
+        out: Where to; new memory by default.
+        global_scale: fp32, for formats with one.
+        backend: As `choose` takes it.
+
+    Returns:
+        The values.
     """
     parts = Parts(qdata, scale, global_scale)
     return serving(*parts, out, backend=backend).dequantize(parts, fmt, dtype, out)
@@ -103,12 +126,20 @@ def dequantize(
 def quantize_activation(
     x: torch.Tensor, fmt: WeightFormat, *, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic activation quantization: x `[M, K]` → fp8 `[M, K]` and its scales.
+    """Dynamic activation quantization. Traces under torch.compile.
 
-    Per token (`[M, 1]`, fp32), per token and group of 128 (`[M, ceil(K/128)]`, fp32) for a per-block weight, or per
-    token and group of 32 with the weight's own formula (`[M, ceil(K/32)]`, e8m0) for mxfp8: the granularities of vLLM's
-    dynamic fp8 activations. The first two: max(amax / F, 1 / (F * 512)), divide, clamp, cast. Traces under
-    torch.compile.
+    The granularities are those of vLLM's dynamic fp8 activations. Per token, and per token and group of 128:
+    max(amax / F, 1 / (F * 512)), divide, clamp, cast.
+
+    Args:
+        x: `[M, K]`.
+        fmt: The number format of the weight.
+        backend: As `choose` takes it.
+
+    Returns:
+        fp8 `[M, K]` and its scales: per token (`[M, 1]`, fp32), per token and group of 128 (`[M, ceil(K/128)]`, fp32)
+        for a per-block weight, or per token and group of 32 with the weight's own formula (`[M, ceil(K/32)]`, e8m0) for
+        mxfp8.
     """
     return serving(x, backend=backend).quantize_activation(x, fmt)
 
@@ -123,9 +154,21 @@ def linear(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """x `[M, K]` times the dequantized weight `[N, K]` transposed, plus bias `[N]`: `[M, N]` in x's dtype.
+    """x times the dequantized weight transposed, plus bias.
 
     Weight-only: x is used as it is. A backend without a fused product dequantizes first. Traces under torch.compile.
+
+    Args:
+        x: `[M, K]`.
+        qdata: Quantized values of the weight `[N, K]`.
+        scale: Its scales.
+        fmt: The number format.
+        bias: `[N]`.
+        global_scale: fp32, for formats with one.
+        backend: As `choose` takes it.
+
+    Returns:
+        `[M, N]` in x's dtype.
     """
     parts = Parts(qdata, scale, global_scale)
     return serving(x, *parts, backend=backend).linear(x, parts, fmt, bias)
@@ -142,10 +185,20 @@ def experts(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Each row of x `[M, K]` times the dequantized matrix of its expert, transposed, plus bias `[E, N]`: `[M, N]`.
+    """Each row of x times the dequantized matrix of its expert, transposed, plus bias. Weight-only, as `linear`.
 
-    The weight is `[E, N, K]`. Rows are sorted by expert: those of expert e end at `offsets[e]` (int `[E]`), where those
-    of e + 1 begin, and the last offset is M. Weight-only, as `linear`.
+    Args:
+        x: `[M, K]`, rows sorted by expert.
+        qdata: Quantized values of the stack `[E, N, K]`.
+        scale: Its scales.
+        fmt: The number format.
+        offsets: int `[E]`: the rows of expert e end where those of e + 1 begin; the last is M.
+        bias: `[E, N]`.
+        global_scale: fp32, for formats with one.
+        backend: As `choose` takes it.
+
+    Returns:
+        `[M, N]` in x's dtype.
     """
     parts = Parts(qdata, scale, global_scale)
     return serving(x, *parts, backend=backend).experts(x, parts, fmt, offsets, bias)

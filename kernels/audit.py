@@ -25,9 +25,10 @@ _VALUES = (float("nan"), float("inf"), float("-inf"))
 class Audit:
     """Findings about one weight, accumulated over all its writes.
 
-    refuse_nonfinite: raise `NonFinite` for NaN or infinity: at once on a host backend, in `verify()` on a GPU. When
-    False a NaN element is stored as NaN, an infinite one saturates, and neither enters a scale.
-    measure_sqnr: accumulate `signal` = Σx² and `noise` = Σ(x - dequantized)².
+    Attributes:
+        refuse_nonfinite: Raise `NonFinite` for NaN or infinity: at once on a host backend, in `verify()` on a GPU. When
+            False a NaN element is stored as NaN, an infinite one saturates, and neither enters a scale.
+        measure_sqnr: Accumulate `signal` = Σx² and `noise` = Σ(x - dequantized)².
     """
 
     def __init__(self, refuse_nonfinite: bool = True, measure_sqnr: bool = False) -> None:

@@ -38,7 +38,8 @@ class Backend(Protocol):
     All give the reference's bytes, and products within its rounding. A backend is a subclass of `reference.Torch`: its
     class shows what it has code of its own for, and the rest is the reference's.
 
-    name: what `backend=` and QTENSOR_KERNELS call it.
+    Attributes:
+        name: What `backend=` and QTENSOR_KERNELS call it.
     """
 
     name: str
@@ -99,16 +100,33 @@ class Choice(NamedTuple):
 
 
 def choose(device: torch.device, backend: str | None = None) -> Backend:
-    """The backend that serves tensors on `device`.
+    """The backend that serves tensors on a device.
 
-    Raises UnsupportedBackend when the backend named by `backend` or QTENSOR_KERNELS cannot serve the device, or when
-    none is named and the device's own backend is missing.
+    Args:
+        device: Of the tensors.
+        backend: "triton", "numba" or "torch", instead of the device's own; QTENSOR_KERNELS does the same.
+
+    Returns:
+        The backend.
+
+    Raises:
+        UnsupportedBackend: The backend that is asked for cannot serve the device, or none is and the device's own is
+            missing.
     """
     return _choose(backend or os.environ.get(VARIABLE) or None, device.type, device.index)
 
 
 def serving(tensor: torch.Tensor, *others: torch.Tensor | None, backend: str | None = None) -> Backend:
-    """The backend for a call with these tensors: as `choose`, unless the call is being recorded."""
+    """The backend for a call with these tensors: as `choose`, unless the call is being recorded.
+
+    Args:
+        tensor: The one whose device decides.
+        others: Further tensors of the call, or None.
+        backend: As `choose` takes it.
+
+    Returns:
+        The backend, or one of plain torch operations that compilers see through.
+    """
     if compiled.must_trace(tensor, *others):
         return compiled.TRACED
     return choose(tensor.device, backend)

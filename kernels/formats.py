@@ -23,7 +23,12 @@ def ceil_div(a: int, b: int) -> int:
 
 
 class NonFinite(QTensorError, ValueError):
-    """The source holds NaN or infinity. `index` is the flat, row-major position in the whole weight."""
+    """The source holds NaN or infinity.
+
+    Attributes:
+        index: The flat, row-major position in the whole weight.
+        value: What stands there.
+    """
 
     def __init__(self, index: int, value: float) -> None:
         super().__init__(f"non-finite value {value} at flat index {index}")
@@ -60,10 +65,11 @@ class WeightFormat:
     These are the formulas of vLLM's online quantization (vllm/model_executor/layers/quantization/online/, and
     utils/mxfp8_utils.py, mxfp4_utils.py, nvfp4_emulation_utils.py there); it has no online int4.
 
-    dtype: of the tensor that stores the elements; two 4-bit elements share a byte, the first in the low nibble.
-    scale_dtype: uint8 stands for e8m0, powers of two by their biased exponent: the bytes of torch.float8_e8m0fnu, a
-        dtype that compilers for CPUs do not take.
-    block: rows and columns that share a scale, where neither is the matrix's own.
+    Attributes:
+        dtype: Of the tensor that stores the elements; two 4-bit elements share a byte, the first in the low nibble.
+        scale_dtype: uint8 stands for e8m0, powers of two by their biased exponent: the bytes of torch.float8_e8m0fnu, a
+            dtype that compilers for CPUs do not take.
+        block: Rows and columns that share a scale, where neither is the matrix's own.
     """
 
     name: str

@@ -99,7 +99,15 @@ def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_trip_activation(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """What `quantize_activation` leaves of x `[M, K]`, in x's dtype: for devices that have no fp8 product."""
+    """What `quantize_activation` leaves of x, for devices that have no fp8 product.
+
+    Args:
+        x: `[M, K]`.
+        fmt: The number format of the weight.
+
+    Returns:
+        `[M, K]` in x's dtype.
+    """
     q, _, step = _quantize_groups(x, fmt)
     return (q.float() * step).to(x.dtype).flatten(1)[:, : x.shape[1]]
 

@@ -13,7 +13,8 @@ class QTensorError(RuntimeError):
 class IncompleteLoadError(QTensorError):
     """A session finished (or a weight was read) while some elements had never been written.
 
-    `missing` maps each weight's name to the boxes that were not written, one `(start, stop)` per dimension.
+    Attributes:
+        missing: Each weight's name and the boxes that were not written, one `(start, stop)` per dimension.
     """
 
     def __init__(self, message: str, missing: dict[str, list[tuple[tuple[int, int], ...]]] | None = None) -> None:

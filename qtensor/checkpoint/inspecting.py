@@ -32,7 +32,15 @@ class WeightReport:
 
 @dataclass
 class CheckpointReport:
-    """folder, method: config.json's quant_method. quantized: one per matrix. plain: bytes of the other tensors."""
+    """What is quantized how in a checkpoint.
+
+    Attributes:
+        folder: Of the checkpoint.
+        method: config.json's quant_method.
+        files: Names of the files that hold tensors.
+        quantized: One per matrix.
+        plain: Bytes of the other tensors, by name.
+    """
 
     folder: str
     method: str | None
@@ -60,10 +68,17 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) -> CheckpointReport:
-    """Look at a checkpoint, and compare its quantized weights with the high-precision checkpoint `against`.
+    """Look at a checkpoint, and compare its quantized weights with a high-precision checkpoint.
 
-    SQNR is 10·log10(Σx² / Σ(x - x̂)²) over a weight. Raises CheckpointError for a checkpoint that cannot be read, and
-    for a source that does not have a weight, or has it in another shape.
+    Args:
+        folder: Of the checkpoint.
+        against: The folder of its source; then SQNR is reported, 10·log10(Σx² / Σ(x - x̂)²) over each weight, in dB.
+
+    Returns:
+        What is quantized how.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read, or the source does not have a weight, or has it in another shape.
     """
     checkpoint = Checkpoint(folder)
     weights, plain = weights_of(checkpoint)

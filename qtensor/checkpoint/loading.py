@@ -31,13 +31,21 @@ def load_checkpoint(
 ) -> LoadReport:
     """Fill a model from a folder that `save_checkpoint`, `qtensor quantize` or llm-compressor wrote.
 
-    Quantized weights become QTensors with the bytes of the file; all others are copied as load_state_dict would. The
-    model may be on the meta device, and may be a transformers model built from the folder's config. Tensors are read
-    one at a time. device: where the weights go; by default where the model's are.
+    Quantized weights become QTensors with the bytes of the file; all others are copied as load_state_dict would.
+    Tensors are read one at a time. The model is not changed by what is found before the first write.
 
-    Raises CheckpointError for a checkpoint that is damaged, unsafe, or has what the model lacks, and
-    IncompleteLoadError for what the model has and it lacks. The model is not changed by what is found
-    before the first write.
+    Args:
+        model: May be on the meta device, and may be a transformers model built from the folder's config.
+        folder: Of the checkpoint.
+        device: Where the weights go; by default where the model's are.
+        progress: As `online_quant` takes it.
+
+    Returns:
+        The report of the load.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, unsafe, or has what the model lacks.
+        IncompleteLoadError: The model has what the checkpoint lacks.
     """
     checkpoint = Checkpoint(folder)
     weights, plain = weights_of(checkpoint)

@@ -51,16 +51,22 @@ def save_checkpoint(
 ) -> Path:
     """Write a model's weights, quantized ones as they are, for vLLM, transformers and `load_checkpoint` to read.
 
-    model: any module that holds QTensors. For a transformers model, config.json, the generation settings and, if it
-        was loaded from a folder, that folder's tokenizer and small files come along; names and expert matrices are
-        those of its original checkpoint.
-    format: "compressed-tensors", or "fp8" (per block only), which transformers and DeepSeek call fine-grained.
-    max_shard_size: of one file, in bytes or as "5GB".
-
     The files are read back and compared before the folder appears. A folder that an earlier save wrote is replaced in
-    one step; any other that is not empty is refused. Returns the folder.
+    one step; any other that is not empty is refused.
 
-    Raises CheckpointError, naming the weight, for what the format cannot express, and for a full disk.
+    Args:
+        model: Any module that holds QTensors. For a transformers model, config.json, the generation settings and, if it
+            was loaded from a folder, that folder's tokenizer and small files come along; names and expert matrices are
+            those of its original checkpoint.
+        folder: Where to.
+        format: "compressed-tensors", or "fp8" (per block only), which transformers and DeepSeek call fine-grained.
+        max_shard_size: Of one file, in bytes or as "5GB".
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The format cannot express a weight, which is named; the folder is another's; the disk is full.
     """
     tensors = tensors_of(model)
     contents, schemes, plain = _contents(model, tensors, format)

@@ -79,7 +79,16 @@ def weights_of(checkpoint: Checkpoint) -> tuple[dict[str, Weight], dict[str, Sto
 
 
 def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], None] = lambda n: None) -> list[str]:
-    """Everything that is wrong with a checkpoint, in words: names, dtypes, shapes, scales, checksums, missing files."""
+    """Everything that is wrong with a checkpoint, in words: names, dtypes, shapes, scales, checksums, missing files.
+
+    Args:
+        folder: Of the checkpoint.
+        workers: Threads.
+        on_bytes: Called with the bytes of each piece that has been read.
+
+    Returns:
+        One sentence per problem; none if the checkpoint is whole.
+    """
     try:
         checkpoint = Checkpoint(folder)
         weights, _ = weights_of(checkpoint)

@@ -72,7 +72,19 @@ class ShardTask:
 
 @dataclass
 class ConversionReport:
-    """What `quantize_checkpoint` did. Bytes are of tensors. left: weights that stay as they were, and why."""
+    """What `quantize_checkpoint` did.
+
+    Attributes:
+        scheme: What matrices became, by name.
+        quantized: How many.
+        source_bytes: Of the tensors that were read.
+        written_bytes: Of the tensors that were written.
+        resumed_files: Files that an interrupted run had finished.
+        files: Files in all.
+        seconds: From the first file to the last.
+        left: Weights that stay as they were, and why.
+        warnings: What a person should know.
+    """
 
     scheme: str
     quantized: int = 0
@@ -136,10 +148,22 @@ def quantize_checkpoint(
     left in `TARGET.partial` is continued, and the result is that of an uninterrupted one, byte for byte. An existing
     target is refused.
 
-    workers: threads. on_bytes: called with the bytes just read and the bytes there are to read in all. share: who does
-    the tasks, if not this process alone.
+    Args:
+        source: Folder of a high-precision safetensors checkpoint.
+        target: Folder to write.
+        scheme: A `Scheme` or its name.
+        ignore: Patterns of weights to leave as they are.
+        format: Of the files, as `save_checkpoint` takes it.
+        workers: Threads.
+        on_bytes: Called with the bytes just read and the bytes there are to read in all.
+        share: Who does the tasks, if not this process alone.
 
-    Raises CheckpointError, and NonFiniteWeightError naming the tensor; the target then does not exist.
+    Returns:
+        What was quantized, and what was left and why.
+
+    Raises:
+        CheckpointError: The source cannot be read, or the target not written; the target then does not exist.
+        NonFiniteWeightError: A tensor, which is named, has an element that is not finite.
     """
     started = time.perf_counter()
     target = Path(target)
@@ -200,7 +224,16 @@ def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], forma
 
 
 def convert_shard(task: ShardTask, pool: ThreadPoolExecutor, on_bytes: OnBytes = lambda n: None) -> Records:
-    """Do one task with the threads of `pool`; `on_bytes` hears of source bytes as they are done."""
+    """Do one task.
+
+    Args:
+        task: What to convert, from where to where.
+        pool: The threads to do it with.
+        on_bytes: Called with source bytes as they are done.
+
+    Returns:
+        What was written, for the report and the index.
+    """
     writer = ShardWriter(task.target, _specs(task))
 
     def work(tensor: TensorTask) -> None:

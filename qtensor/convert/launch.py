@@ -42,11 +42,26 @@ def quantize_on_ranks(
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
     lost_after: float = LOST_AFTER,
 ) -> ConversionReport | None:
-    """`quantize_checkpoint` by all ranks that torchrun started, each with `workers` threads; a report on rank 0.
+    """`quantize_checkpoint` by all ranks that torchrun started.
 
-    Each rank takes a shard when it is done with the last. Rank 0 writes what is written once, after all shards. The
-    shard of a rank that has given no sign of life for `lost_after` seconds is done by another. A rank that fails makes
-    every rank raise CheckpointError, naming that rank and its shard; what was finished is kept, for the next run.
+    Each rank takes a shard when it is done with the last. Rank 0 writes what is written once, after all shards.
+
+    Args:
+        source: As `quantize_checkpoint` takes it, and so do the next five.
+        target: See there.
+        scheme: See there.
+        ignore: See there.
+        format: See there.
+        workers: Threads of each rank.
+        on_bytes: See there.
+        lost_after: Seconds after which the shard of a rank that has given no sign of life is done by another.
+
+    Returns:
+        The report on rank 0; None on the others.
+
+    Raises:
+        CheckpointError: On every rank, if one fails, naming that rank and its shard. What was finished is kept, for the
+            next run.
     """
     ranks = Ranks(lost_after)
 
@@ -77,11 +92,25 @@ def quantize_on_ray(
     workers: int = 2,
     **options: Any,
 ) -> ConversionReport:
-    """`quantize_checkpoint` with a Ray task for each shard, of `workers` threads and CPUs; options are its own.
+    """`quantize_checkpoint` with a Ray task for each shard.
 
-    address: of the cluster. None: the one this process or machine belongs to, or else a new one of this machine alone.
     Every machine has qtensor, and the folders under the same paths. A shard whose worker is lost is given to another,
-    three times. A task that fails ends all: CheckpointError names its machine and shard.
+    three times.
+
+    Args:
+        source: As `quantize_checkpoint` takes it, and so do the next two.
+        target: See there.
+        scheme: See there.
+        address: Of the cluster. None: the one this process or machine belongs to, or else a new one of this machine
+            alone.
+        workers: Threads and CPUs of each task.
+        options: The others of `quantize_checkpoint`.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError: A task failed; its machine and shard are named.
     """
     ray = require("ray", "ray", "quantize_on_ray")
     ours = not ray.is_initialized()

@@ -37,11 +37,12 @@ _open: set[Any] = set()  # connections of sessions under way or failed: their de
 class Sharding:
     """How a model's weights are split over the ranks of a process group.
 
-    group: the ranks; None is all of them. Every rank opens its sessions in the same order.
-    dims: pattern → the dimension that is split: 0 for rows (or experts, of a stack `[E, N, K]`), the last one for
-        columns. Patterns as for `ignore`. A Parameter that says so itself (`partition_dim`, as Megatron's do) needs
-        none, nor does a 2-d per-tensor weight, which has one scale however it is split.
-    timeout: seconds to wait for other ranks before giving up.
+    Attributes:
+        group: The ranks; None is all of them. Every rank opens its sessions in the same order.
+        dims: Pattern → the dimension that is split: 0 for rows (or experts, of a stack `[E, N, K]`), the last one for
+            columns. Patterns as for `ignore`. A Parameter that says so itself (`partition_dim`, as Megatron's do) needs
+            none, nor does a 2-d per-tensor weight, which has one scale however it is split.
+        timeout: Seconds to wait for other ranks before giving up.
     """
 
     group: dist.ProcessGroup | None = None

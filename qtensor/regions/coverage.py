@@ -141,9 +141,15 @@ class Coverage:
         return _clip(_boxes(self._cells, self._cuts), box)
 
     def full_rows(self, lead: tuple[int, ...], start: int, stop: int) -> list[tuple[int, int]]:
-        """Maximal runs within rows `start:stop` of the matrix at `lead` whose every element is covered.
+        """Maximal runs of rows whose every element is covered.
 
-        For shape `[*lead, N, K]`; `lead` is `()` for a matrix.
+        Args:
+            lead: Which matrix of a shape `[*lead, N, K]`; `()` for a matrix.
+            start: The first row.
+            stop: The row after the last.
+
+        Returns:
+            Pairs of first row and row after the last.
         """
         if self.complete:
             return [(start, stop)] if start < stop else []

@@ -15,8 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """What has been done so far. done, total: weights; `total` grows as a load turns up more of them. bytes: of the
-    weights that are done, as they are kept. description: what is being done, such as "quantizing"."""
+    """What has been done so far.
+
+    Attributes:
+        description: What is being done, such as "quantizing".
+        done: Weights.
+        total: Weights; it grows as a load turns up more of them.
+        bytes: Of the weights that are done, as they are kept.
+    """
 
     description: str
     done: int

@@ -25,10 +25,17 @@ _SHOWN_BOXES = 4
 class LayerReport:
     """One quantized weight.
 
-    bytes: values and scales. source_bytes: what it would take in its logical dtype. sqnr: in dB, where it was measured;
-    infinite where nothing was lost. lossy_reads: how often a loader read elements that were quantized already.
-    began, done: seconds after the session began when its first element came and when it was complete; None for a
-    weight that no loader wrote to. note: what was unusual.
+    Attributes:
+        name: As its model calls it.
+        scheme: What it became.
+        shape: Its logical shape.
+        bytes: Values and scales.
+        source_bytes: What it would take in its logical dtype.
+        sqnr: Signal-to-quantization-noise ratio in dB, where it was measured; infinite where nothing was lost.
+        note: What was unusual.
+        lossy_reads: How often a loader read elements that were quantized already.
+        began: Seconds after the session began when its first element came; None for a weight that no loader wrote to.
+        done: Seconds after the session began when it was complete.
     """
 
     name: str
@@ -47,18 +54,24 @@ class LayerReport:
 class LoadReport:
     """The outcome of a session so far.
 
-    layers: the quantized weights. quantized_bytes: their values and scales.
-    passthrough_bytes: parameters and buffers that stay as they are. passthrough: names of such parameters with the
-    reason, where there is one beyond not being selected.
-    untouched: weights nobody wrote to. missing: the unwritten boxes of every incomplete weight, one `(start, stop)`
-    per dimension.
-    peak_staged_bytes: the most high-precision bytes held at any time. peak_second_copy_bytes: of a reload, the most
-    bytes that new or saved values took beside the live ones.
-    collectives, collective_bytes: the all-reduces by which ranks agreed on scales, and what they
-    reduced. lossy_reads: reads of already quantized elements.
-    seconds: from arming to the end of the session.
-    timeline: bytes over time, at most some hundred points; the last one and the staging peak are exact.
-    settings: what the session was told, and the versions that carried it out.
+    Attributes:
+        state: "open", "finished" or "aborted".
+        scheme: What weights become, by name.
+        layers: The quantized weights.
+        quantized_bytes: Their values and scales.
+        passthrough_bytes: Parameters and buffers that stay as they are.
+        passthrough: Names of such parameters with the reason, where there is one beyond not being selected.
+        untouched: Weights nobody wrote to.
+        missing: The unwritten boxes of every incomplete weight, one `(start, stop)` per dimension.
+        peak_staged_bytes: The most high-precision bytes held at any time.
+        peak_second_copy_bytes: Of a reload, the most bytes that new or saved values took beside the live ones.
+        collectives: How many all-reduces ranks agreed on scales by.
+        collective_bytes: What they reduced.
+        lossy_reads: Reads of already quantized elements.
+        seconds: From arming to the end of the session.
+        warnings: What a person should know.
+        timeline: Bytes over time, at most some hundred points; the last one and the staging peak are exact.
+        settings: What the session was told, and the versions that carried it out.
     """
 
     state: str = "open"
@@ -105,8 +118,14 @@ class LoadReport:
         return text
 
     def plot(self, path: str | Path) -> None:
-        """Draw memory over time, and SQNR where it was measured, into a file of any kind that matplotlib writes (PNG,
-        SVG, PDF, by the name's ending). Raises MissingExtraError, naming the extra, without matplotlib."""
+        """Draw memory over time, and SQNR where it was measured.
+
+        Args:
+            path: A file of any kind that matplotlib writes (PNG, SVG, PDF), by the name's ending.
+
+        Raises:
+            MissingExtraError: There is no matplotlib; the message names the extra.
+        """
         plot_load(
             path,
             title=f"Memory while loading ({self.scheme})",

@@ -17,8 +17,14 @@ MAX_POINTS = 512
 
 @dataclass(frozen=True)
 class MemoryPoint:
-    """Bytes held `seconds` after the session began: of complete quantized weights (values and scales), of complete
-    weights that stay as they are, and of staging."""
+    """Bytes held at one moment.
+
+    Attributes:
+        seconds: After the session began.
+        quantized_bytes: Of complete quantized weights, values and scales.
+        passthrough_bytes: Of complete weights that stay as they are.
+        staged_bytes: High-precision values that wait for the rest of their unit.
+    """
 
     seconds: float
     quantized_bytes: int

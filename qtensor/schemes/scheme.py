@@ -26,9 +26,11 @@ Activation = Literal["dynamic", "none"]
 class Scheme:
     """How a weight is quantized and multiplied.
 
-    format: element format, granularity and scale formula (see `qtensor.kernels.WeightFormat`).
-    activation: "dynamic" quantizes activations to fp8 per token (per token and group of 128 for per-block weights, of
-        32 for mxfp8) before each multiplication; "none" keeps them (weight-only). Only fp8 weights have "dynamic".
+    Attributes:
+        format: Element format, granularity and scale formula (see `qtensor.kernels.WeightFormat`).
+        activation: "dynamic" quantizes activations to fp8 per token (per token and group of 128 for per-block weights,
+            of 32 for mxfp8) before each multiplication; "none" keeps them (weight-only). Only fp8 weights have
+            "dynamic".
     """
 
     format: WeightFormat

@@ -67,24 +67,33 @@ def online_quant(
     is armed as it is made. With `model`, its existing weights are armed now; it may be on the meta device, and
     whatever values it had are given up.
 
-    scheme: a `Scheme` or its name, for nn.Linear and 3-d experts; `{pattern: scheme}`, for what the patterns match
-        instead; or vLLM's quantization_config, a dictionary or JSON with `linear`, `moe`, `ignore`, `targets`.
-    ignore, targets: patterns on the names a user sees (an exact name, "re:..." or a glob); `targets` replaces the
-        default choice and may map patterns to schemes.
-    device: where quantized weights live; by default where the weight was created, or the CPU if that was "meta".
-    on_missing: what becomes of elements nobody wrote: "error" raises IncompleteLoadError, "zero" fills them, "keep"
-        keeps the values the model had, "init" its random initialisation.
-    on_nonfinite: "error" refuses NaN and infinity by name and index; "keep" stores them.
-    strict_reads: raise LossyReadError when a loader reads back what is already quantized, instead of counting it.
-    process_group: ranks that hold shards of the same weights. They agree on scales that are split among them, so that
-        each holds the bytes of its part of the unsharded result; all of them open and finish the session, and if one
-        fails all raise. A `Sharding` says which weights are split along which dimension.
-    min_sqnr: in dB; a weight whose signal-to-quantization-noise ratio falls below stays in high precision. Weights are
-        then staged whole.
-    measure_sqnr: report every weight's signal-to-quantization-noise ratio. It is summed up as rows are quantized, and
-        nothing is staged for it; a row that is written twice counts twice.
-    progress: True shows a progress bar, False none; by default there is one only on a terminal. A callable is called
-        with a `ProgressEvent` each time a weight is chosen or complete, and no bar is shown.
+    Args:
+        scheme: A `Scheme` or its name, for nn.Linear and 3-d experts; `{pattern: scheme}`, for what the patterns match
+            instead; or vLLM's quantization_config, a dictionary or JSON with `linear`, `moe`, `ignore`, `targets`.
+        model: A model that exists. Nothing process-wide is installed for it before the block is entered.
+        ignore: Patterns on the names a user sees (an exact name, "re:..." or a glob) of weights to leave alone.
+        targets: Patterns that replace the default choice; they may be mapped to schemes.
+        device: Where quantized weights live; by default where the weight was created, or the CPU if that was "meta".
+        on_missing: What becomes of elements nobody wrote: "error" raises IncompleteLoadError, "zero" fills them, "keep"
+            keeps the values the model had, "init" its random initialisation.
+        on_nonfinite: "error" refuses NaN and infinity by name and index; "keep" stores them.
+        strict_reads: Raise LossyReadError when a loader reads back what is already quantized, instead of counting it.
+        process_group: Ranks that hold shards of the same weights. They agree on scales that are split among them, so
+            that each holds the bytes of its part of the unsharded result; all of them open and finish the session, and
+            if one fails all raise. A `Sharding` says which weights are split along which dimension.
+        min_sqnr: In dB; a weight whose signal-to-quantization-noise ratio falls below stays in high precision. Weights
+            are then staged whole.
+        measure_sqnr: Report every weight's signal-to-quantization-noise ratio. It is summed up as rows are quantized,
+            and nothing is staged for it; a row that is written twice counts twice.
+        progress: True shows a progress bar, False none; by default there is one only on a terminal. A callable is
+            called with a `ProgressEvent` each time a weight is chosen or complete, and no bar is shown.
+
+    Returns:
+        The session, to be entered with `with`; with a `model`, `finish()` or `abort()` may be called instead.
+
+    Raises:
+        ConfigError: An option is unknown, or has a value it cannot have.
+        QTensorError: The model is quantized already, or another session that is open loads it.
     """
     options = LoadOptions(
         on_missing=on_missing,

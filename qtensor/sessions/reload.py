@@ -56,19 +56,32 @@ def online_reload(
     a fused per-tensor weight, half a row), the rest is quantized again from its quantized values, which costs accuracy;
     the report and a warning name such weights.
 
-    atomic: an exception anywhere (in the loader, an invalid value, something missing, KeyboardInterrupt) leaves every
-        parameter, buffer and attribute as it was, bit for bit. Needs a second copy of what is written: at most the
-        bytes of the quantized model. With False each matrix is replaced as soon as all of it has arrived, and only
-        those that have arrived in part have a second copy; after an exception each is all old or all new.
-    shadow: where the second copy lives. "device" keeps new values beside the old ones until they are committed.
-        "host" saves the old ones in host memory (pinned, for a GPU) and writes in place, so the device needs no extra
-        memory; the model must not be used until the reload is over.
-    on_missing: what becomes of elements nobody wrote: "keep", "zero", or "error" to raise IncompleteLoadError.
-    on_nonfinite, strict_reads, progress: as `online_quant` takes them.
-    process_group: ranks that hold shards of the same weights, as `online_quant` takes it; those of DTensors are known.
-        They agree on scales, and all commit or none does: if one fails, all raise, and keep the old values.
-    assert_identity: check at the end that every Parameter is the same object, at the same address, with the same
-        attributes and ties, and raise QTensorError if one is not.
+    Args:
+        model: A model with quantized weights.
+        atomic: An exception anywhere (in the loader, an invalid value, something missing, a warning that is an error,
+            KeyboardInterrupt) leaves every parameter, buffer and attribute as it was, bit for bit. Needs a second copy
+            of what is written: at most the bytes of the quantized model. With False each matrix is replaced as soon as
+            all of it has arrived, and only those that have arrived in part have a second copy; after an exception each
+            is all old or all new. An interrupt that comes when the new values are being put in place is raised when all
+            are.
+        shadow: Where the second copy lives. "device" keeps new values beside the old ones until they are committed.
+            "host" saves the old ones in host memory (pinned, for a GPU) and writes in place, so the device needs no
+            extra memory; the model must not be used until the reload is over.
+        on_missing: What becomes of elements nobody wrote: "keep", "zero", or "error" to raise IncompleteLoadError.
+        on_nonfinite: As `online_quant` takes it.
+        strict_reads: As `online_quant` takes it.
+        process_group: Ranks that hold shards of the same weights, as `online_quant` takes it; those of DTensors are
+            known. They agree on scales, and all commit or none does: if one fails, all raise, and keep the old values.
+        assert_identity: Check before anything is replaced that every Parameter is the same object, at the same address,
+            with the same attributes and ties, and raise QTensorError if one is not.
+        progress: As `online_quant` takes it.
+
+    Returns:
+        The session, which is open.
+
+    Raises:
+        ConfigError: An option has a value it cannot have.
+        QTensorError: No weight of the model is quantized, one is a view, or another session that is open loads it.
     """
     options = ReloadOptions(
         atomic=atomic,

@@ -58,8 +58,14 @@ class Session:
     def finish(self) -> LoadReport:
         """End the load: complete what `on_missing` allows, turn lazy weights into their final form, report.
 
-        Raises IncompleteLoadError naming every weight and range that is missing, or the error that an unfinished
-        weight met while loading. After an error the session is over, and the model can be armed again.
+        After an error the session is over, and the model can be armed again.
+
+        Returns:
+            The report.
+
+        Raises:
+            IncompleteLoadError: Weights and ranges are missing; the message has every one of them.
+            QTensorError: What an unfinished weight met while loading, as it was raised there.
         """
         self._work.finish()
         return self._work.report()

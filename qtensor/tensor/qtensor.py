@@ -29,13 +29,14 @@ OPS = OpTable()
 class QTensor(torch.Tensor):
     """A weight `[N, K]` or `[E, N, K]` in quantized form.
 
-    qdata: the quantized values, row-major `[..., N, K]`; `[..., N, K/2]` (rounded up) where two share a byte.
-    scale: `scheme.format.scale_shape` of `[..., N, K]`, in `scheme.format.scale_dtype`.
-    global_scale: fp32 `[..., 1]`, the second scale of each matrix, for formats with one (nvfp4); else None.
-    scheme: the `Scheme` that made them.
-    cols: K; told apart from `qdata`, which cannot know it is odd.
-    transposed: the logical shape is `[..., K, N]`; `qdata` and `scale` keep their layout.
-    whole_units: False for a slice that shares scales with elements outside of it; such a slice is read-only.
+    Attributes:
+        qdata: The quantized values, row-major `[..., N, K]`; `[..., N, K/2]` (rounded up) where two share a byte.
+        scale: `scheme.format.scale_shape` of `[..., N, K]`, in `scheme.format.scale_dtype`.
+        global_scale: fp32 `[..., 1]`, the second scale of each matrix, for formats with one (nvfp4); else None.
+        scheme: The `Scheme` that made them.
+        cols: K; told apart from `qdata`, which cannot know it is odd.
+        transposed: The logical shape is `[..., K, N]`; `qdata` and `scale` keep their layout.
+        whole_units: False for a slice that shares scales with elements outside of it; such a slice is read-only.
     """
 
     qdata: torch.Tensor
@@ -198,13 +199,23 @@ class QTensor(torch.Tensor):
 
 
 def quantize(weight: torch.Tensor, scheme: SchemeLike, *, on_nonfinite: str = "error") -> QTensor:
-    """Quantize a whole weight `[N, K]` or `[E, N, K]` (bf16, fp16 or fp32, any strides, any device).
+    """Quantize a whole weight.
 
-    This is the oracle: every session, whatever the loader did, ends with exactly these bytes. `on_nonfinite="keep"`
-    stores NaN as NaN (as 0 where the format has none: e2m1 and integers) and saturates infinities; neither enters a
-    scale.
+    This is the oracle: every session, whatever the loader did, ends with exactly these bytes.
 
-    Raises WeightShapeError, WeightDtypeError, and NonFiniteWeightError with the index of the first bad element.
+    Args:
+        weight: `[N, K]` or `[E, N, K]`, bf16, fp16 or fp32, any strides, any device.
+        scheme: A `Scheme` or its name.
+        on_nonfinite: "error" refuses NaN and infinity; "keep" stores NaN as NaN (as 0 where the format has none: e2m1
+            and integers) and saturates infinities; neither enters a scale.
+
+    Returns:
+        The quantized weight, on the weight's device, with its dtype as logical dtype.
+
+    Raises:
+        WeightShapeError: It is neither a matrix nor a stack of them.
+        WeightDtypeError: Its dtype is none of those.
+        NonFiniteWeightError: An element is not finite; the message has the index of the first.
     """
     scheme = as_scheme(scheme)
     if weight.dim() not in (2, 3):
