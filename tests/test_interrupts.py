@@ -32,7 +32,7 @@ from support.interrupts import (
 )
 
 ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
-ENDS = ("sessions/transaction.py", "sessions/session.py")
+ENDS = ("sessions/transaction.py", "sessions/session.py", "sessions/reload.py", "sessions/snapshot.py")
 
 
 def test_an_exception_at_a_random_moment() -> None:
