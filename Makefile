@@ -3,7 +3,7 @@
 #   make demo    install what is needed and run the demo
 #   make test    lint, type-check and run all tests: what continuous integration runs
 #   make lint    the first half of that;  make docs, make wheel, make clean
-#   make endurance   the tests of threads, growth and random programs in full length (minutes)
+#   make endurance   the tests of threads, growth, four ranks and random programs in full length (minutes)
 #   make test-matrix  the tests on the oldest and newest versions that are supported (most of an hour); writes docs/compatibility.md
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
@@ -31,11 +31,12 @@ demo: $(VENV)/.demo
 	@echo "Running the demo: qtensor demo $(DEMO_ARGS)"
 	@HF_HUB_OFFLINE=1 $(BIN)/qtensor demo $(DEMO_ARGS)
 
-# What is independent is made side by side. vllm.mk adds to TEST_NEEDS, and tests of its own before these.
+# What is independent is made, and run, side by side. vllm.mk adds to both lists.
 TEST_NEEDS = lint $(VENV)/.browser
+SUITES = 'tests=$(BIN)/python -m pytest'
 test: ready-to-test
-	@echo "Running the tests"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@echo "Running the tests; left to commands of their own: make endurance, make test-vllm-full"
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/support/side_by_side.py $(SUITES)
 
 ready-to-test:
 	@$(MAKE) --no-print-directory --jobs=2 $(TEST_NEEDS)
@@ -49,9 +50,9 @@ lint: $(VENV)/.dev
 	@cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p qtensor
 
 endurance: $(VENV)/.dev
-	@echo "Running 16 threads, 1000 loads, 500 reloads, and thousands of random programs"
+	@echo "Running 16 threads, 1000 loads, 500 reloads, four ranks, and thousands of random programs"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
-		tests/test_quantize_many.py
+		tests/test_quantize_many.py tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py
 
 # vllm.mk adds environments with vLLM to these.
 test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready

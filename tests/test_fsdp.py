@@ -28,7 +28,7 @@ from qtensor import (
 )
 from support.helpers import Experts, assert_oracle, same_bytes
 from support.programs import SCHEMES
-from support.ranks import spawn
+from support.ranks import at_length, spawn
 
 State = dict[str, torch.Tensor]
 
@@ -293,7 +293,7 @@ def test_two_ranks() -> None:
     )
 
 
-@pytest.mark.slow
+@at_length
 def test_four_ranks() -> None:
     spawn(
         4,

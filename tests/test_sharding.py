@@ -31,7 +31,7 @@ from qtensor import (
 from qtensor.ranks import sharding, vote
 from support.helpers import Experts, free_port, same_bytes
 from support.programs import SCHEMES
-from support.ranks import process_group, spawn
+from support.ranks import at_length, process_group, spawn
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 TIMEOUT = 20.0
@@ -346,6 +346,7 @@ def test_two_ranks() -> None:
     )
 
 
+@at_length
 def test_four_ranks() -> None:
     spawn(4, bytes_equal_the_unsharded, partial_reload, a_rank_that_lacks_rows_stops_all, groups_agree_for_themselves)
 

@@ -16,11 +16,13 @@ VLLM_PIP := $(VLLM_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .PHONY: test-vllm test-vllm-full bench-vllm
 TEST_NEEDS += $(VLLM_VENV)/.vllm
-test: test-vllm
+test: $(VLLM_VENV)/.ready
+VLLM_TESTS = $(VLLM_PYTHON) -m pytest tests/vllm -m "not slow"
+SUITES += 'vllm =$(VLLM_TESTS)'
 
 test-vllm: $(VLLM_VENV)/.ready
 	@echo "Testing the vLLM plugin on $(VLLM)"
-	@HF_HUB_OFFLINE=1 $(VLLM_PYTHON) -m pytest tests/vllm -m "not slow"
+	@HF_HUB_OFFLINE=1 $(VLLM_TESTS)
 
 test-vllm-full: $(VLLM_VENV)/.ready
 	@echo "Testing the vLLM plugin on $(VLLM), slow cases included"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from support.helpers import free_port
+
+at_length = pytest.mark.skipif(not os.environ.get("QTENSOR_ENDURANCE"), reason="four ranks: make endurance")
 
 
 @contextlib.contextmanager
