@@ -11,6 +11,7 @@ float64, are SLOTS pairs of partial sums (signal, noise): spread out, so that th
 
 from __future__ import annotations
 
+from math import inf, log10
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class Audit:
     def noise(self, value: float) -> None:
         self._noise = value
 
+    @property
+    def sqnr(self) -> float | None:
+        """Of everything quantized so far, by `sqnr_db`. None if it is not measured."""
+        return sqnr_db(self.signal, self.noise) if self.measure_sqnr else None
+
     def verify(self) -> None:
         """Raise `NonFinite` for the first element that was refused on a device; waits for that device.
 
@@ -99,6 +105,14 @@ class Audit:
             sums.zero_()
             self._signal += signal
             self._noise += noise
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB. Infinite where nothing was lost, which
+    holds for a weight of zeros, too."""
+    if noise == 0:
+        return inf
+    return 10 * log10(signal / noise) if signal else -inf
 
 
 def _wait(stream: Any) -> None:

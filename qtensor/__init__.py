@@ -6,7 +6,9 @@ with online_quant(fp8):
 
 from __future__ import annotations
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -39,12 +41,15 @@ from .schemes.scheme import (
 )
 from .schemes.selection import DEFAULT_IGNORE
 from .sessions.online import online_quant
-from .sessions.reload import online_reload
+from .sessions.reload import ReloadSession, online_reload
 from .sessions.session import Session
 from .tensor import ops as quantized_ops
 from .tensor.checksums import weight_checksums
 from .tensor.qtensor import QTensor, quantize
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .convert import quantize_checkpoint
 
 __all__ = [
     "DEFAULT_IGNORE",
@@ -62,6 +67,7 @@ __all__ = [
     "ProgressEvent",
     "QTensor",
     "QTensorError",
+    "ReloadSession",
     "Scheme",
     "Session",
     "Sharding",
@@ -71,6 +77,7 @@ __all__ = [
     "fp8_per_block",
     "fp8_per_channel",
     "fp8_per_tensor",
+    "inspect_checkpoint",
     "int4_per_group",
     "int8_per_channel",
     "load_checkpoint",
@@ -80,9 +87,20 @@ __all__ = [
     "online_quant",
     "online_reload",
     "quantize",
+    "quantize_checkpoint",
     "save_checkpoint",
+    "verify_checkpoint",
     "weight_checksums",
 ]
 
 quantized_ops.install()
 lazy_ops.install()
+
+
+def __getattr__(name: str) -> Any:
+    """What converts files is imported when it is asked for: a load does not need it."""
+    if name == "quantize_checkpoint":
+        from .convert import quantize_checkpoint
+
+        return quantize_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,9 @@ from qtensor import (
     Scheme,
     kernels,
     online_quant,
+    quantize_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
 )
 from qtensor.checkpoint import quantize_on_ray
 from qtensor.cli.main import main
@@ -95,6 +97,9 @@ def test_the_command_says_what_its_completion_needs(monkeypatch, capsys):
         lambda: online_quant("fp7"),
         lambda: online_quant("fp8", on_missing="ignore"),
         lambda: online_quant("fp8", on_nonfinite="ignore"),
+        lambda: online_quant("fp8", progress="yes"),
+        lambda: verify_checkpoint(".", workers=0),
+        lambda: quantize_checkpoint(".", "no-such-folder", "fp8", workers=0),
         lambda: Scheme(kernels.MXFP4),
         lambda: Coverage((4, 4)).add(((0, 5), (0, 4))),
         lambda: Coverage((4, 4)).add_mask(torch.ones(2, 2, dtype=torch.bool).numpy()),

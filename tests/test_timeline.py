@@ -1,15 +1,27 @@
 """Memory over time and progress: bounded, and exact where it matters."""
 
 import io
+import math
 import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
-from qtensor import ProgressEvent, fp8, fp8_per_block, fp8_per_tensor, online_quant, quantize
+from qtensor import (
+    ProgressEvent,
+    fp8,
+    fp8_per_block,
+    fp8_per_tensor,
+    online_quant,
+    quantize,
+    quantize_checkpoint,
+    verify_checkpoint,
+)
+from qtensor.kernels.audit import sqnr_db
 from qtensor.report.timeline import MemoryTimeline
 from support.helpers import assert_oracle
 
@@ -108,3 +120,28 @@ def test_a_bar_is_shown_on_a_terminal_or_when_asked_for(monkeypatch, progress, t
         model = build()
         model.load_state_dict(source)
     assert ("2/2" in out.getvalue()) == shown
+
+
+def test_nothing_is_lost_of_zeros() -> None:
+    with online_quant(fp8, measure_sqnr=True, progress=False) as session:
+        layer = nn.Linear(64, 128, bias=False)
+        layer.weight.data.copy_(torch.zeros(128, 64))
+    assert session.report().layers[0].sqnr == math.inf
+    assert sqnr_db(1.0, 0.01) == pytest.approx(20.0)
+
+
+def test_files_tell_their_bytes(tmp_path) -> None:
+    source, target = tmp_path / "source", tmp_path / "fp8"
+    source.mkdir()
+    save_file({"up.weight": torch.randn(128, 64), "norm.weight": torch.ones(64)}, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    made: list[ProgressEvent] = []
+    heard: list[tuple[int, int]] = []
+    report = quantize_checkpoint(source, target, fp8, progress=made.append)
+    quantize_checkpoint(source, tmp_path / "again", fp8, on_bytes=lambda *step: heard.append(step))
+    total = report.source_bytes
+    assert (made[-1].done, made[-1].total, made[-1].bytes, made[-1].unit) == (total, total, total, "byte")
+    assert (sum(done for done, _ in heard), {of for _, of in heard}) == (total, {total})
+    read: list[ProgressEvent] = []
+    assert verify_checkpoint(target, progress=read.append) == []
+    assert (read[-1].description, read[-1].done, read[-1].total) == ("verifying", *[report.written_bytes] * 2)

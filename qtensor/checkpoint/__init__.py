@@ -9,7 +9,7 @@ from . import transformers  # noqa: F401  from_pretrained inside a session
 from .inspecting import CheckpointReport, inspect_checkpoint
 from .loading import load_checkpoint
 from .saving import save_checkpoint
-from .verify import problems
+from .verify import problems, verify_checkpoint
 
 __all__ = [
     "CheckpointReport",
@@ -17,6 +17,7 @@ __all__ = [
     "load_checkpoint",
     "problems",
     "save_checkpoint",
+    "verify_checkpoint",
 ]
 
 _IN_CONVERT = {

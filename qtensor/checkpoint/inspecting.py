@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..kernels.audit import sqnr_db
 from ..modules import weight_of
 from ..tensor.qtensor import QTensor
 from .reading import Checkpoint, Stored
@@ -72,7 +72,8 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
 
     Args:
         folder: Of the checkpoint.
-        against: The folder of its source; then SQNR is reported, 10·log10(Σx² / Σ(x - x̂)²) over each weight, in dB.
+        against: The folder of its source; then SQNR is reported, 10·log10(Σx² / Σ(x - x̂)²) over each weight, in dB,
+            infinite where nothing was lost.
 
     Returns:
         What is quantized how.
@@ -95,7 +96,6 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
 
 
 def _sqnr(name: str, weight: Weight, source: Checkpoint) -> float:
-    """In dB; infinite where nothing was lost."""
     original = source.tensors.get(name)
     if original is None:
         raise CheckpointError(f"{source.folder}: has no {name} to compare with")
@@ -106,7 +106,7 @@ def _sqnr(name: str, weight: Weight, source: Checkpoint) -> float:
     for x, approximation in _pairs(original, quantized):
         signal += float(x.square().sum(dtype=torch.float64))
         noise += float((x - approximation).square().sum(dtype=torch.float64))
-    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+    return sqnr_db(signal, noise)
 
 
 def _pairs(original: Stored, quantized: QTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

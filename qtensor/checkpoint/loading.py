@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor
 from ..modules import Owner, full_name, module_of
 from ..regions.views import View
+from ..report.progress import ProgressLike
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
 from ..schemes.selection import Selection
@@ -27,7 +28,7 @@ from .verify import Weight, weights_of
 
 
 def load_checkpoint(
-    model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, progress: bool | None = None
+    model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, progress: ProgressLike = None
 ) -> LoadReport:
     """Fill a model from a folder that `save_checkpoint`, `qtensor quantize` or llm-compressor wrote.
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .. import kernels
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from ..report.progress import Progress, ProgressLike, from_bytes
 from ..tensor.qtensor import QTensor
 from .layouts import LAYOUTS, Layout, reader
 from .reading import DTYPE_NAMES, MANIFEST, Checkpoint, Stored, bytes_of, read_manifest
@@ -78,17 +79,21 @@ def weights_of(checkpoint: Checkpoint) -> tuple[dict[str, Weight], dict[str, Sto
     return found, plain
 
 
-def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], None] = lambda n: None) -> list[str]:
+def verify_checkpoint(folder: str | Path, workers: int = 2, *, progress: ProgressLike = None) -> list[str]:
     """Everything that is wrong with a checkpoint, in words: names, dtypes, shapes, scales, checksums, missing files.
 
     Args:
         folder: Of the checkpoint.
         workers: Threads.
-        on_bytes: Called with the bytes of each piece that has been read.
+        progress: As `online_quant` takes it; events count the bytes whose checksums are compared.
 
     Returns:
         One sentence per problem; none if the checkpoint is whole.
+
+    Raises:
+        ConfigError: An argument is of the wrong kind.
     """
+    require_workers(workers)
     try:
         checkpoint = Checkpoint(folder)
         weights, _ = weights_of(checkpoint)
@@ -96,21 +101,34 @@ def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], Non
     except CheckpointError as error:
         return [str(error)]
     found = list(_against_manifest(checkpoint, content)) if content is not None else []
-    jobs: list[Callable[[], list[str]]] = [lambda w=w: _scale_problems(w) for w in weights.values()]  # type: ignore[misc]
-    if content is not None:
-        for name, stored in checkpoint.tensors.items():
-            if name in content["tensors"]:
-                sha = content["tensors"][name].get("sha256")
-                jobs.append(lambda s=stored, sha=sha: _checksum_problems(s, sha, on_bytes))  # type: ignore[misc]
-    with ThreadPoolExecutor(workers) as pool:
-        for result in pool.map(lambda job: job(), jobs):
+    listed = content["tensors"] if content is not None else {}
+    summed = {stored: listed[name].get("sha256") for name, stored in checkpoint.tensors.items() if name in listed}
+    with (
+        Progress(progress, "verifying", sum(s.nbytes for s in summed), "byte") as shown,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for result in pool.map(_scale_problems, weights.values()):
+            found += result
+        for result in pool.map(lambda stored: _checksum_problems(stored, summed[stored], shown.advance), summed):
             found += result
     return found
 
 
+def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+    """`verify_checkpoint` by its name in 0.1; it goes in 0.3. on_bytes: called with the bytes just read."""
+    heard = from_bytes(lambda fresh, _: on_bytes(fresh)) if on_bytes is not None else False
+    return verify_checkpoint(folder, workers, progress=heard)
+
+
+def require_workers(workers: int) -> None:
+    """Raises ConfigError for a number of threads that is none."""
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ConfigError(f"workers is a number of threads, at least 1, not {workers!r}")
+
+
 def require_sound(folder: Path, workers: int = 2) -> None:
     """Raises CheckpointError if what was just written does not read back as it was meant."""
-    found = problems(folder, workers)
+    found = verify_checkpoint(folder, workers, progress=False)
     if found:
         raise CheckpointError(f"{folder}: what was written does not read back: {found[0]} ({len(found)} problems)")
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.inspecting import inspect_checkpoint
 from ..checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS
-from ..checkpoint.verify import problems
+from ..checkpoint.verify import verify_checkpoint
 from ..convert.cluster import LOST_AFTER, launched
 from ..convert.converting import ConversionReport, quantize_checkpoint
 from ..convert.launch import quantize_on_ranks, quantize_on_ray
@@ -88,7 +85,7 @@ def _quantize(args: argparse.Namespace) -> int:
         work = partial(quantize_on_ray, address=args.ray or None)
     elif launched():
         work = partial(quantize_on_ranks, lost_after=float(args.lost_after))
-    with _failures(args) as outcome, _bar() as on_bytes:
+    with _failures(args) as outcome:
         report = work(
             args.source,
             args.target,
@@ -96,7 +93,6 @@ def _quantize(args: argparse.Namespace) -> int:
             ignore=(*DEFAULT_IGNORE, *args.ignore),
             format=args.format,
             workers=args.workers,
-            on_bytes=on_bytes,
         )
         if report is not None:  # Ranks other than 0 have none.
             outcome(report.to_json(), _describe(report, args.target))
@@ -130,7 +126,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     with _failures(args) as outcome:
-        found = problems(args.path, args.workers)
+        found = verify_checkpoint(args.path, args.workers)
         text = "\n".join([f"{args.path}: {len(found)} problem{'s' * (len(found) != 1)}", *(f"  {p}" for p in found)])
         outcome({"path": str(args.path), "ok": not found, "problems": found}, text if found else f"{args.path}: whole")
         outcome.code = 1 if found else 0
@@ -159,24 +155,3 @@ def _failures(args: argparse.Namespace) -> Iterator[_Outcome]:
             print(json.dumps({"error": str(error)}))
         else:
             print(f"qtensor {args.command}: {error}", file=sys.stderr)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes per second and time left, on a terminal that has tqdm; of many ranks, rank 0 has it."""
-    found: Any = None
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-        with suppress(ImportError):
-            found = importlib.import_module("tqdm").tqdm
-    if found is None:
-        yield lambda done, total: None
-        return
-    lock = threading.Lock()
-    with found(total=0, desc="quantizing", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-
-        def advance(done: int, total: int) -> None:
-            with lock:
-                bar.total = total
-                bar.update(done)
-
-        yield advance

@@ -27,10 +27,10 @@ def examine() -> dict[str, Any]:
     choices = kernels.describe()
     pairs = [(device, scheme) for device in _devices() for scheme in dict.fromkeys(SCHEMES.values())]
     checks = []
-    with Progress(description="checking", total=len(pairs)) as progress:
+    with Progress(description="checking", total=len(pairs), unit="check") as progress:
         for device, scheme in pairs:
             checks.append({"device": device, "scheme": str(scheme), "problem": _problem(device, scheme)})
-            progress.advance(0)
+            progress.advance()
     return {
         "qtensor": _version("qtensor-online"),
         "python": platform.python_version(),

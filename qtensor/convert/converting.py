@@ -33,11 +33,12 @@ from ..checkpoint.layouts import (
     refuse_short_groups,
 )
 from ..checkpoint.reading import CONFIG, Checkpoint, Stored, read_json
-from ..checkpoint.verify import problems
+from ..checkpoint.verify import require_workers, verify_checkpoint
 from ..checkpoint.writing import Records, ShardWriter, Staging, carry_over, partial_folder, write_json, write_manifest
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..kernels import SOURCE_DTYPES, NonFinite
 from ..modules import module_of, weight_of
+from ..report.progress import Progress, ProgressLike, from_bytes
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE, matches
 from ..tensor.qtensor import QTensor, nonfinite_message
@@ -138,8 +139,9 @@ def quantize_checkpoint(
     ignore: Sequence[str] = DEFAULT_IGNORE,
     format: str = COMPRESSED_TENSORS,
     workers: int = 2,
-    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressLike = None,
     share: Share | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Quantize a checkpoint's matrices; everything else is copied. Each equals `quantize(tensor, scheme)`.
 
@@ -155,17 +157,21 @@ def quantize_checkpoint(
         ignore: Patterns of weights to leave as they are.
         format: Of the files, as `save_checkpoint` takes it.
         workers: Threads.
-        on_bytes: Called with the bytes just read and the bytes there are to read in all.
+        progress: As `online_quant` takes it; events count the source's bytes.
         share: Who does the tasks, if not this process alone.
+        on_bytes: What 0.1 had instead of `progress`, called with the bytes just read and the bytes there are to read in
+            all; it goes in 0.3.
 
     Returns:
         What was quantized, and what was left and why.
 
     Raises:
         CheckpointError: The source cannot be read, or the target not written; the target then does not exist.
+        ConfigError: The scheme, the format or another option is unknown.
         NonFiniteWeightError: A tensor, which is named, has an element that is not finite.
     """
     started = time.perf_counter()
+    require_workers(workers)
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists; nothing is overwritten. Give a new folder.")
@@ -179,14 +185,15 @@ def quantize_checkpoint(
         todo = [task for task in conversion.tasks if finished(task, staging.notes) is None]
         report.resumed_files = len(conversion.tasks) - len(todo)
         staging.require_space(sum(_nbytes(task) for task in todo))
-        if there := report.source_bytes - sum(task.nbytes for task in todo):
-            on_bytes(there, report.source_bytes)
-        (share or _alone(workers))(conversion, todo, staging.notes, lambda n: on_bytes(n, report.source_bytes))
+        with Progress(from_bytes(on_bytes) if on_bytes else progress, "quantizing", unit="byte") as shown:
+            shown.expect(report.source_bytes)
+            shown.advance(report.source_bytes - sum(task.nbytes for task in todo))
+            (share or _alone(workers))(conversion, todo, staging.notes, shown.advance)
         records: Records = {}
         for task in conversion.tasks:
             records |= finished(task, staging.notes) or {}
         finish(conversion.checkpoint, folder, conversion.schemes, format, records)
-        if found := problems(folder, workers):
+        if found := verify_checkpoint(folder, workers, progress=False):
             raise CheckpointError(
                 f"{folder}: does not read back as it was written: {found[0]}. Remove it and start again."
             )

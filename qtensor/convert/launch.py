@@ -16,6 +16,7 @@ from typing import Any
 from ..checkpoint.layouts import COMPRESSED_TENSORS
 from ..errors import CheckpointError, QTensorError
 from ..extras import require
+from ..report.progress import ProgressLike
 from ..schemes.scheme import SchemeLike
 from ..schemes.selection import DEFAULT_IGNORE
 from .cluster import LOST_AFTER, Ranks, await_visible
@@ -39,8 +40,9 @@ def quantize_on_ranks(
     ignore: Sequence[str] = DEFAULT_IGNORE,
     format: str = COMPRESSED_TENSORS,
     workers: int = 2,
-    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressLike = None,
     lost_after: float = LOST_AFTER,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> ConversionReport | None:
     """`quantize_checkpoint` by all ranks that torchrun started.
 
@@ -74,6 +76,7 @@ def quantize_on_ranks(
                 ignore=ignore,
                 format=format,
                 workers=workers,
+                progress=progress,
                 on_bytes=on_bytes,
                 share=lambda *given: ranks.lead(*given, workers=workers),
             )

@@ -7,7 +7,6 @@ arrived (coverage) and where it went (store), under one lock. The session decide
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
@@ -112,7 +111,7 @@ class ArmedWeight:
         """In dB, of all that was quantized so far, or of the weight that was refused; None if it is not measured."""
         if not isinstance(self.store, QuantStore):
             return self._refused_sqnr
-        return sqnr_db(self.store.audit)
+        return self.store.audit.sqnr
 
     def adopt(self, param: torch.Tensor) -> None:
         if not any(known is param for known in self.params):
@@ -333,7 +332,7 @@ class ArmedWeight:
     def _judge(self, store: QuantStore) -> None:
         """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
         values = store.quantize_whole()
-        limit, found = self.host.min_sqnr, sqnr_db(store.audit)
+        limit, found = self.host.min_sqnr, store.audit.sqnr
         if limit is not None and found is not None and found < limit:
             self._refused_sqnr = found
             store.discard_staging()
@@ -480,11 +479,3 @@ def unusable_source(name: str, source: torch.Tensor) -> str:
         f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
         "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
     )
-
-
-def sqnr_db(audit: Audit) -> float | None:
-    """Signal-to-quantization-noise ratio, 10·log10(Σx² / Σ(x - x̂)²), in dB: infinite where nothing was lost, None for
-    a weight of zeros, or where it was not measured."""
-    if not audit.measure_sqnr or audit.signal == 0:
-        return None
-    return 10 * math.log10(audit.signal / audit.noise) if audit.noise else math.inf

@@ -1,4 +1,4 @@
-"""Progress of long work, in weights and bytes: a tqdm bar on a terminal, or a call per weight for engines.
+"""Progress of long work, in weights or bytes: a tqdm bar on a terminal, or a call per step for engines.
 
 Every session and command takes `progress=`: True shows a bar, False nothing, None a bar only on a terminal, and a
 callable gets each `ProgressEvent` instead. Without tqdm there is no bar.
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True)
 class ProgressEvent:
@@ -19,27 +21,35 @@ class ProgressEvent:
 
     Attributes:
         description: What is being done, such as "quantizing".
-        done: Weights.
-        total: Weights; it grows as a load turns up more of them.
-        bytes: Of the weights that are done, as they are kept.
+        done: How many of `unit`.
+        total: How many there are of `unit`; it grows as a load turns up more weights.
+        bytes: Of the weights that are done, as they are kept; where the unit is bytes, these.
+        unit: "weight", or "byte" of a checkpoint's files that are worked through.
     """
 
     description: str
     done: int
     total: int
     bytes: int
+    unit: str = "weight"
 
 
 ProgressLike = bool | Callable[[ProgressEvent], None] | None
 
 
 class Progress:
-    """Counts weights as they are expected and done, and shows it. Thread-safe; events come one at a time."""
+    """Counts weights, or what else `unit` says, as they are expected and done, and shows it. Thread-safe; events come
+    one at a time. Raises ConfigError for a `show` of another kind."""
 
-    def __init__(self, show: ProgressLike = None, description: str = "quantizing", total: int = 0) -> None:
+    def __init__(
+        self, show: ProgressLike = None, description: str = "quantizing", total: int = 0, unit: str = "weight"
+    ) -> None:
+        if not (show is None or isinstance(show, bool) or callable(show)):
+            raise ConfigError(f"progress is True, False, None or a callable that takes events, not {show!r}")
         self._call = show if callable(show) else None
         self._bar_wanted = sys.stderr.isatty() if show is None else show is True
-        self._description, self._done, self._total, self._bytes = description, 0, 0, 0
+        self._description, self._unit = description, unit
+        self._done = self._total = self._bytes = 0
         self._bar: Any = None
         self._lock = threading.RLock()
         self.expect(total)
@@ -50,34 +60,36 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def expect(self, weights: int) -> None:
-        """So many more weights are going to be done."""
-        if not weights or not (self._call or self._bar_wanted):
+    def expect(self, count: int) -> None:
+        """So many more are going to be done."""
+        if not count or not (self._call or self._bar_wanted):
             return
         with self._lock:
-            self._total += weights
+            self._total += count
             if self._call:
                 self._call(self._event())
                 return
             if self._bar is None:
-                self._bar = _tqdm(self._description)
+                self._bar = _tqdm(self._description, self._unit)
                 self._bar_wanted = self._bar is not None
             if self._bar is not None:
                 self._bar.total = self._total
                 self._bar.refresh()
 
-    def advance(self, nbytes: int) -> None:
-        """One more weight is done, and takes `nbytes`."""
+    def advance(self, nbytes: int = 0) -> None:
+        """One more is done, and takes `nbytes`; where bytes are counted, these are done."""
         if not self._call and self._bar is None:
             return
         with self._lock:
-            self._done += 1
+            step = nbytes if self._unit == "byte" else 1
+            self._done += step
             self._bytes += nbytes
             if self._call:
                 self._call(self._event())
-            else:
+                return
+            if self._bytes and self._unit != "byte":
                 self._bar.set_postfix_str(f"{self._bytes / 1e9:.2f} GB", refresh=False)
-                self._bar.update(1)
+            self._bar.update(step)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -85,12 +97,26 @@ class Progress:
             self._bar = None
 
     def _event(self) -> ProgressEvent:
-        return ProgressEvent(self._description, self._done, self._total, self._bytes)
+        return ProgressEvent(self._description, self._done, self._total, self._bytes, self._unit)
 
 
-def _tqdm(description: str) -> Any:
+def from_bytes(on_bytes: Callable[[int, int], None]) -> Callable[[ProgressEvent], None]:
+    """`progress` for what 0.1 took instead: a callable that is given the bytes just done, and how many there are."""
+    heard = 0
+
+    def hear(event: ProgressEvent) -> None:
+        nonlocal heard
+        fresh, heard = event.done - heard, event.done
+        if fresh:
+            on_bytes(fresh, event.total)
+
+    return hear
+
+
+def _tqdm(description: str, unit: str) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return None
-    return tqdm(total=0, desc=description, unit="weight", dynamic_ncols=True)
+    in_bytes = unit == "byte"
+    return tqdm(total=0, desc=description, unit="B" if in_bytes else unit, unit_scale=in_bytes, dynamic_ncols=True)
