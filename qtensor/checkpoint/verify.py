@@ -115,7 +115,16 @@ def verify_checkpoint(folder: str | Path, workers: int = 2, *, progress: Progres
 
 
 def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """`verify_checkpoint` by its name in 0.1; it goes in 0.3. on_bytes: called with the bytes just read."""
+    """`verify_checkpoint` by its name in 0.1; it goes in 0.3.
+
+    Args:
+        folder: Of the checkpoint.
+        workers: Threads.
+        on_bytes: Called with the bytes of each piece that has been read.
+
+    Returns:
+        One sentence per problem; none if the checkpoint is whole.
+    """
     heard = from_bytes(lambda fresh, _: on_bytes(fresh)) if on_bytes is not None else False
     return verify_checkpoint(folder, workers, progress=heard)
 

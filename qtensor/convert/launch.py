@@ -55,8 +55,9 @@ def quantize_on_ranks(
         ignore: See there.
         format: See there.
         workers: Threads of each rank.
-        on_bytes: See there.
+        progress: See there; of rank 0, about all ranks.
         lost_after: Seconds after which the shard of a rank that has given no sign of life is done by another.
+        on_bytes: See there.
 
     Returns:
         The report on rank 0; None on the others.
