@@ -1,23 +1,89 @@
 """Who is calling? Every look at the call stack, with the foreign function it recognises and why.
 
-Some callers mean something else by an operation than its name says, and have no other way to tell.
+Some callers mean something else by an operation, or by assigning a Parameter, than a loader does, and there is no other
+way to tell. Each question here walks outwards from the code that called qtensor, over no more frames than it needs.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from torch.nn import Module
 
 FSDP = "torch.distributed.fsdp"
-_CALLERS = 4  # frames between an operation's handler and who called for it, at most
+_OWN = "qtensor."
+_INIT_MODULES = ("torch.nn.init", "transformers.initialization")
+_INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "init_weights")
+_ALL = sys.maxsize
+"""As many frames as there are: a module's `__init__` may be any number of calls away from what it constructs."""
+
+
+def copied_by_init(frames: int = 12) -> bool:
+    """Is torch.nn.init copying (`trunc_normal_`, `orthogonal_`, `dirac_`)? Its copies are initialisation, not a load.
+
+    Each TorchDispatchMode that is active puts four frames between the two; `frames=1` is for where none is.
+    """
+    return any(frame.f_globals.get("__name__") == "torch.nn.init" for frame in _callers(frames))
+
+
+def initialising() -> bool:
+    """Is an initialiser filling, rather than a loader? torch.nn.init, transformers' counterpart, a method by one of the
+    names that libraries give to initialisers, or a module's own `__init__`."""
+    for frame in _callers(40):
+        name = frame.f_code.co_name
+        if name in _INIT_FUNCTIONS or frame.f_globals.get("__name__") in _INIT_MODULES:
+            return True
+        if name == "__init__" and isinstance(_first_argument(frame), Module):
+            return True
+    return False
+
+
+def is_constructing(module: Module) -> bool:
+    """Is the module's own `__init__` running? A parameter assigned there is being created, not loaded."""
+    return any(frame.f_code.co_name == "__init__" and _first_argument(frame) is module for frame in _callers(_ALL))
+
+
+def outermost_under_construction() -> Module | None:
+    """The outermost module whose `__init__` is running: the model, where vLLM asks for the quantization method of a
+    layer and gives no handle on the model."""
+    outermost = None
+    for frame in _callers(_ALL):
+        if frame.f_code.co_name == "__init__" and isinstance(module := _first_argument(frame), Module):
+            outermost = module
+    return outermost
+
+
+def puts_placeholder() -> bool:
+    """Is transformers assigning an uninitialised tensor, to be initialised later, for a key its checkpoint lacks? That
+    is `PreTrainedModel._move_missing_keys_from_meta_to_device`."""
+    return any(frame.f_code.co_name == "_move_missing_keys_from_meta_to_device" for frame in _callers(5))
+
+
+def distributing() -> bool:
+    """Is torch.distributed.tensor splitting a tensor for `distribute_tensor`? The clone it makes of its piece is the
+    shard of the weight, not a copy of values."""
+    return any(frame.f_globals.get("__name__") == "torch.distributed.tensor.placement_types" for frame in _callers(8))
 
 
 def asked_by_fsdp() -> bool:
     """Is FSDP calling the operation whose handler asks? What it does to pad a shard has a meaning of its own."""
-    frame = sys._getframe(2)
-    for _ in range(_CALLERS):
-        if frame is None:
-            return False
-        if frame.f_globals.get("__name__", "").startswith(FSDP):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return any((frame.f_globals.get("__name__") or "").startswith(FSDP) for frame in _callers(3))
+
+
+def _callers(limit: int) -> Iterator[FrameType]:
+    """The frames of whoever called qtensor, innermost first: at most `limit`, beginning with the first that is not the
+    package's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (frame.f_globals.get("__name__") or "").startswith(_OWN):
+        frame = frame.f_back
+    while frame is not None and limit:
+        yield frame
+        frame, limit = frame.f_back, limit - 1
+
+
+def _first_argument(frame: FrameType) -> object:
+    """`self`, of a method."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None

@@ -87,6 +87,11 @@ def test_no_two_files_import_each_other() -> None:
         pytest.fail(f"imports in a circle: {' imports '.join(reversed(error.args[1]))}")
 
 
+def test_only_callers_looks_at_the_stack() -> None:
+    looks = re.compile(r"_getframe|currentframe|inspect\.(stack|trace)|walk_stack|extract_stack")
+    assert [m for m, path in MODULES.items() if looks.search(path.read_text(encoding="utf-8"))] == ["qtensor.callers"]
+
+
 def test_long_files_say_why() -> None:
     long = {}
     for module, path in MODULES.items():

@@ -8,7 +8,6 @@ everything arrived, has each layer publish its quantized weights, and keeps the 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from qtensor.callers import outermost_under_construction
 from qtensor.checkpoint.reading import describe_truncated
 from qtensor.errors import QTensorError, WeightShapeError
 from qtensor.lazy.counter import CopyCounter
@@ -48,7 +48,9 @@ def load_of(choice: Choice) -> Load:
     vLLM gives a quantization method no handle on the model, so the model is taken from the stack: the outermost module
     whose `__init__` is running.
     """
-    root = _module_under_construction()
+    root = outermost_under_construction()
+    if root is None:
+        raise QTensorError("qtensor: vLLM created a layer outside of any model; the plugin does not know this route")
     load: Load | None = root.__dict__.get(_ATTRIBUTE)
     if load is None:
         from . import entry
@@ -68,21 +70,6 @@ def find_load(model: nn.Module) -> Load | None:
         if isinstance(load, Load):
             return load
     return None
-
-
-def _module_under_construction() -> nn.Module:
-    outermost: nn.Module | None = None
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__init__" and code.co_argcount:
-            owner = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(owner, nn.Module):
-                outermost = owner
-        frame = frame.f_back  # type: ignore[assignment]
-    if outermost is None:
-        raise QTensorError("qtensor: vLLM created a layer outside of any model; the plugin does not know this route")
-    return outermost
 
 
 class Load(RankHost):

@@ -8,11 +8,11 @@ the session ends. What each operation does is in `ops`.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NoReturn
 
 import torch
 
+from ..callers import copied_by_init
 from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
@@ -58,11 +58,7 @@ class _Handle:
             self._armed.fail(WeightShapeError(f"{self._armed.name}: {error}"))
 
     def copy_(self, src: torch.Tensor, non_blocking: bool = False) -> Any:
-        if (
-            type(src) is not torch.Tensor
-            or torch._C._len_torch_dispatch_stack()
-            or sys._getframe(1).f_globals.get("__name__") == "torch.nn.init"
-        ):
+        if type(src) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or copied_by_init(1):
             return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
         self._armed.write(view_of(self), src)
         return self

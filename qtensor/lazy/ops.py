@@ -7,14 +7,13 @@ once, when qtensor is imported.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..callers import asked_by_fsdp
+from ..callers import asked_by_fsdp, copied_by_init, distributing, initialising
 from ..errors import QTensorError, WeightDtypeError, WeightShapeError
 from ..regions.views import View
 from ..tensor import ops_products
@@ -85,7 +84,7 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, LAZY):
         return func(dst, src, non_blocking)
-    if _copied_by_init():
+    if copied_by_init():
         values = src.clone()
         dst._armed.initialize(view_of(dst), lambda target: func(target, values))
     else:
@@ -95,7 +94,7 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
 
 @ENTRIES.implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
 def _fill_(func: Any, lazy: Any, *values: Any) -> Any:
-    if _initialising():
+    if initialising():
         lazy._armed.initialize(view_of(lazy), lambda target: func(target, *values))
     else:
         size, stride, offset = view_of(lazy)
@@ -181,7 +180,7 @@ def _mutate(func: Any, *args: Any, **kwargs: Any) -> Any:
     ]
     first = bound[written[0]]
     alone = len(written) == 1 and isinstance(first, LAZY)
-    if alone and (func.overloadpacket in RANDOM or _initialising()):
+    if alone and (func.overloadpacket in RANDOM or initialising()):
         rest = {n: tree_map_only(LAZY, materialize, v) for n, v in bound.items() if n != written[0]}
         first._armed.initialize(view_of(first), lambda target: func(**rest, **{written[0]: target}))
         return first
@@ -207,53 +206,6 @@ def _regeometry(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _copied_by_init() -> bool:
-    """Did torch.nn.init call the copy_ being dispatched? Its copies are initialisation, not a load."""
-    frame = sys._getframe(1)
-    for _ in range(5):  # the handler, two dispatches at most, the handle's own copy_, its caller
-        if frame is None:
-            return False
-        if frame.f_globals.get("__name__") == "torch.nn.init":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _is_distributing() -> bool:
-    """Is torch.distributed.tensor splitting a tensor?"""
-    frame = sys._getframe(2)
-    for _ in range(8):
-        if frame is None:
-            return False
-        if frame.f_globals.get("__name__") == "torch.distributed.tensor.placement_types":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-_INIT_MODULES = ("torch.nn.init", "transformers.initialization")
-_INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "init_weights")
-
-
-def _initialising() -> bool:
-    """Is an initialiser filling, rather than a loader? A module's __init__, or torch.nn.init, is calling."""
-    frame = sys._getframe(2)
-    for _ in range(40):
-        if frame is None:
-            return False
-        code = frame.f_code
-        if frame.f_globals.get("__name__") in _INIT_MODULES or code.co_name in _INIT_FUNCTIONS:
-            return True
-        if (
-            code.co_name == "__init__"
-            and code.co_argcount
-            and isinstance(frame.f_locals.get(code.co_varnames[0]), torch.nn.Module)
-        ):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
 # Reads --------------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +227,7 @@ def _clone(func: Any, lazy: Any, **kwargs: Any) -> Any:
     """A read, except where `distribute_tensor` cuts its shard out of a weight that nobody has written to: that makes
     the shard the weight."""
     armed = lazy._armed
-    if not armed.coverage.covered and not armed.in_place and _is_distributing():
+    if not armed.coverage.covered and not armed.in_place and distributing():
         shard = armed.retyped(armed.dtype, armed.device, tuple(lazy.shape))
         return wrap(shard, torch.empty(shard.shape, dtype=armed.dtype, device="meta"))
     return materialize(lazy).clone()

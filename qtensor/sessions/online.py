@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..callers import is_constructing
 from ..errors import ConfigError, NonFiniteWeightError, QTensorError
 from ..lazy.lazy_tensor import (
     LAZY,
@@ -192,7 +193,7 @@ class Load(ModelTransaction):
     def constructed(self, module: nn.Module, name: str, param: nn.Parameter) -> torch.Tensor | None:
         """A parameter was registered by the thread this session listens to: arm it if it is being created."""
         self._tree.note(module)
-        if not param.is_floating_point() or type(param) is not nn.Parameter or not registration.is_constructing(module):
+        if not param.is_floating_point() or type(param) is not nn.Parameter or not is_constructing(module):
             return None
         return self._lazy(module, name, param, trusted=False)
 

@@ -7,7 +7,6 @@ weight that is armed already is a load, from whatever thread it comes.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ..callers import is_constructing, puts_placeholder
 from ..lazy.lazy_tensor import LazyWeight, LiveQTensor
 from ..modules import local_tensor
 from ..tensor.qtensor import QTensor
@@ -83,29 +83,6 @@ def installed() -> bool:
     return bool(_listening) or any(own in hooks.values() for hooks, own, _ in _HOOKS)
 
 
-def is_constructing(module: nn.Module) -> bool:
-    """Is the module's own __init__ running? A parameter assigned there is being created, not loaded."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _is_placeholder() -> bool:
-    """Is transformers assigning an uninitialised tensor, to be initialised later, for a key its checkpoint lacks?"""
-    frame = sys._getframe(2)
-    for _ in range(5):
-        if frame is None:
-            break
-        if frame.f_code.co_name == "_move_missing_keys_from_meta_to_device":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
 def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> Any:
     if param is None or isinstance(param, (LazyWeight, QTensor)):
         return None
@@ -117,7 +94,7 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
         and (existing.shape == local_tensor(param).shape or existing._armed.in_place)
         and not is_constructing(module)
     ):
-        if not param.is_meta and not _is_placeholder():
+        if not param.is_meta and not puts_placeholder():
             existing.data = local_tensor(param).detach()
             existing._armed.assigned = weakref.ref(param)
             held.__dict__.update({k: v for k, v in param.__dict__.items() if k not in held.__dict__})
