@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qtensor import QTensor, fp8_per_block, online_quant
+from qtensor import IncompleteLoadError, QTensor, fp8_per_block, fp8_per_channel, online_quant
 from support.helpers import assert_no_hooks, assert_oracle, holder
 from support.programs import (
     LARGEST_ERROR,
@@ -58,6 +59,59 @@ def test_row_wise_loads_stage_nothing_and_late_rows_win(data: st.DataObject, cas
             write(getattr(model, name), box, case.weight, case.source_dtype, data.draw(st.sampled_from(EVERYDAY[:2])))
     assert session.report().peak_staged_bytes == 0
     assert_oracle(getattr(model, name), case.weight, case.scheme)
+
+
+@slow_data
+@given(st.data(), cases(), st.integers(0, 2**31))
+def test_scattered_writes_and_reads_agree_with_a_plain_tensor(data: st.DataObject, case: Case, seed: int) -> None:
+    """Masks and steps that overlap, before and after the weight is complete; what they re-open is named, and what was
+    never written is not read."""
+    torch.manual_seed(seed)
+    model, name = holder(case.weight)
+    full = case.weight
+    with online_quant(case.scheme, model) as session:
+        seen = torch.zeros(full.shape, dtype=torch.bool)
+        for density in data.draw(st.lists(st.sampled_from([0.01, 0.5, 1.0]), max_size=4)):
+            mask = torch.rand(full.shape) < density
+            getattr(model, name).data[mask] = full[mask]
+            seen |= mask
+            every, step = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([2, 3]))
+            probe = (..., slice(None, None, every), slice(None, None, step))
+            if seen[probe].all():
+                scale = full.float().abs().max()
+                error = (getattr(model, name).data[probe].clone().float() - full[probe].float()).abs().max()
+                assert error <= LARGEST_ERROR[case.scheme.format.element] * scale + 2e-3
+            else:
+                with pytest.raises(IncompleteLoadError, match="never written"):
+                    getattr(model, name).data[probe].clone()
+        unwritten = torch.ones(full.shape, dtype=torch.bool)
+        if not session.report().missing and seen.all():
+            unwritten[...] = False
+        getattr(model, name).data[unwritten] = full[unwritten]
+    assert_oracle(getattr(model, name), full, case.scheme)
+
+
+def test_a_mask_is_written_at_once() -> None:
+    """Not run by run: in the time of some such writes to a plain tensor."""
+    torch.manual_seed(0)
+    full, plain = torch.randn(1024, 1024).bfloat16(), torch.empty(1024, 1024, dtype=torch.bfloat16)
+    mask = torch.rand(full.shape) < 0.5
+    parts = [(part, full[part]) for part in (mask, ~mask)]
+
+    def seconds(target: torch.Tensor) -> float:
+        began = time.perf_counter()
+        for part, values in parts:
+            target[part] = values
+        return time.perf_counter() - began
+
+    ordinary = min(seconds(plain) for _ in range(5))
+    taken = []
+    for _ in range(5):
+        model, name = holder(full)
+        with online_quant("fp8", model):
+            taken.append(seconds(getattr(model, name).data))
+        assert_oracle(getattr(model, name), full, fp8_per_channel)
+    assert min(taken) < 20 * ordinary
 
 
 @slow_data

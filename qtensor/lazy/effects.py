@@ -28,6 +28,9 @@ SCATTERED = {
 }
 """Operations that write some elements of their first argument, chosen by index or mask."""
 
+INDEXED = {aten.index_put_.default, aten._index_put_impl_.default}
+_MASKED = {aten.masked_fill_.Scalar, aten.masked_fill_.Tensor, aten.masked_scatter_.default}
+
 RANDOM = {
     getattr(aten, name)
     for name in ("uniform_", "normal_", "exponential_", "bernoulli_", "random_", "cauchy_", "log_normal_", "geometric_")
@@ -74,6 +77,14 @@ def accumulates(func: Any, args: tuple, kwargs: dict) -> bool:
     return bool(bound.get("accumulate"))
 
 
+def whole_mask(func: Any, args: tuple) -> torch.Tensor | None:
+    """The mask, of the first argument's shape, by which a scattered write chooses its elements; None if it has none."""
+    chosen = args[1][0] if func in INDEXED and len(args[1]) == 1 else args[1] if func in _MASKED else None
+    if isinstance(chosen, torch.Tensor) and chosen.dtype == torch.bool and chosen.shape == args[0].shape:
+        return chosen
+    return None
+
+
 def touched_elements(
     func: Any, args: tuple, kwargs: dict, shape: tuple[int, ...], view: tuple[Any, Any, int]
 ) -> torch.Tensor:
@@ -81,6 +92,9 @@ def touched_elements(
     offset) of it: the operation itself, run on the same view of a mask."""
     touched = torch.zeros(shape, dtype=torch.bool, device=args[0].device)
     marked: list[Any] = [touched.as_strided(*view)]
+    if (mask := whole_mask(func, args)) is not None and all(view[1]):
+        marked[0].copy_(mask)
+        return touched
     for spec, arg in zip(func._schema.arguments[1:], args[1:], strict=False):
         if spec.name in ("values", "value", "source", "src"):
             arg = torch.ones_like(arg, dtype=torch.bool) if isinstance(arg, torch.Tensor) else True

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..errors import QTensorError
-from ..regions.coverage import Box, Coverage
-from ..regions.views import View, cover, regions
+from ..regions.coverage import Box, Coverage, boxes_of
+from ..regions.views import View, cover, regions, view_mask
 
 
 class NeverWritten(QTensorError):
@@ -39,6 +39,11 @@ class PlainStore:
         """Forget everything that was written: values that were there before are gone."""
         self.initialised = False
 
+    def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
+        """Take those elements of `values` (of the weight's shape) where `touched` is true."""
+        self.tensor.copy_(torch.where(touched.to(self.tensor.device), values.to(self.tensor), self.tensor))
+        self.coverage.add_mask(touched.cpu().numpy())
+
     def at(self, view: View) -> torch.Tensor:
         """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
         return self.tensor.as_strided(view.size, view.stride, self.tensor.storage_offset() + view.offset)
@@ -53,6 +58,10 @@ class PlainStore:
 def require_covered(coverage: Coverage, view: View) -> None:
     if coverage.complete:
         return
-    boxes = [gap for box, _ in regions(coverage.shape, view) for gap in coverage.missing(box)]
+    found = regions(coverage.shape, view)
+    if found is None:
+        boxes = boxes_of(view_mask(coverage.shape, view) & ~coverage.mask())
+    else:
+        boxes = [gap for box, _ in found for gap in coverage.missing(box)]
     if boxes:
         raise NeverWritten(boxes)

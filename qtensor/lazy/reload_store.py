@@ -122,6 +122,10 @@ class ReloadStore(QuantStore):
         super().write(view, source)
         self._commit_complete()
 
+    def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
+        super().write_masked(values, touched)
+        self._commit_complete()
+
     def accept(self, values: QTensor, box: Box) -> bool:
         """As the base's, except that a part of a matrix that has one scale is not taken: its other rows are live."""
         if self._unit == self._n and box[-2] != (0, self._n):
@@ -250,15 +254,24 @@ class PlainReloadStore(PlainStore):
             self.live.copy_(source)
             cover(self.coverage, view)
             return
+        self._begin()
+        super().write(view, source)
+        if self._early and self.coverage.complete:
+            in_spite_of_interrupts(self.commit)
+
+    def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
+        self._begin()
+        super().write_masked(values, touched)
+        if self._early and self.coverage.complete:
+            in_spite_of_interrupts(self.commit)
+
+    def _begin(self) -> None:
         if self._copy is None:
             self._copy = self._second_copy((self.live,))
             self._on_second_copy(self._copy.nbytes)
             (self.tensor,) = self._copy.target
             if self.tensor is not self.live:
                 self.tensor.copy_(self.live)
-        super().write(view, source)
-        if self._early and self.coverage.complete:
-            in_spite_of_interrupts(self.commit)
 
     def read(self, view: View) -> tuple[torch.Tensor, bool]:
         if self.tensor.is_contiguous():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any, Literal, NoReturn, Protocol
 
+import numpy as np
 import torch
 
 from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
@@ -127,35 +128,39 @@ class ArmedWeight:
         """A loader wrote `source` to a view. Nothing of the source is kept once this returns."""
         self.host.touch(self)
         with self.lock:
-            if self.shared in ("closed", None):
-                self._refuse_late_write()
             source = self._fit(view, source)
-            if 0 in view.size:
-                return
-            store = self._open_store()
-            try:
-                if isinstance(store, QuantStore) and not is_high_precision(source):
-                    raise WeightDtypeError(unusable_source(self.name, source))
-                store.write(view, source)
-            except NonFinite as error:
-                self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), view)
-            except QTensorError as error:
-                self.fail(error, view)
-            except BaseException as error:
-                self._start_over(error)
-                raise
-            else:
-                self._forgive(view)
-            finally:
-                self._after_write()
+            if 0 not in view.size:
+                self._take(source, lambda store: store.write(view, source), view)
 
     def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
-        """Write those elements of `values` (of the weight's shape) where `touched` is true."""
-        region = Coverage(self.shape)
-        region.add_mask(touched.cpu().numpy())
+        """Write those elements of `values` (of the weight's shape) where `touched` is true, all at once."""
+        self.host.touch(self)
+        mask = touched.cpu().numpy()
         with self.lock:
-            for box in region.covered_boxes():
-                self.write(self._view(box), values[tuple(slice(*span) for span in box)])
+            values = self._fit(whole(self.shape), values)
+            if mask.any():
+                self._take(values, lambda store: store.write_masked(values, touched), mask)
+
+    def _take(
+        self, source: torch.Tensor, write: Callable[[QuantStore | PlainStore], None], where: View | np.ndarray
+    ) -> None:
+        """Let the store take a write, and remember what goes wrong until its elements have been written."""
+        store, view = self._open_store(), where if isinstance(where, View) else None
+        try:
+            if isinstance(store, QuantStore) and not is_high_precision(source):
+                raise WeightDtypeError(unusable_source(self.name, source))
+            write(store)
+        except NonFinite as error:
+            self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), view)
+        except QTensorError as error:
+            self.fail(error, view)
+        except BaseException as error:
+            self._start_over(error)
+            raise
+        else:
+            self._forgive(where)
+        finally:
+            self._after_write()
 
     def accept(self, source: QTensor, view: View | None = None) -> bool:
         """Take values, of all of the weight or of a view, that are already in its final form. False if they are of
@@ -198,6 +203,8 @@ class ArmedWeight:
             )
 
     def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
+        if self.shared in ("closed", None):
+            self._refuse_late_write()
         self._require_open()
         if source.is_meta:
             raise QTensorError(f"{self.name}: the source is on the meta device and has no values to copy.")
@@ -222,10 +229,13 @@ class ArmedWeight:
         self._wrong.add(self._bounds(view or whole(self.shape)))
         raise error from None
 
-    def _forgive(self, view: View) -> None:
-        """The view has been written."""
+    def _forgive(self, where: View | np.ndarray) -> None:
+        """The view, or the elements where a mask is true, have been written."""
         if self.error is not None:
-            for box, _ in regions(self.shape, view):
+            boxes = regions(self.shape, where) if isinstance(where, View) else None
+            if boxes is None:
+                self._wrong.discard_mask(view_mask(self.shape, where) if isinstance(where, View) else where)
+            for box, _ in boxes or ():
                 self._wrong.discard(box)
             if not self._wrong.covered:
                 self.error = None

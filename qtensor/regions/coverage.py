@@ -3,13 +3,15 @@
 The set is a coordinate-compressed grid: per dimension a sorted list of cut positions, and one boolean per grid cell.
 A box inserts at most two cuts per dimension; cuts that no longer separate anything are removed as the grid grows, so
 loads that arrive shard by shard keep a handful of cells whatever the size of the weight. A region that is no box is
-added by its boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean per element.
+added by its boolean mask and is just as exact; the worst case (a checkerboard) degenerates to one boolean, a byte, per
+element.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -92,21 +94,39 @@ class Coverage:
             return self.add(()) if mask else 0
         self._settle_run()
         self._gridded = True
-        cuts, source = [], []
-        for d, old in enumerate(self._cuts):
-            others = tuple(a for a in range(mask.ndim) if a != d)
-            changes = np.flatnonzero(np.diff(mask, axis=d).any(axis=others)) + 1
-            new = np.union1d(old, changes)
-            cuts.append(new.tolist())
-            source.append(np.searchsorted(old, new[:-1], side="right") - 1)
-        self._cuts, self._cells = cuts, self._cells[np.ix_(*source)]
-        sampled = mask[np.ix_(*[np.asarray(c[:-1]) for c in cuts])]
+        cuts: list[list[int]] = []
+        cells, sampled = self._cells, mask
+        for d in reversed(range(mask.ndim)):
+            old = self._cuts[d]
+            full = len(old) == mask.shape[d] + 1
+            new = np.asarray(old) if full else np.union1d(old, _changes(mask, d))
+            cuts.insert(0, new.tolist())
+            if len(new) != len(old):
+                cells = cells.take(np.searchsorted(old, new[:-1], side="right") - 1, axis=d)
+            if len(new) != mask.shape[d] + 1:
+                sampled = sampled.take(new[:-1], axis=d)
+        self._cuts, self._cells = cuts, cells
         index = tuple(slice(0, n) for n in self._cells.shape)
         newly = self._count(sampled & ~self._cells, index)
-        self._cells |= sampled
+        self._cells = self._cells | sampled
         self.covered += newly
         self._tidy()
         return newly
+
+    def discard_mask(self, mask: np.ndarray) -> None:
+        """Uncover the elements where `mask` (bool, of this shape) is true."""
+        kept = self.mask() & ~mask
+        self.clear()
+        self.add_mask(kept)
+
+    def mask(self) -> np.ndarray:
+        """True for each covered element; may share memory with the grid."""
+        self._settle_run()
+        cells = self._cells
+        for d, cuts in enumerate(self._cuts):
+            if cells.shape[d] != self.shape[d]:
+                cells = np.repeat(cells, np.diff(cuts), axis=d)
+        return cells
 
     def covers(self, region: Region) -> bool:
         """Is every element of the box covered? True for an empty box."""
@@ -213,8 +233,7 @@ class Coverage:
             self._cells = np.ones((1,) * len(self.shape), dtype=bool)
         elif self._cells.size > self._tidy_above:
             for d in range(len(self.shape)):
-                slabs = np.moveaxis(self._cells, d, 0).reshape(self._cells.shape[d], -1)
-                dead = np.flatnonzero((slabs[1:] == slabs[:-1]).all(axis=1)) + 1
+                dead = np.setdiff1d(np.arange(1, self._cells.shape[d]), _changes(self._cells, d), assume_unique=True)
                 if len(dead):
                     self._cells = np.delete(self._cells, dead, axis=d)
                     self._cuts[d] = np.delete(self._cuts[d], dead).tolist()
@@ -244,6 +263,8 @@ class Coverage:
 
     def _count(self, cells: np.ndarray, index: tuple[slice, ...]) -> int:
         """Number of elements in the true cells of the sub-grid `index`."""
+        if cells.size == self.numel:
+            return int(np.count_nonzero(cells))
         count = cells.astype(np.int64)
         for cuts, part in zip(reversed(self._cuts), reversed(index), strict=True):
             count = count @ np.diff(cuts[part.start : part.stop + 1])
@@ -277,21 +298,31 @@ def _volume(box: Box) -> int:
     return volume
 
 
+def _changes(mask: np.ndarray, d: int) -> np.ndarray:
+    """Where along dimension d a slab differs from the one before it."""
+    lead = (slice(None),) * d
+    differ = mask[(*lead, slice(1, None))] != mask[(*lead, slice(None, -1))]
+    return np.flatnonzero(differ.any(axis=tuple(a for a in range(mask.ndim) if a != d))) + 1
+
+
+def boxes_of(mask: np.ndarray) -> list[Box]:
+    """Disjoint boxes that hold exactly the true elements of a boolean array, in row-major order."""
+    return _boxes(mask, [range(n + 1) for n in mask.shape])
+
+
 def _boxes(cells: np.ndarray, cuts: Sequence[Sequence[int]]) -> list[Box]:
     """True cells as boxes: equal neighbouring slabs of the first dimension are merged, then recursively inside."""
     if not cells.any():
         return []
     if cells.ndim == 0:
         return [()]
+    borders = [0, *_changes(cells, 0).tolist(), len(cells)]
+    if cells.ndim == 1:
+        return [((cuts[0][a], cuts[0][b]),) for a, b in pairwise(borders) if cells[a]]
     boxes: list[Box] = []
-    i = 0
-    while i < len(cells):
-        j = i + 1
-        while j < len(cells) and np.array_equal(cells[i], cells[j]):
-            j += 1
-        span = (cuts[0][i], cuts[0][j])
-        boxes += [(span, *rest) for rest in _boxes(cells[i], cuts[1:])]
-        i = j
+    for a, b in pairwise(borders):
+        span = (cuts[0][a], cuts[0][b])
+        boxes += [(span, *rest) for rest in _boxes(cells[a], cuts[1:])]
     return boxes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -26,38 +26,36 @@ def whole(shape: tuple[int, ...]) -> View:
     return View(shape, contiguous_strides(shape), 0)
 
 
-def regions(shape: tuple[int, ...], view: View) -> Iterator[tuple[Box, Callable[[torch.Tensor], torch.Tensor]]]:
+Part = Callable[[torch.Tensor], torch.Tensor]
+
+
+def regions(shape: tuple[int, ...], view: View) -> list[tuple[Box, Part]] | None:
     """The boxes that make up a view, each with a function that cuts its part out of a tensor of the view's size.
 
-    The part has the box's extents. It aliases the tensor unless a flattened view has to be copied to be split.
+    The part has the box's extents. It aliases the tensor unless a flattened view has to be copied to be split. None for
+    a view with steps or overlaps: it may be as many boxes as it has elements, so it is told by its `view_mask`.
     """
     if 0 in view.size:
-        return
+        return []
     found = as_box(shape, *view)
     if found is not None:
         dims = [d for d in found.order if d is not None]
         dims += [d for d in range(len(view.size)) if d not in dims]
         extents = [b - a for a, b in found.box]
-        yield found.box, lambda src: src.permute(dims).reshape(extents)
-        return
-    if is_flat_run(view.size, view.stride):
-        at = 0
-        for box in split_run(shape, view.offset, view.offset + prod(view.size)):
-            extents = [b - a for a, b in box]
-            count = prod(extents)
-            yield box, lambda src, at=at, n=count, ext=extents: src.reshape(-1)[at : at + n].reshape(ext)  # type: ignore[misc]
-            at += count
-        return
-    touched = Coverage(shape)
-    touched.add_mask(view_mask(shape, view))
+        return [(found.box, lambda src: src.permute(dims).reshape(extents))]
+    if not is_flat_run(view.size, view.stride):
+        return None
+    parts: list[tuple[Box, Part]] = []
+    at = 0
+    for box in split_run(shape, view.offset, view.offset + prod(view.size)):
+        extents = [b - a for a, b in box]
+        parts.append((box, partial(_flat_part, start=at, extents=extents)))
+        at += prod(extents)
+    return parts
 
-    def scattered(src: torch.Tensor, box: Box) -> torch.Tensor:
-        dense = torch.empty(shape, dtype=src.dtype, device=src.device)
-        dense.as_strided(*view).copy_(src)
-        return dense[tuple(slice(*span) for span in box)]
 
-    for box in touched.covered_boxes():
-        yield box, partial(scattered, box=box)
+def _flat_part(source: torch.Tensor, start: int, extents: list[int]) -> torch.Tensor:
+    return source.reshape(-1)[start : start + prod(extents)].reshape(extents)
 
 
 def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
@@ -67,7 +65,17 @@ def view_mask(shape: tuple[int, ...], view: View) -> np.ndarray:
     return mask.numpy()
 
 
+def scattered(shape: tuple[int, ...], view: View, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a write to a view without `regions` does to an array of `shape`: the values, and where they are (bool)."""
+    values = torch.zeros(shape, dtype=source.dtype, device=source.device)
+    values.as_strided(*view).copy_(source)
+    return values, torch.from_numpy(view_mask(shape, view)).to(source.device)
+
+
 def cover(coverage: Coverage, view: View) -> None:
     """Mark all elements of a view as covered."""
-    for box, _ in regions(coverage.shape, view):
+    found = regions(coverage.shape, view)
+    if found is None:
+        coverage.add_mask(view_mask(coverage.shape, view))
+    for box, _ in found or ():
         coverage.add_box(box)

@@ -134,6 +134,34 @@ def _masked(param: torch.Tensor, box: Box, src: torch.Tensor) -> None:
     param.data[mask] = src.reshape(-1).to(param.dtype)
 
 
+def _speckled(param: torch.Tensor, box: Box, src: torch.Tensor) -> None:
+    """A random mask of the box, then the rest of it."""
+    some = torch.rand(src.shape) < torch.rand(())
+    for part in (some, ~some):
+        mask = torch.zeros(param.shape, dtype=torch.bool)
+        mask[slices(box)] = part
+        param.data[mask] = src[part].to(param.dtype)
+
+
+def _masked_view(param: torch.Tensor, box: Box, src: torch.Tensor) -> None:
+    """By `masked_scatter_` into every other column."""
+    for phase in (0, 1):
+        view, values = param.data[slices(box)][..., phase::2], src[..., phase::2].to(param.dtype)
+        some = torch.rand(view.shape) < 0.5
+        for mask in (some, ~some):
+            view.masked_scatter_(mask, values[mask])
+
+
+def _columns(param: torch.Tensor, box: Box, src: torch.Tensor) -> None:
+    order = torch.randperm(src.shape[-1])
+    param.data[slices(box)].index_copy_(src.dim() - 1, order, src[..., order].to(param.dtype))
+
+
+def _scatter(param: torch.Tensor, box: Box, src: torch.Tensor) -> None:
+    order = torch.rand(src.shape).argsort(-1)
+    param.data[slices(box)].scatter_(-1, order, src.gather(-1, order).to(param.dtype))
+
+
 WRITERS: tuple[Callable[[torch.Tensor, Box, torch.Tensor], None], ...] = (
     _narrow,
     _setitem,
@@ -145,6 +173,10 @@ WRITERS: tuple[Callable[[torch.Tensor, Box, torch.Tensor], None], ...] = (
     _foreach,
     _index_copy,
     _masked,
+    _speckled,
+    _masked_view,
+    _columns,
+    _scatter,
 )
 """Ways to write `src` into the box of a parameter. The first five are what loaders do every day."""
 
