@@ -494,8 +494,10 @@ class QuantStore:
     def _read_masked(self, view: View) -> tuple[torch.Tensor, bool]:
         """The units that the view touches are gathered into a full-size tensor, of which the view is taken."""
         mask = view_mask(self.coverage.shape, view)
-        if gaps := [gap for box in boxes_of(mask & ~self.coverage.mask()) for gap in self._gaps(box)]:
-            raise NeverWritten(gaps)
+        written = np.repeat((self._state & QUANTIZED) != 0, self._unit, axis=1)[:, : self._n, None]
+        gaps = mask & ~self.coverage.mask() & ~written.reshape(*mask.shape[:-1], 1)
+        if gaps.any():
+            raise NeverWritten(boxes_of(gaps))
         dense, lossy = torch.empty(self.coverage.shape, dtype=self.dtype, device=self.device), False
         units = np.logical_or.reduceat(mask.any(-1).reshape(self._e, -1), np.arange(0, self._n, self._unit), axis=1)
         for matrices, (first, last) in boxes_of(units):
