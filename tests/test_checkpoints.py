@@ -496,6 +496,23 @@ def test_a_model_without_values_is_refused(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_names_that_meet_are_refused_before_the_first_byte(tmp_path):
+    model = linear()
+    model[0].weight_scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(CheckpointError, match=r"0\.weight \(fp8.*\) and 0\.weight_scale would both"):
+        save_checkpoint(model, tmp_path / "saved")
+    model = nn.Module()
+    model.experts = nn.ModuleList([nn.ModuleDict({"w1": nn.Linear(16, 32, bias=False)})])
+    model.experts.w1 = nn.Parameter(quantize(torch.randn(2, 32, 16), fp8), requires_grad=False)
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w1\.weight and experts\.w1 \(fp8.*\) would both"):
+        save_checkpoint(model, tmp_path / "saved")
+    model = nn.Module()
+    model.register_parameter("__metadata__", nn.Parameter(torch.ones(1)))
+    with pytest.raises(CheckpointError, match="the metadata of each file and __metadata__ would both"):
+        save_checkpoint(model, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_what_a_save_wrote_is_replaced(tmp_path):
     folder = save_checkpoint(linear(fp8_per_tensor), tmp_path / "saved")
     before = digests(folder)

@@ -249,6 +249,18 @@ def test_nothing_is_overwritten(tmp_path):
         quantize_checkpoint(source, source, fp8)
 
 
+def test_names_that_meet_are_refused_before_the_first_byte(tmp_path):
+    tensors = layers() | {
+        "lm_head.weight_scale": torch.ones(1),
+        "model.layers.0.mlp.down_proj.weight_scale": torch.ones(1),
+    }
+    source = write(tmp_path / "source", tensors, 3)
+    both = r"(?=.*down_proj\.weight \(fp8)(?=.*down_proj\.weight_scale and|.*and \S*down_proj\.weight_scale would)"
+    with pytest.raises(CheckpointError, match=both):
+        quantize_checkpoint(source, tmp_path / "out", fp8)
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_nonfinite_weight_is_refused_by_name_and_index(tmp_path, scheme, value, monkeypatch):

@@ -31,7 +31,7 @@ from .layouts import (
 from .mapping import Part, is_transformers, matrix, parts_of, tensors_of
 from .reading import CONFIG, DTYPE_NAMES, SINGLE, read_json
 from .verify import require_sound
-from .writing import Records, ShardWriter, Staging, carry_over, write_json, write_manifest
+from .writing import Names, Records, ShardWriter, Staging, carry_over, write_json, write_manifest
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def _contents(
 ) -> tuple[dict[str, _Tensor], dict[str, Scheme], list[str]]:
     """What goes to disk; the scheme of each quantized module; the linear modules that are not quantized."""
     contents: dict[str, _Tensor] = {}
+    names = Names()
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
     plain: set[str] = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
@@ -106,6 +107,7 @@ def _contents(
         if not isinstance(tensor, QTensor):
             if tensor.dtype not in DTYPE_NAMES:
                 raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
+            names.claim(name, name)
             contents[name] = _Tensor((tensor.dtype, part.view.size), _plain_values(tensor, part))
             module = module_of(name)
             if module and len(part.view.size) == 2:
@@ -123,6 +125,7 @@ def _contents(
             prefix = f"{module}." if module else ""
             specs = layout.specs((n, k))
             for suffix, entry in layout.entries.items():
+                names.claim(prefix + suffix, f"{name} ({tensor.scheme})")
                 contents[prefix + suffix] = _Tensor(specs[suffix], partial(entry.encode, weight, n))
             schemes[module] = tensor.scheme
     refuse_short_groups({module: k for module, (_, k) in shapes.items()}, schemes)

@@ -32,6 +32,21 @@ Records = dict[str, dict[str, Any]]
 """What was written, by tensor name: file, dtype, shape, sha256."""
 
 
+class Names:
+    """The names of the tensors to be written, and what each is made of: all are known before the first byte is."""
+
+    def __init__(self) -> None:
+        self._origins = {"__metadata__": "the metadata of each file"}
+
+    def claim(self, name: str, origin: str) -> None:
+        """Raises CheckpointError if another tensor has the name: one of the two would be lost."""
+        if name in self._origins:
+            raise CheckpointError(
+                f"{self._origins[name]} and {origin} would both be called {name} in the files; rename one of them"
+            )
+        self._origins[name] = origin
+
+
 class ShardWriter:
     """One safetensors file, written piece by piece: where each tensor lies is known before any of them is.
 

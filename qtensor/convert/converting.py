@@ -34,7 +34,16 @@ from ..checkpoint.layouts import (
 )
 from ..checkpoint.reading import CONFIG, Checkpoint, Stored, read_json
 from ..checkpoint.verify import require_workers, verify_checkpoint
-from ..checkpoint.writing import Records, ShardWriter, Staging, carry_over, partial_folder, write_json, write_manifest
+from ..checkpoint.writing import (
+    Names,
+    Records,
+    ShardWriter,
+    Staging,
+    carry_over,
+    partial_folder,
+    write_json,
+    write_manifest,
+)
 from ..errors import CheckpointError, NonFiniteWeightError
 from ..kernels import SOURCE_DTYPES, NonFinite
 from ..modules import module_of, weight_of
@@ -210,6 +219,11 @@ def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequen
     report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
     schemes = _choose(checkpoint, scheme, ignore, format, report)
     tasks = plan(checkpoint, partial_folder(target), schemes, format)
+    names = Names()
+    for tensor in (tensor for task in tasks for tensor in task.tensors):
+        kind = f" ({tensor.scheme})" if tensor.scheme is not None else ""
+        for name in _specs_of(tensor, format):
+            names.claim(name, tensor.stored.name + kind)
     return Conversion(checkpoint, schemes, format, tasks, report)
 
 
@@ -330,17 +344,17 @@ def _choose(
 
 
 def _specs(task: ShardTask) -> dict[str, Spec]:
-    specs: dict[str, Spec] = {}
-    for tensor in task.tensors:
-        stored = tensor.stored
-        if tensor.scheme is None:
-            specs[stored.name] = (stored.dtype, stored.shape)
-            continue
-        layout = layout_of(tensor.scheme, task.format, stored.name)
-        rows, cols = stored.shape
-        for suffix, spec in layout.specs((rows, cols)).items():
-            specs[stored.name.removesuffix("weight") + suffix] = spec
-    return specs
+    return {name: spec for tensor in task.tensors for name, spec in _specs_of(tensor, task.format).items()}
+
+
+def _specs_of(tensor: TensorTask, format: str) -> dict[str, Spec]:
+    """What one tensor becomes in the files."""
+    stored = tensor.stored
+    if tensor.scheme is None:
+        return {stored.name: (stored.dtype, stored.shape)}
+    rows, cols = stored.shape
+    specs = layout_of(tensor.scheme, format, stored.name).specs((rows, cols))
+    return {stored.name.removesuffix("weight") + suffix: spec for suffix, spec in specs.items()}
 
 
 def _nbytes(task: ShardTask) -> int:
