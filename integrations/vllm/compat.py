@@ -88,6 +88,18 @@ def cpu_experts_problem() -> str | None:
     )
 
 
+@functools.cache
+def permit_amx() -> None:
+    """Ask Linux to let this process use the tile registers of AMX.
+
+    vLLM's attention on CPUs takes them where the CPU has them, without asking: it counts on oneDNN, which asks at the
+    first linear layer. qtensor's linear layers do not run in oneDNN, and an instruction without leave ends the process
+    ("Illegal instruction").
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 def unquantized_experts(layer: Any) -> Any:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 

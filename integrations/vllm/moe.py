@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from qtensor.errors import QTensorError
+from qtensor.kernels import Parts
 from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
 from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
@@ -38,6 +39,7 @@ def expert_method(config: QTensorConfig, prefix: str, scheme: Scheme, layer: Any
         problem = compat.cpu_experts_problem()
         if problem is not None:
             raise QTensorError(f"{prefix}: {problem}")
+        compat.permit_amx()
         return _cpu_class()(config, prefix, scheme, layer.moe_config)
     require_served_on_gpus(scheme)
     return _gpu_class(scheme.format.granularity)(config, prefix, scheme, layer.moe_config)
@@ -216,7 +218,13 @@ def _experts(
     weight_on_input: bool,
     round_x: bool,
 ) -> torch.Tensor:
-    """Σ over a token's experts of weight · w2(act(w13(x))), summed in fp32. Experts of other ranks add nothing."""
+    """Σ over a token's experts of weight · w2(act(w13(x))), summed in fp32. Experts of other ranks add nothing.
+
+    An expert at a time goes through both of its matrices, so that what lies between is held for one expert's tokens.
+    `Backend.experts` multiplies by one stack for all experts: it would take x, and hold the hidden values, for every
+    pair of a token and an expert at once.
+    """
+    first, second = Parts(*w13), Parts(*w2)
     local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
     out = torch.zeros_like(x, dtype=torch.float32)
     for e in torch.unique(local).tolist():
@@ -227,9 +235,9 @@ def _experts(
         rows = x[token]
         if weight_on_input:
             rows = rows * weight.to(x.dtype)
-        hidden = product(rows, [part[e] for part in w13], fmt, round_x, None if w13_bias is None else w13_bias[e])
+        hidden = product(rows, first.matrix(e), fmt, round_x, None if w13_bias is None else w13_bias[e])
         hidden = _activate(hidden, activation)
-        down = product(hidden, [part[e] for part in w2], fmt, round_x, None if w2_bias is None else w2_bias[e]).float()
+        down = product(hidden, second.matrix(e), fmt, round_x, None if w2_bias is None else w2_bias[e]).float()
         out.index_add_(0, token, down if weight_on_input else down * weight.float())
     return out.to(x.dtype)
 

@@ -35,6 +35,7 @@ class LinearCompute(Protocol):
 def linear_compute(scheme: Scheme, options: Options, shape: tuple[int, int], dtype: torch.dtype) -> LinearCompute:
     """What multiplies with weights of this scheme on the device that vLLM is building the model for."""
     if torch.get_default_device().type == "cpu":
+        compat.permit_amx()
         return CpuLinear(scheme, options.activation == "dynamic")
     require_served_on_gpus(scheme)
     return GpuLinear(scheme, shape, dtype)

@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from qtensor import quantize
+from qtensor.integrations.vllm import compat
 from qtensor.integrations.vllm.config import QTensorConfig
 from qtensor.integrations.vllm.head import QTensorEmbeddingMethod
 from qtensor.integrations.vllm.layers import Published, Slot
-from qtensor.integrations.vllm.products import CpuLinear, part_names
+from qtensor.integrations.vllm.products import CpuLinear, linear_compute, part_names
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES
 
@@ -37,6 +38,20 @@ def test_names_are_vllms() -> None:
     assert found.pop("nvfp4") == ("weight", "weight_scale", "weight_global_scale")
     assert set(found.values()) == {("weight", "weight_scale")}
     assert part_names(FORMATS["nvfp4"], "w2_weight") == ("w2_weight", "w2_weight_scale", "w2_weight_global_scale")
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_the_tile_registers_that_vllms_attention_uses_are_asked_for(
+    has_amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
+    compat.permit_amx.cache_clear()
+    for _ in range(2):
+        linear_compute(SCHEMES["fp8_per_channel"], QTensorConfig().choice.options, (N, K), torch.bfloat16)
+    compat.permit_amx.cache_clear()
+    assert asked == [True] * has_amx
 
 
 @every_scheme
