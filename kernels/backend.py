@@ -35,14 +35,16 @@ _MIN_CAPABILITY = (8, 0)
 class Backend(Protocol):
     """Code for the arithmetic of quantized weights `[N, K]` and stacks of them `[E, N, K]`.
 
-    All give the reference's bytes, and products within its rounding. A backend is a subclass of `reference.Torch`: its
-    class shows what it has code of its own for, and the rest is the reference's.
+    All give the reference's bytes, and products within its rounding. A backend is a subclass of `reference.Torch`,
+    which does what it has no code of its own for.
 
     Attributes:
         name: What `backend=` and QTENSOR_KERNELS call it.
+        own: The operations it has code of its own for, for some formats at least; the others are the reference's.
     """
 
     name: str
+    own: tuple[str, ...]
 
     def quantize_into(
         self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0
@@ -92,11 +94,15 @@ class UnsupportedBackend(QTensorError):
 
 
 class Choice(NamedTuple):
-    """One row of `describe()`: what a device gets and why. `backend` is None when only an error remains."""
+    """One row of `describe()`: what a device gets and why. `backend` is None when only an error remains.
+
+    `own` is the backend's: the operations that are not the reference's there.
+    """
 
     device: str
     backend: str | None
     reason: str
+    own: tuple[str, ...] = ()
 
 
 def choose(device: torch.device, backend: str | None = None) -> Backend:
@@ -143,16 +149,16 @@ def _describe(device: torch.device) -> Choice:
     asked = os.environ.get(VARIABLE) or None
     label = str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}"
     try:
-        name = _name(asked, device.type, device.index)
-    except UnsupportedBackend as error:
+        backend = choose(device)
+    except (UnsupportedBackend, ImportError) as error:
         return Choice(label, None, str(error))
     if asked:
-        return Choice(label, name, f"{VARIABLE}={asked}")
-    if device.type == "cpu":
-        reason = "numba is installed" if name == "numba" else "numba is not usable: " + str(_numba_problem())
+        reason = f"{VARIABLE}={asked}"
+    elif device.type == "cpu":
+        reason = "numba is installed" if backend.name == "numba" else f"numba is not usable: {_numba_problem()}"
     else:
         reason = "fused kernels for this device"
-    return Choice(label, name, reason)
+    return Choice(label, backend.name, reason, backend.own)
 
 
 @functools.cache

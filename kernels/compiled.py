@@ -25,6 +25,7 @@ class Traced(Torch):
     """The backend "traced"."""
 
     name = "traced"
+    own: tuple[str, ...] = ("dequantize", "linear", "experts")
 
     def dequantize(
         self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None

@@ -26,6 +26,7 @@ class Torch:
     """
 
     name = "torch"
+    own: tuple[str, ...] = ("quantize_into", "dequantize", "linear", "experts", "quantize_activation")
     band_elements = 4 * CHUNK_ELEMENTS
 
     def quantize_into(

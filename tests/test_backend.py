@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -10,9 +11,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtensor import kernels, quantize
-from qtensor.kernels import FORMATS, Audit, NonFinite, Parts, UnsupportedBackend, WeightFormat, backend, choose
+from qtensor.kernels import (
+    FORMATS,
+    Audit,
+    Backend,
+    NonFinite,
+    Parts,
+    UnsupportedBackend,
+    WeightFormat,
+    backend,
+    choose,
+)
+from qtensor.kernels.compiled import TRACED
 from qtensor.kernels.reference import TORCH
 from qtensor.schemes.scheme import SCHEMES
+from support.kernel_contract import OPERATIONS, assert_gives_the_references_results, assert_has_the_operations
 
 CPU = torch.device("cpu")
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -27,6 +40,31 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def quantized(fmt: WeightFormat, shape: tuple[int, ...] = (130, 257)) -> Parts:
     source = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     return quantize(source, SCHEMES[fmt.name]).parts()
+
+
+def the(name: str) -> Backend:
+    """The backend of this name, on a CPU; `triton` without its interpreter, thus for what runs no kernel."""
+    if name == "traced":
+        return TRACED
+    if name == "triton":
+        pytest.importorskip("triton", reason="the Triton kernels need triton")
+        return importlib.import_module("qtensor.kernels.triton").TRITON
+    if name == "numba":
+        pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
+    return choose(CPU, name)
+
+
+@pytest.mark.parametrize("name", [*backend.NAMES, "traced"])
+def test_every_backend_has_the_operations(name: str) -> None:
+    assert len(OPERATIONS) == 5
+    assert the(name).name == name
+    assert_has_the_operations(the(name))
+
+
+@formats
+@pytest.mark.parametrize("name", ["numba", "traced"])  # triton: in tests/support/triton_interpreter_cases.py
+def test_every_backend_gives_the_references_results(name: str, fmt: WeightFormat) -> None:
+    assert_gives_the_references_results(the(name), fmt)
 
 
 def test_argument_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,11 +121,13 @@ def test_describe_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.device == "cpu"
     assert row.backend in ("numba", "torch")
     assert "numba" in row.reason
+    assert row.own == choose(CPU).own
     monkeypatch.setenv(backend.VARIABLE, "torch")
-    assert kernels.describe()[0] == ("cpu", "torch", "QTENSOR_KERNELS=torch")
+    assert kernels.describe()[0] == ("cpu", "torch", "QTENSOR_KERNELS=torch", OPERATIONS)
     monkeypatch.setenv(backend.VARIABLE, "triton")
     row = kernels.describe()[0]
     assert row.backend is None
+    assert row.own == ()
     assert "GPUs" in row.reason
 
 

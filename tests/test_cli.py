@@ -51,6 +51,7 @@ def test_doctor_for_people(capsys):
     out = capsys.readouterr().out
     assert "torch" in out
     assert "fp8_per_channel  ok" in out
+    assert "its own are quantize_into" in out
     assert out.endswith("All well.\n")
 
 
@@ -60,6 +61,7 @@ def test_doctor_for_programs(capsys):
     assert findings["ok"] is True
     assert findings["packages"]["torch"]
     assert findings["kernels"][0]["device"] == "cpu"
+    assert "quantize_into" in findings["kernels"][0]["own"]
     assert {check["scheme"] for check in findings["checks"]} == {str(scheme) for scheme in SCHEMES.values()}
 
 

@@ -28,6 +28,7 @@ class Numba(Torch):
     """The backend "numba"."""
 
     name = "numba"
+    own: tuple[str, ...] = ("quantize_into", "dequantize", "linear", "quantize_activation")
     band_elements = 1 << 22
 
     def quantize_into(

@@ -29,6 +29,7 @@ class Triton(Torch):
     """The backend "triton". Its products are the reference's, on weights that its own kernel dequantizes."""
 
     name = "triton"
+    own: tuple[str, ...] = ("quantize_into", "dequantize", "quantize_activation")
 
     def quantize_into(
         self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0

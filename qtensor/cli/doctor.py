@@ -53,11 +53,16 @@ def describe(findings: dict[str, Any]) -> str:
     lines += ["", "Devices"]
     lines += [f"  {d['device']:<11} {d['name']}; {d['note']}" for d in findings["devices"]]
     lines += ["", "Kernels"]
-    lines += [f"  {k['device']:<11} {k['backend'] or 'none'}: {k['reason']}" for k in findings["kernels"]]
+    lines += [f"  {_kernels(k)}" for k in findings["kernels"]]
     lines += ["", "Self-check: a weight quantized while it is written equals the reference quantizer, byte for byte"]
     lines += [f"  {c['device']:<11} {c['scheme']:<16} {c['problem'] or 'ok'}" for c in findings["checks"]]
     lines += ["", "All well." if findings["ok"] else "Something is wrong: see above."]
     return "\n".join(lines)
+
+
+def _kernels(choice: dict[str, Any]) -> str:
+    label = f"{choice['device']:<11} {choice['backend'] or 'none'}: {choice['reason']}"
+    return f"{label}; its own are {', '.join(choice['own'])}" if choice["own"] else label
 
 
 def _devices() -> list[str]:

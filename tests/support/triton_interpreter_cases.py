@@ -35,6 +35,7 @@ from qtensor.kernels import (
 )
 from qtensor.kernels.reference import TORCH
 from qtensor.kernels.triton import TRITON, activation, encode, launch, per_channel, per_tensor
+from support.kernel_contract import assert_gives_the_references_results
 
 FUSED = launch.target(torch.device("cpu"))["FUSED"]
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -133,6 +134,11 @@ def check(source: torch.Tensor, fmt: WeightFormat, refuse: bool = True) -> None:
     if math.isfinite(old.signal) and old.signal > 1e-30:
         assert math.isclose(new.signal, old.signal, rel_tol=1e-5)
         assert math.isclose(new.noise, old.noise, rel_tol=1e-4, abs_tol=1e-12 * old.signal)
+
+
+@formats
+def test_contract(fmt: WeightFormat) -> None:
+    assert_gives_the_references_results(TRITON, fmt)
 
 
 @formats
