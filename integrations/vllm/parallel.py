@@ -48,6 +48,7 @@ class RankHost(LoadHost):
         weight.shared = True
         if self.agreement is None:
             self.agreement = Agreement(group, TIMEOUT_SECONDS)
+        self.agreement.open()
 
     def touch(self, weight: ArmedWeight) -> None:
         if self.agreement is not None:

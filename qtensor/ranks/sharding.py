@@ -27,7 +27,7 @@ from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, Split, full_name, is_dtensor, parameters, splits
 from ..schemes.selection import matches
-from .vote import Vote, require_distributed
+from .vote import Vote, name_of, require_distributed
 
 BUCKET_BYTES = 64 << 20
 _open: set[Any] = set()  # connections of sessions under way or failed: their destructor would wait for lost ranks
@@ -109,22 +109,13 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup | None, timeout: float, vote: Vote | None = None) -> None:
         """vote: of the session, where more than these ranks decide whether it has succeeded."""
         require_distributed()
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        own = Vote(ranks, timeout)
-        self._keys, self._own = own.store, own if vote is None else None
-        self.vote = own if vote is None else vote
-        self._rank, self._leads = own.rank, own.leads
-        # Connections of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
-        # Not by `new_group`, which keeps a group for the life of the process and knows it by the number of groups.
-        try:
-            position, wait = dist.get_rank(group), timedelta(seconds=timeout)
-            self._gloo: Any = dist.ProcessGroupGloo(self._keys, position, len(ranks), wait)
-        except RuntimeError as error:
-            raise QTensorError(
-                f"rank {self._rank}: not every rank of {', '.join(map(str, ranks))} opened this session within "
-                f"{timeout:g} s: {error}"
-            ) from error
-        _open.add(self._gloo)
+        self._group, self._timeout = group, timeout
+        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self._own = Vote(self._ranks, timeout) if vote is None else None
+        self.vote = vote or cast(Vote, self._own)
+        self._rank, self._leads = self.vote.rank, self.vote.rank == self._ranks[0]
+        self._keys: Any = None
+        self._gloo: Any = None
         self._lock = threading.RLock()  # The thread that an interrupt took it from can take it again.
         self._complete: dict[str, ArmedWeight] = {}
         self._waiting: list[str] = []  # the leader's next bucket
@@ -132,6 +123,26 @@ class Agreement:
         self._buckets = 0  # published (leader) or joined (others)
         self._flying: list[tuple[Any, torch.Tensor, list[ArmedWeight]]] = []
         self.collectives = self.bytes = 0
+
+    def open(self) -> None:
+        """Connect to the other ranks. Returns when all are there."""
+        if self._gloo is not None:
+            return
+        if self._own is not None:
+            self._own.open()
+        else:
+            self.vote.meet(f"come to the weights of ranks {name_of(self._ranks)}", self._ranks)
+        self._keys = dist.distributed_c10d.PrefixStore(name_of(self._ranks), self.vote.store)
+        # Connections of its own, on the CPU: the values are few, and nobody else's collectives can come in between.
+        # Not by `new_group`, which keeps a group for the life of the process and knows it by the number of groups.
+        try:
+            position, wait = dist.get_rank(self._group), timedelta(seconds=self._timeout)
+            self._gloo = dist.ProcessGroupGloo(self._keys, position, len(self._ranks), wait)
+        except RuntimeError as error:
+            raise QTensorError(
+                f"rank {self._rank}: no connections to ranks {name_of(self._ranks)} within {self._timeout:g} s: {error}"
+            ) from error
+        _open.add(self._gloo)
 
     def submit(self, name: str, weight: ArmedWeight) -> None:
         """All of this rank's shard of a weight, known by one name on all ranks, is there. Called under the weight's
@@ -254,11 +265,14 @@ class Agreements:
     def __init__(self, process_group: dist.ProcessGroup | Sharding | None = None, vote: Vote | None = None) -> None:
         sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
         self._sharding, self._vote = sharding, vote
-        self._by_group: dict[Any, Agreement] = {}
-        self._lock = threading.Lock()
+        self._by_ranks: dict[tuple[int, ...], Agreement] = {}
+        self._lock = threading.RLock()  # as an agreement's
         self.weights: dict[ArmedWeight, Agreement] = {}
-        if sharding is not None and vote is None:
-            self._with(sharding.group)
+
+    def open(self) -> None:
+        """Wait for the other ranks of the process group, unless the session's vote has."""
+        if self._sharding is not None and self._vote is None:
+            self._with(self._sharding.group)
 
     def share(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor, fmt: WeightFormat) -> bool:
         """Let a weight's scales be agreed on, if they are split. `param` is its Parameter, perhaps a DTensor."""
@@ -277,42 +291,44 @@ class Agreements:
         self.weights[weight].submit(weight.name, weight)
 
     def advance(self) -> None:
-        for agreement in list(self._by_group.values()):
+        for agreement in list(self._by_ranks.values()):
             agreement.advance()
 
     def finish(self) -> None:
-        for agreement in self._by_group.values():
+        for agreement in self._by_ranks.values():
             agreement.finish()
 
     def settle(self) -> None:
-        for agreement in self._by_group.values():
+        for agreement in self._by_ranks.values():
             agreement.settle()
 
     def close(self) -> None:
         """The session's vote is that all have succeeded."""
-        for agreement in self._by_group.values():
+        for agreement in self._by_ranks.values():
             agreement.close()
 
     def fail(self, reason: str) -> bool:
         """False if all ranks have agreed that all is well."""
-        told = [agreement.fail(reason) for agreement in self._by_group.values()]
+        told = [agreement.fail(reason) for agreement in self._by_ranks.values()]
         return all(told)
 
     @property
     def collectives(self) -> int:
-        return sum(a.collectives for a in self._by_group.values())
+        return sum(a.collectives for a in self._by_ranks.values())
 
     @property
     def bytes(self) -> int:
-        return sum(a.bytes for a in self._by_group.values())
+        return sum(a.bytes for a in self._by_ranks.values())
 
     def _with(self, group: dist.ProcessGroup | None) -> Agreement:
-        key = group or dist.group.WORLD
+        require_distributed()
+        ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
         with self._lock:
-            if key not in self._by_group:
+            if ranks not in self._by_ranks:
                 timeout = (self._sharding or Sharding()).timeout
-                self._by_group[key] = Agreement(group, timeout, self._vote)
-            return self._by_group[key]
+                self._by_ranks[ranks] = Agreement(group, timeout, self._vote)
+            self._by_ranks[ranks].open()
+            return self._by_ranks[ranks]
 
 
 def session_vote(model: nn.Module, process_group: dist.ProcessGroup | Sharding | None) -> Vote | None:

@@ -177,6 +177,7 @@ class Load(ModelTransaction):
     def begin(self) -> None:
         super().begin()
         self._agreements = Agreements(self.options.process_group)
+        self._agreements.open()
 
     # Arming
 

@@ -126,10 +126,12 @@ class Reload(ModelTransaction):
     def arm(self, model: nn.Module) -> None:
         """Let every parameter of the model take new values."""
         try:
+            self._vote = session_vote(model, self.options.process_group)
+            if self._vote is not None:
+                self._vote.open()
             self._refuse_what_cannot_be_reloaded(model)
             self._before = Snapshot(model, self.options.atomic)
             self.begin()
-            self._vote = session_vote(model, self.options.process_group)
             self._agreements = Agreements(self.options.process_group, self._vote)
             registration.install(self)
             self._arm_all(model)

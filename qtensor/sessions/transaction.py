@@ -37,7 +37,8 @@ class Transaction(ABC):
 
     @abstractmethod
     def withdraw(self, error: BaseException | None) -> bool:
-        """Tell other ranks that this one gives up. False if all have voted: then this one has to go through with it."""
+        """Tell other ranks that this one gives up. False if all have voted: then this one has to go through with it.
+        May be repeated."""
 
     @abstractmethod
     def commit(self) -> None:
@@ -82,10 +83,8 @@ class Transaction(ABC):
 
     def abort(self, error: BaseException | None = None) -> None:
         """Give up, because of `error` if there is one, unless it is decided already how it ends."""
-        if self.state == "open":
-            self.state = "aborting" if self.withdraw(error) else "committing"
         try:
-            self.settle()
+            in_spite_of_interrupts(lambda: self._give_up(error))
         except Exception as late:
             if error is None:
                 raise
@@ -94,6 +93,11 @@ class Transaction(ABC):
     def settle(self) -> None:
         """Go through with what is decided. An interrupt is raised when it is done."""
         in_spite_of_interrupts(self._go_through)
+
+    def _give_up(self, error: BaseException | None) -> None:
+        if self.state == "open":
+            self.state = "aborting" if self.withdraw(error) else "committing"
+        self._go_through()
 
     def _tell_if_finished(self) -> None:
         if self.state == "finished":
