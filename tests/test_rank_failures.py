@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qtensor import QTensorError, Sharding, fp8_per_channel, online_quant, online_reload, quantize
+from support.interrupts import STOPS
 from support.ranks import spawn
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
@@ -98,5 +104,79 @@ def a_rank_fails_in_the_midst_of_a_reload(rank: int, world: int) -> None:
     assert time.monotonic() - started < 10
 
 
+def ranks_fail_in_turn(rank: int, world: int) -> None:
+    """Before it opens, as it loads, at its end: whoever fails, whenever, and whether or not the others do, too."""
+    model, dice, here = Sharded(timeout=1.0), random.Random(0), random.Random(rank)
+    for round_ in range(10):
+        step = dice.choice(["before it opens", "as it loads", "at the end"])
+        time.sleep(here.uniform(0, 0.05))
+        with pytest.raises((QTensorError, ZeroDivisionError)):
+            model.reload(1, fails(step if round_ % world == rank else ""))
+        assert model.holds(0)
+        dist.barrier()
+    model.reload(1)
+    assert model.holds(1)
+
+
+def stop_at_random(rank: int, world: int, times: int) -> None:
+    """Each rank by a timer of its own. That they differ in what they hold is found, and that a wait has no end."""
+    model, dice, held, usual = Sharded(timeout=5.0), random.Random(rank), 0, 0.05
+    for i in range(times):
+        dist.barrier()
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            stopped = reload_until(model, dice.uniform(0, 2 * usual), dice.choice(STOPS))
+        assert time.monotonic() - started < 15, (i, stopped)
+        assert model.holds(1) or model.holds(held), (i, stopped)
+        found: list[Any] = [None] * world
+        dist.all_gather_object(found, (model.holds(1), stopped))
+        assert len({new for new, _ in found}) == 1, (i, found)
+        assert all(torch.isfinite(layer(torch.ones(1, layer.in_features))).all() for layer in model.children())
+        started, held = time.monotonic(), i % 2 * 2
+        model.reload(held)
+        usual = time.monotonic() - started
+        assert model.holds(held), (i, stopped)
+
+
+def reload_until(model: Sharded, seconds: float, kind: type[BaseException]) -> str:
+    """Reload, unless it is stopped or another rank is. Says what came out."""
+    try:
+        with alarm_after(seconds, kind):
+            model.reload(1)
+    except (*STOPS, QTensorError) as error:
+        return repr(error)
+    return "nothing"
+
+
+@contextmanager
+def alarm_after(seconds: float, kind: type[BaseException]) -> Iterator[None]:
+    """kind is raised from a signal's handler, unless the block has ended before."""
+
+    def ring(*_: object) -> None:
+        if armed:
+            armed.clear()
+            raise kind
+
+    armed = [True]
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-4))
+        yield
+    finally:
+        armed.clear()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_after_a_rank_failed_the_next_reload_works_on_all() -> None:
     spawn(2, a_rank_fails_before_it_opens_a_reload, a_rank_fails_in_the_midst_of_a_reload)
+
+
+def test_ranks_that_fail_in_turn_are_in_step_afterwards() -> None:
+    spawn(2, ranks_fail_in_turn)
+
+
+def test_an_exception_at_a_random_moment_of_any_rank() -> None:
+    """1,000 in `make endurance`."""
+    spawn(2, partial(stop_at_random, times=1000 if ENDURANCE else 20))
