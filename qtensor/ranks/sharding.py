@@ -38,7 +38,8 @@ class Sharding:
     """How a model's weights are split over the ranks of a process group.
 
     Attributes:
-        group: The ranks; None is all of them. Every rank opens its sessions in the same order.
+        group: The ranks; None is all of them. Every rank opens its sessions in the same order, and waits there for the
+            others.
         dims: Pattern → the dimension that is split: 0 for rows (or experts, of a stack `[E, N, K]`), the last one for
             columns. Patterns as for `ignore`. A Parameter that says so itself (`partition_dim`, as Megatron's do) needs
             none, nor does a 2-d per-tensor weight, which has one scale however it is split.
