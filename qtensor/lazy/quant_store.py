@@ -2,7 +2,8 @@
 
 It quantizes whole units the moment they arrive and stages the parts of units that are not complete yet. It is asked in
 terms of views (size, stride, offset over the contiguous weight) and shares the weight's `Coverage`, as the `PlainStore`
-of a weight that is not quantized does. Callers hold the weight's lock.
+of a weight that is not quantized does. Callers hold the weight's lock. It is one file because every write, read and end
+looks at the same state of each unit: quantized, staged, open.
 """
 
 from __future__ import annotations

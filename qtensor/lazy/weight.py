@@ -2,7 +2,7 @@
 
 It joins what the weight is (shape, logical dtype, device, the Parameter objects that stand for it) with what has
 arrived (coverage) and where it went (store), under one lock. The session decides; this file only asks it, through
-`Host`.
+`Host`. It is one file because all of it is what may happen under that lock.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,8 @@ from ..lazy.lazy_tensor import (
     LiveQTensor,
     Swap,
     attributes_of,
-    close,
     parameter,
     reopen,
-    settle,
     view_of,
 )
 from ..lazy.plain_store import PlainStore
@@ -43,6 +41,7 @@ from ..tensor.qtensor import QTensor, quantize
 from . import registration
 from .model_transaction import ModelTransaction, waits_for_its_end
 from .options import LoadOptions, OnMissing, OnNonfinite
+from .replacing import Replacement, become_quantized, plain_parameter
 from .session import Session
 from .transaction import State
 
@@ -116,20 +115,6 @@ def open_load(selection: Selection, model: nn.Module | None, options: LoadOption
     if model is not None:
         load.arm(model)
     return session
-
-
-class Replacement:
-    """A Parameter that becomes another tensor, for everyone who holds it. Where PyTorch refuses to exchange the two,
-    its owners get the new object. `do` may be repeated."""
-
-    def __init__(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner]) -> None:
-        new.__dict__.update(attributes_of(param))
-        self._swap, self._new, self._owners = Swap(param, new), new, owners
-
-    def do(self) -> None:
-        if not self._swap.do():
-            for _, module, name in self._owners:
-                module._parameters[name] = self._new  # type: ignore[assignment]
 
 
 class Load(ModelTransaction):
@@ -359,9 +344,9 @@ class Load(ModelTransaction):
 
     def _final_step(self, weight: ArmedWeight, param: torch.Tensor, owners: Sequence[Owner]) -> Callable[[], object]:
         if isinstance(weight.store, PlainStore):
-            return Replacement(param, _plain_parameter(param, weight.store.tensor), owners).do
+            return Replacement(param, plain_parameter(param, weight.store.tensor), owners).do
         assert isinstance(weight.store, QuantStore)
-        return partial(_become_quantized, param, weight.store.result)
+        return partial(become_quantized, param, weight.store.result)
 
     def vote(self) -> None:
         self._agreements.settle()
@@ -401,7 +386,7 @@ class Load(ModelTransaction):
                 if isinstance(param, LiveQTensor):
                     reopen(param)
                 elif kept is not None and isinstance(param, LazyWeight):
-                    Replacement(param, _plain_parameter(param, kept.tensor), ()).do()
+                    Replacement(param, plain_parameter(param, kept.tensor), ()).do()
 
     def _warn(self) -> None:
         assert self._report is not None
@@ -413,13 +398,3 @@ class Load(ModelTransaction):
                 "nothing was quantized: no weight inside the block matched (nn.Linear and 3-d experts by default)"
             )
         super()._warn()
-
-
-def _become_quantized(param: Any, result: QTensor) -> None:
-    if isinstance(param, LAZY):
-        settle(param, result)
-    close(param)
-
-
-def _plain_parameter(lazy: torch.Tensor, tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=lazy.requires_grad)

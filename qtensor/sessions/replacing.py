@@ -1,0 +1,39 @@
+"""The final form of a Parameter: another tensor takes its place, for whoever holds it. Each step may be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..lazy.lazy_tensor import LAZY, Swap, attributes_of, close, settle
+from ..modules import Owner
+from ..tensor.qtensor import QTensor
+
+
+class Replacement:
+    """A Parameter that becomes another tensor, for everyone who holds it. Where PyTorch refuses to exchange the two,
+    its owners get the new object. `do` may be repeated."""
+
+    def __init__(self, param: torch.Tensor, new: torch.Tensor, owners: Sequence[Owner]) -> None:
+        new.__dict__.update(attributes_of(param))
+        self._swap, self._new, self._owners = Swap(param, new), new, owners
+
+    def do(self) -> None:
+        if not self._swap.do():
+            for _, module, name in self._owners:
+                module._parameters[name] = self._new  # type: ignore[assignment]
+
+
+def become_quantized(param: Any, result: QTensor) -> None:
+    """A lazy weight, complete or half-way there, becomes the quantized weight of these values."""
+    if isinstance(param, LAZY):
+        settle(param, result)
+    close(param)
+
+
+def plain_parameter(lazy: torch.Tensor, tensor: torch.Tensor) -> nn.Parameter:
+    """An ordinary Parameter of these values, for a lazy weight that stays in high precision."""
+    return nn.Parameter(tensor, requires_grad=lazy.requires_grad)
