@@ -41,7 +41,7 @@ from qtensor import (
     quantize,
     save_checkpoint,
 )
-from qtensor.checkpoint import inspect_checkpoint, problems, quantize_checkpoint
+from qtensor.checkpoint import inspect_checkpoint, problems, quantize_checkpoint, writing
 from qtensor.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, quantization_config
 from qtensor.checkpoint.transformers import transformers_asks
 from qtensor.schemes.scheme import SCHEMES as NAMED
@@ -526,9 +526,53 @@ def test_only_what_a_save_wrote_is_replaced(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         save_checkpoint(linear(), tmp_path / "file")
-    (tmp_path / "other.partial").mkdir()
+
+
+def test_a_neighbour_is_never_removed(tmp_path):
+    """Of all that lies where a save builds, only what bears its mark is its own."""
+    neighbour = save_checkpoint(linear(), tmp_path / "ck.partial")
+    (neighbour / "thesis.tex").write_text("years of work")
+    before = digests(neighbour)
+    with pytest.raises(CheckpointError, match=r"ck\.partial is in the way, and was not made by qtensor"):
+        save_checkpoint(linear(), tmp_path / "ck")
+    assert digests(neighbour) == before
+    left = tmp_path / "other.partial"  # What a killed save left, and a file that someone put there.
+    (left / writing.MARK).mkdir(parents=True)
+    (left / writing.MARK / writing.LOCK).touch()
+    (left / "thesis.tex").write_text("years of work")
+    save_checkpoint(linear(), tmp_path / "other")
+    assert [p.name for p in left.iterdir()] == ["thesis.tex"]
+    (tmp_path / "link.partial").symlink_to(neighbour)
     with pytest.raises(CheckpointError, match="in the way"):
-        save_checkpoint(linear(), tmp_path / "other")
+        save_checkpoint(linear(), tmp_path / "link")
+    assert digests(neighbour) == before
+
+
+def test_a_forged_list_of_contents_removes_no_folder(tmp_path):
+    folder = tmp_path / "ck"
+    (folder / "thesis").mkdir(parents=True)
+    (folder / "thesis" / "thesis.tex").write_text("years of work")
+    (folder / "qtensor.json").write_text(json.dumps({"files": ["qtensor.json", "thesis"], "tensors": {}}))
+    with pytest.raises(CheckpointError, match="holds thesis, which was not written by a save"):
+        save_checkpoint(linear(), folder)
+    assert (folder / "thesis" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_the_target_is_followed(there, tmp_path):
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    if there:
+        save_checkpoint(linear(fp8_per_tensor), real)
+    link.symlink_to(real)
+    for _ in range(2):
+        assert save_checkpoint(linear(), link) == link
+        assert link.is_symlink()
+        assert problems(real) == []
+        assert [p.name for p in real.parent.iterdir()] == ["real"]
+        assert [p.name for p in tmp_path.iterdir() if p.name not in ("disk", "link")] == []
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(CheckpointError, match="circle is a link that leads nowhere"):
+        save_checkpoint(linear(), tmp_path / "circle")
 
 
 def test_what_does_not_fit_the_model_is_refused_before_the_first_write(tmp_path):

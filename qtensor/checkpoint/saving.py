@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def save_checkpoint(
         write_manifest(path, format, records)
         require_sound(path)
         staging.publish()
-    return staging.target
+    return Path(os.path.abspath(folder))
 
 
 def _contents(

@@ -1,9 +1,9 @@
 """Writing a checkpoint so that it is whole or not there.
 
-Everything is written to `FOLDER.partial`, beside the folder it is for, read back and compared, and renamed in one step.
-Whatever happens before that step, the folder is as it was. `qtensor.json`, in the finished folder, lists each tensor
-with its dtype, shape and SHA-256, and every file that belongs to the checkpoint, which is also how a later save knows
-what it may replace.
+Everything is written to a folder in `FOLDER.partial`, beside the folder it is for, read back and compared, and renamed
+in one step. Whatever happens before that step, the folder is as it was. `qtensor.json`, in the finished folder, lists
+each tensor with its dtype, shape and SHA-256, and every file that belongs to the checkpoint, which is also how a later
+save knows what it may replace.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,8 @@ from ..errors import CheckpointError
 from .layouts import Spec
 from .reading import CONFIG, DTYPE_NAMES, DTYPES, INDEX, MANIFEST, PICKLES, bytes_of, read_manifest
 
-MARK = ".qtensor-partial"  # A folder within a folder that is being built: its lock, and notes for a resumed run.
+MARK = ".qtensor-partial"  # A folder beside what is being built: its lock, and notes for a resumed run.
+LOCK, PLAN = "lock", "plan"
 _WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 Records = dict[str, dict[str, Any]]
@@ -110,29 +111,27 @@ class ShardWriter:
 
 
 class Staging:
-    """The folder `TARGET.partial`, in which a checkpoint is built before it takes its place.
+    """The folder `TARGET.partial`, in which a checkpoint is built before it takes its place. Links are followed.
 
-    Only one process at a time may build it. What an interrupted one left there is kept for `resume`, or removed.
+    Its mark says that this writer made it, and holds the lock and the notes; the checkpoint lies beside the mark, in a
+    folder of its own. Nothing else that may be there is ever removed. Only one process at a time may build. What an
+    interrupted one left is kept for `resume`, if it noted its plan, or removed.
     """
 
     def __init__(self, target: str | Path, resume: bool = False) -> None:
-        self.target = Path(os.path.abspath(target))
+        self.target = _real(target)
         self.path = partial_folder(target)
+        self.notes, self.files = self.path / MARK, build_folder(target)
         _require_replaceable(self.target)
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[bytes] | None = None
-        if self.path.exists():
-            if not (self.path / MARK).exists() and not (self.path / MANIFEST).exists():
-                raise CheckpointError(f"{self.path} is in the way, and was not made by qtensor; move it elsewhere")
-            self._lock = _lock(self.path)
-            if not resume or not (self.path / MARK).exists():
-                _unlock(self._lock)
-                self._lock = None
-                shutil.rmtree(self.path)
-        self.notes = self.path / MARK
-        self.notes.mkdir(parents=True, exist_ok=True)
-        if self._lock is None:
-            self._lock = _lock(self.path)
+        if self.path.is_symlink() or (self.path.exists() and not _made_here(self.path)):
+            raise CheckpointError(f"{self.path} is in the way, and was not made by qtensor; move it elsewhere")
+        self._lock = _lock(self.notes)
+        if not (resume and (self.notes / PLAN).exists() and self.files.is_dir()):
+            _remove(self.files)
+            for path in self.notes.iterdir():
+                if path.name != LOCK:
+                    _remove(path)
+        self.files.mkdir(exist_ok=True)
 
     def require_space(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.path).free
@@ -147,11 +146,12 @@ class Staging:
         """The folder to write into. When the block fails it is removed (kept, for a later `resume`, with `keep`), and
         a full disk says so."""
         try:
-            yield self.path
+            yield self.files
         except BaseException as error:
-            _unlock(self._lock)
-            if not keep:
-                shutil.rmtree(self.path, ignore_errors=True)
+            if keep:
+                _unlock(self._lock)
+            else:
+                self._clear()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CheckpointError(
                     f"{self.path}: no space left on the disk; {self.target} is as it was. Free some, and run it again."
@@ -161,22 +161,57 @@ class Staging:
     def publish(self) -> None:
         """Take the place of the target, in one step. What replaces a checkpoint is on the disk first, so that a power
         cut leaves one of the two; what replaces nothing has its source to fall back on."""
-        shutil.rmtree(self.notes)  # The manifest still says whose folder it is.
+        _require_replaceable(self.target)
         if self.target.exists() and any(self.target.iterdir()):
-            for path in (*(p for p in self.path.iterdir() if p.is_file()), self.path):
+            for path in (*(p for p in self.files.iterdir() if p.is_file()), self.files):
                 _sync(path)
-            _exchange(self.path, self.target)
-            _sync(self.path.parent)
-            shutil.rmtree(self.path)
+            _exchange(self.files, self.target)
+            _sync(self.target.parent)
         else:
-            os.replace(self.path, self.target)
+            os.replace(self.files, self.target)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove the staging folder. It stays if someone put another file into it."""
+        shutil.rmtree(self.files, ignore_errors=True)
+        shutil.rmtree(self.notes, ignore_errors=True)
+        with suppress(OSError):
+            self.path.rmdir()
         _unlock(self._lock)
 
 
 def partial_folder(target: str | Path) -> Path:
-    """Where a checkpoint is built."""
-    path = Path(os.path.abspath(target))
+    """Beside the target: what is needed while it is built."""
+    path = _real(target)
     return path.with_name(path.name + ".partial")
+
+
+def build_folder(target: str | Path) -> Path:
+    """Where the files of a checkpoint are written."""
+    return partial_folder(target) / "files"
+
+
+def _real(target: str | Path) -> Path:
+    """The folder that a path leads to, links followed, whether it exists or not."""
+    path = Path(os.path.realpath(target))
+    if path.is_symlink():
+        raise CheckpointError(f"{target} is a link that leads nowhere; give a folder")
+    return path
+
+
+def _made_here(folder: Path) -> bool:
+    """Does a folder bear the mark of this writer, or nothing, as when the writer was killed before it made its mark?"""
+    mark = folder / MARK
+    if not folder.is_dir() or mark.is_symlink():
+        return False
+    return (mark / LOCK).is_file() or (set(folder.iterdir()) <= {mark} and not any(mark.glob("*")))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -193,7 +228,7 @@ def write_manifest(folder: Path, format: str, records: Records) -> None:
     content = {
         "version": 1,
         "format": format,
-        "files": sorted({p.name for p in folder.iterdir() if p.name != MARK} | {MANIFEST}),
+        "files": sorted({p.name for p in folder.iterdir()} | {MANIFEST}),
         "tensors": {name: records[name] for name in sorted(records)},
     }
     write_json(folder / MANIFEST, content)
@@ -218,14 +253,14 @@ def _require_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder")
-    held = {p.name for p in target.iterdir()} - {MARK}
+    held = {p.name: p.is_file() and not p.is_symlink() for p in target.iterdir()}
     if not held:
         return
     try:
         known = set(read_manifest(target)["files"])
     except CheckpointError:
         known = set()
-    if alien := sorted(held - known):
+    if alien := sorted(name for name, plain in held.items() if not plain or name not in known):
         raise CheckpointError(
             f"{target} holds {alien[0]}, which was not written by a save to this folder; nothing is overwritten. "
             "Give a new folder, or remove this one."
@@ -261,21 +296,28 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _lock(folder: Path) -> IO[bytes] | None:
-    """Hold a folder until `_unlock`, or the end of the process. None where files cannot be locked (Windows)."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    if not (folder / MARK).is_dir():
-        return None  # a finished checkpoint that was about to be removed
-    file = (folder / MARK / "lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise CheckpointError(f"{folder} is being written by another process") from None
-    return file
+def _lock(mark: Path) -> IO[bytes] | None:
+    """Make the mark, and hold it until `_unlock`, or the end of the process. None where files cannot be locked
+    (Windows)."""
+    while True:
+        try:
+            mark.mkdir(parents=True, exist_ok=True)
+            file = (mark / LOCK).open("ab")
+        except FileNotFoundError:
+            continue  # Its last holder has just removed it.
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()
+        except ImportError:
+            file.close()
+            return None
+        except OSError:
+            file.close()
+            raise CheckpointError(f"{mark.parent} is being written by another process") from None
 
 
 def _unlock(file: IO[bytes] | None) -> None:

@@ -36,12 +36,13 @@ from ..checkpoint.layouts import (
 from ..checkpoint.reading import CONFIG, Checkpoint, Stored, read_json
 from ..checkpoint.verify import require_workers, verify_checkpoint
 from ..checkpoint.writing import (
+    PLAN,
     Names,
     Records,
     ShardWriter,
     Staging,
+    build_folder,
     carry_over,
-    partial_folder,
     write_json,
     write_manifest,
 )
@@ -219,7 +220,7 @@ def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequen
     scheme, checkpoint = as_scheme(scheme), Checkpoint(source)
     report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
     schemes = _choose(checkpoint, scheme, ignore, format, report)
-    tasks = plan(checkpoint, partial_folder(target), schemes, format)
+    tasks = plan(checkpoint, build_folder(target), schemes, format)
     names = Names()
     for tensor in (tensor for task in tasks for tensor in task.tensors):
         kind = f" ({tensor.scheme})" if tensor.scheme is not None else ""
@@ -467,7 +468,7 @@ def _alone(workers: int) -> Share:
 
 def _require_same_plan(staging: Staging, conversion: Conversion) -> None:
     """What an interrupted run left is only of use to a run with the same source and settings."""
-    digest, note = conversion.digest(), staging.notes / "plan"
+    digest, note = conversion.digest(), staging.notes / PLAN
     if not note.exists():
         fresh = note.with_name("plan.new")
         write_json(fresh, digest)
