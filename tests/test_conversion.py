@@ -249,6 +249,43 @@ def test_nothing_is_overwritten(tmp_path):
         quantize_checkpoint(source, source, fp8)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_link_out_of_the_source_is_not_published(name, tmp_path):
+    source = write(tmp_path / "source", layers())
+    (source / "tokenizer.json").write_text("{}")
+    (source / "LICENSE").symlink_to("config.json")  # Within the folder, it may be.
+    (source / name).rename(tmp_path / "secret")
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of its folder"):
+        quantize_checkpoint(source, tmp_path / "out", fp8)
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "secret"}
+
+
+def test_a_save_leaves_links_out_of_the_source_behind(tmp_path):
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    for folder in (source, saved):
+        folder.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (source / "tokenizer.json").symlink_to(tmp_path / "secret")
+    (source / "LICENSE").write_text("free")
+    with pytest.warns(UserWarning, match=r"tokenizer\.json is a link out of its folder"):
+        writing.carry_over(source, saved)
+    assert [p.name for p in saved.iterdir()] == ["LICENSE"]
+
+
+def test_a_snapshot_of_the_hubs_cache_is_converted(tmp_path):
+    source = write(tmp_path / "models--a--b" / "snapshots" / "main", layers())
+    (source / "tokenizer.json").write_text("{}")
+    quantize_checkpoint(source, tmp_path / "expected", fp8)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for path in list(source.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("..", "..", "blobs", path.name))
+    quantize_checkpoint(source, tmp_path / "out", fp8)
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
 def test_names_that_meet_are_refused_before_the_first_byte(tmp_path):
     tensors = layers() | {
         "lm_head.weight_scale": torch.ones(1),

@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -234,13 +235,33 @@ def write_manifest(folder: Path, format: str, records: Records) -> None:
     write_json(folder / MANIFEST, content)
 
 
-def carry_over(source: Path, folder: Path, exclude: Iterable[str] = ()) -> None:
-    """Copy what lies beside a checkpoint's weights: tokenizer, generation settings, model code, licence."""
-    skip = {CONFIG, INDEX, MANIFEST, *exclude}
+def side_files(source: Path) -> list[Path]:
+    """What lies beside a checkpoint's weights: tokenizer, generation settings, model code, licence."""
+    found = []
     for path in sorted(source.iterdir()):
         weights = path.name.lower().endswith(_WEIGHTS) or path.name.endswith(".index.json")
-        if path.is_file() and not path.name.startswith(".") and not weights and path.name not in skip:
+        ours = path.name in (CONFIG, INDEX, MANIFEST)
+        if path.is_file() and not path.name.startswith(".") and not weights and not ours:
+            found.append(path)
+    return found
+
+
+def carry_over(source: Path, folder: Path) -> None:
+    """Copy the side files. Links out of the source are left out, with a warning."""
+    for path in side_files(source):
+        if leads_out(path):
+            warnings.warn(f"{path} is a link out of its folder and is not carried over to the checkpoint", stacklevel=4)
+        else:
             shutil.copyfile(path, folder / path.name)
+
+
+def leads_out(path: Path) -> bool:
+    """Is a file of a checkpoint a link to one that is not the checkpoint's? The Hub's cache keeps its files as
+    models--NAME/blobs/HASH, to which models--NAME/snapshots/REVISION/FILE are links."""
+    folder, real = path.parent.resolve(), path.resolve()
+    repository = folder.parent.parent
+    cached = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    return not real.is_relative_to(folder) and not (cached and real.parent == repository / "blobs")
 
 
 def _nbytes(record: Mapping[str, Any]) -> int:

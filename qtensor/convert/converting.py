@@ -43,6 +43,8 @@ from ..checkpoint.writing import (
     Staging,
     build_folder,
     carry_over,
+    leads_out,
+    side_files,
     write_json,
     write_manifest,
 )
@@ -218,6 +220,9 @@ def quantize_checkpoint(
 def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequence[str], format: str) -> Conversion:
     """What there is to do, from the headers alone; nothing is written. Raises CheckpointError."""
     scheme, checkpoint = as_scheme(scheme), Checkpoint(source)
+    for path in (*checkpoint.files, checkpoint.folder / CONFIG, *side_files(checkpoint.folder)):
+        if leads_out(path):
+            raise CheckpointError(f"{path} is a link out of its folder, and is not published; put the file there")
     report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
     schemes = _choose(checkpoint, scheme, ignore, format, report)
     tasks = plan(checkpoint, build_folder(target), schemes, format)
