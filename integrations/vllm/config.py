@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +10,12 @@ import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from qtensor.errors import ConfigError
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES, Scheme, fp8
 
 from . import compat
-from .options import Choice, OptionsError, parse
+from .options import Choice, parse, read_json
 
 
 class QTensorConfig(QuantizationConfig):
@@ -30,8 +30,8 @@ class QTensorConfig(QuantizationConfig):
     scheme: Scheme = fp8
 
     def __init__(self, given: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
         self.choice = Choice(parse(self.scheme, given or {}))
+        super().__init__()
         if "llvmlite" in sys.modules:
             compat.shield_llvmlite()
 
@@ -39,6 +39,15 @@ class QTensorConfig(QuantizationConfig):
         return f"{type(self).__name__}({self.choice.options})"
 
     # What vLLM asks
+
+    @property
+    def packed_modules_mapping(self) -> Any:
+        """Which layers a model fuses. vLLM puts its model's own dictionary here, or adds to the one it finds."""
+        return self.choice.packed
+
+    @packed_modules_mapping.setter
+    def packed_modules_mapping(self, packed: Any) -> None:
+        self.choice.packed = packed
 
     @classmethod
     def get_name(cls) -> Any:
@@ -61,12 +70,9 @@ class QTensorConfig(QuantizationConfig):
 
     @classmethod
     def from_config_dict_json(cls, text: str) -> QTensorConfig:
-        try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise OptionsError(f"qtensor: quantization_config_dict_json is not JSON: {error}") from None
+        given = read_json("quantization_config_dict_json", text)
         if not isinstance(given, dict):
-            raise OptionsError(f"qtensor: quantization_config_dict_json is an object of options, not {given!r}")
+            raise ConfigError(f"qtensor: quantization_config_dict_json is an object of options, not {given!r}")
         return cls(given)
 
     @classmethod
@@ -95,7 +101,7 @@ class QTensorConfig(QuantizationConfig):
     @online_quantization_config.setter
     def online_quantization_config(self, value: Any) -> None:
         if value is not None:
-            raise OptionsError(
+            raise ConfigError(
                 "qtensor: --quantization-config is read by vLLM's own online quantization. Give qtensor its options by "
                 'hf_overrides={"quantization_config": {"quant_method": "qtensor", ...}} or QTENSOR_VLLM_... variables.'
             )
@@ -108,7 +114,7 @@ class QTensorConfig(QuantizationConfig):
         self.choice.rename = rename
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of one layer as the model is built. Raises OptionsError where the user's patterns clash."""
+        """The method of one layer as the model is built. Raises ConfigError where the user's patterns clash."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -116,27 +122,21 @@ class QTensorConfig(QuantizationConfig):
         from .linear import QTensorLinearMethod
         from .moe import expert_method
 
+        choice = self.choice
         if isinstance(layer, LinearBase):
-            scheme = self.choice.scheme(prefix, self._parts(prefix), experts=False)
-            return UnquantizedLinearMethod() if scheme is None else QTensorLinearMethod(self, prefix, scheme)
+            scheme = choice.scheme(prefix, experts=False)
+            return UnquantizedLinearMethod() if scheme is None else QTensorLinearMethod(choice, prefix, scheme)
         if isinstance(layer, compat.expert_layer()):
-            scheme = self.choice.scheme(prefix, self._parts(prefix), experts=True)
-            return compat.unquantized_experts(layer) if scheme is None else expert_method(self, prefix, scheme, layer)
-        if isinstance(layer, ParallelLMHead) and self.choice.options.lm_head:
-            self.choice.head_found = True
-            return QTensorHeadMethod(self, prefix, self.choice.options.linear or self.scheme)
+            scheme = choice.scheme(prefix, experts=True)
+            return compat.unquantized_experts(layer) if scheme is None else expert_method(choice, prefix, scheme, layer)
+        if isinstance(layer, ParallelLMHead) and choice.options.lm_head:
+            choice.head_found = True
+            return QTensorHeadMethod(choice, prefix, choice.options.lm_head)
         return None
-
-    def _parts(self, prefix: str) -> list[str]:
-        parent, _, last = prefix.rpartition(".")
-        dot = f"{parent}." if parent else ""
-        return [dot + part for part in self.packed_modules_mapping.get(last, (last,))]
 
     def __getstate__(self) -> dict[str, Any]:
         # `rename` is a closure over vLLM's mapper; the worker that receives this makes its own.
-        state = self.__dict__.copy()
-        state["choice"] = Choice(self.choice.options)
-        return state
+        return self.__dict__ | {"choice": Choice(self.choice.options, self.choice.packed)}
 
 
 def _builtin_method(hf_quant_cfg: Any, hf_config: Any) -> str:

@@ -1,83 +1,113 @@
-"""Who begins and ends a reload: the plugin's transactions stand in for vLLM's layerwise reload.
+"""Where vLLM comes in: the first layer of a model that is being built begins its load, and calls that vLLM makes on
+models of this plugin go to the transaction under way.
 
-That is: `reload_weights`, the lifecycle start_weight_update / update_weights / finish_weight_update of its weight
-transfer engines, and frameworks that call `model.load_weights` themselves, each for models this plugin loaded.
+That is `model.load_weights`, whoever calls it, and the calls by which vLLM reloads: `reload_weights`, and the lifecycle
+start_weight_update / update_weights / finish_weight_update of its weight transfer engines. The plugin's reloads stand
+in for vLLM's layerwise reload there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import nn
 
+from qtensor.callers import outermost_under_construction
 from qtensor.errors import QTensorError
 from qtensor.tensor.checksums import weight_checksums
 
 from . import compat
-from .load import Load, find_load
+from .incoming import Weights
+from .load import Load
+from .options import Choice
 from .reload import Reload
+from .served import ServedModel, find_served
 
 # Does the reload that is about to begin read a whole checkpoint, and do all ranks run it as one call?
 _from_files: ContextVar[bool] = ContextVar("from_files", default=False)
 _one_call: ContextVar[bool] = ContextVar("one_call", default=False)
 
 
-def take_over() -> None:
+# Loads ---------------------------------------------------------------------------------------------------------------
+
+
+def load_of(choice: Choice) -> Load:
+    """The load of the model that is being constructed by the caller's callers; begun if this is its first layer.
+
+    vLLM gives a quantization method no handle on the model, so the model is taken from the stack: the outermost module
+    whose `__init__` is running.
+    """
+    root = outermost_under_construction()
+    if root is None:
+        raise QTensorError("qtensor: vLLM created a layer outside of any model; the plugin does not know this route")
+    served = ServedModel.of(root)
+    if served is None:
+        served = ServedModel(root, choice)
+        load = Load(served)
+        _listen(served)
+        _take_over()
+        compat.shield_llvmlite()
+        return load
+    assert isinstance(served.open, Load)
+    return served.open
+
+
+def _listen(served: ServedModel) -> None:
+    """See every (name, tensor) that a loader hands to the model. A wrapper on this one model, not on its class."""
+    inner = getattr(served.root, "load_weights", None)
+    if inner is None:
+        return
+
+    @functools.wraps(inner)
+    def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> Any:
+        if served.incoming.active or (served.open is None and served.report is None):
+            return inner(weights, *args, **kwargs)  # The model calls itself, or its load has failed.
+        if served.open is not None:
+            return served.open.load_weights(inner, weights, args, kwargs)
+        reload = Reload(served, whole_checkpoint=False, one_call=True)
+        loaded = reload.load_weights(inner, weights, args, kwargs)
+        reload.finish()
+        return loaded
+
+    object.__setattr__(served.root, "load_weights", load_weights)
+
+
+# Reloads -------------------------------------------------------------------------------------------------------------
+
+
+def _take_over() -> None:
     """Stand in for vLLM's reload, from now on, for models this plugin loads. Safe to call any number of times."""
     compat.wrap_layerwise_reload(begin, finish)
     compat.wrap_worker("reload_weights", _one_reload)
     compat.wrap_worker("finish_weight_update", _end_of_update)
+    compat.add_worker_method("qtensor_report", worker_report)
     compat.add_worker_method("qtensor_checksums", worker_checksums)
-
-
-def worker_checksums(worker: Any) -> dict[str, str]:
-    """What `collective_rpc("qtensor_checksums")` answers in each worker."""
-    model = worker.model_runner.get_model()
-    load = find_load(model)
-    tensors = {name: param for name, param in model.named_parameters() if param.numel()}
-    for published in load.published if load is not None else []:
-        live = published.live()
-        if live is not None:
-            for name, _, _ in published.places or ():
-                tensors.pop(f"{published.slot.prefix}.{name}", None)
-            tensors[published.slot.full_name] = live
-    return weight_checksums(tensors)
 
 
 def begin(model: nn.Module) -> bool:
     """Open a reload. False if the model is not this plugin's. One that an error left open is given up."""
-    load = find_load(model)
-    if load is None or load.report is None:
+    served = find_served(model)
+    if served is None or served.report is None:
         return False
-    if load.reload is not None:
-        load.reload.abort()
-    load.reload = Reload(load, whole_checkpoint=_from_files.get(), one_call=_one_call.get())
+    if served.open is not None:
+        served.open.abort()
+    Reload(served, whole_checkpoint=_from_files.get(), one_call=_one_call.get())
     return True
 
 
 def finish(model: nn.Module) -> bool:
     """Commit the open reload. False if the model is not this plugin's."""
-    load = find_load(model)
-    if load is None or load.report is None:
+    served = find_served(model)
+    if served is None or served.report is None:
         return False
-    if load.reload is None:
+    if served.open is None:
         raise QTensorError("no reload of this model is open: it was never begun, or an error has ended it; begin anew")
-    load.reload.finish()
+    served.open.finish()
     return True
-
-
-def load_again(load: Load, inner: Any, weights: Iterable[tuple[str, torch.Tensor]], args: Any, kwargs: Any) -> Any:
-    """`model.load_weights` of a model that is being served: a chunk of the open reload, or a reload of its own."""
-    if load.reload is not None:
-        return load.reload.load_weights(inner, weights, args, kwargs)
-    load.reload = reload = Reload(load, whole_checkpoint=False, one_call=True)
-    loaded = reload.load_weights(inner, weights, args, kwargs)
-    reload.finish()
-    return loaded
 
 
 @contextlib.contextmanager
@@ -91,9 +121,9 @@ def _one_reload(worker: Any, weights: Any) -> Iterator[None]:
     except BaseException as error:
         for name, value in source.items():
             setattr(config, name, value)
-        load = find_load(worker.model_runner.get_model())
-        if load is not None and load.reload is not None:
-            load.reload.abort(error)
+        served = find_served(worker.model_runner.get_model())
+        if served is not None and served.open is not None:
+            served.open.abort(error)
         _raise_on_the_last_rank(error)
     finally:
         _from_files.reset(tokens[0])
@@ -116,3 +146,26 @@ def _raise_on_the_last_rank(error: BaseException) -> None:
     if not getattr(error, "told_all_ranks", False) or compat.answers_last():
         raise error
     compat.logger().error("qtensor: %s", error)
+
+
+# What workers answer ------------------------------------------------------------------------------------------------
+
+
+def worker_report(worker: Any) -> dict[str, Any] | None:
+    """What `collective_rpc("qtensor_report")` answers in each worker; None if qtensor had no part in its model."""
+    served = find_served(worker.get_model() if hasattr(worker, "get_model") else worker.model_runner.get_model())
+    return served.as_dict() if served is not None else None
+
+
+def worker_checksums(worker: Any) -> dict[str, str]:
+    """What `collective_rpc("qtensor_checksums")` answers in each worker."""
+    model = worker.model_runner.get_model()
+    served = find_served(model)
+    tensors = {name: param for name, param in model.named_parameters() if param.numel()}
+    for published in served.published if served is not None else []:
+        live = published.live()
+        if live is not None:
+            for name, _, _ in published.places or ():
+                tensors.pop(f"{published.slot.prefix}.{name}", None)
+            tensors[published.slot.full_name] = live
+    return weight_checksums(tensors)

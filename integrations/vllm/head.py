@@ -40,8 +40,8 @@ class QTensorHeadMethod(QTensorLinearMethod):
                 f"{self.prefix}: this output head is tied to the embedding, which a GPU's fp8 kernels cannot look up; "
                 "leave the option lm_head out"
             )
-        name = compat.embedding_name(self.load.root, embed_tokens)
-        method = QTensorEmbeddingMethod(self.config, name, self.scheme)
+        name = compat.embedding_name(self.load.served.root, embed_tokens)
+        method = QTensorEmbeddingMethod(self.choice, name, self.scheme)
         weight = embed_tokens._parameters.pop("weight")
         self.load.disarm(layer, "weight")
         method.create_weights(

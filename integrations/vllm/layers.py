@@ -17,6 +17,7 @@ from torch import nn
 
 from qtensor.kernels import Parts
 from qtensor.lazy.weight import ArmedWeight
+from qtensor.modules import full_name
 from qtensor.regions.boxes import contiguous_strides
 from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
@@ -38,7 +39,7 @@ class Slot:
 
     @property
     def full_name(self) -> str:
-        return f"{self.prefix}.{self.name}"
+        return full_name((self.prefix, self.layer, self.name))
 
 
 @dataclass

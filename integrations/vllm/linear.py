@@ -7,7 +7,7 @@ parameter ends in copy_ too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -16,12 +16,11 @@ from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
 from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
 
-from .load import Load, load_of
+from .entry import load_of
+from .load import Load
+from .options import Choice
 from .parallel import split_axes
 from .products import linear_compute
-
-if TYPE_CHECKING:
-    from .config import QTensorConfig
 
 
 class QTensorLinearMethod(LinearMethodBase):
@@ -32,8 +31,8 @@ class QTensorLinearMethod(LinearMethodBase):
     wants.
     """
 
-    def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme) -> None:
-        self.config, self.prefix, self.scheme = config, prefix, scheme
+    def __init__(self, choice: Choice, prefix: str, scheme: Scheme) -> None:
+        self.choice, self.prefix, self.scheme = choice, prefix, scheme
         self.load: Load | None = None
 
     def create_weights(
@@ -52,9 +51,8 @@ class QTensorLinearMethod(LinearMethodBase):
         layer.output_size_per_partition = shape[0]
         layer.orig_dtype = params_dtype
         layer.weight_block_size = list(self.scheme.format.block) if self.scheme.format.granularity == "block" else None
-        self.compute = linear_compute(self.scheme, self.config.choice.options, shape, params_dtype)
-        self.load = load_of(self.config.choice)
-        self.load.names.packed = self.config.packed_modules_mapping
+        self.compute = linear_compute(self.scheme, self.choice.options, shape, params_dtype)
+        self.load = load_of(self.choice)
         attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
         split = split_axes(rows=shape[0] < output_size, columns=shape[1] < input_size)
         self.load.arm(self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes, split)

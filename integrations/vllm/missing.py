@@ -8,12 +8,13 @@ given as this checkpoint would spell them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from torch import nn
 
 from qtensor.errors import IncompleteLoadError
+from qtensor.modules import full_name, weight_of
 from qtensor.regions.coverage import Box
 from qtensor.report.report import describe_boxes
 
@@ -32,10 +33,10 @@ def refuse_incomplete(what: str, lines: list[str], boxes: dict[str, list[Box]], 
 
 
 class Names:
-    """packed: vLLM's packed_modules_mapping, fused module → its parts in a checkpoint, in order."""
+    """parts: gives the layers that a checkpoint has for one of vLLM's, in order (see `Choice.parts`)."""
 
-    def __init__(self) -> None:
-        self.packed: Mapping[str, Sequence[str]] = {}
+    def __init__(self, parts: Callable[[str], list[str]]) -> None:
+        self._parts = parts
         self._seen: dict[tuple[str, str, Any, Any], str] = {}
         self._shapes: dict[str, list[int]] = {}
 
@@ -47,12 +48,6 @@ class Names:
         if source is not None:
             self._seen[prefix, name, _key(shard), expert] = source
             self._shapes[source] = list(shape or ())
-
-    def parts(self, prefix: str) -> list[str]:
-        """The names of the layers that a checkpoint has for the layer vLLM calls `prefix`."""
-        parent, _, last = prefix.rpartition(".")
-        dot = f"{parent}." if parent else ""
-        return [dot + part for part in self.packed.get(last, (last,))]
 
     def describe(
         self, prefix: str, layer: nn.Module, name: str, shape: tuple[int, ...], boxes: Sequence[Box]
@@ -70,7 +65,7 @@ class Names:
             what = describe_boxes((stop - start, *shape[1:]), local)
             fused = "" if part == prefix else f" (of the fused {prefix}.{name})"
             lines.append(f"'{source}'{fused}: {what}{self._seen_shape(source)}")
-        return lines or [f"'{prefix}.{name}': {describe_boxes(shape, boxes)}"]
+        return lines or [f"'{full_name((prefix, layer, name))}': {describe_boxes(shape, boxes)}"]
 
     def _seen_shape(self, source: str) -> str:
         shape = self._shapes.get(source)
@@ -78,7 +73,7 @@ class Names:
 
     def _shards(self, prefix: str, layer: nn.Module, shape: Sequence[int]) -> list[tuple[int, int, Any, str]]:
         """(first row, last row, vLLM's shard id, checkpoint's layer name) of the parts of a fused weight."""
-        parts, sizes = self.parts(prefix), list(getattr(layer, "output_partition_sizes", []))
+        parts, sizes = self._parts(prefix), list(getattr(layer, "output_partition_sizes", []))
         if len(parts) != len(sizes) or sum(sizes) != shape[0]:
             return [(0, shape[0], None, prefix)]
         shards, start = [], 0
@@ -130,7 +125,7 @@ class Names:
                 continue
             pattern = rf"(experts\.){seen_expert}(\.)"
             return re.sub(pattern, rf"\g<1>{expert}\g<2>", source) if re.search(pattern, source) else source
-        return f"{prefix.removesuffix('.routed_experts')}.{expert}.{tensor}.weight"
+        return weight_of(f"{prefix.removesuffix('.routed_experts')}.{expert}.{tensor}")
 
 
 def _key(shard: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -22,33 +22,32 @@ from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
-from .load import Load, load_of
+from .entry import load_of
+from .load import Load
+from .options import Choice
 from .parallel import split_axes
 from .products import _define, frozen, product, publish_parts, published_parts, require_served_on_gpus
-
-if TYPE_CHECKING:
-    from .config import QTensorConfig
 
 _STACKS = ("w13_weight", "w2_weight")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_no_mul", "relu2_no_mul")
 
 
-def expert_method(config: QTensorConfig, prefix: str, scheme: Scheme, layer: Any) -> Any:
+def expert_method(choice: Choice, prefix: str, scheme: Scheme, layer: Any) -> Any:
     """The method for a layer of routed experts, on the device that vLLM is building the model for."""
     if torch.get_default_device().type == "cpu":
         problem = compat.cpu_experts_problem()
         if problem is not None:
             raise QTensorError(f"{prefix}: {problem}")
         compat.permit_amx()
-        return _cpu_class()(config, prefix, scheme, layer.moe_config)
+        return _cpu_class()(choice, prefix, scheme, layer.moe_config)
     require_served_on_gpus(scheme)
-    return _gpu_class(scheme.format.granularity)(config, prefix, scheme, layer.moe_config)
+    return _gpu_class(scheme.format.granularity)(choice, prefix, scheme, layer.moe_config)
 
 
 class _Experts:
     """What both devices share: arming, verification, publication."""
 
-    config: QTensorConfig
+    choice: Choice
     prefix: str
     scheme: Scheme
     load: Load | None
@@ -68,8 +67,7 @@ class _Experts:
         layer.num_experts, layer.orig_dtype = num_experts, params_dtype
         layer.weight_block_size = list(self.scheme.format.block) if self.scheme.format.granularity == "block" else None
         layer.w13_input_scale = layer.w2_input_scale = None
-        self.load = load_of(self.config.choice)
-        self.load.names.packed = self.config.packed_modules_mapping
+        self.load = load_of(self.choice)
         for name, shape in zip(_STACKS, ((num_experts, rows, hidden), (num_experts, hidden, inner)), strict=True):
             parallel = self.moe.moe_parallel_config.tp_size > 1
             split = split_axes(rows=parallel and name == "w13_weight", columns=parallel and name == "w2_weight")
@@ -124,9 +122,9 @@ def _cpu_class() -> type:
     class QTensorExpertsCpu(_Experts, base):  # type: ignore[misc]
         """Expert by expert, on the tokens routed to it."""
 
-        def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme, moe: Any) -> None:
+        def __init__(self, choice: Choice, prefix: str, scheme: Scheme, moe: Any) -> None:
             base.__init__(self, moe)
-            self.config, self.prefix, self.scheme, self.load = config, prefix, scheme, None
+            self.choice, self.prefix, self.scheme, self.load = choice, prefix, scheme, None
             activation = _activation_name(moe.activation)
             if activation not in _ACTIVATIONS:
                 raise QTensorError(
@@ -165,7 +163,7 @@ def _cpu_class() -> type:
                 self.scheme.format.name,
                 _activation_name(layer.activation),
                 bool(layer.apply_router_weight_on_input),
-                self.config.choice.options.activation == "dynamic",
+                self.choice.options.activation == "dynamic",
             )
             return out
 
@@ -184,9 +182,9 @@ def _gpu_class(granularity: str) -> type:
 
         uses_meta_device = False
 
-        def __init__(self, config: QTensorConfig, prefix: str, scheme: Scheme, moe: Any) -> None:
+        def __init__(self, choice: Choice, prefix: str, scheme: Scheme, moe: Any) -> None:
             native.__init__(self, moe=moe)
-            self.config, self.prefix, self.scheme, self.load = config, prefix, scheme, None
+            self.choice, self.prefix, self.scheme, self.load = choice, prefix, scheme, None
 
         def _publish(self, layer: Any, w13: QTensor, w2: QTensor) -> None:
             scales = [w.scale.squeeze(-1) if granularity == "tensor" else w.scale for w in (w13, w2)]

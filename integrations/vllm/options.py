@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from qtensor.errors import ConfigError
+from qtensor.modules import weight_of
 from qtensor.schemes.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
 from qtensor.schemes.scheme import SCHEMES, Scheme
 from qtensor.schemes.selection import DEFAULT_IGNORE, matches
 
 OptionsError = ConfigError
-"""An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
+"""The name that this error had here first."""
 
 PREFIX = "QTENSOR_VLLM_"
 _NOT_OPTIONS = {"quant_method"}
@@ -30,7 +31,7 @@ class Options:
     """linear, moe: the scheme of linear layers and of routed experts; None leaves them alone.
     ignore: patterns of layers to leave alone, besides qtensor's defaults (heads, embeddings, norms, routers).
     targets: pattern → scheme; when given, only these layers are quantized.
-    lm_head: quantize the output head too, and with it the embedding it may be tied to.
+    lm_head: the scheme of the output head, and so of the embedding it may be tied to; None leaves it alone.
     activation: "auto" quantizes activations where the device multiplies in fp8 (GPUs) and keeps them elsewhere;
         "dynamic" and "none" force it. Schemes that are weight-only have no "dynamic".
     on_nonfinite: "error" refuses NaN and infinity; "keep" stores them.
@@ -40,24 +41,40 @@ class Options:
         quantizes the rest again from its quantized values.
     report: where each worker writes its report, as JSON and HTML unless the path ends in .json or .html; "{rank}" in it
         is replaced.
+
+    Raises ConfigError for values that exclude each other.
     """
 
     linear: Scheme | None
     moe: Scheme | None
     ignore: tuple[str, ...] = ()
     targets: Mapping[str, Scheme] = field(default_factory=dict)
-    lm_head: bool = False
+    lm_head: Scheme | None = None
     activation: str = "auto"
     on_nonfinite: str = "error"
     reload: str = "atomic"
     reload_partial: str = "error"
     report: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.targets and (self.linear or self.moe):
+            raise ConfigError(TARGETS_ALONE)
+        for scheme in filter(None, (self.linear, self.moe, self.lm_head, *self.targets.values())):
+            if scheme not in SCHEMES.values():
+                raise ConfigError(
+                    f"qtensor: {scheme}: give the scheme by its name, and the option activation beside it"
+                )
+            if self.activation == "dynamic" and scheme.activation == "none":
+                raise ConfigError(
+                    f'qtensor: activation="dynamic" quantizes activations to fp8, and {scheme.name} is weight-only; '
+                    "leave the option out, or choose an fp8 scheme or mxfp8"
+                )
+
 
 def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Options:
     """Options from a user's dictionary and the environment. `scheme`: the default, from the quantization's name.
 
-    Raises OptionsError for what it does not know, naming the key and the known ones.
+    Raises ConfigError for what it does not know, naming the key and the known ones.
     """
     known = {f.name for f in fields(Options)}
     merged = _from_environment(environment, known)
@@ -65,25 +82,13 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
         if key in _NOT_OPTIONS:
             continue
         if key not in known:
-            raise OptionsError(f"qtensor: unknown option {key!r}; the options are {', '.join(sorted(known))}")
+            raise ConfigError(f"qtensor: unknown option {key!r}; the options are {', '.join(sorted(known))}")
         merged[key] = value
-    values: dict[str, Any] = {"linear": scheme, "moe": scheme}
-    for key, value in merged.items():
-        values[key] = _READERS[key](key, value)
-    if values.get("targets") and ("linear" in merged or "moe" in merged):
-        raise OptionsError(TARGETS_ALONE)
-    options = Options(**values)
-    by_kind = () if options.targets else (options.linear, options.moe)
-    head = (options.linear or scheme,) if options.lm_head else ()
-    for chosen in filter(None, (*by_kind, *head, *options.targets.values())):
-        if chosen not in SCHEMES.values():
-            raise OptionsError(f"qtensor: {chosen}: give the scheme by its name, and the option activation beside it")
-        if options.activation == "dynamic" and chosen.activation == "none":
-            raise OptionsError(
-                f'qtensor: activation="dynamic" quantizes activations to fp8, and {chosen.name} is weight-only; leave '
-                "the option out, or choose an fp8 scheme or mxfp8"
-            )
-    return options
+    values = {key: _READERS[key](key, value) for key, value in merged.items()}
+    by_kind = None if values.get("targets") else scheme
+    values = {"linear": by_kind, "moe": by_kind} | values
+    values["lm_head"] = (values["linear"] or scheme) if values.get("lm_head") else None
+    return Options(**values)
 
 
 def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, Any]:
@@ -94,23 +99,31 @@ def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[s
         key = variable[len(PREFIX) :].lower()
         if key not in known:
             names = ", ".join(PREFIX + name.upper() for name in sorted(known))
-            raise OptionsError(f"qtensor: unknown variable {variable}; the variables are {names}")
-        found[key] = json.loads(text) if text[:1] in "[{" and text else text
+            raise ConfigError(f"qtensor: unknown variable {variable}; the variables are {names}")
+        found[key] = read_json(variable, text) if text[:1] in ("[", "{") else text
     return found
+
+
+def read_json(what: str, text: str) -> Any:
+    """Options as JSON. `what` gave them, for the error."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"qtensor: {what} is not JSON: {error}") from None
 
 
 def _flag(key: str, value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("1", "true", "yes", "0", "false", "no"):
         return value.lower() in ("1", "true", "yes")
     if not isinstance(value, bool):
-        raise OptionsError(f"qtensor: {key} is true or false, not {value!r}")
+        raise ConfigError(f"qtensor: {key} is true or false, not {value!r}")
     return value
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], str]:
     def read(key: str, value: Any) -> str:
         if value not in allowed:
-            raise OptionsError(f"qtensor: {key} is one of {', '.join(allowed)}, not {value!r}")
+            raise ConfigError(f"qtensor: {key} is one of {', '.join(allowed)}, not {value!r}")
         return str(value)
 
     return read
@@ -118,7 +131,7 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
 
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise OptionsError(f"qtensor: {key} is a path, not {value!r}")
+        raise ConfigError(f"qtensor: {key} is a path, not {value!r}")
     return value
 
 
@@ -139,31 +152,39 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
 class Choice:
     """Decides layer by layer, and remembers which of the user's patterns have matched.
 
+    packed: the parts that a checkpoint has for a fused layer of vLLM's, in order, by the last part of their names.
     rename: maps a checkpoint's module name to vLLM's, for models whose names differ.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, packed: Mapping[str, Sequence[str]] | None = None) -> None:
         self.options = options
+        self.packed = {} if packed is None else packed
         self.rename: Callable[[str], str] = str
         self.unused = {*options.ignore, *options.targets}
         self.head_found = False
 
-    def scheme(self, prefix: str, shards: Sequence[str], *, experts: bool) -> Scheme | None:
-        """The scheme of the layer vLLM calls `prefix`, whose parts a checkpoint calls `shards` ([prefix] if it is not
-        fused); None to leave it alone.
+    def parts(self, prefix: str) -> list[str]:
+        """The layers that a checkpoint has for the layer vLLM calls `prefix`: [prefix] if it is not fused."""
+        parent, _, last = prefix.rpartition(".")
+        dot = f"{parent}." if parent else ""
+        return [dot + part for part in self.packed.get(last, (last,))]
 
-        Raises OptionsError if patterns clash or split a fused layer.
+    def scheme(self, prefix: str, *, experts: bool) -> Scheme | None:
+        """The scheme of the layer vLLM calls `prefix`; None to leave it alone.
+
+        Raises ConfigError if patterns clash or split a fused layer.
         """
+        shards = self.parts(prefix)
         ignored = self._agree(prefix, shards, self.options.ignore, "ignore")
         targeted = self._agree(prefix, shards, tuple(self.options.targets), "targets")
         if ignored and targeted:
-            raise OptionsError(
+            raise ConfigError(
                 f"qtensor: {prefix} matches both ignore ({', '.join(ignored)}) and targets ({', '.join(targeted)}); "
                 "remove one of them"
             )
         schemes = {self.options.targets[pattern] for pattern in targeted}
         if len(schemes) > 1:
-            raise OptionsError(
+            raise ConfigError(
                 f"qtensor: {prefix} matches targets with different schemes ({', '.join(targeted)}); a layer, all parts "
                 "of a fused one included, has one scheme"
             )
@@ -171,19 +192,19 @@ class Choice:
             return None
         if self.options.targets:
             return schemes.pop() if schemes else None
-        if any(matches(pattern, name, f"{name}.weight") for pattern in DEFAULT_IGNORE for name in shards):
+        if any(matches(pattern, name, weight_of(name)) for pattern in DEFAULT_IGNORE for name in shards):
             return None
         return self.options.moe if experts else self.options.linear
 
     def require_all_used(self) -> None:
-        """Raise OptionsError for patterns that matched no layer of the model, and for an absent head."""
+        """Raise ConfigError for patterns that matched no layer of the model, and for an absent head."""
         if self.options.lm_head and not self.head_found:
-            raise OptionsError(
+            raise ConfigError(
                 "qtensor: lm_head is set, and this model has no output head of its own that could be quantized; leave "
                 "the option out."
             )
         if self.unused:
-            raise OptionsError(
+            raise ConfigError(
                 f"qtensor: these patterns match no layer of this model: {', '.join(sorted(self.unused))}. Patterns are "
                 "layer names (model.layers.0.mlp.down_proj), globs (*.down_proj) or re:<regular expression>."
             )
@@ -196,16 +217,16 @@ class Choice:
         self.unused.difference_update(hits)
         if hits and not found[prefix] and not all(found[name] for name in shards):
             left = ", ".join(name for name in shards if not found[name])
-            raise OptionsError(
+            raise ConfigError(
                 f"qtensor: {option} selects only a part of the fused layer {prefix}: {', '.join(hits)} leaves out "
                 f"{left}. Select all of its parts or none."
             )
         return hits
 
     def _matches(self, pattern: str, name: str) -> bool:
-        if matches(pattern, name, f"{name}.weight"):
+        if matches(pattern, name, weight_of(name)):
             return True
         if pattern.startswith("re:") or any(c in pattern for c in "*?["):
             return False
         renamed = self.rename(pattern)
-        return renamed != pattern and matches(renamed, name, f"{name}.weight")
+        return renamed != pattern and matches(renamed, name, weight_of(name))

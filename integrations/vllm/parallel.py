@@ -31,10 +31,9 @@ def shares_scales(fmt: WeightFormat, axes: frozenset[int]) -> bool:
 class RankHost(LoadHost):
     """A load, or reload, whose ranks agree on the scales they share. slots: every armed weight's place."""
 
-    slots: dict[ArmedWeight, Slot]
-
     def __init__(self) -> None:
         super().__init__()
+        self.slots: dict[ArmedWeight, Slot] = {}
         self.agreement: Agreement | None = None
 
     def share(self, weight: ArmedWeight, slot: Slot) -> None:

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from qtensor import kernels
+from qtensor.errors import ConfigError
 from qtensor.kernels import FORMATS, Parts, WeightFormat
 from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
 from .layers import assembled
-from .options import Options, OptionsError
+from .options import Options
 
 _SERVED_ON_GPUS = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
 
@@ -42,10 +43,10 @@ def linear_compute(scheme: Scheme, options: Options, shape: tuple[int, int], dty
 
 
 def require_served_on_gpus(scheme: Scheme) -> None:
-    """Raise OptionsError for a scheme that has no kernel of vLLM's behind it here."""
+    """Raise ConfigError for a scheme that has no kernel of vLLM's behind it here."""
     if scheme not in _SERVED_ON_GPUS:
         served = ", ".join(s.name for s in _SERVED_ON_GPUS)
-        raise OptionsError(
+        raise ConfigError(
             f"qtensor: on a GPU the vLLM plugin serves {served}; {scheme.name} it serves on a CPU only. Use one of "
             "these, or vLLM's own method of that format where it has one."
         )

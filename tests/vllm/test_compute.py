@@ -14,6 +14,7 @@ from qtensor.integrations.vllm.config import QTensorConfig
 from qtensor.integrations.vllm.head import QTensorEmbeddingMethod
 from qtensor.integrations.vllm.layers import Published, Slot
 from qtensor.integrations.vllm.products import CpuLinear, linear_compute, part_names
+from qtensor.integrations.vllm.options import Choice, parse
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES
 
@@ -79,8 +80,8 @@ def test_dynamic_activations_are_rounded(name: str) -> None:
 def test_a_tied_embedding(name: str) -> None:
     layer, _ = _published(name)
     rows = torch.tensor([[3, 0], [149, 3]])
-    found = QTensorEmbeddingMethod(QTensorConfig(), "embed_tokens", SCHEMES[name]).embedding(layer, rows)
-    assert torch.equal(found, _weight(name).dequantize()[rows])
+    method = QTensorEmbeddingMethod(Choice(parse(SCHEMES[name], {}, {})), "embed_tokens", SCHEMES[name])
+    assert torch.equal(method.embedding(layer, rows), _weight(name).dequantize()[rows])
 
 
 @every_scheme

@@ -12,8 +12,7 @@ import torch
 from vllm import LLM
 
 from qtensor import IncompleteLoadError, NonFiniteWeightError, QTensor, WeightShapeError, quantize, weight_checksums
-from qtensor.integrations.vllm import checksums, linear
-from qtensor.integrations.vllm import reload as reload_module
+from qtensor.integrations.vllm import checksums, linear, processing
 from qtensor.integrations.vllm.layers import Published, Slot
 from qtensor.integrations.vllm.products import CpuLinear, frozen, part_names
 from support.vllm.checkpoints import checkpoint, tensors_of, variant
@@ -140,7 +139,7 @@ def test_absorbed_weights_of_latent_attention_follow(monkeypatch: pytest.MonkeyP
         assert torch.equal(look(llm).logprobs, first.logprobs)
 
         serving = state(llm)
-        inner = reload_module.absorb_again
+        inner = processing.absorb_again
         calls = []
 
         def fail_late(attention: Any, dtype: torch.dtype) -> None:
@@ -150,7 +149,7 @@ def test_absorbed_weights_of_latent_attention_follow(monkeypatch: pytest.MonkeyP
             inner(attention, dtype)
 
         with monkeypatch.context() as patch:
-            patch.setattr(reload_module, "absorb_again", fail_late)
+            patch.setattr(processing, "absorb_again", fail_late)
             with pytest.raises(MemoryError):
                 reload(llm, other("deepseek-v3"))
         assert state(llm) == serving

@@ -29,7 +29,7 @@ def _layer(first: int, count: int) -> Any:
 
 
 def test_missing_experts_have_global_numbers_and_the_checkpoints_spelling() -> None:
-    names = Names()
+    names = Names(lambda prefix: [prefix])
     prefix = "model.layers.0.mlp.experts.routed_experts"
     names.saw(prefix, "w13_weight", "w3", 5, "lm.layers.0.mlp.experts.5.up_proj.weight")
     gap = [((2, 3), (INNER, 2 * INNER), (0, H))]

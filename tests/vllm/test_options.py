@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -50,6 +51,7 @@ def test_names() -> None:
         ({"targets": {"*": "fp8"}, "linear": "fp8"}, "targets"),
         ({"ignore": 3}, "list of patterns"),
         ({"activation": "static"}, "static"),
+        ({"lm_head": "perhaps"}, "lm_head is true or false"),
     ],
 )
 def test_refused_values(given: dict, word: str) -> None:
@@ -64,6 +66,29 @@ def test_variables() -> None:
     assert (options.linear, options.moe, options.ignore) == (fp8_per_channel, None, ("a",))
     with pytest.raises(OptionsError, match="QTENSOR_VLLM_LINAR"):
         parse(fp8_per_channel, {}, {"QTENSOR_VLLM_LINAR": "fp8"})
+    with pytest.raises(OptionsError, match="QTENSOR_VLLM_TARGETS is not JSON"):
+        parse(fp8_per_channel, {}, {"QTENSOR_VLLM_TARGETS": "{*: fp8}"})
+
+
+def test_options_are_checked_wherever_they_are_made() -> None:
+    options = parse(fp8_per_channel, {}, {})
+    with pytest.raises(OptionsError, match="nvfp4 is weight-only"):
+        dataclasses.replace(options, moe=nvfp4, activation="dynamic")
+    with pytest.raises(OptionsError, match="targets"):
+        dataclasses.replace(options, targets={"*": nvfp4})
+
+
+def test_the_model_says_what_it_fuses() -> None:
+    """vLLM assigns its model's dictionary, or adds to the one it finds; a worker receives it with the options."""
+    config = QTensorConfig({"ignore": ["a.q_proj", "a.k_proj"]})
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj"]}
+    config.packed_modules_mapping.update(gate_up_proj=["gate_proj", "up_proj"])
+    sent = pickle.loads(pickle.dumps(config))
+    for choice in (config.choice, sent.choice):
+        assert choice.parts("a.qkv_proj") == ["a.q_proj", "a.k_proj"]
+        assert choice.parts("gate_up_proj") == ["gate_proj", "up_proj"]
+        assert choice.scheme("a.qkv_proj", experts=False) is None
+        assert choice.scheme("a.gate_up_proj", experts=False) == fp8_per_channel
 
 
 def _by_json(**options: object) -> dict:
@@ -102,7 +127,7 @@ def test_refused_on_a_gpu(scheme: str) -> None:
         with pytest.raises(OptionsError, match=f"on a GPU the vLLM plugin serves fp8_per_tensor, .*; {scheme} it"):
             linear_compute(chosen, options, (64, 64), torch.bfloat16)
         with pytest.raises(OptionsError, match=scheme):
-            expert_method(QTensorConfig(), "mlp.experts", chosen, None)
+            expert_method(QTensorConfig().choice, "mlp.experts", chosen, None)
 
 
 def test_targets_by_json() -> None:
@@ -161,7 +186,7 @@ def test_experts_on_an_old_cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 0.29 vLLM's CPU build has no operator to route with: said while the model is built."""
     monkeypatch.setattr(compat, "cpu_experts_problem", lambda: "vLLM 0.28.0 has no router")
     with pytest.raises(QTensorError, match=r"mlp\.experts: vLLM 0\.28\.0 has no router"):
-        expert_method(QTensorConfig(), "mlp.experts", fp8_per_channel, None)
+        expert_method(QTensorConfig().choice, "mlp.experts", fp8_per_channel, None)
 
 
 def test_versions() -> None:

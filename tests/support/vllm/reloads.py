@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm import LLM
 
-from qtensor.integrations.vllm.load import find_load
+from qtensor.integrations.vllm.served import find_served
 from support.vllm.checkpoints import variant
 from support.vllm.engines import Seen, digest, engine, look, runtime_tensors
 
@@ -76,15 +76,15 @@ def options(llm: LLM, **changed: str) -> Iterator[None]:
     """The engine as if it had been started with other options for reloads."""
 
     def change(model: torch.nn.Module) -> Any:
-        load = find_load(model)
-        assert load is not None
-        before = load.choice.options
-        load.choice.options = dataclasses.replace(before, **changed)
+        served = find_served(model)
+        assert served is not None
+        before = served.choice.options
+        served.choice.options = dataclasses.replace(before, **changed)
         return before
 
     before = llm.apply_model(change)[0]
     yield
-    llm.apply_model(lambda model: setattr(find_load(model).choice, "options", before))  # type: ignore[union-attr]
+    llm.apply_model(lambda model: setattr(find_served(model).choice, "options", before))  # type: ignore[union-attr]
 
 
 @functools.cache

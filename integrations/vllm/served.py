@@ -1,0 +1,134 @@
+"""A model that this plugin loads: what its load and all of its reloads share, and how both answer the weights they arm.
+
+A ServedModel lives as long as its model. One transaction at a time fills it: first a load, then any number of reloads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from qtensor.lazy.weight import ArmedWeight
+from qtensor.report.report import LoadReport
+from qtensor.schemes.scheme import Scheme
+
+from .incoming import Incoming, Weights
+from .layers import Published
+from .missing import Names
+from .options import Choice
+from .parallel import RankHost
+from .reporting import rank
+
+_ATTRIBUTE = "_qtensor_served"
+
+
+class Transaction(Protocol):
+    """A load or a reload. load_weights: all of a load, or one chunk of a reload. finish: after it the new values serve.
+    abort: nothing has happened."""
+
+    def load_weights(self, inner: Any, weights: Weights, args: Any, kwargs: Any) -> Any: ...
+    def finish(self) -> None: ...
+    def abort(self, error: BaseException | None = None) -> None: ...
+
+
+class ServedModel:
+    """open: the transaction under way. published: the quantized weights, where their layers have put them. aliases: see
+    `layers.aliases`. report: of the last transaction that succeeded. resident_peak: bytes by which the load raised
+    anonymous memory."""
+
+    def __init__(self, root: nn.Module, choice: Choice) -> None:
+        self.root, self.choice = root, choice
+        self.setting = Setting.current()
+        self.names = Names(choice.parts)
+        self.incoming = Incoming(self.names, type(root).__name__, self.setting.folder)
+        self.published: list[Published] = []
+        self.aliases: dict[tuple[int, str], torch.Tensor] = {}
+        self.open: Transaction | None = None
+        self.report: LoadReport | None = None
+        self.resident_peak = 0
+        object.__setattr__(root, _ATTRIBUTE, self)
+
+    @staticmethod
+    def of(root: nn.Module) -> ServedModel | None:
+        """What this very module is to qtensor."""
+        found = root.__dict__.get(_ATTRIBUTE)
+        return found if isinstance(found, ServedModel) else None
+
+    def as_dict(self) -> dict[str, Any] | None:
+        """The report for other processes: plain data only."""
+        if self.report is None:
+            return None
+        where = {"rank": rank()[0], "model": type(self.root).__name__, "resident_peak_bytes": self.resident_peak}
+        return where | asdict(self.report)
+
+
+def find_served(model: nn.Module) -> ServedModel | None:
+    """The model that qtensor loads or has loaded: this one, or the one in it; None if qtensor has no part in it."""
+    return next(filter(None, map(ServedModel.of, model.modules())), None)
+
+
+class Filling(RankHost):
+    """What a load and a reload have in common: which weights they arm (`slots`), and what they tell them.
+
+    A weight knows its scheme from the start; its messages name the layer, and the checkpoint's tensor while one is
+    being written.
+    """
+
+    def __init__(self, served: ServedModel) -> None:
+        super().__init__()
+        self.served = served
+        self.refuse_nonfinite = served.choice.options.on_nonfinite == "error"
+
+    def decide(self, weight: ArmedWeight) -> Scheme | None:
+        scheme: Scheme | None = weight.scheme
+        return scheme
+
+    def name_of(self, weight: ArmedWeight) -> str:
+        slot, current = self.slots.get(weight), self.served.incoming.current
+        name = slot.full_name if slot is not None else weight.owner[1]
+        return f"{name} (from the checkpoint's tensor '{current}')" if current else name
+
+    def _close(self, reason: str) -> None:
+        """Nothing can be written any more."""
+        self.closed = reason
+        self._writing.clear()
+        self.served.open = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the plugin needs of vLLM's configuration, which can be asked for only while a model is built.
+
+    all_layers: the model has every layer, so that a pattern without a match is a mistake; a pipeline stage or a draft
+    model has some of them.
+    """
+
+    load_format: str
+    model_config: Any
+    all_layers: bool
+
+    @property
+    def folder(self) -> str | None:
+        return str(self.model_config.model) if self.model_config is not None else None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the model computes in."""
+        return self.model_config.dtype if self.model_config is not None else None
+
+    @classmethod
+    def current(cls) -> Setting:
+        from vllm.config import get_current_vllm_config
+        from vllm.distributed import get_pp_group
+
+        config = get_current_vllm_config()
+        model = config.model_config
+        if model is None:
+            return cls("", None, all_layers=False)
+        draft = getattr(model, "runner_type", "") == "draft"
+        load_format = config.load_config.load_format
+        whole = get_pp_group().world_size == 1 and not draft
+        return cls(str(getattr(load_format, "value", load_format)), model, whole)
