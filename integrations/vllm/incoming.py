@@ -27,11 +27,11 @@ _MISFITS = (AssertionError, IndexError, RuntimeError, ValueError)
 class Incoming:
     """The one tensor of the checkpoint that is being loaded: which the model asked for last and has not finished with.
 
-    names: is told what goes where. model: the class that loads, by name. folder: of the checkpoint, if there is one.
-    active: the model's `load_weights` is running. current: the tensor's name; None between two tensors.
+    names: is told what goes where. model: the class that loads, by name. folder: gives the checkpoint's folder, if it
+    has one. active: the model's `load_weights` is running. current: the tensor's name; None between two tensors.
     """
 
-    def __init__(self, names: Names, model: str, folder: str | None) -> None:
+    def __init__(self, names: Names, model: str, folder: Callable[[], str | None]) -> None:
         self._names, self._model, self._folder = names, model, folder
         self.active = False
         self.current: str | None = None
@@ -102,7 +102,7 @@ class Incoming:
     def _explain(self, error: Exception) -> NoReturn:
         if self._failed is error or type(error).__name__ == "SafetensorError":
             where = f" after '{self._last}'" if self._last else ""
-            files = describe_truncated(self._folder)
+            files = describe_truncated(self._folder())
             raise QTensorError(
                 f"the checkpoint could not be read{where}: {error}. {files} Download the checkpoint again, or convert "
                 "it again."

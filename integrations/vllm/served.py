@@ -43,7 +43,7 @@ class ServedModel:
         self.root, self.choice = root, choice
         self.setting = Setting.current()
         self.names = Names(choice.parts)
-        self.incoming = Incoming(self.names, type(root).__name__, self.setting.folder)
+        self.incoming = Incoming(self.names, type(root).__name__, lambda: self.setting.folder)
         self.published: list[Published] = []
         self.aliases: dict[tuple[int, str], torch.Tensor] = {}
         self.open: Transaction | None = None
@@ -112,6 +112,7 @@ class Setting:
 
     @property
     def folder(self) -> str | None:
+        """What is being read: a reload may read another checkpoint than the load did."""
         return str(self.model_config.model) if self.model_config is not None else None
 
     @property

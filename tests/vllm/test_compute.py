@@ -10,11 +10,10 @@ from torch.nn import functional as F
 
 from qtensor import quantize
 from qtensor.integrations.vllm import compat
-from qtensor.integrations.vllm.config import QTensorConfig
 from qtensor.integrations.vllm.head import QTensorEmbeddingMethod
 from qtensor.integrations.vllm.layers import Published, Slot
-from qtensor.integrations.vllm.products import CpuLinear, linear_compute, part_names
 from qtensor.integrations.vllm.options import Choice, parse
+from qtensor.integrations.vllm.products import CpuLinear, linear_compute, part_names
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES
 
@@ -50,7 +49,7 @@ def test_the_tile_registers_that_vllms_attention_uses_are_asked_for(
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
     compat.permit_amx.cache_clear()
     for _ in range(2):
-        linear_compute(SCHEMES["fp8_per_channel"], QTensorConfig().choice.options, (N, K), torch.bfloat16)
+        linear_compute(SCHEMES["fp8_per_channel"], parse(SCHEMES["fp8_per_channel"], {}, {}), (N, K), torch.bfloat16)
     compat.permit_amx.cache_clear()
     assert asked == [True] * has_amx
 

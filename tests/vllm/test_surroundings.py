@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_layering import MODULES, import_alone
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -24,6 +27,15 @@ from qtensor.schemes.scheme import Scheme
 from support.vllm.checkpoints import adapter, checkpoint, quantized_checkpoint, tensors_of
 from support.vllm.engines import DISTANCE, Seen, digest, engine, load_error, look, runtime_tensors
 from support.vllm.oracle import fused, mistakes
+
+
+def test_every_file_can_be_imported_first() -> None:
+    """And so in any order: as tests/test_layering.py tests it of the rest, here where vLLM is installed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "numpy", "vllm"])
+    plugin = sorted(module for module in MODULES if module.startswith("qtensor.integrations."))
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+        assert [problem for problem in pool.map(import_alone, plugin) if problem] == []
 
 
 def _with_options(**options: object) -> dict[str, Any]:
