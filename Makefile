@@ -52,7 +52,7 @@ lint: $(VENV)/.dev
 endurance: $(VENV)/.dev
 	@echo "Running 16 threads, 1000 loads, 500 reloads, four ranks, and thousands of random programs"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
-		tests/test_quantize_many.py tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py \
+		tests/test_conversion.py tests/test_quantize_many.py tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py \
 		tests/test_rank_failures.py
 
 # vllm.mk adds environments with vLLM to these.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -115,6 +116,8 @@ def test_a_shard_is_a_task_of_its_own(tmp_path):
     assert digests(tmp_path / "out") == digests(tmp_path / "expected")
 
 
+KILLS = 100 if os.environ.get("QTENSOR_ENDURANCE") else 6  # Of each kind of writer.
+
 # Killed ---------------------------------------------------------------------------------------------------------------
 
 
@@ -128,10 +131,10 @@ def test_a_killed_conversion_leaves_nothing_wrong_and_resumes_to_the_same_bytes(
             assert digests(target) == expected
             shutil.rmtree(target)
 
-    for killed in kill_at_random(quantize_folder, source, target, before=before):
+    for killed in kill_at_random(quantize_folder, source, target, before=before, times=KILLS):
         kills += killed
         assert killed or target.exists()
-    assert kills == 20
+    assert kills == KILLS
     before()
     quantize_checkpoint(source, target, fp8)
     assert digests(target) == expected
@@ -148,12 +151,28 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path):
         if not target.exists() or digests(target) != whole[0]:
             save_model(1, target)
 
-    for _ in kill_at_random(save_model, 2, target, before=before):
+    for _ in kill_at_random(save_model, 2, target, before=before, times=KILLS):
         held = digests(target)
         assert held in whole
         assert problems(target) == []
         seen[whole.index(held)] += 1
-    assert seen[0] >= 5, "the moments were badly chosen"
+    assert seen[0] >= KILLS // 4, "the moments were badly chosen"
+
+
+def test_two_writers_of_one_target_leave_what_one_of_them_wrote(tmp_path):
+    whole = []
+    for seed in (1, 2):
+        save_model(seed, tmp_path / "expected")
+        whole.append(digests(tmp_path / "expected"))
+    for _ in range(KILLS // 2):
+        writers = [elsewhere.Process(target=save_model, args=(seed, tmp_path / "saved")) for seed in (1, 2)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert 0 in [writer.exitcode for writer in writers]  # The other may be told that the target is being written.
+        assert digests(tmp_path / "saved") in whole
+        assert not (tmp_path / "saved.partial").exists()
 
 
 def test_finished_files_are_not_done_again(tmp_path, monkeypatch):
