@@ -23,7 +23,7 @@ from qtensor.checkpoint import problems, quantize_checkpoint, writing
 from qtensor.checkpoint.layouts import fused_group
 from qtensor.checkpoint.reading import Checkpoint
 from qtensor.checkpoint.verify import weights_of
-from qtensor.convert import converting
+from qtensor.convert import converting, streaming
 from qtensor.schemes.scheme import SCHEMES as NAMED
 from support.helpers import same_bytes
 from support.interrupted import convert_alone, elsewhere, kill_at_random, quantize_folder, save_model
@@ -81,11 +81,11 @@ def test_every_matrix_is_the_oracles(tmp_path_factory, seed, scheme, dtype, file
     folder = tmp_path_factory.mktemp("conversion")
     tensors = layers(seed, 2, dtype, (128, 384) if scheme.format.granularity == "group" else (64, 200))
     source = write(folder / "source", tensors, files)
-    before, converting.CHUNK_BYTES = converting.CHUNK_BYTES, chunk
+    before, streaming.CHUNK_BYTES = streaming.CHUNK_BYTES, chunk
     try:
         report = quantize_checkpoint(source, folder / "out", scheme, workers=workers)
     finally:
-        converting.CHUNK_BYTES = before
+        streaming.CHUNK_BYTES = before
     weights, plain = weights_of(Checkpoint(folder / "out"))
     assert report.quantized == len(weights) == 8
     for name, values in tensors.items():
@@ -320,7 +320,7 @@ def test_names_that_meet_are_refused_before_the_first_byte(tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_nonfinite_weight_is_refused_by_name_and_index(tmp_path, scheme, value, monkeypatch):
-    monkeypatch.setattr(converting, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 4096)
     tensors = layers(cols=(128, 256))
     tensors["model.layers.2.self_attn.k_proj.weight"][77, 5] = value
     with pytest.raises(NonFiniteWeightError, match=r"layers\.2\.self_attn\.k_proj\.weight: .* at index \[77, 5\]"):

@@ -235,12 +235,6 @@ def test_ray_failures_name_machine_and_shard(source, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_without_ray_the_error_names_the_extra(source, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(CheckpointError, match=r"qtensor-online\[ray\]"):
-        quantize_on_ray(source, tmp_path / "fp8", "fp8")
-
-
 @pytest.mark.slow
 @needs_ray
 @pytest.mark.usefixtures("hosts_are_possible")

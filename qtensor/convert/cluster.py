@@ -23,7 +23,8 @@ import torch.distributed
 from ..checkpoint.writing import MARK, partial_folder
 from ..errors import CheckpointError, QTensorError
 from ..version import __version__
-from .converting import Conversion, OnBytes, ShardTask, attempt, finished
+from .converting import Conversion, ShardTask, attempt, finished
+from .streaming import OnBytes
 
 LOST_AFTER = 60.0
 _JOIN_SECONDS = 300.0  # A cold import of torch from a network drive takes minutes.

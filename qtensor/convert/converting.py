@@ -2,9 +2,8 @@
 
 A plan says what becomes of each tensor. Its shards are independent tasks: `convert_shard` reads one file, writes one
 file, and needs nothing but its task, so that any number of processes or machines can share them; the index, config.json
-and the list of checksums are written once, at the end. Within a shard, threads take one tensor each and stream it in
-chunks of rows: memory is a few chunks per thread, whatever the size of the checkpoint. It is one file because plan,
-shard and report are the steps of one walk through it.
+and the list of checksums are written once, at the end. Within a shard, threads take one tensor each (streaming.py):
+memory is a few chunks per thread, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,17 +12,15 @@ import hashlib
 import json
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from .. import kernels
 from ..checkpoint.layouts import (
     COMPRESSED_TENSORS,
     Spec,
@@ -48,26 +45,15 @@ from ..checkpoint.writing import (
     write_json,
     write_manifest,
 )
-from ..errors import CheckpointError, NonFiniteWeightError
-from ..kernels import SOURCE_DTYPES, NonFinite
+from ..errors import CheckpointError
+from ..kernels import SOURCE_DTYPES
 from ..modules import module_of, weight_of
 from ..report.progress import Progress, ProgressLike, from_bytes
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE, matches
-from ..tensor.qtensor import QTensor, nonfinite_message
+from .streaming import OnBytes, TensorTask, copy, quantize
 
-CHUNK_BYTES = 4 << 20
-OnBytes = Callable[[int], None]
 _ATTEMPT = "attempt-"
-
-
-@dataclass(frozen=True)
-class TensorTask:
-    """What becomes of one tensor. scheme None: copied. partners: those (itself included) it shares a scale with."""
-
-    stored: Stored
-    scheme: Scheme | None = None
-    partners: tuple[Stored, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -267,9 +253,9 @@ def convert_shard(task: ShardTask, pool: ThreadPoolExecutor, on_bytes: OnBytes =
     def work(tensor: TensorTask) -> None:
         with writer.open() as out:
             if tensor.scheme is None:
-                _copy(tensor.stored, writer, out, on_bytes)
+                copy(tensor.stored, writer, out, on_bytes)
             else:
-                _quantize(tensor, task.format, writer, out, on_bytes)
+                quantize(tensor, task.format, writer, out, on_bytes)
 
     jobs = [pool.submit(work, tensor) for tensor in task.tensors]
     try:
@@ -366,97 +352,6 @@ def _specs_of(tensor: TensorTask, format: str) -> dict[str, Spec]:
 
 def _nbytes(task: ShardTask) -> int:
     return sum(dtype.itemsize * int(torch.Size(shape).numel()) for dtype, shape in _specs(task).values())
-
-
-# One tensor -----------------------------------------------------------------------------------------------------------
-
-
-class _Buffers(threading.local):
-    """Memory a thread uses again for each chunk: fresh memory costs more than what is done in it."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, torch.Tensor] = {}
-
-    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        nbytes = dtype.itemsize * int(torch.Size(shape).numel())
-        held = self._held.get(use)
-        if held is None or held.numel() < nbytes:
-            held = self._held[use] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        return held[:nbytes].view(dtype).view(shape)
-
-
-_buffers = _Buffers()
-
-
-def _copy(stored: Stored, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
-    step, total = max(1, CHUNK_BYTES // stored.dtype.itemsize), int(torch.Size(stored.shape).numel())
-    for first in range(0, total, step):
-        piece = stored.read(first, _buffers.take("source", (min(step, total - first),), stored.dtype))
-        writer.write(out, stored.name, piece)
-        on_bytes(piece.nbytes)
-
-
-def _quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
-    """Chunk by chunk: whole units, so that each chunk's scales depend on nothing else.
-
-    A scale of the whole matrix depends on all of it, and on its partners. Their amax is found in a first pass, and put
-    into an extra row above each chunk: every chunk then has the scale of the whole.
-    """
-    stored, scheme = tensor.stored, tensor.scheme
-    assert scheme is not None
-    layout, fmt = layout_of(scheme, format, stored.name), scheme.format
-    rows, cols = stored.shape
-    amax = max(_amax(partner) for partner in tensor.partners) if fmt.needs_whole_matrix else 0.0
-    extra = int(fmt.needs_whole_matrix)
-    prefix = stored.name.removesuffix("weight")
-    for start, stop in _chunks(stored, fmt.block[0]):
-        source = _buffers.take("source", (extra + stop - start, cols), stored.dtype)
-        if extra and cols:
-            source[0].zero_()
-            source[0, 0] = amax
-        stored.read(start * cols, source[extra:])
-        made = _empty((source.shape[0], cols), scheme)
-        try:
-            kernels.choose(source.device).quantize_into(source, made.parts(), fmt, None, (start - extra) * cols)
-        except NonFinite as error:
-            raise NonFiniteWeightError(_nonfinite(stored, error)) from None
-        band: Any = made[extra:]
-        for suffix, entry in layout.entries.items():
-            if not entry.shared or stop == rows:
-                writer.write(out, prefix + suffix, entry.encode(band, rows))
-        on_bytes((stop - start) * cols * stored.dtype.itemsize)
-
-
-def _empty(shape: tuple[int, int], scheme: Scheme) -> QTensor:
-    """A QTensor in memory that the thread uses again."""
-    fmt = scheme.format
-    qdata = _buffers.take("data", fmt.qdata_shape(shape), fmt.dtype)
-    scale = _buffers.take("scale", fmt.scale_shape(shape), fmt.scale_dtype)
-    global_scale = torch.empty(1, dtype=torch.float32, device="cpu") if fmt.has_global_scale else None
-    return QTensor(qdata, scale, scheme, global_scale=global_scale, cols=shape[1])
-
-
-def _amax(stored: Stored) -> float:
-    cols = stored.shape[1]
-    found = 0.0
-    for start, stop in _chunks(stored, 1):
-        chunk = stored.read(start * cols, _buffers.take("source", (stop - start, cols), stored.dtype))
-        low, high = (float(v) for v in torch.aminmax(chunk)) if chunk.numel() else (0.0, 0.0)
-        found = max(found, -low, high)
-        if not (low - low == 0 and high - high == 0):
-            bad = int((~chunk.isfinite()).reshape(-1).nonzero()[0])
-            raise NonFiniteWeightError(_nonfinite(stored, NonFinite(start * cols + bad, float(chunk.reshape(-1)[bad]))))
-    return found
-
-
-def _chunks(stored: Stored, unit: int) -> Iterator[tuple[int, int]]:
-    rows, cols = stored.shape
-    step = max(1, CHUNK_BYTES // max(1, unit * cols * stored.dtype.itemsize)) * unit
-    yield from ((start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
-
-
-def _nonfinite(stored: Stored, error: NonFinite) -> str:
-    return nonfinite_message(stored.name, stored.shape, error).partition("; pass")[0] + "."
 
 
 # Sharing and resuming -------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ from .cluster import LOST_AFTER, Ranks, await_visible
 from .converting import (
     Conversion,
     ConversionReport,
-    OnBytes,
     ShardTask,
     attempt,
     finished,
     prepare,
     quantize_checkpoint,
 )
+from .streaming import OnBytes
 
 
 def quantize_on_ranks(
