@@ -8,7 +8,7 @@ and keeps the report.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from qtensor.regions.coverage import Box
 from qtensor.report.memory import resident_bytes
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
+from qtensor.sessions.transaction import State
 
 from . import compat
 from .incoming import Weights
@@ -38,9 +39,14 @@ class Load(Filling):
     padding: a layer that is being built writes zeros where no checkpoint will.
     """
 
+    why_closed: ClassVar[dict[State, str]] = {"finished": "its model has been loaded", "aborted": "its load failed"}
+
     def __init__(self, served: ServedModel) -> None:
         super().__init__(served)
         self.padding = False
+        self._gaps: list[str] = []  # what is missing besides armed weights, a line for each
+        self._published: list[Published] = []
+        self._report: LoadReport | None = None
         self._resident_before = resident_bytes()[0]
         # vLLM's dummy loader "loads" random initial values.
         self.on_missing = "init" if served.setting.load_format == "dummy" else "error"
@@ -111,11 +117,11 @@ class Load(Filling):
             self._choice_is_settled()
             with CopyCounter(root) as counter:
                 loaded = self.served.incoming.load(inner, weights, args, kwargs)
-            gaps = self._plain_gaps(counter, set(loaded or ()))
+            self._gaps = self._plain_gaps(counter, set(loaded or ()))
         except BaseException as error:
             self.abort(error)
             raise
-        self._finish(gaps)
+        self.finish()
         if setting.load_format == "tensorizer":
             compat.process_like_other_loaders(root, setting.model_config)
         return loaded
@@ -149,55 +155,50 @@ class Load(Filling):
 
         Raises IncompleteLoadError naming the checkpoint's tensors that are missing.
         """
-        if not self.closed:
-            self._finish([])
+        if self.undecided:
+            super().finish()
 
-    def _finish(self, gaps: list[str]) -> None:
-        """gaps: what is missing besides armed weights, a line for each."""
-        try:
-            report = self._prepare(gaps)
-            self._commit()
-        except BaseException as error:
-            self.abort(error)
-            raise
-        self._close("its model has been loaded")
-        self.slots.clear()
-        self.served.report = report
-        self._tell(report)
-
-    def _prepare(self, gaps: list[str]) -> LoadReport:
-        """What the loader and the other ranks can get wrong: everything has to be there. No layer has changed."""
-        self._verify(gaps)
+    def prepare(self) -> None:
+        """Everything has to be there, and each layer gets its quantized weights in the form its kernel wants. After an
+        error the model is of no use, and nothing was served before."""
+        self._verify()
         self.agree()
         self.served.aliases = aliases(self.served.root)
-        return self._summary()
-
-    def _commit(self) -> None:
-        """Each layer gets its quantized weights in the form its kernel wants. After an error in here the model is of
-        no use; nothing was served before."""
+        self._report = self._summary()
         for weight, slot in self.slots.items():
             compat.keep_plain_reload_record(slot.layer, slot.name, weight.shape, weight.dtype, slot.attributes)
         for layer, publish in {id(s.layer): (s.layer, s.publish) for s in self.slots.values()}.values():
             publish(layer)
-        for weight, slot in self.slots.items():
-            if isinstance(weight.store, QuantStore):
-                self.served.published.append(Published.find(slot, weight, weight.store.result))
+        self._published = [
+            Published.find(slot, weight, weight.store.result)
+            for weight, slot in self.slots.items()
+            if isinstance(weight.store, QuantStore)
+        ]
+
+    def commit(self) -> None:
+        self.served.published = self._published
+        for weight in self.slots:
             for param in weight.params:
                 close(param)
 
-    def _tell(self, report: LoadReport) -> None:
-        announce(report, self.served.resident_peak)
-        where = self.served.choice.options.report
-        if where:
-            write(report, where)
-
-    def abort(self, error: BaseException | None = None) -> None:
-        self.withdraw(error)
-        self._close("its load failed")
+    def roll_back(self) -> None:
         for weight in list(self._weights):
             weight.discard()
 
-    def _verify(self, gaps: list[str]) -> None:
+    def close(self, state: State) -> None:
+        super().close(state)
+        if state == "finished":
+            self.slots.clear()
+            self.served.report = self._report
+
+    def tell(self) -> None:
+        assert self._report is not None
+        announce(self._report, self.served.resident_peak)
+        where = self.served.choice.options.report
+        if where:
+            write(self._report, where)
+
+    def _verify(self) -> None:
         lines = []
         boxes: dict[str, list[Box]] = {}
         names = self.served.names
@@ -209,7 +210,7 @@ class Load(Filling):
                 boxes[slot.full_name] = weight.coverage.missing()
                 lines += names.describe(slot.prefix, slot.layer, slot.name, weight.shape, boxes[slot.full_name])
             weight.verify()
-        lines += gaps
+        lines += self._gaps
         if lines:
             refuse_incomplete("the checkpoint is incomplete, so the model was not loaded", lines, boxes)
 

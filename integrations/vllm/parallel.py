@@ -10,7 +10,9 @@ from __future__ import annotations
 from qtensor.kernels import WeightFormat
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.ranks.sharding import Agreement, refuse_split_group
+from qtensor.ranks.vote import describe
 from qtensor.sessions.host import LoadHost
+from qtensor.sessions.transaction import State
 
 from . import compat
 from .layers import Slot
@@ -62,12 +64,21 @@ class RankHost(LoadHost):
         """Wait until all ranks have their weights, and quantize those they share."""
         if self.agreement is not None:
             self.agreement.finish()
-            self.agreement.settle()
-            self.agreement.close()
             for weight in self.slots:
                 weight.verify()
 
-    def withdraw(self, problem: BaseException | None) -> None:
-        """This rank gives up: so do the others."""
+    def vote(self) -> None:
+        """Wait until all ranks have succeeded. Raises QTensorError naming the rank that has not."""
         if self.agreement is not None:
-            self.agreement.fail(str(problem) if problem is not None else "its load was given up")
+            self.agreement.settle()
+
+    def withdraw(self, error: BaseException | None) -> bool:
+        """This rank gives up: so do the others. False if all have voted already."""
+        if self.agreement is None:
+            return True
+        return self.agreement.fail(describe(error) if error is not None else "its load was given up")
+
+    def close(self, state: State) -> None:
+        """What ranks have between them ends, when all have succeeded."""
+        if self.agreement is not None and state == "finished":
+            self.agreement.close()

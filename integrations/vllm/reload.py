@@ -12,7 +12,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from qtensor.regions.coverage import Box
 from qtensor.regions.views import whole
 from qtensor.report.report import LoadReport
 from qtensor.sessions.snapshot import Snapshot
+from qtensor.sessions.transaction import State
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
@@ -45,6 +46,10 @@ class Reload(Filling):
     """
 
     on_missing = "keep"
+    why_closed: ClassVar[dict[State, str]] = {
+        "finished": "its reload is over",
+        "aborted": "its reload was given up",
+    }
 
     def __init__(self, served: ServedModel, *, whole_checkpoint: bool, one_call: bool) -> None:
         super().__init__(served)
@@ -58,11 +63,13 @@ class Reload(Filling):
         self._published = {(id(p.slot.layer), p.slot.name): p for p in served.published}
         self._processing = Processing(served, self._weights_of, self.slots, self.atomic)
         self._processed: list[Processed] = []
+        self._report: LoadReport | None = None
+        self._ending = self._told = self._voted = False
         self._before = Snapshot(served.root, values=self.atomic)
         try:
             self._arm()
-        except BaseException:
-            self._end("its reload could not begin")
+        except BaseException as error:
+            self.abort(error)
             raise
         served.open = self
 
@@ -167,45 +174,37 @@ class Reload(Filling):
 
     # The end
 
-    def finish(self) -> None:
-        """Verify, make everything live, report. After an error the old weights serve, as if nothing had been sent."""
-        try:
-            report = self._prepare()
-        except BaseException:
-            self.abort()
-            raise
-        try:
-            insist(self._commit)
-        finally:
-            report.seconds = time.perf_counter() - self._memory.started
-            self._end("its reload is over")
-            self.served.report = report
-            self._tell(report)
+    def prepare(self) -> None:
+        """What serves has its old values still, or those that `absorb` can take back."""
+        self._ending = True
+        self._release_all()
+        self._verify()
+        self.agree()
+        self._processed = list(self._processing.made()) if self.atomic else []
+        self._processing.absorb()
+        self._report = self._summary()
 
-    def _prepare(self) -> LoadReport:
-        """Everything that can fail. What serves has its old values still, or those that `absorb` can take back; all
-        ranks know that all of them are ready."""
-        problem: BaseException | None = None
-        report = None
-        try:
-            self._release_all()
-            self._verify()
-            self.agree()
-            self._processed = list(self._processing.made()) if self.atomic else []
-            self._processing.absorb()
-            report = self._summary()
-        except BaseException as error:
-            problem = error
-            self.withdraw(error)
-        problems = compat.tell_all_ranks(None if problem is None else str(problem) or type(problem).__name__)
-        if problems or report is None:
-            problem = problem or QTensorError("the new weights were not taken: " + "; ".join(problems))
-            problem.told_all_ranks = True  # type: ignore[attr-defined]
-            raise problem
-        return report
+    def vote(self) -> None:
+        """All ranks of the engine, those that share no scales included."""
+        super().vote()
+        self._told = True
+        problems = compat.tell_all_ranks(None)
+        if problems:
+            raise _told(QTensorError("the new weights were not taken: " + "; ".join(problems)))
+        self._voted = True
 
-    def _commit(self) -> None:
-        """Copies and exchanges, which may be done again. With `per_weight` layers still make what they keep here."""
+    def withdraw(self, error: BaseException | None) -> bool:
+        """The other ranks may be waiting at the end of the call, or of all calls."""
+        super().withdraw(error)
+        if not self._told and (self._ending or (error is not None and self.one_call)):
+            self._told = True
+            compat.tell_all_ranks((str(error) or type(error).__name__) if error is not None else "it was given up")
+            if error is not None:
+                _told(error)
+        return not self._voted
+
+    def commit(self) -> None:
+        """With `per_weight` layers still make what they keep here."""
         for weight in self._weights:
             with weight.lock:
                 if isinstance(weight.store, (ReloadStore, PlainReloadStore)):
@@ -214,19 +213,7 @@ class Reload(Filling):
             layer.place()
         self._processing.keep()
 
-    def abort(self, error: BaseException | None = None) -> None:
-        """Give up what is not live. error: why, for the other ranks, which may be waiting at the end of the call."""
-        if self.closed:
-            return
-        self.closed = "its reload was given up"
-        self.withdraw(error)
-        insist(self._roll_back)
-        self._end(self.closed)
-        if error is not None and self.one_call:
-            compat.tell_all_ranks(str(error) or type(error).__name__)
-            error.told_all_ranks = True  # type: ignore[attr-defined]
-
-    def _roll_back(self) -> None:
+    def roll_back(self) -> None:
         for weight in self._weights:
             with weight.lock:
                 if isinstance(weight.store, (ReloadStore, PlainReloadStore)):
@@ -241,15 +228,19 @@ class Reload(Filling):
                 processed.place()
             self._processing.absorb()
 
-    def _end(self, reason: str) -> None:
-        """The last step of either outcome: nothing refers to this reload any more."""
-        self._close(reason)
+    def close(self, state: State) -> None:
+        super().close(state)
         self.slots.clear()
         self._at_load.clear()
         self._weights_of.clear()
         self._processed.clear()
+        if state == "finished" and self._report is not None:
+            self._report.seconds = time.perf_counter() - self._memory.started
+            self.served.report = self._report
 
-    def _tell(self, report: LoadReport) -> None:
+    def tell(self) -> None:
+        report = self._report
+        assert report is not None
         for warning in report.warnings:
             compat.logger().warning("qtensor: %s", warning)
         compat.logger().info(
@@ -319,6 +310,12 @@ class Reload(Filling):
             elif not weight.coverage.complete:
                 report.missing[slot.full_name] = weight.coverage.missing()
         return self._sum_up(report)
+
+
+def _told(error: BaseException) -> BaseException:
+    """All ranks know of this error (see `entry._raise_on_the_last_rank`)."""
+    error.told_all_ranks = True  # type: ignore[attr-defined]
+    return error
 
 
 def _lazy(weight: ArmedWeight) -> LazyWeight:

@@ -5,8 +5,9 @@ A ServedModel lives as long as its model. One transaction at a time fills it: fi
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
+from qtensor.sessions.transaction import State, Transaction
 
 from .incoming import Incoming, Weights
 from .layers import Published
@@ -23,15 +25,6 @@ from .parallel import RankHost
 from .reporting import rank
 
 _ATTRIBUTE = "_qtensor_served"
-
-
-class Transaction(Protocol):
-    """A load or a reload. load_weights: all of a load, or one chunk of a reload. finish: after it the new values serve.
-    abort: nothing has happened."""
-
-    def load_weights(self, inner: Any, weights: Weights, args: Any, kwargs: Any) -> Any: ...
-    def finish(self) -> None: ...
-    def abort(self, error: BaseException | None = None) -> None: ...
 
 
 class ServedModel:
@@ -46,7 +39,7 @@ class ServedModel:
         self.incoming = Incoming(self.names, type(root).__name__, lambda: self.setting.folder)
         self.published: list[Published] = []
         self.aliases: dict[tuple[int, str], torch.Tensor] = {}
-        self.open: Transaction | None = None
+        self.open: Filling | None = None
         self.report: LoadReport | None = None
         self.resident_peak = 0
         object.__setattr__(root, _ATTRIBUTE, self)
@@ -70,12 +63,14 @@ def find_served(model: nn.Module) -> ServedModel | None:
     return next(filter(None, map(ServedModel.of, model.modules())), None)
 
 
-class Filling(RankHost):
+class Filling(RankHost, Transaction):
     """What a load and a reload have in common: which weights they arm (`slots`), and what they tell them.
 
     A weight knows its scheme from the start; its messages name the layer, and the checkpoint's tensor while one is
     being written.
     """
+
+    why_closed: ClassVar[dict[State, str]] = {}
 
     def __init__(self, served: ServedModel) -> None:
         super().__init__()
@@ -91,9 +86,14 @@ class Filling(RankHost):
         name = slot.full_name if slot is not None else weight.owner[1]
         return f"{name} (from the checkpoint's tensor '{current}')" if current else name
 
-    def _close(self, reason: str) -> None:
+    @abstractmethod
+    def load_weights(self, inner: Any, weights: Weights, args: Any, kwargs: Any) -> Any:
+        """The model's own `load_weights`: all of a load, or one chunk of a reload. An error gives everything up."""
+
+    def close(self, state: State) -> None:
         """Nothing can be written any more."""
-        self.closed = reason
+        super().close(state)
+        self.closed = self.closed or self.why_closed[state]
         self._writing.clear()
         self.served.open = None
 
