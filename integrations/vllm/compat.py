@@ -260,6 +260,11 @@ def attention_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
 
 
+def has_let_go_of_its_source(attention: Any) -> bool:
+    """Does this attention layer keep copies of a weight that is gone? Latent attention on a CPU with AMX does."""
+    return bool(getattr(attention, "is_amx_bmm_enabled", False))
+
+
 def wrap_layerwise_reload(initialize: Callable[[nn.Module], bool], finalize: Callable[[nn.Module], bool]) -> None:
     """Ask `initialize(model)` and `finalize(model)` before vLLM's functions of these names run, wherever vLLM calls
     them; where the answer is True, vLLM's do not run."""

@@ -196,7 +196,10 @@ class Load(Filling):
         announce(self._report, self.served.resident_peak)
         where = self.served.choice.options.report
         if where:
-            write(self._report, where)
+            try:
+                write(self._report, where)
+            except OSError as error:
+                compat.logger().warning("qtensor: the report could not be written to %s: %s", where, error)
 
     def _verify(self) -> None:
         lines = []

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qtensor.errors import QTensorError
 from qtensor.lazy.plain_store import PlainStore
 from qtensor.lazy.quant_store import QuantStore
 from qtensor.lazy.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore
@@ -58,6 +59,12 @@ class Processing:
                 feeding += self._touched(attention.kv_b_proj)
             if not feeding or dtype is None:
                 continue
+            if compat.has_let_go_of_its_source(attention):
+                raise QTensorError(
+                    f"{self._slots[feeding[-1]].full_name}: on a CPU with AMX vLLM's latent attention has packed this "
+                    "weight for itself and let go of it, so it cannot be reloaded. Start the engine anew with the new "
+                    "weights."
+                )
             if self._atomic:
                 saved = [(part, part.clone()) for weight in feeding for part in _live_parts(weight)]
 
