@@ -59,7 +59,7 @@ class Traced(Torch):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Every row by every matrix: which rows belong to one is not known yet."""
-        expert = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device), right=True)
+        expert = torch.searchsorted(offsets, torch.arange(x.shape[0], dtype=torch.int64, device=x.device), right=True)
         out = x.new_zeros(x.shape[0], parts.qdata.shape[1])
         for e in range(parts.qdata.shape[0]):
             product = self.linear(x, parts.matrix(e), fmt, None if bias is None else bias[e])
