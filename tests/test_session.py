@@ -293,3 +293,12 @@ def test_progress_counts_weights(capsys: pytest.CaptureFixture[str]) -> None:
     with online_quant(fp8, quiet):
         quiet.weight.data.copy_(torch.eye(4))
     assert capsys.readouterr().err == ""
+
+
+def test_arming_a_model_installs_nothing_process_wide_before_the_block() -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    session = online_quant(fp8, layer)
+    assert_no_hooks()
+    layer.weight.data.copy_(torch.ones(8, 8))
+    assert session.finish().state == "finished"
+    assert isinstance(layer.weight, QTensor)
