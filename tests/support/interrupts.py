@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import random
 import signal
 import sys
@@ -187,7 +188,9 @@ KINDS = [
 
 
 def attempt(subject: Subject, around: Callable[[], Any]) -> BaseException | None:
-    """Run the subject within `around()`; what came out."""
+    """Run the subject within `around()`; what came out. Without logging, whose handlers keep their lock for ever when
+    an exception comes between Python's `acquire` and its `try`."""
+    logging.disable()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -197,6 +200,8 @@ def attempt(subject: Subject, around: Callable[[], Any]) -> BaseException | None
             error.__traceback__ = None
             error.__context__ = error.__cause__ = None
             return None if isinstance(error, _Enough) else error
+        finally:
+            logging.disable(logging.NOTSET)
     return None
 
 
