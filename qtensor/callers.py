@@ -20,12 +20,18 @@ _ALL = sys.maxsize
 """As many frames as there are: a module's `__init__` may be any number of calls away from what it constructs."""
 
 
-def copied_by_init(frames: int = 12) -> bool:
+def copied_by_init() -> bool:
     """Is torch.nn.init copying (`trunc_normal_`, `orthogonal_`, `dirac_`)? Its copies are initialisation, not a load.
 
-    Each TorchDispatchMode that is active puts four frames between the two; `frames=1` is for where none is.
+    Each TorchDispatchMode that is active puts four frames between the two.
     """
-    return any(frame.f_globals.get("__name__") == "torch.nn.init" for frame in _callers(frames))
+    return any(frame.f_globals.get("__name__") == "torch.nn.init" for frame in _callers(12))
+
+
+def called_by_init() -> bool:
+    """The same where no TorchDispatchMode is active: one look, as every copy of a loader asks."""
+    frame = _caller()
+    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.init"
 
 
 def initialising() -> bool:
@@ -72,12 +78,17 @@ def asked_by_fsdp() -> bool:
     return any((frame.f_globals.get("__name__") or "").startswith(FSDP) for frame in _callers(3))
 
 
-def _callers(limit: int) -> Iterator[FrameType]:
-    """The frames of whoever called qtensor, innermost first: at most `limit`, beginning with the first that is not the
-    package's own."""
-    frame: FrameType | None = sys._getframe(1)
+def _caller() -> FrameType | None:
+    """The frame that called qtensor: the innermost that is not the package's own."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and (frame.f_globals.get("__name__") or "").startswith(_OWN):
         frame = frame.f_back
+    return frame
+
+
+def _callers(limit: int) -> Iterator[FrameType]:
+    """The frames of whoever called qtensor, innermost first: at most `limit`."""
+    frame = _caller()
     while frame is not None and limit:
         yield frame
         frame, limit = frame.f_back, limit - 1

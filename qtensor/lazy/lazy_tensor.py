@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..callers import copied_by_init
+from ..callers import called_by_init
 from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
@@ -58,7 +58,7 @@ class _Handle:
             self._armed.fail(WeightShapeError(f"{self._armed.name}: {error}"))
 
     def copy_(self, src: torch.Tensor, non_blocking: bool = False) -> Any:
-        if type(src) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or copied_by_init(1):
+        if type(src) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or called_by_init():
             return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
         self._armed.write(view_of(self), src)
         return self
