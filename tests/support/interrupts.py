@@ -202,6 +202,7 @@ def attempt(subject: Subject, around: Callable[[], Any]) -> BaseException | None
             return None if isinstance(error, _Enough) else error
         finally:
             logging.disable(logging.NOTSET)
+            torch.set_grad_enabled(True)  # An interrupted `torch.no_grad().__enter__` has no exit.
     return None
 
 
