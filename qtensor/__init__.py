@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from .checkpoint import transformers as transformers_tables
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -95,6 +96,7 @@ __all__ = [
 
 quantized_ops.install()
 lazy_ops.install()
+transformers_tables.install()
 
 
 def __getattr__(name: str) -> Any:

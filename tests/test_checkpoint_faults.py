@@ -173,6 +173,8 @@ def test_the_commands_for_people(tmp_path, capsys):
     assert "SQNR 31" in out
     assert main.main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["quantized"]) == 12
+    assert main.main(["inspect", str(tmp_path / "out"), "--json", "--against", str(source)]) == 0
+    assert len(json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["quantized"]) == 12
     assert main.main(["quantize", str(source), str(tmp_path / "out")]) == 1
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main.main(["inspect", str(tmp_path / "nowhere"), "--json"]) == 1
@@ -181,3 +183,13 @@ def test_the_commands_for_people(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main.main(wrong)
         assert stop.value.code == 2
+
+
+def test_a_weight_that_lost_nothing_is_valid_json(tmp_path, capsys):
+    """Python's own JSON would say Infinity, which other parsers refuse."""
+    source = write(tmp_path / "source", {"up.weight": torch.zeros(4, 128), "down.weight": torch.randn(4, 128)}, 1)
+    assert main.main(["quantize", str(source), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main.main(["inspect", str(tmp_path / "out"), "--json", "--against", str(source)]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["quantized"]
+    assert {weight["name"]: weight["sqnr"] is None for weight in found} == {"up.weight": True, "down.weight": False}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from . import transformers  # noqa: F401  from_pretrained inside a session
 from .inspecting import CheckpointReport, inspect_checkpoint
 from .loading import load_checkpoint
 from .saving import save_checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,7 +50,13 @@ class CheckpointReport:
     plain: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The report for `json.dumps`. JSON has no infinity, so an SQNR that is not finite (that of a weight that lost
+        nothing) is null, as it is without `against`."""
+        data = asdict(self)
+        for weight in data["quantized"]:
+            if weight["sqnr"] is not None and not math.isfinite(weight["sqnr"]):
+                weight["sqnr"] = None
+        return data
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.files} file{'s' * (self.files != 1)}, {self.method or 'not quantized'}"]

@@ -24,6 +24,11 @@ _originals: dict[str, Any] = {}
 
 
 def install() -> None:
+    """Let `_take_places` and `_give_back` run with the first session that opens and after the last."""
+    registration.PATCHES.append((_take_places, _give_back))
+
+
+def _take_places() -> None:
     """Take the places in transformers' table, if transformers is there."""
     if "transformers" not in sys.modules:
         return
@@ -36,7 +41,7 @@ def install() -> None:
             table[method] = functools.partial(_choose, table[method])
 
 
-def uninstall() -> None:
+def _give_back() -> None:
     if _originals:
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
 
@@ -165,6 +170,3 @@ def _classes() -> tuple[Any, Any]:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-registration.PATCHES.append((install, uninstall))

@@ -140,7 +140,7 @@ class _Outcome:
         self._as_json, self.code = as_json, 0
 
     def __call__(self, value: dict[str, Any], text: str) -> None:
-        print(json.dumps(value, indent=2) if self._as_json else text)
+        print(json.dumps(value, indent=2, allow_nan=False) if self._as_json else text)
 
 
 @contextmanager
