@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import resource
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ from qtensor import CheckpointError, fp8, load_checkpoint
 from qtensor.checkpoint import problems, quantize_checkpoint
 from qtensor.checkpoint.reading import Checkpoint
 from qtensor.cli import main
+from qtensor.convert import converting
 
 INDEX = "model.safetensors.index.json"
 
@@ -67,10 +72,52 @@ def huge_header(folder: Path) -> None:
     sorted(folder.glob("*.safetensors"))[0].write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
 
 
+def in_the_way(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else where a file was."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return apply
+
+
+def alone(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else than a file among files that no index lists."""
+
+    def apply(folder: Path) -> None:
+        (folder / INDEX).unlink()
+        make(folder / name)
+
+    return apply
+
+
+def socket_file(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as held, contextlib.chdir(path.parent):  # Its path may have some 100 characters.
+        held.bind(path.name)
+
+
+def sparse(size: int, beginning: bytes = b"") -> Callable[[Path], None]:
+    """A file that claims a size and takes no room."""
+
+    def make(path: Path) -> None:
+        path.write_bytes(beginning)
+        os.truncate(path, size)
+
+    return make
+
+
+def header(name: str = "a.first", shape: str = "[3]", nbytes: int = 12) -> bytes:
+    text = f'{{"{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{nbytes}]}}}}'.encode("latin-1")
+    return struct.pack("<Q", len(text)) + text
+
+
+SHARD = "model-00001-of-00003.safetensors"
+NO_FILE = "is no ordinary file"
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no shard": (
         lambda f: sorted(f.glob("*.safetensors"))[0].unlink(),
-        r"model-00001-of-00003\.safetensors is missing",
+        r"model-00001-of-00003\.safetensors is missing or no",
     ),
     "pickles": (only_pickles, r"pickled \(pytorch_model\.bin\), and reading a pickle can run code"),
     "parent": (lambda f: reindex(f, "lm_head.weight", "../secret.safetensors"), "not a file of this folder"),
@@ -83,6 +130,28 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "twice": (twice, r"is in two files"),
     "twice in a header": (twice_in_a_header, "names a twice|not a whole safetensors file"),
     "cut": (cut, r"00002-of-00003\.safetensors: is not a whole safetensors file.* are cut off"),
+    "FIFO as index": (in_the_way(INDEX, os.mkfifo), rf"{INDEX}: {NO_FILE}"),
+    "folder as index": (in_the_way(INDEX, Path.mkdir), rf"{INDEX}: {NO_FILE}"),
+    "FIFO as shard": (in_the_way(SHARD, os.mkfifo), rf"{SHARD} is missing or no ordinary file"),
+    "FIFO": (alone("a.safetensors", os.mkfifo), rf"a\.safetensors: {NO_FILE}"),
+    "folder": (alone("a.safetensors", Path.mkdir), rf"a\.safetensors: {NO_FILE}"),
+    "socket": (alone("a.safetensors", socket_file), r"a\.safetensors: cannot be opened"),
+    "device": (alone("a.safetensors", lambda p: p.symlink_to("/dev/zero")), rf"a\.safetensors: {NO_FILE}"),
+    "8 TB of index": (in_the_way(INDEX, sparse(1 << 43)), rf"{INDEX}: 8,796,093,022,208 bytes of it are text"),
+    "100 GB of header": (in_the_way(SHARD, sparse(1 << 40, struct.pack("<Q", 10**11))), "100,000,000,000 bytes of it"),
+    "4 TB of nothing": (in_the_way(SHARD, sparse(1 << 42, header())), "bytes at its end belong to no tensor"),
+    "4 TB of 8": (
+        in_the_way(SHARD, sparse(1 << 42, header(shape="[2199023255552]", nbytes=1 << 43))),
+        rf"{SHARD} has 4398046511104 of 87960930\d+ bytes: 'a.first' are cut off",
+    ),
+    "half a character": (in_the_way(SHARD, sparse(100, header("\\ud800"))), "surrogates not allowed"),
+    "no UTF-8": (in_the_way(SHARD, sparse(100, header("\xff"))), "can't decode byte 0xff"),
+    "index in no UTF-8": (lambda f: (f / INDEX).write_bytes(b'{"weight_map": {"\xff": "a"}}'), f"{INDEX}: cannot be"),
+    "long name": (in_the_way(SHARD, sparse(600, header("a" * 513))), "is a name of 513 characters"),
+    "vast and empty": (
+        in_the_way(SHARD, sparse(200, header(shape=f"[0,{2**63 - 1}]", nbytes=0))),
+        r"has shape \[0, 92",
+    ),
     "huge header": (huge_header, r"is not a whole safetensors file.* cut short within its header"),
 }
 
@@ -193,3 +262,83 @@ def test_a_weight_that_lost_nothing_is_valid_json(tmp_path, capsys):
     assert main.main(["inspect", str(tmp_path / "out"), "--json", "--against", str(source)]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["quantized"]
     assert {weight["name"]: weight["sqnr"] is None for weight in found} == {"up.weight": True, "down.weight": False}
+
+
+CONFIGS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "FIFO": (os.mkfifo, "config.json: is no ordinary file"),
+    "folder": (Path.mkdir, "config.json: is no ordinary file"),
+    "8 TB": (sparse(1 << 43), "config.json: 8,796,093,022,208 bytes of it are text, and at most 16,777,216 are"),
+    "no UTF-8": (lambda path: path.write_bytes(b'{"a": "\xff"}'), "config.json: cannot be read as JSON: .*0xff"),
+    "half a character": (
+        lambda path: path.write_text('{"a": "\\ud800"}'),
+        "config.json: cannot .* surrogates not allowed",
+    ),
+    "deep": (lambda path: path.write_text("[" * 100_000), "config.json: cannot be read as JSON"),
+    "long number": (lambda path: path.write_text('{"a": ' + "9" * 5000 + "}"), "config.json: cannot be read as JSON"),
+    "list": (lambda path: path.write_text("[]"), "config.json: holds list"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_config_that_is_none_is_refused_before_anything_is_written(what, tmp_path):
+    folder, (make, message) = write(tmp_path / "source", layers()), CONFIGS[what]
+    in_the_way("config.json", make)(folder)
+    for act in (
+        lambda: quantize_checkpoint(folder, tmp_path / "out", fp8),
+        lambda: load_checkpoint(nn.Linear(2, 2), folder),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            act()
+    assert re.search(message, problems(folder)[0])
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+def test_side_files_are_judged_and_copied_before_the_shards(tmp_path, monkeypatch):
+    """Hours of shards were done, and then a name that is no UTF-8 could not be listed."""
+    folder = write(tmp_path / "source", layers())
+    monkeypatch.setattr(converting, "attempt", lambda *_: pytest.fail("a shard was begun"))
+    named = Path(os.fsdecode(bytes(folder) + b"/\xff.txt"))
+    named.write_text("")
+    with pytest.raises(CheckpointError, match=r"the name b'\\xff\.txt' is not UTF-8"):
+        quantize_checkpoint(folder, tmp_path / "out", fp8)
+    named.unlink()
+    sparse(1 << 43)(folder / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="GB are needed and"):
+        quantize_checkpoint(folder, tmp_path / "out", fp8)
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "pipe")  # What is no file is nothing to carry over.
+    monkeypatch.undo()
+    quantize_checkpoint(folder, tmp_path / "out", fp8)
+    assert not (tmp_path / "out" / "pipe").exists()
+
+
+def test_what_memory_cannot_hold_is_refused_by_name(tmp_path):
+    """A sparse file may be of any size, and its header right."""
+    beginning = header("up.weight", "[1073741824, 1024]", 1 << 42)
+    sparse(len(beginning) + (1 << 42), beginning)(tmp_path / "model.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 41, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"up\.weight takes 4,398\.0 GB, and there is no memory for them"):
+            Checkpoint(tmp_path).tensors["up.weight"].read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    with pytest.raises(CheckpointError, match=r"up\.weight: is \[1073741824, 1024\], and up\.weight needs \[2, 2\]"):
+        load_checkpoint(nn.ModuleDict({"up": nn.Linear(2, 2, bias=False)}), tmp_path)
+    with pytest.raises(CheckpointError, match="GB are needed and"):
+        quantize_checkpoint(tmp_path, tmp_path.parent / "out", fp8)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 0), (0, 1 << 40)])
+def test_a_matrix_without_elements_is_left_as_it_is(shape, tmp_path):
+    """Each of its rows would have a scale: some terabytes for a header of a hundred bytes."""
+    folder = write(tmp_path / "source", {"up.weight": torch.empty(shape), "down.weight": torch.ones(4, 8)})
+    assert quantize_checkpoint(folder, tmp_path / "out", fp8).left == {"up.weight": "holds no elements"}
+    assert Checkpoint(tmp_path / "out").tensors["up.weight"].shape == shape
+
+
+def test_a_tensor_of_another_shape_is_not_spread_over_the_models(tmp_path):
+    save_file({"weight": torch.ones(1, 8), "bias": torch.ones(8)}, tmp_path / "model.safetensors")
+    model = nn.Linear(8, 8)
+    with pytest.raises(CheckpointError, match=r"weight: is \[1, 8\], and weight needs \[8, 8\]"):
+        load_checkpoint(model, tmp_path)

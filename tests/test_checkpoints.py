@@ -421,7 +421,9 @@ SPOILED: dict[str, tuple[Any, str, Any, str]] = {
     "zero divisor": (nvfp4, "weight_global_scale", lambda t: t * 0, "not finite and positive"),
     "no divisor": (nvfp4, "weight_global_scale", lambda t: None, r"has no 0\.weight_global_scale"),
     "no scale": (int8_per_channel, "weight_scale", lambda t: None, r"0\.weight_packed: .* has no scales"),
-    "other shape": (int4_per_group, "weight_shape", lambda t: t * 2, r"a int4_per_group weight \[64, 256\] has"),
+    "other shape": (int4_per_group, "weight_shape", lambda t: t * 2, r"0: is said to be \[64, 256\]"),
+    "vast shape": (int4_per_group, "weight_shape", lambda t: t + 2**62, r"0: is said to be \[4611686018427387936, "),
+    "many shapes": (int8_per_channel, "weight_shape", lambda t: t[:, None], "should be the shape of a matrix"),
     "no shape": (int4_per_group, "weight_shape", lambda t: t[:1], "should be the shape of a matrix"),
     "signed": (mxfp4, "weight_packed", lambda t: t.view(torch.int8), "stores torch.uint8 matrices"),
 }

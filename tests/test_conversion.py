@@ -110,9 +110,8 @@ def test_a_shard_is_a_task_of_its_own(tmp_path):
     tasks = converting.plan(source, tmp_path / "out", schemes, "compressed-tensors")
     with elsewhere.Pool(1) as pool:
         records = pool.map(convert_alone, tasks[::-1])
-    converting.finish(
-        source, tmp_path / "out", schemes, "compressed-tensors", {n: r for part in records for n, r in part.items()}
-    )
+    converting.begin(source, tmp_path / "out", schemes, "compressed-tensors")
+    writing.write_manifest(tmp_path / "out", "compressed-tensors", {n: r for part in records for n, r in part.items()})
     assert digests(tmp_path / "out") == digests(tmp_path / "expected")
 
 

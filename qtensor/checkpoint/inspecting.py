@@ -96,7 +96,7 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
     report.plain = {name: stored.nbytes for name, stored in plain.items()}
     for module, weight in weights.items():
         name = weight_of(module)
-        shape, held = tuple(weight.outline().shape), sum(s.nbytes for s in weight.tensors.values())
+        shape, held = weight.shape, sum(s.nbytes for s in weight.tensors.values())
         sqnr = _sqnr(name, weight, source) if source is not None else None
         report.quantized.append(WeightReport(name, str(weight.layout.scheme), shape, held, sqnr))
     return report

@@ -132,9 +132,15 @@ class Layout:
                     f"{module}.{name} is {held.dtype} {list(held.shape)}; {self.scheme.name} stores {wanted}"
                     + (" matrices" if name == self.data else "")
                 )
-            if self.entries[name] is _SHAPE and (held.numel() != 2 or min(held.tolist()) < 0):
-                raise CheckpointError(f"{module}.{name} is {held.tolist()}, and should be the shape of a matrix")
+            if self.entries[name] is _SHAPE and (tuple(held.shape) != (2,) or min(held.tolist()) < 0):
+                found = held.tolist() if held.numel() == 2 else f"{held.numel()} numbers"
+                raise CheckpointError(f"{module}.{name} is {found}, and should be the shape of a matrix")
         shape, fmt = self.shape(tensors), self.scheme.format
+        data = tensors[self.data]
+        if shape[0] != data.shape[0] or shape[1] > data.shape[1] * data.element_size() * fmt.per_byte:
+            raise CheckpointError(
+                f"{module}: is said to be {list(shape)}, and {module}.{self.data} is {data.dtype} {list(data.shape)}"
+            )
         for name, (_, expected) in self.specs(shape).items():
             held = tensors[name]
             if held.numel() != _count(expected) or (name == self.data and tuple(held.shape) != expected):

@@ -57,6 +57,11 @@ def load_checkpoint(
         raise CheckpointError(
             f"{checkpoint.folder}: {type(model).__name__} has no {extra[0]} ({len(extra)} such tensors)"
         )
+    shapes = [(name, stored.shape, parts[name]) for name, stored in plain.items()]
+    shapes += [(module, weight.shape, places[module]) for module, weight in weights.items()]
+    for name, shape, part in shapes:
+        if tuple(shape) != tuple(part.view.size):
+            raise CheckpointError(f"{name}: is {list(shape)}, and {part.name} needs {list(part.view.size)}")
     schemes = {places[module].name: weight.layout.scheme for module, weight in weights.items()}
     place = torch.device(device) if device is not None else None
     # A model whose weights wait for a loader already belongs to an `online_quant` block, which ends its load.
@@ -79,13 +84,9 @@ def load_checkpoint(
 
 
 def accept(target: LazyWeight | LiveQTensor, view: View, weight: Weight) -> None:
-    """Store a quantized matrix as the part `view` of a weight that is being loaded."""
+    """Store a quantized matrix as the part `view`, of its shape, of a weight that is being loaded."""
     armed = target._armed
     values: QTensor = weight.read(armed.dtype)
-    if tuple(values.shape) != tuple(view.size[-2:]):
-        raise CheckpointError(
-            f"{weight.module}: is {list(values.shape)}, and {armed.name} needs {list(view.size[-2:])}"
-        )
     if not armed.accept(values, view):
         raise CheckpointError(
             f"{weight.module}: its rows and scales are not those of {armed.name} {list(armed.shape)} as {values.scheme}"

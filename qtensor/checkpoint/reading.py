@@ -1,27 +1,32 @@
 """Checkpoint: a folder of safetensors files, checked before anything in it is used.
 
-Opening reads the index and the headers, not the tensors. The safetensors library judges each header; on top of that,
-names in the index may not leave the folder, and index and files have to agree tensor by tensor. Pickled checkpoints are
+Opening reads the index and the headers, not the tensors. A header has to describe its file to the last byte, names in
+the index may not leave the folder, and index and files have to agree tensor by tensor. Pickled checkpoints are
 refused: reading one can run code. Tensors are read with plain reads into memory the caller may bound, not mapped.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from .files import CONFIG_BYTES, LIST_BYTES, open_file, parse_json, read_json, read_up_to
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 MANIFEST = "qtensor.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+NAME_LENGTH = 512  # Of a tensor, in characters.
+_MOST_ELEMENTS = 2**48  # Also of a tensor of no elements, whose other sizes the file's size does not bound.
+_MOST_DIMENSIONS = 64  # PyTorch's.
 _SHOWN = 3
 
 # The names safetensors gives dtypes, in the order in which it lays them out in a file.
@@ -60,9 +65,9 @@ class Stored:
 
     def read(self, first: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor; or, into `out` (contiguous, of the dtype), the elements from flat index `first` on."""
-        whole = torch.empty(self.shape, dtype=self.dtype, device="cpu") if out is None else out
+        whole = self._memory() if out is None else out
         target = bytes_of(whole)
-        with self.path.open("rb", buffering=0) as file:
+        with open_file(self.path) as file:
             file.seek(self.offset + first * self.dtype.itemsize)
             done = 0
             while done < len(target):
@@ -71,6 +76,14 @@ class Stored:
                     raise CheckpointError(f"{self.path} ends within {self.name}: the file was cut while it was read")
                 done += got
         return whole
+
+    def _memory(self) -> torch.Tensor:
+        try:
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        except (RuntimeError, MemoryError):
+            raise CheckpointError(
+                f"{self.path}: {self.name} takes {self.nbytes / 1e9:,.1f} GB, and there is no memory for them"
+            ) from None
 
 
 class Checkpoint:
@@ -95,7 +108,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         path = self.folder / CONFIG
-        return read_json(path) if path.exists() else {}
+        return read_json(path, CONFIG_BYTES) if path.exists() else {}
 
     @cached_property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -114,7 +127,7 @@ class Checkpoint:
         path = self.folder / INDEX
         if not path.exists():
             return {}
-        found = read_json(path).get("weight_map")
+        found = read_json(path, LIST_BYTES).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
             raise CheckpointError(f'{path}: has no "weight_map" of names to files')
         for name, file in found.items():
@@ -135,9 +148,11 @@ class Checkpoint:
                     "it with torch.load(..., weights_only=True), and save it as safetensors first."
                 )
             raise CheckpointError(f"{self.folder}: is no checkpoint; it has neither {INDEX} nor a .safetensors file")
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        missing = [name for name in names if self._weight_map and not (self.folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"{self.folder}: {', '.join(missing)} is missing, and {INDEX} names it")
+            raise CheckpointError(
+                f"{self.folder}: {', '.join(missing)} is missing or no ordinary file, and {INDEX} names it"
+            )
         return names
 
     def _check_index(self) -> None:
@@ -156,24 +171,13 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds {type(found).__name__}, not a JSON object")
-    return found
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The list of contents that writers leave in a folder: "files" by name, and "tensors", by name, as objects.
 
     Raises CheckpointError if there is none, or it is no such list.
     """
     path = folder / MANIFEST
-    content = read_json(path)
+    content = read_json(path, LIST_BYTES)
     files, tensors = content.get("files"), content.get("tensors")
     sound = isinstance(files, list) and isinstance(tensors, dict) and all(isinstance(t, dict) for t in tensors.values())
     if not sound or not all(isinstance(file, str) and _is_name(file) for file in files or ()):
@@ -187,57 +191,105 @@ def _is_name(file: str) -> bool:
 
 
 def _header(path: Path) -> Iterator[Stored]:
-    """The tensors of one file, from its header, which the safetensors library has judged first."""
+    """The tensors of one file, if its header is whole and describes all of the file. It is the rule of the safetensors
+    library: the tensors' bytes lie one after the other, from the header to the file's end, and are as many as dtype and
+    shape need."""
     try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is not a whole safetensors file: {error}. {_lost(path)}".rstrip(". ")) from None
-    start, entries = _entries(path)
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start, entries = _entries(path, file, size)
+        if lost := _lost(path, size, start, entries):
+            raise CheckpointError(lost)
+        end = 0
+        if unknown := [(name, entry.dtype) for name, entry in entries.items() if entry.dtype not in DTYPES]:
+            raise CheckpointError("{} has dtype {}, which cannot be read here".format(*unknown[0]))
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+            if entry.begin != end:
+                raise CheckpointError(f"{name} begins at byte {entry.begin} of the data, and not at {end}")
+            end += entry.nbytes
+        if start + end != size:
+            raise CheckpointError(f"{size - start - end} bytes at its end belong to no tensor")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from None
     for name, entry in entries.items():
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which cannot be read here")
-        begin, end = entry["data_offsets"]
-        yield Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin)
+        yield Stored(name, path, DTYPES[entry.dtype], entry.shape, start + entry.begin, entry.nbytes)
 
 
-def _entries(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+class _Entry(NamedTuple):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+def _entries(path: Path, file: FileIO, size: int) -> tuple[int, dict[str, _Entry]]:
     """Where a file's data begin, and what its header says of each tensor. Raises CheckpointError if it has no whole
     header; whether the data are whole is not looked at."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if size < 8 or start > size:
-            raise CheckpointError(f"{path.name} is cut short within its header ({size} bytes)")
-        try:
-            header = json.loads(file.read(start - 8), object_pairs_hook=lambda pairs: _unique(path, pairs))
-            header.pop("__metadata__", None)
-            sound = all(int(entry["data_offsets"][1]) >= 0 for entry in header.values())
-        except CheckpointError:
-            raise
-        except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
-            sound = False
-    if not sound:
-        raise CheckpointError(f"{path.name} has a damaged header")
-    return start, header
-
-
-def _lost(path: Path) -> str:
-    """What is wrong with a file that is shorter than its header promises, as a sentence; "" if it is not."""
+    start = 8 + int.from_bytes(read_up_to(path, file, 8, 8), "little")
+    if size < 8 or start > size:
+        raise CheckpointError(f"{path.name} is cut short within its header ({size} bytes)")
+    text = read_up_to(path, file, start - 8, LIST_BYTES)
     try:
-        size = path.stat().st_size
-        start, entries = _entries(path)
-    except CheckpointError as error:
-        return f"{error}."
-    except OSError:
-        return ""
-    ends = {name: start + entry["data_offsets"][1] for name, entry in entries.items()}
+        header = parse_json(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if not text.startswith(b"{") or not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ are not texts by name")
+        return start, {name: _entry(name, entry) for name, entry in header.items()}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} has a damaged header: {error}") from None
+
+
+def _entry(name: str, given: Any) -> _Entry:
+    """Raises ValueError that names the tensor and the field."""
+    if len(name) > NAME_LENGTH:
+        raise ValueError(f"{name[:40]}... is a name of {len(name)} characters; at most {NAME_LENGTH} are read")
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} is {given!r:.60}, not an object")
+    dtype: Any = given.get("dtype")
+    shape: Any = given.get("shape")
+    offsets: Any = given.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name} has dtype {dtype!r:.60}")
+    if not _is_sizes(shape) or len(shape) > _MOST_DIMENSIONS or prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
+        raise ValueError(f"{name} has shape {shape!r:.60}")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name} has data_offsets {offsets!r:.60}")
+    begin, end = offsets
+    if dtype in DTYPES and end - begin != DTYPES[dtype].itemsize * prod(shape):
+        raise ValueError(f"{name} is {dtype} {shape!r:.60}, and has bytes {begin} to {end}")
+    return _Entry(dtype, tuple(shape), begin, end - begin)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it names {name:.60} twice")
+        found[name] = value
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _lost(path: Path, size: int, start: int, entries: Mapping[str, _Entry]) -> str:
+    """What is wrong with a file that is shorter than its header promises, as a sentence; "" if it is not."""
+    ends = {name: start + entry.begin + entry.nbytes for name, entry in entries.items()}
     lost = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size]
     if not lost:
         return ""
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     names = ", ".join(f"'{name}'" for name in lost[:_SHOWN])
-    return f"{path.name} has {size} of {max(ends.values())} bytes: {names}{more} are cut off."
+    return f"{path.name} has {size} of {max(ends.values())} bytes: {names}{more} are cut off"
 
 
 def describe_truncated(folder: str | Path | None) -> str:
@@ -245,13 +297,14 @@ def describe_truncated(folder: str | Path | None) -> str:
     are lost; "" if there is none, or no such folder."""
     if folder is None or not Path(folder).is_dir():
         return ""
-    return " ".join(filter(None, map(_lost, sorted(Path(folder).glob("*.safetensors")))))
+    return " ".join(filter(None, map(_truncated, sorted(Path(folder).glob("*.safetensors")))))
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{path}: its header names {twice} twice")
-    return found
+def _truncated(path: Path) -> str:
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            lost = _lost(path, size, *_entries(path, file, size))
+    except CheckpointError as error:
+        lost = str(error)
+    return f"{lost}." if lost else ""

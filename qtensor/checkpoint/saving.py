@@ -20,6 +20,7 @@ from ..lazy.lazy_tensor import LAZY
 from ..modules import module_of
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
+from .files import CONFIG_BYTES, read_json
 from .layouts import (
     COMPRESSED_TENSORS,
     Spec,
@@ -30,7 +31,7 @@ from .layouts import (
     refuse_short_groups,
 )
 from .mapping import Part, is_transformers, matrix, parts_of, tensors_of
-from .reading import CONFIG, DTYPE_NAMES, SINGLE, read_json
+from .reading import CONFIG, DTYPE_NAMES, SINGLE
 from .verify import require_sound
 from .writing import Names, Records, ShardWriter, Staging, carry_over, write_json, write_manifest
 
@@ -232,7 +233,7 @@ def _write_side_files(model: Any, folder: Path, quantization: dict[str, Any] | N
         settings.save_pretrained(folder)
         if model.can_generate() and getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG, CONFIG_BYTES)
     if quantization is not None:
         config["quantization_config"] = quantization
     write_json(folder / CONFIG, config)

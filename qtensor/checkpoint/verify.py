@@ -19,6 +19,7 @@ from .layouts import LAYOUTS, Layout, reader
 from .reading import DTYPE_NAMES, MANIFEST, Checkpoint, Stored, bytes_of, read_manifest
 
 _PIECE = 16 << 20
+_FEW_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,24 @@ class Weight:
     def read(self, dtype: torch.dtype) -> QTensor:
         return self.layout.weight(self.module, {name: s.read() for name, s in self._items}, dtype)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix. Raises CheckpointError where its tensors do not belong together. Values and scales are not
+        read."""
+        parts = {name for name, entry in self.layout.entries.items() if entry.decode is not None}
+        tensors = {name: _meta(s) if name in parts else self._small(s) for name, s in self._items}
+        rows, cols = self.layout.weight(self.module, tensors, torch.bfloat16).shape
+        return rows, cols
+
     def outline(self) -> QTensor:
         """The weight with its scales, and without its values, which are on the meta device."""
         data = self.layout.data
         tensors = {name: _meta(s) if name == data else s.read() for name, s in self._items}
         return self.layout.weight(self.module, tensors, torch.bfloat16)
+
+    @staticmethod
+    def _small(stored: Stored) -> torch.Tensor:
+        return stored.read() if stored.nbytes <= _FEW_BYTES else _meta(stored)
 
     @property
     def _items(self) -> Iterable[tuple[str, Stored]]:

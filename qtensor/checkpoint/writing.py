@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 
 from ..errors import CheckpointError
+from .files import require_utf8_name
 from .layouts import Spec
 from .reading import CONFIG, DTYPE_NAMES, DTYPES, INDEX, MANIFEST, PICKLES, bytes_of, read_manifest
 
@@ -236,12 +237,16 @@ def write_manifest(folder: Path, format: str, records: Records) -> None:
 
 
 def side_files(source: Path) -> list[Path]:
-    """What lies beside a checkpoint's weights: tokenizer, generation settings, model code, licence."""
+    """What lies beside a checkpoint's weights: tokenizer, generation settings, model code, licence.
+
+    Raises CheckpointError for a name that no list of files can hold.
+    """
     found = []
     for path in sorted(source.iterdir()):
         weights = path.name.lower().endswith(_WEIGHTS) or path.name.endswith(".index.json")
         ours = path.name in (CONFIG, INDEX, MANIFEST)
         if path.is_file() and not path.name.startswith(".") and not weights and not ours:
+            require_utf8_name(path)
             found.append(path)
     return found
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.files import LIST_BYTES, read_json
 from ..checkpoint.layouts import (
     COMPRESSED_TENSORS,
     Spec,
@@ -30,7 +31,7 @@ from ..checkpoint.layouts import (
     refuse_misaligned,
     refuse_short_groups,
 )
-from ..checkpoint.reading import CONFIG, Checkpoint, Stored, read_json
+from ..checkpoint.reading import CONFIG, Checkpoint, Stored
 from ..checkpoint.verify import require_workers, verify_checkpoint
 from ..checkpoint.writing import (
     PLAN,
@@ -183,7 +184,11 @@ def quantize_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
         todo = [task for task in conversion.tasks if finished(task, staging.notes) is None]
         report.resumed_files = len(conversion.tasks) - len(todo)
-        staging.require_space(sum(_nbytes(task) for task in todo))
+        beside = sum(path.stat().st_size for path in side_files(conversion.checkpoint.folder))
+        staging.require_space(sum(_nbytes(task) for task in todo) + beside)
+        for path in set(folder.iterdir()) - {task.target for task in conversion.tasks}:
+            path.unlink()  # What an interrupted run copied may have changed, or gone, since.
+        begin(conversion.checkpoint, folder, conversion.schemes, format)
         with Progress(from_bytes(on_bytes) if on_bytes else progress, "quantizing", unit="byte") as shown:
             shown.expect(report.source_bytes)
             shown.advance(report.source_bytes - sum(task.nbytes for task in todo))
@@ -191,7 +196,7 @@ def quantize_checkpoint(
         records: Records = {}
         for task in conversion.tasks:
             records |= finished(task, staging.notes) or {}
-        finish(conversion.checkpoint, folder, conversion.schemes, format, records)
+        write_manifest(folder, format, records)
         if found := verify_checkpoint(folder, workers, progress=False):
             raise CheckpointError(
                 f"{folder}: does not read back as it was written: {found[0]}. Remove it and start again."
@@ -284,11 +289,12 @@ def attempt(task: ShardTask, notes: Path, pool: ThreadPoolExecutor, on_bytes: On
 def finished(task: ShardTask, notes: Path) -> Records | None:
     """The records of a shard that was finished, in this run or an earlier one."""
     note = _note(task, notes)
-    return read_json(note) if note.exists() and task.target.exists() else None
+    return read_json(note, LIST_BYTES) if note.exists() and task.target.exists() else None
 
 
-def finish(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str, records: Records) -> None:
-    """What is written once, after all shards: config.json, the files beside the weights, index and checksums."""
+def begin(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str) -> None:
+    """What is written once, and before the shards, so that what is wrong with it is found before their hours: the files
+    beside the weights, and config.json."""
     plain = {m for name, s in checkpoint.tensors.items() if (m := module_of(name)) is not None and len(s.shape) == 2}
     plain.add("lm_head")  # It may be tied, and then has no tensor of its own.
     carry_over(checkpoint.folder, folder)
@@ -296,7 +302,6 @@ def finish(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], for
     if schemes:
         config["quantization_config"] = quantization_config(format, schemes, plain - schemes.keys())
     write_json(folder / CONFIG, config)
-    write_manifest(folder, format, records)
 
 
 def _choose(
@@ -322,6 +327,8 @@ def _choose(
             report.left[name] = f"ignored by {ignored[0]!r}"
         elif stored.dtype not in SOURCE_DTYPES:
             report.left[name] = f"holds {stored.dtype}"
+        elif not stored.nbytes:
+            report.left[name] = "holds no elements"
         else:
             layout_of(scheme, format, name)
             schemes[module] = scheme

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from qtensor import QTensorError, fp8_per_channel, quantize
@@ -62,6 +63,9 @@ def header(data: bytes) -> None:
     folder = _folder()
     content = len(data).to_bytes(8, "little") + data + bytes(64)
     (folder / SINGLE).write_bytes(content)
+    names = set(Checkpoint(folder).tensors)
+    with safe_open(folder / SINGLE, framework="pt") as file:  # What is accepted here is accepted there.
+        assert set(file.keys()) == names
     _use(folder)
 
 
