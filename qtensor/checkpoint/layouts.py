@@ -9,7 +9,7 @@ and transformers accept. As few fields as they need: older readers refuse unknow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..kernels import Parts, WeightFormat
-from ..schemes.config import read_patterns
 from ..schemes.scheme import (
     Scheme,
     fp8_per_block,
@@ -29,8 +28,8 @@ from ..schemes.scheme import (
     mxfp8,
     nvfp4,
 )
-from ..schemes.selection import matches
 from ..tensor.qtensor import QTensor, empty
+from .targets import Targets
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -298,20 +297,16 @@ def reader(config: Mapping[str, Any]) -> Callable[[str], Layout | None]:
             f"config.json: checkpoints quantized with {method!r} cannot be read; there is {', '.join(LAYOUTS)}"
         )
     named = _object(config, "config_groups")
-    groups = [(_targets(name, group), _layout_of_group(group)) for name in named if (group := _object(named, name))]
+    groups = {name: group for name in named if (group := _object(named, name))}
+    read = [
+        (Targets(f"{name}.targets", group.get("targets"), only=len(groups) == 1), _layout_of_group(group))
+        for name, group in groups.items()
+    ]
 
     def find(module: str) -> Layout | None:
-        for targets, layout in groups:
-            if _targeted(module, targets, len(groups) == 1):
-                return layout
-        return None
+        return next((layout for targets, layout in read if targets.select(module)), None)
 
     return find
-
-
-def _targeted(module: str, targets: Sequence[str], only_group: bool) -> bool:
-    classes = [t for t in targets if not t.startswith("re:") and "." not in t and t[:1].isupper()]
-    return (bool(classes) and only_group) or any(matches(t, module, module) for t in targets if t not in classes)
 
 
 def _object(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -320,13 +315,6 @@ def _object(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if found is not None and not isinstance(found, Mapping):
         raise CheckpointError(f"config.json: {key} is {found!r}, not an object")
     return found or {}
-
-
-def _targets(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
-    try:
-        return read_patterns(f"{name}.targets", group.get("targets") or ())
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {error}") from None
 
 
 def _layout_of_group(group: Mapping[str, Any]) -> Layout:

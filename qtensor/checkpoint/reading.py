@@ -249,9 +249,9 @@ def _entry(name: str, given: Any) -> _Entry:
         raise ValueError(f"{name[:40]}... is a name of {len(name)} characters; at most {NAME_LENGTH} are read")
     if not isinstance(given, dict):
         raise ValueError(f"{name} is {given!r:.60}, not an object")
-    dtype: Any = given.get("dtype")
-    shape: Any = given.get("shape")
-    offsets: Any = given.get("data_offsets")
+    if unknown := given.keys() ^ {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} lacks the field, or has one too many, {min(unknown):.60}")
+    dtype, shape, offsets = given["dtype"], given["shape"], given["data_offsets"]
     if not isinstance(dtype, str):
         raise ValueError(f"{name} has dtype {dtype!r:.60}")
     if not _is_sizes(shape) or len(shape) > _MOST_DIMENSIONS or prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:

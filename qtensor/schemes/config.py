@@ -101,12 +101,18 @@ def read_scheme(key: str, value: Any) -> Scheme | None:
 
 
 def read_patterns(key: str, value: Any) -> tuple[str, ...]:
+    """Patterns, as a list or separated by commas; each "re:..." is one that `re` can compile."""
+    patterns = split_patterns(key, value)
+    _check_regexes(key, patterns)
+    return patterns
+
+
+def split_patterns(key: str, value: Any) -> tuple[str, ...]:
     """Patterns, as a list or separated by commas."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
-        raise ConfigError(f"qtensor: {key} is a list of patterns, not {value!r}")
-    _check_regexes(key, value)
+        raise ConfigError(f"qtensor: {key} is a list of patterns, not {value!r:.200}")
     return tuple(value)
 
 
