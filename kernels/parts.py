@@ -61,5 +61,7 @@ class Parts(tuple[torch.Tensor, ...]):
 
     def rows(self, start: int, stop: int, fmt: WeightFormat) -> Parts:
         """Of a matrix: rows start to stop, where `start` begins a block of `fmt` and `stop` ends one, or the matrix."""
-        scale = self.scale if fmt.granularity == "tensor" else self.scale[fmt.scale_rows(start, stop)]
-        return Parts(self.qdata.narrow(0, start, stop - start), scale, self.global_scale)
+        if stop - start == self[0].shape[0]:
+            return self
+        scale = self[1] if fmt.granularity == "tensor" else self[1][fmt.scale_rows(start, stop)]
+        return tuple.__new__(Parts, (self[0].narrow(0, start, stop - start), scale, *self[2:]))
