@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from .checkpoint import save_pretrained
 from .checkpoint import transformers as transformers_tables
 from .errors import (
     CheckpointError,
@@ -21,6 +22,7 @@ from .errors import (
     WeightDtypeError,
     WeightShapeError,
 )
+from .extras import require
 from .lazy import ops as lazy_ops
 from .lazy.counter import CopyCounter
 from .lazy.lazy_tensor import LazyWeight
@@ -50,6 +52,7 @@ from .tensor.qtensor import QTensor, quantize
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.quantizer import QTensorConfig as QTensorConfig
     from .convert import quantize_checkpoint
 
 __all__ = [
@@ -97,12 +100,19 @@ __all__ = [
 quantized_ops.install()
 lazy_ops.install()
 transformers_tables.install()
+save_pretrained.install()
 
 
 def __getattr__(name: str) -> Any:
-    """What converts files is imported when it is asked for: a load does not need it."""
+    """What converts files, and what needs transformers, is imported when it is asked for: a load does not need it."""
     if name == "quantize_checkpoint":
         from .convert import quantize_checkpoint
 
         return quantize_checkpoint
+    if name == "QTensorConfig":
+        require("transformers", "demo", name)
+        from .checkpoint import quantizer
+
+        quantizer.register()
+        return quantizer.QTensorConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,7 @@ from .writing import Names, Records, ShardWriter, Staging, carry_over, write_jso
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Stored:
     """A tensor to be written, and where its values come from."""
 
     spec: Spec
@@ -70,10 +70,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: The format cannot express a weight, which is named; the folder is another's; the disk is full.
     """
-    tensors = tensors_of(model)
-    contents, schemes, plain = _contents(model, tensors, format)
-    _warn_of_scales(contents, schemes, format)
-    config = quantization_config(format, schemes, plain) if schemes else None
+    contents, config = checkpoint_tensors(model, format)
     staging = Staging(folder)
     with staging.building() as path:
         staging.require_space(sum(tensor.nbytes for tensor in contents.values()))
@@ -91,11 +88,18 @@ def save_checkpoint(
     return Path(os.path.abspath(folder))
 
 
+def checkpoint_tensors(model: nn.Module, format: str) -> tuple[dict[str, Stored], dict[str, Any] | None]:
+    """What a model's checkpoint holds, and what its config.json says of quantized weights, if there are any."""
+    contents, schemes, plain = _contents(model, tensors_of(model), format)
+    _warn_of_scales(contents, schemes, format)
+    return contents, quantization_config(format, schemes, plain) if schemes else None
+
+
 def _contents(
     model: nn.Module, tensors: dict[str, torch.Tensor], format: str
-) -> tuple[dict[str, _Tensor], dict[str, Scheme], list[str]]:
+) -> tuple[dict[str, Stored], dict[str, Scheme], list[str]]:
     """What goes to disk; the scheme of each quantized module; the linear modules that are not quantized."""
-    contents: dict[str, _Tensor] = {}
+    contents: dict[str, Stored] = {}
     names = Names()
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -110,7 +114,7 @@ def _contents(
             if tensor.dtype not in DTYPE_NAMES:
                 raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
             names.claim(name, name)
-            contents[name] = _Tensor((tensor.dtype, part.view.size), _plain_values(tensor, part))
+            contents[name] = Stored((tensor.dtype, part.view.size), _plain_values(tensor, part))
             module = module_of(name)
             if module and len(part.view.size) == 2:
                 plain.add(module)
@@ -128,7 +132,7 @@ def _contents(
             specs = layout.specs((n, k))
             for suffix, entry in layout.entries.items():
                 names.claim(prefix + suffix, f"{name} ({tensor.scheme})")
-                contents[prefix + suffix] = _Tensor(specs[suffix], partial(entry.encode, weight, n))
+                contents[prefix + suffix] = Stored(specs[suffix], partial(entry.encode, weight, n))
             schemes[module] = tensor.scheme
     refuse_short_groups({module: k for module, (_, k) in shapes.items()}, schemes)
     if is_transformers(model):
@@ -180,7 +184,7 @@ def _cut(name: str, weight: QTensor, box: Any) -> QTensor:
     return rows
 
 
-def _warn_of_scales(contents: dict[str, _Tensor], schemes: dict[str, Scheme], format: str) -> None:
+def _warn_of_scales(contents: dict[str, Stored], schemes: dict[str, Scheme], format: str) -> None:
     """Parts that servers fuse should share the scale that is one for a whole matrix; a model whose parts are apart has
     one for each."""
     apart = []
@@ -203,11 +207,11 @@ def _warn_of_scales(contents: dict[str, _Tensor], schemes: dict[str, Scheme], fo
             f"save_checkpoint: {apart[0]} and its partners, and {len(apart) - 1} other groups, are quantized to "
             f"{scheme.name} with a scale for each part. vLLM fuses them and {fate}. `qtensor quantize`, from the "
             "high-precision checkpoint, writes shared scales; fp8_per_channel needs none.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _shards(contents: dict[str, _Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
+def _shards(contents: dict[str, Stored], max_shard_size: int | str) -> dict[str, list[str]]:
     hub = require("huggingface_hub", "checkpoint", "save_checkpoint")
     if not contents:
         raise CheckpointError("the model has no tensors to save")

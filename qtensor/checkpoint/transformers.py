@@ -116,7 +116,7 @@ def _classes() -> tuple[Any, Any]:
         def __init__(self, config: Any, find: Callable[[str], Layout | None], **kwargs: Any) -> None:
             super().__init__(config, **kwargs)
             self._find = find
-            self._suffixes = _SUFFIXES[config.quant_method]
+            self._suffixes = _SUFFIXES.get(config.to_dict()["quant_method"], [])
             self._replaced: dict[int, Any] = {}
 
         def layout_of(self, weight: str, patterns: Iterable[str]) -> Layout:
@@ -150,13 +150,17 @@ def _classes() -> tuple[Any, Any]:
             pass
 
         def postprocess_model(self, model: Any, **_: Any) -> None:
+            self.settle(model)
+            self.remove_quantization_config(model)
+
+        def settle(self, model: Any) -> None:
+            """The loaded model is as a session leaves one."""
             for param in model.parameters():
                 if isinstance(param, QTensor):
                     param.requires_grad_(False)
             # What a save reverts: the model's own conversions, as an unquantized checkpoint would have left them.
             used = [self._replaced.get(id(entry)) for entry in model._weight_conversions]
             model._weight_conversions = [entry for entry in used if entry is not None]
-            self.remove_quantization_config(model)
 
         def is_serializable(self, *_: Any) -> bool:
             return False
@@ -166,6 +170,11 @@ def _classes() -> tuple[Any, Any]:
             return False
 
     return Quantizer, Pair
+
+
+def quantizer() -> Any:
+    """The quantizer of quantized checkpoints, whose base is only there once transformers is."""
+    return _classes()[0]
 
 
 def _listed(value: Any) -> list[Any]:

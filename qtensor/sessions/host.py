@@ -44,6 +44,10 @@ class LoadHost:
     def enroll(self, weight: ArmedWeight) -> None:
         self._weights.add(weight)
 
+    def goes_anywhere(self, weight: ArmedWeight) -> bool:
+        """Has nobody said yet which device the weight belongs on?"""
+        return False
+
     def touch(self, weight: ArmedWeight) -> None:
         """The calling thread writes to `weight` now; what it wrote before is not going to be read back."""
         thread = threading.get_ident()

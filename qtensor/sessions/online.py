@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,10 @@ def open_load(selection: Selection, model: nn.Module | None, options: LoadOption
     return session
 
 
+WHEN_FINISHED: list[Callable[[nn.Module], object]] = []
+"""What else is done to a model whose load has finished. Each may be repeated, and raises nothing."""
+
+
 class Load(ModelTransaction):
     """One load into weights that are quantized as they arrive."""
 
@@ -129,6 +134,7 @@ class Load(ModelTransaction):
         self._agreements = Agreements()
         self._selection = selection
         self._arming: Replacement | None = None
+        self._unplaced: WeakSet[ArmedWeight] = WeakSet()  # made on "meta", and no device was asked for
         self._unseen: list[tuple[torch.Tensor, list[Owner]]] = []
         self._steps: list[Callable[[], object]] = []
 
@@ -260,9 +266,14 @@ class Load(ModelTransaction):
                 weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted)
         elif values is not None and (self.on_missing == "init" or (self.on_missing == "keep" and trusted)):
             weight.initial = values
+        if param.is_meta and self.options.device is None and device in (None, torch.device("cpu")):
+            self._unplaced.add(weight)
         lazy = parameter(weight, param.requires_grad)
         lazy.__dict__.update(attributes_of(param))
         return lazy
+
+    def goes_anywhere(self, weight: ArmedWeight) -> bool:
+        return weight in self._unplaced
 
     def touch(self, weight: ArmedWeight) -> None:
         self._agreements.advance()
@@ -303,6 +314,7 @@ class Load(ModelTransaction):
     def _build(self) -> None:
         self._quantize_unseen()
         self._steps = list(self._final_steps())
+        self._steps += [partial(step, model) for model in self._tree.models() for step in WHEN_FINISHED]
 
     def _quantize_unseen(self) -> None:
         """Weights that were assigned where no hook could see them are quantized now, and freed one by one."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..callers import is_constructing, puts_placeholder
-from ..lazy.lazy_tensor import LazyWeight, LiveQTensor
+from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, wrap
 from ..modules import local_tensor
 from ..tensor.qtensor import QTensor
 
@@ -95,7 +95,11 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
         and not is_constructing(module)
     ):
         if not param.is_meta and not puts_placeholder():
-            existing.data = local_tensor(param).detach()
+            values = local_tensor(param).detach()
+            if existing.device != values.device and existing._armed.host.goes_anywhere(existing._armed):
+                # As in a plain model, a weight is where it is put.
+                existing.data = wrap(existing._armed.retyped(existing.dtype, values.device), existing._meta)
+            existing.data = values
             existing._armed.assigned = weakref.ref(param)
             held.__dict__.update({k: v for k, v in param.__dict__.items() if k not in held.__dict__})
         return held
