@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sessions.online import WHEN_FINISHED
+from ..sessions.replacing import WHEN_FINISHED
 from ..tensor.qtensor import QTensor
 from .layouts import COMPRESSED_TENSORS
 from .mapping import is_transformers

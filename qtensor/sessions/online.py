@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..callers import is_constructing
-from ..errors import ConfigError, NonFiniteWeightError, QTensorError
+from ..errors import ConfigError, QTensorError
 from ..lazy.lazy_tensor import (
     LAZY,
     LazyWeight,
@@ -38,13 +38,14 @@ from ..report.report import LoadReport
 from ..schemes.config import SchemeSpec
 from ..schemes.scheme import Scheme, Targets
 from ..schemes.selection import DEFAULT_IGNORE, Selection
-from ..tensor.qtensor import QTensor, quantize
+from ..tensor.qtensor import QTensor
 from . import registration
 from .model_transaction import ModelTransaction, waits_for_its_end
 from .options import LoadOptions, OnMissing, OnNonfinite
-from .replacing import Replacement, become_quantized, plain_parameter
+from .replacing import WHEN_FINISHED, Replacement, become_quantized, plain_parameter
 from .session import Session
 from .transaction import State
+from .unseen import quantized, unseen_weights
 
 
 def online_quant(
@@ -116,10 +117,6 @@ def open_load(selection: Selection, model: nn.Module | None, options: LoadOption
     if model is not None:
         load.arm(model)
     return session
-
-
-WHEN_FINISHED: list[Callable[[nn.Module], object]] = []
-"""What else is done to a model whose load has finished. Each may be repeated, and raises nothing."""
 
 
 class Load(ModelTransaction):
@@ -318,24 +315,13 @@ class Load(ModelTransaction):
 
     def _quantize_unseen(self) -> None:
         """Weights that were assigned where no hook could see them are quantized now, and freed one by one."""
-        found: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
-        for module_name, module, name, param in self._tree.parameters():
-            if type(param) is nn.Parameter and not param.is_meta and param.is_floating_point():
-                found.setdefault(id(param), (param, []))[1].append((module_name, module, name))
-        for param, owners in found.values():
+        for param, owners in unseen_weights(self._tree):
             scheme = self._selection.scheme_for(owners, param)
-            if scheme is None:
-                continue
-            name = full_name(owners[0])
-            try:
-                result = quantize(param, scheme, on_nonfinite="error" if self.refuse_nonfinite else "keep")
-            except NonFiniteWeightError as error:
-                raise NonFiniteWeightError(str(error).replace("weight", name, 1)) from None
-            if self.options.device is not None:
-                result = result.to(self.options.device)  # type: ignore[assignment]
-            self._unseen.append((param, owners))
-            Replacement(param, nn.Parameter(result, requires_grad=False), owners).do()
-            self._notes[name] = "assigned out of sight; quantized at finish"
+            if scheme is not None:
+                result = quantized(param, owners, scheme, self.options.on_nonfinite, self.options.device)
+                self._unseen.append((param, owners))
+                Replacement(param, result, owners).do()
+                self._notes[full_name(owners[0])] = "assigned out of sight; quantized at finish"
 
     def _final_steps(self) -> Iterator[Callable[[], object]]:
         """Lazy weights take their final form: QTensor, or an ordinary Parameter."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import nn
 from ..lazy.lazy_tensor import LAZY, Swap, attributes_of, close, settle
 from ..modules import Owner
 from ..tensor.qtensor import QTensor
+
+WHEN_FINISHED: list[Callable[[nn.Module], object]] = []
+"""What else is done to a model whose load has finished. Each may be repeated, and raises nothing."""
 
 
 class Replacement:
