@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
-from .checkpoint import save_pretrained
+from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, save_pretrained, verify_checkpoint
 from .checkpoint import transformers as transformers_tables
 from .errors import (
     CheckpointError,

@@ -64,4 +64,7 @@ def equip(model: nn.Module) -> None:
             module.__dict__["save_pretrained"] = functools.partial(save_pretrained, module)
 
 
-WHEN_FINISHED.append(equip)
+def install() -> None:
+    """Sessions equip what they have loaded. May be repeated."""
+    if equip not in WHEN_FINISHED:
+        WHEN_FINISHED.append(equip)
