@@ -6,11 +6,8 @@ each of them leaves it on checkpoint A.
 
 from __future__ import annotations
 
-import functools
 import gc
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,7 @@ from support.vllm.reloads import (
     Q,
     Tensors,
     addresses,
+    example,
     fresh,
     lasting,
     options,
@@ -103,20 +101,6 @@ def oracle(folder: Path) -> Tensors:
 
 def live_tensors() -> int:
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-
-
-@functools.cache
-def example() -> Any:
-    """docs/examples/rl_refit.py, whose weight transfer through shared memory the lifecycle is tested with."""
-    path = Path(__file__).parents[2] / "docs" / "examples" / "rl_refit.py"
-    spec = importlib.util.spec_from_file_location("rl_refit", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rl_refit"] = module
-    spec.loader.exec_module(module)
-    module.register_transport()
-    return module
 
 
 @pytest.fixture(scope="class")

@@ -219,9 +219,8 @@ def test_a_transposed_weight_is_reloaded_where_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_agree() -> None:
     """A value that only one of two ranks sees is not finite: neither takes the new weights."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     b = tensors_of(other("llama"))
     with engine(checkpoint("llama"), "qtensor", tensor_parallel_size=2, enable_prefix_caching=False) as llm:
         before = llm.collective_rpc("qtensor_checksums")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES
 from support.vllm.checkpoints import checkpoint
 from support.vllm.engines import engine, load_error, look
+from support.vllm.processes import output_of
 
 
 def test_names() -> None:
@@ -207,9 +206,9 @@ def test_other_versions_get_a_sentence_and_no_method() -> None:
         "q.register()\n"
         "print([name for name in QUANTIZATION_METHODS if 'qtensor' in name])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "works with vLLM 0.28 to 0.33, and this is vLLM 0.34.0" in out.stdout + out.stderr
-    assert out.stdout.strip().splitlines()[-1] == "[]"
+    said = output_of(code)
+    assert "works with vLLM 0.28 to 0.33, and this is vLLM 0.34.0" in said
+    assert said.strip().splitlines()[-1] == "[]"
 
 
 def test_cheap_when_unused() -> None:
@@ -221,5 +220,4 @@ def test_cheap_when_unused() -> None:
         "heavy = ('numba', 'qtensor.integrations.vllm.load', 'qtensor.integrations.vllm.moe')\n"
         "print([m for m in heavy if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip().splitlines()[-1] == "[]"
+    assert output_of(code).strip().splitlines()[-1] == "[]"

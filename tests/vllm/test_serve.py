@@ -31,7 +31,6 @@ def test_serve(tmp_path: Path) -> None:
     port = free_port()
     report = tmp_path / "report-{rank}.json"
     environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "QTENSOR_VLLM_REPORT": str(report),
         "VLLM_LOGGING_LEVEL": "INFO",
     }
@@ -48,7 +47,7 @@ def test_serve(tmp_path: Path) -> None:
         str(port),
     ]
     command += ["--host", "127.0.0.1", "--skip-tokenizer-init", "--enforce-eager", "--max-model-len", "128"]
-    command += ["--served-model-name", "tiny", "--max-num-seqs", "4"]
+    command += ["--served-model-name", "tiny", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "32M"]
     log = tmp_path / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(

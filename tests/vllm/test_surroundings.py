@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +25,13 @@ from qtensor.schemes.scheme import Scheme
 from support.vllm.checkpoints import adapter, checkpoint, quantized_checkpoint, tensors_of
 from support.vllm.engines import DISTANCE, Seen, digest, engine, load_error, look, runtime_tensors
 from support.vllm.oracle import fused, mistakes
+from support.vllm.processes import in_fresh_processes
 
 
 def test_every_file_can_be_imported_first() -> None:
     """And so in any order: as tests/test_layering.py tests it of the rest, here where vLLM is installed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "vllm"])
     plugin = sorted(module for module in MODULES if module.startswith("qtensor.integrations."))
-    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
-        assert [problem for problem in pool.map(import_alone, plugin) if problem] == []
+    assert [problem for problem in in_fresh_processes(import_alone, plugin) if problem] == []
 
 
 def _with_options(**options: object) -> dict[str, Any]:
@@ -133,8 +129,7 @@ def test_quantized_checkpoints_are_left_alone() -> None:
 
 @pytest.fixture
 def _ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers of their own, on whichever cores there are; they are sent the functions of these tests."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    """Workers of their own; they are sent the functions of these tests."""
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import os
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Others use these cores, too.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
+from vllm.platforms.cpu import CpuPlatform
 
 from qtensor.integrations.vllm.compat import shield_llvmlite
 from qtensor.kernels import FORMATS
@@ -26,6 +29,24 @@ from support.vllm.checkpoints import VOCAB
 
 _PROMPTS = [torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
 _TOKENS = 4
+_SMALL = {
+    "enforce_eager": True,
+    "dtype": "bfloat16",
+    "max_model_len": 128,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 32 << 20,
+}
+
+# What makes a start of an engine take seconds, if there were others in the process, is done over all that was ever
+# imported: up to nine garbage collections, before which vLLM thaws what was frozen, and a search for kernels to
+# replace, of which the first one finds all. `engine` freezes what is older than it. And to look at a model's class,
+# vLLM starts a process that imports vLLM.
+_freeze = gc.freeze
+gc.freeze = gc.unfreeze = lambda: None
+if hasattr(CpuPlatform, "register_triton_kernel_overrides"):
+    _register = CpuPlatform.register_triton_kernel_overrides.__func__
+    CpuPlatform.register_triton_kernel_overrides = classmethod(functools.cache(_register))
+registry._run_in_subprocess = lambda look_at_class: look_at_class()
 
 DISTANCE = {name: 0.25 if fmt.per_byte == 2 else 0.12 for name, fmt in FORMATS.items()}
 """How far, in mean |Δ log p|, a scheme may be from unquantized vLLM on these tests' random weights."""
@@ -54,11 +75,13 @@ class Seen:
 
 @contextlib.contextmanager
 def engine(folder: Path, quantization: str | None, **options: Any) -> Iterator[LLM]:
-    settings = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 128, "max_num_seqs": 8} | options
     llm = None
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # In GiB, and the examples set it.
     shield_llvmlite()  # Unquantized engines need it too, once a test has used numba.
+    gc.collect()
+    _freeze()
     try:
-        llm = LLM(str(folder), quantization=quantization, skip_tokenizer_init=True, **settings)
+        llm = LLM(str(folder), quantization=quantization, skip_tokenizer_init=True, **(_SMALL | options))
         yield llm
     finally:
         if llm is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,25 @@ from qtensor.integrations.vllm.served import find_served
 from support.vllm.checkpoints import variant
 from support.vllm.engines import Seen, digest, engine, look, runtime_tensors
 
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "rl_refit.py"
 Tensors = dict[str, torch.Tensor]
 LAYER = "model.layers.1."
 Q = LAYER + "self_attn.q_proj.weight"
 QKV = LAYER + "self_attn.qkv_proj.weight"
 Q_ROWS = 128  # 4 heads of 32; k and v have 64 rows each
+
+
+@functools.cache
+def example() -> Any:
+    """docs/examples/rl_refit.py, whose weight transfer through shared memory the lifecycle is tested with."""
+    spec = importlib.util.spec_from_file_location("rl_refit", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rl_refit"] = module
+    spec.loader.exec_module(module)
+    module.register_transport()
+    return module
 
 
 @functools.cache
