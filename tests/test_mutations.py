@@ -14,7 +14,7 @@ from torch import nn
 
 from qtensor import IncompleteLoadError, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload
 from qtensor.lazy.quant_store import QuantStore
-from qtensor.lazy.reload_store import ReloadStore, Shadow, Undo
+from qtensor.lazy.target import Beside, InPlace
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.regions.coverage import Coverage
 from support.helpers import assert_oracle
@@ -129,9 +129,9 @@ def staged_units_never_settle(monkeypatch: pytest.MonkeyPatch) -> None:
 def settle_before_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     original = QuantStore._open_units
 
-    def open_units(self: QuantStore, e: int, start: int, stop: int, group: object) -> None:
-        original(self, e, start, stop, group)  # type: ignore[arg-type]
-        self._received[e] = self._k
+    def open_units(self: QuantStore, e: int, start: int, stop: int, staged: torch.Tensor) -> None:
+        original(self, e, start, stop, staged)
+        self._units.received[e] = self._k
 
     monkeypatch.setattr(QuantStore, "_open_units", open_units)
     monkeypatch.setattr(Coverage, "full_rows", lambda self, lead, start, stop: [(start, stop)])
@@ -152,12 +152,12 @@ def borrow_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     late: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def stage(self: QuantStore, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
-        for key, a, b in self._group_spans(e, *rows):
-            group = self._groups.get(key) or self._new_group(key)
-            self._open_units(e, a // self._unit * self._unit, min(-(-b // self._unit) * self._unit, self._n), group)
-            target = group.rows[a - group.first_row : b - group.first_row, cols[0] : cols[1]]
-            late.append((target, source[a - rows[0] : b - rows[0]]))
-        self.coverage.add_box(self._box(e, rows, cols))
+        first, last = rows[0] // self._unit * self._unit, min(-(-rows[1] // self._unit) * self._unit, self._n)
+        for start, stop, staged in self._staging.opened(e, first, last):
+            self._open_units(e, start, stop, staged)
+            a, b = max(start, rows[0]), min(stop, rows[1])
+            late.append((staged[a - start : b - start, slice(*cols)], source[a - rows[0] : b - rows[0]]))
+        self.coverage.add_box(self._units.box(e, rows, cols))
         if self.coverage.complete:
             for target, borrowed in late:
                 target.copy_(borrowed)
@@ -208,20 +208,20 @@ def aborted_half_weight_is_old() -> None:
 
 
 def publish_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Shadow, "publish", lambda *args: None)
+    monkeypatch.setattr(Beside, "publish", lambda *args: None)
 
 
 def write_in_place_without_undo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Undo, "rollback", lambda self: None)
+    monkeypatch.setattr(InPlace, "rollback", lambda self: None)
 
 
 def commit_before_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ReloadStore, "_commit_complete", lambda self: ReloadStore.commit(self))
+    monkeypatch.setattr(QuantStore, "_commit_complete", lambda self: QuantStore.commit(self))
+    monkeypatch.setattr(Beside, "early", property(lambda self: True, lambda self, value: None), raising=False)
 
 
 def read_the_live_values_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ReloadStore._source
-    monkeypatch.setattr(ReloadStore, "_source", lambda self, e, live: original(self, e, True))
+    monkeypatch.setattr(Beside, "latest", lambda self, e: self.live(e))
 
 
 Probe = Callable[[], None]

@@ -31,7 +31,8 @@ from qtensor import (
     quantize,
     weight_checksums,
 )
-from qtensor.lazy.reload_store import ReloadStore, Undo
+from qtensor.lazy.quant_store import QuantStore
+from qtensor.lazy.target import InPlace
 from qtensor.report.memory import resident_bytes
 from support.helpers import assert_no_hooks, assert_oracle, copy_unit, holder, same_bytes
 from support.loading import Experts, TinyNet, weights_of
@@ -405,15 +406,15 @@ def test_what_cannot_be_reloaded_is_refused_before_anything_changes() -> None:
 
 def test_an_interrupt_during_the_commit_is_raised_when_everything_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     model, new = quantized(), weights_of(TinyNet, seed=1)
-    commit, calls = ReloadStore.commit, []
+    commit, calls = QuantStore.commit, []
 
-    def interrupted_commit(self: ReloadStore) -> None:
+    def interrupted_commit(self: QuantStore) -> None:
         calls.append(self)
         if len(calls) == 1:
             raise KeyboardInterrupt
         commit(self)
 
-    monkeypatch.setattr(ReloadStore, "commit", interrupted_commit)
+    monkeypatch.setattr(QuantStore, "commit", interrupted_commit)
     with pytest.raises(KeyboardInterrupt), online_reload(model):
         model.load_state_dict(new)
     assert_reloaded(model, new, fp8_per_channel)
@@ -421,15 +422,15 @@ def test_an_interrupt_during_the_commit_is_raised_when_everything_is_new(monkeyp
 
 def test_an_interrupt_during_the_rollback_is_raised_when_everything_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     model, new = quantized(), weights_of(TinyNet, seed=1)
-    before, rollback, calls = everything(model), Undo.rollback, []
+    before, rollback, calls = everything(model), InPlace.rollback, []
 
-    def interrupted_rollback(self: Undo) -> None:
+    def interrupted_rollback(self: InPlace) -> None:
         calls.append(self)
         if len(calls) == 1:
             raise KeyboardInterrupt
         rollback(self)
 
-    monkeypatch.setattr(Undo, "rollback", interrupted_rollback)
+    monkeypatch.setattr(InPlace, "rollback", interrupted_rollback)
     with pytest.raises(KeyboardInterrupt), online_reload(model, shadow="host"):
         model.load_state_dict(new)
         raise ValueError

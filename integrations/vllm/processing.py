@@ -16,7 +16,6 @@ from torch import nn
 from qtensor.errors import QTensorError
 from qtensor.lazy.plain_store import PlainStore
 from qtensor.lazy.quant_store import QuantStore
-from qtensor.lazy.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore
 from qtensor.lazy.weight import ArmedWeight
 
 from . import compat
@@ -45,7 +44,7 @@ class Processing:
         for module in list(self._weights_of):
             touched = self._touched(module)
             ours = self.quantized(module) if touched else []
-            if any(not isinstance(w, ReloadedWeight) and w.coverage.covered for w in ours):
+            if any(not w.in_place and w.coverage.covered for w in ours):
                 yield self._processed(module, self._slots[ours[0]].publish)
             elif touched and not ours and compat.processing_method(module) is not None:
                 yield self._processed(module, compat.process_again)
@@ -75,8 +74,7 @@ class Processing:
 
                 self._undo.append(take_back)
             for weight in feeding:
-                if isinstance(weight.store, (ReloadStore, PlainReloadStore)):
-                    weight.store.commit()
+                weight.commit()
             absorb_again(attention, dtype)
 
     def keep(self) -> None:
@@ -96,8 +94,8 @@ class Processing:
         values = self._values(module)
         made = process(module, values, run)
         for name, weight in self._weights_of[module].items():
-            same = made.parameters[name] is values[name] and isinstance(weight.store, PlainReloadStore)
-            if same and values[name].data_ptr() == cast(PlainReloadStore, weight.store).tensor.data_ptr():
+            store, same = weight.store, made.parameters[name] is values[name]
+            if same and weight.in_place and isinstance(store, PlainStore) and _same_memory(values[name], store.tensor):
                 del made.parameters[name]  # Processing left it alone: its store makes it live.
         return made
 
@@ -110,7 +108,7 @@ class Processing:
             if isinstance(store, QuantStore):
                 values[name] = nn.Parameter(store.result, requires_grad=False)
                 continue
-            tensor = store.tensor if isinstance(store, PlainReloadStore) else self._completed(module, name, weight)
+            tensor = cast(PlainStore, store).tensor if weight.in_place else self._completed(module, name, weight)
             param = nn.Parameter(tensor, requires_grad=False)
             if name in like:
                 param.__class__ = type(like[name])  # type: ignore[assignment]
@@ -140,8 +138,12 @@ class Processing:
         return store.tensor
 
 
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr()
+
+
 def _live_parts(weight: ArmedWeight) -> tuple[torch.Tensor, ...]:
+    if not weight.in_place:
+        return ()
     store = weight.store
-    if isinstance(store, ReloadStore):
-        return store.result.parts()
-    return (store.live,) if isinstance(store, PlainReloadStore) else ()
+    return store.result.parts() if isinstance(store, QuantStore) else (cast(PlainStore, store).values(),)

@@ -19,9 +19,9 @@ from torch import nn
 
 from qtensor.errors import QTensorError
 from qtensor.interrupts import in_spite_of_interrupts as insist
-from qtensor.kernels import Audit
 from qtensor.lazy.lazy_tensor import LazyWeight, parameter
-from qtensor.lazy.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore
+from qtensor.lazy.quant_store import QuantStore
+from qtensor.lazy.reloaded_weight import ReloadedWeight
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.regions.coverage import Box
 from qtensor.regions.views import whole
@@ -103,11 +103,8 @@ class Reload(Filling):
         weight.scheme = published.scheme
         self.slots[weight] = slot
         self.share(weight, slot)
-        if live is not None:
-            audit, whole_weight = Audit(self.refuse_nonfinite), bool(weight.shared)
-            weight.store = ReloadStore(
-                live, weight.coverage, audit, self.staged, self.second_copy, "device", not self.atomic, whole_weight
-            )
+        if isinstance(weight, ReloadedWeight) and live is not None:
+            weight.open_on(live, self.second_copy, early=not self.atomic)
         lazy = _lazy(weight)
         lazy.__dict__.update(slot.attributes)
         loader = slot.attributes.get("weight_loader")
@@ -128,9 +125,8 @@ class Reload(Filling):
         weight = made(self, shape, dtype if repacked else live.dtype, device, (module, name))  # type: ignore[union-attr]
         weight.scheme = None
         self.slots[weight] = Slot(prefix, module, name, lambda _: None, {})
-        if not repacked:
-            values = cast(torch.Tensor, live).detach()
-            weight.store = PlainReloadStore(values, weight.coverage, self.second_copy, "device", not self.atomic)
+        if isinstance(weight, ReloadedWeight):
+            weight.open_on(cast(torch.Tensor, live).detach(), self.second_copy, early=not self.atomic)
         lazy = _lazy(weight)
         lazy.__class__ = _lazy_class(type(like))
         lazy.__dict__.update(like.__dict__)
@@ -206,20 +202,14 @@ class Reload(Filling):
     def commit(self) -> None:
         """With `per_weight` layers still make what they keep here."""
         for weight in self._weights:
-            with weight.lock:
-                if isinstance(weight.store, (ReloadStore, PlainReloadStore)):
-                    weight.store.commit()
+            weight.commit()
         for layer in self._processed if self.atomic else self._processing.made():
             layer.place()
         self._processing.keep()
 
     def roll_back(self) -> None:
         for weight in self._weights:
-            with weight.lock:
-                if isinstance(weight.store, (ReloadStore, PlainReloadStore)):
-                    weight.store.rollback()
-                else:
-                    weight.discard()
+            weight.discard()
         self._processing.take_back()
         self._before.restore()
         if not self.atomic:
@@ -263,7 +253,7 @@ class Reload(Filling):
                     lines += self.served.names.describe(
                         slot.prefix, slot.layer, slot.name, weight.shape, boxes[slot.full_name]
                     )
-                elif isinstance(weight.store, ReloadStore) and weight.store.has_open_units():
+                elif weight.in_place and _has_open_units(weight):
                     self._warnings.append(
                         f"{slot.full_name}: only a part of what shares a {weight.scheme} scale was sent; the rest was "
                         "quantized again from its quantized values"
@@ -283,9 +273,9 @@ class Reload(Filling):
     def _must_be_whole(self, weight: ArmedWeight) -> bool:
         if self.whole_checkpoint:
             return True
-        if isinstance(weight.store, ReloadStore):
+        if weight.in_place and weight.scheme is not None:
             # What ranks share is quantized by all of them together, or not at all.
-            return weight.store.has_open_units() and not (self.keep_parts and weight.shared is False)
+            return _has_open_units(weight) and not (self.keep_parts and weight.shared is False)
         # A kernel that keeps its own form of the weights takes all of a layer's at once.
         return weight.scheme is not None and any(
             w.coverage.covered for w in self._processing.quantized(weight.owner[0])
@@ -333,6 +323,10 @@ def _lazy_class(cls: type) -> type:
         return LazyWeight
     meta: Any = type(cls)
     return cast(type, meta(f"Lazy{cls.__name__}", (LazyWeight, cls), {}))
+
+
+def _has_open_units(weight: ArmedWeight) -> bool:
+    return isinstance(weight.store, QuantStore) and weight.store.has_open_units()
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -2,60 +2,125 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ..errors import QTensorError
+from ..interrupts import in_spite_of_interrupts
 from ..regions.coverage import Box, Coverage, boxes_of
-from ..regions.views import View, cover, regions, view_mask
+from ..regions.views import View, cover, regions, view_mask, whole
+from ..tensor.qtensor import QTensor
+from .store import NeverWritten
+from .target import Fresh
 
-
-class NeverWritten(QTensorError):
-    """A read touched elements that were never written. `boxes` holds them, in the weight's dimensions."""
-
-    def __init__(self, boxes: list[Box]) -> None:
-        super().__init__(boxes)
-        self.boxes = boxes
+_Tensor = tuple[torch.Tensor]
 
 
 class PlainStore:
-    """A weight that stays in high precision: a real tensor of the weight's shape.
+    """A weight that stays in high precision: a real tensor of the weight's shape (see `store.Store`).
 
     initialised: the tensor held meaningful values before any load, so that unwritten elements may be read.
+    target: how new values get into the tensor.
     """
 
-    def __init__(self, tensor: torch.Tensor, coverage: Coverage, initialised: bool = False) -> None:
-        self.tensor = tensor
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        coverage: Coverage,
+        initialised: bool = False,
+        target: Callable[[Callable[[int], _Tensor]], Fresh[_Tensor]] = Fresh,
+    ) -> None:
         self.coverage = coverage
-        self.initialised = initialised
+        self.target = target(lambda _: (tensor,))
+        self.initialised = initialised or self.target.in_use
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What is written to: during a reload, the second copy if there is one."""
+        return self.target.latest(0)[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def at(self, view: View) -> torch.Tensor:
+        """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
+        return _at(self.tensor, view)
+
+    def write(self, view: View, source: torch.Tensor) -> None:
+        if self.target.early and view == whole(self.coverage.shape):
+            # Nothing can go wrong half-way, and the second copy of a large embedding is saved.
+            self.target.rollback()
+            self.target.live(0)[0].copy_(source)
+            cover(self.coverage, view)
+            return
+        self._begin()
+        self.at(view).copy_(source)
+        cover(self.coverage, view)
+        self._commit_complete()
+
+    def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
+        self._begin()
+        tensor = self.tensor
+        tensor.copy_(torch.where(touched.to(tensor.device), values.to(tensor), tensor))
+        self.coverage.add_mask(touched.cpu().numpy())
+        self._commit_complete()
+
+    def accept(self, values: QTensor, box: Box) -> bool:
+        return False
+
+    def read(self, view: View) -> tuple[torch.Tensor, bool]:
+        """As `Store.read`: a live view of what is written to, where that is contiguous."""
+        if not self.initialised:
+            _require_covered(self.coverage, view)
+        return _at(self.tensor.contiguous(), view), False
+
+    def values(self) -> torch.Tensor:
+        return self.target.live(0)[0]
+
+    def fill(self) -> bool:
+        if self.initialised:
+            self.coverage.add([(0, n) for n in self.coverage.shape])
+        return self.initialised
+
+    def take_nothing(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def verify(self) -> None:
+        pass
+
+    def commit(self) -> None:
+        self.target.publish(0, lambda whole: whole)
+        self.target.end(0)
+
+    def rollback(self) -> None:
+        """Of fresh memory: the values that were there before are gone, too."""
+        self.target.rollback()
+        self.initialised = self.target.in_use
 
     def copy(self, coverage: Coverage) -> PlainStore:
         return PlainStore(self.tensor.clone(), coverage, self.initialised)
 
-    def write(self, view: View, source: torch.Tensor) -> None:
-        self.at(view).copy_(source)
-        cover(self.coverage, view)
+    def _begin(self) -> None:
+        """A second copy begins as a copy: its elements arrive one by one, and all of them are committed."""
+        if self.target.in_use and not self.target.begun:
+            (new,), (live,) = self.target.new(0), self.target.live(0)
+            if new is not live:
+                new.copy_(live)
 
-    def start_over(self) -> None:
-        """Forget everything that was written: values that were there before are gone."""
-        self.initialised = False
-
-    def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
-        """Take those elements of `values` (of the weight's shape) where `touched` is true."""
-        self.tensor.copy_(torch.where(touched.to(self.tensor.device), values.to(self.tensor), self.tensor))
-        self.coverage.add_mask(touched.cpu().numpy())
-
-    def at(self, view: View) -> torch.Tensor:
-        """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
-        return self.tensor.as_strided(view.size, view.stride, self.tensor.storage_offset() + view.offset)
-
-    def read(self, view: View) -> tuple[torch.Tensor, bool]:
-        """The elements (a live view of the store) and whether they are lossy, which they never are."""
-        if not self.initialised:
-            require_covered(self.coverage, view)
-        return self.at(view), False
+    def _commit_complete(self) -> None:
+        if self.target.early and self.coverage.complete:
+            in_spite_of_interrupts(self.commit)
 
 
-def require_covered(coverage: Coverage, view: View) -> None:
+def _at(tensor: torch.Tensor, view: View) -> torch.Tensor:
+    return tensor.as_strided(view.size, view.stride, tensor.storage_offset() + view.offset)
+
+
+def _require_covered(coverage: Coverage, view: View) -> None:
     if coverage.complete:
         return
     found = regions(coverage.shape, view)

@@ -2,7 +2,7 @@
 
 It joins what the weight is (shape, logical dtype, device, the Parameter objects that stand for it) with what has
 arrived (coverage) and where it went (store), under one lock. The session decides; this file only asks it, through
-`Host`. It is one file because all of it is what may happen under that lock.
+`Host`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from typing import Any, Literal, NoReturn, Protocol
 import numpy as np
 import torch
 
-from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
+from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightShapeError
 from ..kernels import Audit, NonFinite
 from ..regions.boxes import as_box
 from ..regions.coverage import Box, Coverage
-from ..regions.views import View, regions, view_mask, whole
+from ..regions.views import View, bounds, box_view, whole
 from ..report.report import describe_boxes
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor, nonfinite_message
-from .plain_store import NeverWritten, PlainStore
+from .initial import Initial
+from .plain_store import PlainStore
 from .quant_store import QuantStore
+from .sources import fitted, require_high_precision
+from .store import NeverWritten, Store
+from .write_errors import WriteErrors
 
 UNDECIDED = object()
 _serial = count()
@@ -61,10 +65,10 @@ class ArmedWeight:
     params: the Parameter objects that stand for it (one, unless a library re-wrapped it).
     owner: the module and attribute name it was registered under first.
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
-    initial: values to fall back to when elements stay unwritten (on_missing "keep" or "init").
+    initial: what to fall back to when elements stay unwritten (on_missing "keep" or "init").
     copied: it was deep-copied.
     assigned: the Parameter that was last assigned in its place, if someone else holds it still.
-    in_place: its storage exists and stays (see `reload_store.ReloadedWeight`).
+    in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`).
     shared: other ranks hold parts of what its scales are made of (see `sharding`); "closed" once they are being agreed
         on, None after that.
     """
@@ -79,11 +83,9 @@ class ArmedWeight:
         self.lock = threading.RLock()
         self.params: list[torch.Tensor] = []
         self.scheme: Any = UNDECIDED
-        self.store: QuantStore | PlainStore | None = None
-        self.initial: torch.Tensor | None = None
-        self.recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
-        self.error: QTensorError | None = None
-        self._wrong = Coverage(shape)  # what the error kept from being written, and nobody has written since
+        self.store: Store | None = None
+        self.initial = Initial(shape, dtype, device)
+        self._errors = WriteErrors(shape)
         self.settled = self.was_settled = False
         self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
@@ -102,6 +104,11 @@ class ArmedWeight:
         return self.host.name_of(self)
 
     @property
+    def error(self) -> QTensorError | None:
+        """What went wrong, and has not been put right by writing the elements it was about."""
+        return self._errors.first
+
+    @property
     def target(self) -> str:
         """For people: what the weight is becoming."""
         if self.scheme is UNDECIDED:
@@ -111,9 +118,7 @@ class ArmedWeight:
     @property
     def sqnr(self) -> float | None:
         """In dB, of all that was quantized so far, or of the weight that was refused; None if it is not measured."""
-        if not isinstance(self.store, QuantStore):
-            return self._refused_sqnr
-        return self.store.audit.sqnr
+        return self.store.audit.sqnr if isinstance(self.store, QuantStore) else self._refused_sqnr
 
     def adopt(self, param: torch.Tensor) -> None:
         if not any(known is param for known in self.params):
@@ -142,14 +147,12 @@ class ArmedWeight:
             if mask.any():
                 self._take(values, lambda store: store.write_masked(values, touched), mask)
 
-    def _take(
-        self, source: torch.Tensor, write: Callable[[QuantStore | PlainStore], None], where: View | np.ndarray
-    ) -> None:
+    def _take(self, source: torch.Tensor, write: Callable[[Store], None], where: View | np.ndarray) -> None:
         """Let the store take a write, and remember what goes wrong until its elements have been written."""
         store, view = self._open_store(), where if isinstance(where, View) else None
         try:
-            if isinstance(store, QuantStore) and not is_high_precision(source):
-                raise WeightDtypeError(unusable_source(self.name, source))
+            if isinstance(store, QuantStore):
+                require_high_precision(self.name, source)
             write(store)
         except NonFinite as error:
             self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), view)
@@ -159,7 +162,7 @@ class ArmedWeight:
             self._start_over(error)
             raise
         else:
-            self._forgive(where)
+            self._errors.forgive(where)
         finally:
             self._after_write()
 
@@ -171,15 +174,7 @@ class ArmedWeight:
             self._require_open()
             store, view = self._open_store(), view or whole(self.shape)
             found = as_box(self.shape, *view)
-            if (
-                not isinstance(store, QuantStore)
-                or store.whole_weight
-                or source.scheme.format != store.scheme.format
-                or source.transposed
-                or source.shape != view.size
-                or found is None
-                or not store.accept(source, found.box)
-            ):
+            if found is None or source.shape != view.size or not store.accept(source, found.box):
                 return False
             self._after_write()
             return True
@@ -192,9 +187,14 @@ class ArmedWeight:
                 fill(self.store.at(view))
                 self.store.initialised = True
             elif not self.coverage.covered:
-                self.recorded.append((view, fill))
+                self.initial.record(view, fill)
 
     def _require_open(self) -> None:
+        if self.shared in ("closed", None):
+            raise QTensorError(
+                f"{self.name}: written again after all of it had arrived and its scales were agreed on with other "
+                "ranks. Deliver every shard once, or load it in a new session."
+            )
         if self.host.closed:
             raise QTensorError(f"{self.name}: {self.host.closed}; nothing can be written to this handle any more.")
         if self._sealed:
@@ -204,84 +204,39 @@ class ArmedWeight:
             )
 
     def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
-        if self.shared in ("closed", None):
-            self._refuse_late_write()
         self._require_open()
-        if source.is_meta:
-            raise QTensorError(f"{self.name}: the source is on the meta device and has no values to copy.")
-        if source.shape == view.size:
-            return source
         try:
-            return source.expand(view.size)
-        except RuntimeError:
-            where = "" if view.size == self.shape else f" into {self._describe(view)}"
-            self.fail(
-                WeightShapeError(
-                    f"{self.name}: a source of shape {list(source.shape)} does not fit{where} {list(view.size)} of a "
-                    f"weight of shape {list(self.shape)}. Is this checkpoint made for this model and parallel layout?"
-                ),
-                view,
-            )
+            return fitted(self.name, self.shape, view, source)
+        except WeightShapeError as error:
+            self.fail(error, view)
 
     def fail(self, error: QTensorError, view: View | None = None) -> NoReturn:
         """Raise, and remember until the view (by default, everything) has been written: a loader that swallows the
         error must not make it disappear."""
-        self.error = self.error or error
-        self._wrong.add(self._bounds(view or whole(self.shape)))
+        self._errors.add(error, view)
         raise error from None
-
-    def _forgive(self, where: View | np.ndarray) -> None:
-        """The view, or the elements where a mask is true, have been written."""
-        if self.error is not None:
-            boxes = regions(self.shape, where) if isinstance(where, View) else None
-            if boxes is None:
-                self._wrong.discard_mask(view_mask(self.shape, where) if isinstance(where, View) else where)
-            for box, _ in boxes or ():
-                self._wrong.discard(box)
-            if not self._wrong.covered:
-                self.error = None
 
     def _start_over(self, error: BaseException) -> None:
         """A write was cut short, nobody knows where: nothing of this weight counts any more."""
-        self.error = QTensorError(
-            f"{self.name}: a write to it was cut short by {type(error).__name__}; all of it has to be written again"
-        )
-        self._wrong.add([(0, n) for n in self.shape])
+        message = f"a write to it was cut short by {type(error).__name__}; all of it has to be written again"
+        self._errors.start_over(QTensorError(f"{self.name}: {message}"))
         self.coverage.clear()
         if self.store is not None:
-            self.store.start_over()
+            self.store.rollback()
 
-    def _open_store(self) -> QuantStore | PlainStore:
+    def _open_store(self) -> Store:
         if self.store is not None:
             return self.store
         self.began = time.perf_counter()
         if self.scheme is UNDECIDED:
             self.scheme = self.host.decide(self)
         if self.scheme is None:
-            self.store = self._plain_store()
+            self.store = self.initial.plain_store(self.coverage, initialise=self.host.on_missing == "init")
             return self.store
         judged = self.host.min_sqnr is not None
         audit, whole = Audit(self.host.refuse_nonfinite, judged or self.host.measure_sqnr), judged or bool(self.shared)
         self.store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, whole)
         return self.store
-
-    def _plain_store(self) -> PlainStore:
-        values = self._initial_values()
-        self.initial = None
-        self.recorded.clear()
-        if values is not None:
-            values = values.to(device=self.device, dtype=self.dtype)
-            return PlainStore(values, self.coverage, initialised=True)
-        return PlainStore(torch.empty(self.shape, dtype=self.dtype, device=self.device), self.coverage)
-
-    def _initial_values(self) -> torch.Tensor | None:
-        """What on_missing "keep" or "init" falls back to: the weight's own values, its initialisers done on top."""
-        values = self.initial
-        if self.host.on_missing == "init" and self.recorded:
-            values = torch.zeros(self.shape, dtype=self.dtype, device=self.device) if values is None else values
-            for view, fill in self.recorded:
-                fill(values.as_strided(view.size, view.stride, values.storage_offset() + view.offset))
-        return values
 
     def _after_write(self) -> None:
         if self.settled and not self.coverage.complete:
@@ -298,26 +253,16 @@ class ArmedWeight:
             self.host.submit(self)
             return
         store = self.store
-        if isinstance(store, QuantStore):
+        if isinstance(store, QuantStore) and store.whole_weight:
             try:
-                if store.whole_weight:
-                    self._judge(store)
+                self._judge(store)
             except BaseException as error:
                 self._start_over(error)
                 raise
-            self.initial = None
-            self.recorded.clear()
+        self.initial.forget()
         self.done = time.perf_counter()
         self.settled = self.was_settled = True
         self.host.completed(self)
-
-    def take_nothing(self) -> None:
-        """It has no elements, so nothing will be written."""
-        with self.lock:
-            store = self._open_store()
-            if isinstance(store, QuantStore):
-                store.take_nothing()
-            self.settle()
 
     def close_for_agreement(self) -> torch.Tensor:
         """The amax of this rank's units, fp32 on the CPU. From here on the values stand."""
@@ -331,14 +276,8 @@ class ArmedWeight:
         with self.lock:
             assert isinstance(self.store, QuantStore)
             self.store.quantize_shared(amax)
-            self.shared, self.store.whole_weight = None, False
+            self.shared = None
             self.settle()
-
-    def _refuse_late_write(self) -> NoReturn:
-        raise QTensorError(
-            f"{self.name}: written again after all of it had arrived and its scales were agreed on with other ranks. "
-            "Deliver every shard once, or load it in a new session."
-        )
 
     def _judge(self, store: QuantStore) -> None:
         """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
@@ -346,7 +285,7 @@ class ArmedWeight:
         limit, found = self.host.min_sqnr, store.audit.sqnr
         if limit is not None and found is not None and found < limit:
             self._refused_sqnr = found
-            store.discard_staging()
+            store.rollback()
             self.scheme, self.store = None, PlainStore(values, self.coverage)
 
     # Reads
@@ -357,7 +296,7 @@ class ArmedWeight:
             if self.store is None and 0 not in view.size:
                 if self.host.closed:
                     raise QTensorError(f"{self.name}: {self.host.closed}, and nothing is left to read.")
-                self._unwritten([self._bounds(view)])
+                self._unwritten([bounds(self.shape, view)])
             try:
                 values, lossy = self._open_store().read(view)
             except NeverWritten as error:
@@ -380,9 +319,12 @@ class ArmedWeight:
     # Ending
 
     def settle_if_complete(self) -> None:
-        """For the end of a session: an interrupt may have come between the last element and this."""
+        """For the end of a session: an interrupt may have come between the last element and this, and to a weight
+        without elements nothing was written."""
         with self.lock:
-            if self.coverage.complete and self.coverage.numel:
+            if not self.coverage.numel and not self.settled:
+                self._open_store().take_nothing()
+            if self.coverage.complete:
                 self.settle()
 
     def seal(self) -> None:
@@ -394,20 +336,13 @@ class ArmedWeight:
         """Apply on_missing "zero", "keep" or "init" to the unwritten elements. False if there is nothing to use."""
         with self.lock:
             store = self._open_store()
-            missing = self.coverage.missing()
+            values = self.initial.settle(policy == "init")
             if policy == "zero":
-                zero = torch.zeros((), dtype=self.dtype, device="cpu")
-                for box in missing:
-                    view = self._view(box)
-                    store.write(view, zero.expand(view.size))
-            elif isinstance(store, PlainStore):
-                if not store.initialised:
-                    return False
-                self.coverage.add([(0, n) for n in self.shape])
-            elif (values := self._initial_values()) is not None:
-                for box in missing:
-                    store.write(self._view(box), values[tuple(slice(*span) for span in box)])
-            elif not store.keep_missing():
+                values = torch.zeros((), dtype=self.dtype, device="cpu").expand(self.shape)
+            if values is not None:
+                for box in self.coverage.missing():
+                    store.write(box_view(self.shape, box), values[tuple(slice(*span) for span in box)])
+            elif not store.fill():
                 return False
             if self.coverage.complete:
                 self.settle()
@@ -415,25 +350,31 @@ class ArmedWeight:
 
     def verify(self) -> None:
         """Raise what a device's kernels found and could not say while loading."""
-        if isinstance(self.store, QuantStore):
+        if self.store is not None:
             try:
-                self.store.audit.verify()
+                self.store.verify()
             except NonFinite as error:
                 raise NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)) from None
 
     def release(self) -> None:
         """The writer moved on: what was retained for rereading goes."""
         with self.lock:
-            if isinstance(self.store, QuantStore):
+            if self.store is not None:
                 self.store.release()
 
-    def discard(self) -> None:
-        """Free everything: the session was aborted."""
+    def commit(self) -> None:
+        """Make what was written live, of a weight that is in use. May be repeated."""
         with self.lock:
-            if isinstance(self.store, QuantStore):
-                self.store.discard_staging()
-            self.store, self.initial, self.settled = None, None, False
-            self.recorded.clear()
+            if self.store is not None:
+                self.store.commit()
+
+    def discard(self) -> None:
+        """Free everything: the session was aborted. May be repeated."""
+        with self.lock:
+            if self.store is not None:
+                self.store.rollback()
+            self.store, self.settled = None, False
+            self.initial.forget()
             self.coverage.clear()
 
     # Copies
@@ -443,7 +384,7 @@ class ArmedWeight:
         with self.lock:
             other = ArmedWeight(self.host, self.shape, self.dtype, self.device, self.owner)
             self.copied = True
-            other.scheme, other.initial, other.recorded = self.scheme, self.initial, list(self.recorded)
+            other.scheme, other.initial = self.scheme, self.initial.copy()
             other.coverage, other.settled = self.coverage.copy(), self.settled
             other.store = self.store.copy(other.coverage) if self.store is not None else None
             return other
@@ -455,38 +396,7 @@ class ArmedWeight:
         other.scheme = self.scheme
         if shape is not None:
             return other
-        other.recorded = list(self.recorded)
-        if self.initial is not None:
-            other.initial = self.initial.to(dtype)
+        other.initial = self.initial.copy(dtype, device)
         if isinstance(self.store, PlainStore):
             other.store = PlainStore(self.store.tensor.to(device, dtype), other.coverage, self.store.initialised)
         return other
-
-    def _view(self, box: Box) -> View:
-        strides = whole(self.shape).stride
-        offset = sum(start * step for (start, _), step in zip(box, strides, strict=True))
-        return View(tuple(stop - start for start, stop in box), strides, offset)
-
-    def _bounds(self, view: View) -> Box:
-        found = as_box(self.shape, *view)
-        if found is not None:
-            return found.box
-        region = Coverage(self.shape)
-        region.add_mask(view_mask(self.shape, view))
-        boxes = region.covered_boxes()
-        return tuple((min(b[d][0] for b in boxes), max(b[d][1] for b in boxes)) for d in range(len(self.shape)))
-
-    def _describe(self, view: View) -> str:
-        return "[" + ", ".join(f"{a}:{b}" for a, b in self._bounds(view)) + "]"
-
-
-def is_high_precision(source: torch.Tensor) -> bool:
-    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
-    return source.dtype.is_floating_point and source.dtype.itemsize >= 2
-
-
-def unusable_source(name: str, source: torch.Tensor) -> str:
-    return (
-        f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
-        "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
-    )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .boxes import as_box, contiguous_strides, is_flat_run, split_run
-from .coverage import Box, Coverage
+from .coverage import Box, Coverage, boxes_of
 
 
 class View(NamedTuple):
@@ -79,3 +79,28 @@ def cover(coverage: Coverage, view: View) -> None:
         coverage.add_mask(view_mask(coverage.shape, view))
     for box, _ in found or ():
         coverage.add_box(box)
+
+
+def uncover(coverage: Coverage, where: View | np.ndarray) -> None:
+    """Mark the elements of a view, or those where a mask is true, as not covered."""
+    found = regions(coverage.shape, where) if isinstance(where, View) else None
+    if found is None:
+        coverage.discard_mask(view_mask(coverage.shape, where) if isinstance(where, View) else where)
+    for box, _ in found or ():
+        coverage.discard(box)
+
+
+def box_view(shape: tuple[int, ...], box: Box) -> View:
+    """The elements of a box as a view."""
+    strides = contiguous_strides(shape)
+    offset = sum(start * step for (start, _), step in zip(box, strides, strict=True))
+    return View(tuple(stop - start for start, stop in box), strides, offset)
+
+
+def bounds(shape: tuple[int, ...], view: View) -> Box:
+    """The smallest box that holds all elements of a view."""
+    found = as_box(shape, *view)
+    if found is not None:
+        return found.box
+    boxes = boxes_of(view_mask(shape, view))
+    return tuple((min(b[d][0] for b in boxes), max(b[d][1] for b in boxes)) for d in range(len(shape)))

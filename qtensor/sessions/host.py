@@ -99,9 +99,9 @@ class LoadHost:
         """On the timeline: the bytes of a weight that is complete, or (sign -1) is so no longer."""
         store = weight.store
         if isinstance(store, QuantStore):
-            self._memory.hold(quantized=sign * store.result.nbytes)
+            self._memory.hold(quantized=sign * store.nbytes)
         elif store is not None:
-            self._memory.hold(passthrough=sign * store.tensor.nbytes)
+            self._memory.hold(passthrough=sign * store.nbytes)
 
     def _layer(self, name: str, w: QTensor, weight: ArmedWeight | None = None, note: str = "") -> LayerReport:
         """A quantized weight for the report; `weight` where it was loaded by this host."""

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import IncompleteLoadError
 from ..kernels import upload
 from ..lazy.lazy_tensor import LAZY
+from ..lazy.plain_store import PlainStore
 from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
 from ..modules import full_name
@@ -166,7 +167,7 @@ class ModelTransaction(LoadHost, Transaction):
         super().completed(weight)
         if not isinstance(weight.store, QuantStore):
             return
-        self._progress.advance(weight.store.result.nbytes)
+        self._progress.advance(weight.store.nbytes)
         if self.layer_hooks:
             self._run_layer_hooks(weight)
 
@@ -186,8 +187,6 @@ class ModelTransaction(LoadHost, Transaction):
         boxes: dict[str, Any] = {}
         for weight, owners in self._tree.live(self).items():
             name = full_name(owners[0])
-            if not weight.coverage.numel and not weight.settled:
-                weight.take_nothing()
             weight.settle_if_complete()
             if weight.error is not None:
                 raise weight.error
@@ -246,7 +245,7 @@ class ModelTransaction(LoadHost, Transaction):
                 continue
             if isinstance(weight.store, QuantStore):
                 report.layers.append(self._layer(name, weight.store.result, weight, self._notes.get(name, "")))
-            else:
+            elif isinstance(weight.store, PlainStore):
                 plain |= _held(weight.store.tensor)
                 report.passthrough[name] = _why_plain(weight, self.min_sqnr)
         for module_name, module, name, param in self._tree.parameters():

@@ -262,7 +262,7 @@ class Load(ModelTransaction):
             if values is not None:
                 weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted)
         elif values is not None and (self.on_missing == "init" or (self.on_missing == "keep" and trusted)):
-            weight.initial = values
+            weight.initial.values = values
         if param.is_meta and self.options.device is None and device in (None, torch.device("cpu")):
             self._unplaced.add(weight)
         lazy = parameter(weight, param.requires_grad)

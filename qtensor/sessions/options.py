@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-from ..lazy.reload_store import ShadowKind
+from ..lazy.target import ShadowKind
 from ..ranks.sharding import Sharding
 from ..report.progress import ProgressLike
 

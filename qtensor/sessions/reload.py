@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import QTensorError, WeightShapeError
-from ..kernels import Audit
 from ..lazy.lazy_tensor import LAZY, LazyWeight, Swap, arm, attributes_of, close, parameter
-from ..lazy.reload_store import PlainReloadStore, ReloadedWeight, ReloadStore, ShadowKind
+from ..lazy.quant_store import QuantStore
+from ..lazy.reloaded_weight import ReloadedWeight
+from ..lazy.target import ShadowKind
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, full_name, local_parameters, local_tensor, parameters
 from ..ranks.fsdp import reshard
@@ -115,7 +116,7 @@ class Reload(ModelTransaction):
         if not schemes:
             raise QTensorError("online_reload: no weight of this model is quantized; load it with online_quant(...)")
         super().__init__(model, ", ".join(schemes), options)
-        self._arming: dict[ArmedWeight, _Arming] = {}
+        self._arming: dict[ReloadedWeight, _Arming] = {}
         self._touched: set[ArmedWeight] = set()
         self._finished_layers: dict[tuple[str, nn.Module], None] = {}
         self._vote: Vote | None = None
@@ -171,20 +172,15 @@ class Reload(ModelTransaction):
 
     def _arm_quantized(self, param: QTensor, owners: list[Owner], held: torch.Tensor) -> None:
         weight = self._weight(param, owners[0])
-        weight.scheme = param.scheme
-        live, audit = cast(QTensor, param.detach()), Audit(self.refuse_nonfinite)
-        shared = self._agreements.share(weight, owners, held, param.scheme.format)
-        weight.store = ReloadStore(
-            live, weight.coverage, audit, self.staged, self.second_copy, self._kind, self._early, shared
-        )
+        self._agreements.share(weight, owners, held, param.scheme.format)
+        self._open(weight, param)
         self._arming[weight] = arming = _ArmedQuantized(param, weight)
         arming.do()
         self._progress.expect(1)
 
     def _arm_plain(self, param: torch.Tensor, owners: list[Owner]) -> None:
         weight = self._weight(param, owners[0])
-        weight.scheme = None
-        weight.store = PlainReloadStore(param.detach(), weight.coverage, self.second_copy, self._kind, self._early)
+        self._open(weight, param)
         arming = _ArmedPlain(param, weight)
         self._arming[weight] = arming
         if not arming.do():
@@ -192,13 +188,9 @@ class Reload(ModelTransaction):
             self._before.watch(param)
             del self._arming[weight]
 
-    @property
-    def _kind(self) -> ShadowKind:
-        return self.options.shadow if self.options.atomic else "device"
-
-    @property
-    def _early(self) -> bool:
-        return not self.options.atomic
+    def _open(self, weight: ReloadedWeight, param: torch.Tensor) -> None:
+        shadow = self.options.shadow if self.options.atomic else "device"
+        weight.open_on(param.detach(), self.second_copy, shadow, early=not self.options.atomic)
 
     # What armed weights ask (lazy.weight.Host)
 
@@ -215,8 +207,8 @@ class Reload(ModelTransaction):
 
     def completed(self, weight: ArmedWeight) -> None:
         self._hold(weight)
-        if isinstance(weight.store, ReloadStore):
-            self._progress.advance(weight.store.result.nbytes)
+        if isinstance(weight.store, QuantStore):
+            self._progress.advance(weight.store.nbytes)
         if weight in self._touched and self.layer_hooks:
             self._run_layer_hooks(weight)
 
@@ -267,12 +259,12 @@ class Reload(ModelTransaction):
             written = self._vote.union("written", written)
         for weight in self._arming:
             store = weight.store
-            if not isinstance(store, ReloadStore) or self.options.on_missing != "keep":
+            if not isinstance(store, QuantStore) or self.options.on_missing != "keep":
                 continue
             in_part = store.has_open_units()
             if weight in shared and weight.shared is True:
                 in_part = weight.name in written and not weight.coverage.complete
-                cast(ReloadedWeight, weight).complete_shared(weight.name in written)
+                weight.complete_shared(weight.name in written)
             if in_part:
                 self._notes[weight.name] = "a part was rewritten: what shares its scales was quantized a second time"
                 self._warnings.append(
@@ -302,8 +294,7 @@ class Reload(ModelTransaction):
 
     def commit(self) -> None:
         for weight in self._arming:
-            with weight.lock:
-                cast(ReloadedWeight, weight).store.commit()
+            weight.commit()
         for arming in self._arming.values():
             arming.undo()
 
@@ -311,8 +302,7 @@ class Reload(ModelTransaction):
         if not self.begun:
             return
         for weight in self._arming:
-            with weight.lock:
-                cast(ReloadedWeight, weight).store.rollback()
+            weight.discard()
         self._before.restore()
         for arming in self._arming.values():
             arming.undo()

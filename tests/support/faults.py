@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from qtensor import kernels
-from qtensor.lazy import quant_store, reload_store
+from qtensor.lazy import quant_store, target
 from qtensor.lazy.weight import ArmedWeight
 
 FILE = "model.safetensors"
@@ -112,7 +112,7 @@ def no_memory_for_the_result(entry: EntryPoint, patch: Patch) -> None:
         raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
 
     patch.setattr(quant_store, "empty", full)
-    patch.setitem(reload_store.SECOND_COPIES, "device", full)
+    patch.setattr(target, "_room_for", full)
 
 
 class Page:

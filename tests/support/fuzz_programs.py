@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtensor import IncompleteLoadError
-from qtensor.lazy import quant_store
+from qtensor.lazy import staging
 
 Numbers = tuple[int, int, int, int]
 New = Callable[..., torch.Tensor]
@@ -361,7 +361,7 @@ programs = st.lists(steps, min_size=1, max_size=10)
 @contextmanager
 def small_limits() -> Iterator[None]:
     """Staging groups and chunks of a few rows, so that small weights meet their borders."""
-    with mock.patch.object(quant_store, "_STAGING_GROUP_BYTES", 64), mock.patch.object(quant_store, "CHUNK_BYTES", 128):
+    with mock.patch.object(staging, "_GROUP_BYTES", 64), mock.patch.object(staging, "CHUNK_BYTES", 128):
         yield
 
 

@@ -1,0 +1,82 @@
+"""QuantizedRows: the quantized half of a weight that is being loaded. Whole units go in, and come out dequantized.
+
+What is between a store and the kernels: which rows of which target memory a call is about.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import kernels
+from ..kernels import Audit, Parts
+from ..schemes.scheme import Scheme
+from .target import Fresh
+from .units import LIVE, Units
+
+
+class QuantizedRows:
+    """The rows of a weight's matrices in `target`, as kernels write and read them."""
+
+    def __init__(
+        self,
+        units: Units,
+        target: Fresh[Parts],
+        scheme: Scheme,
+        dtype: torch.dtype,
+        device: torch.device,
+        audit: Audit,
+    ) -> None:
+        self._units, self.target, self._format = units, target, scheme.format
+        self._dtype, self._device, self._audit = dtype, device, audit
+        self._kernels = kernels.choose(device)
+
+    def write(self, e: int, start: int, rows: torch.Tensor) -> None:
+        """Quantize whole units that begin at row `start` of matrix e."""
+        origin = (e * self._units.n + start) * self._units.k
+        parts = self.cut(self.target.new(e), start, start + rows.shape[0])
+        self._kernels.quantize_into(rows, parts, self._format, self._audit, origin)
+
+    def write_shared(self, e: int, start: int, rows: torch.Tensor, amax: torch.Tensor) -> None:
+        """Quantize with scales from `amax`, one for each row or one for all, instead of the rows' own.
+
+        A column (a row, where one scale is for all) that holds the amax is quantized along with the values, and
+        dropped: every format and kernel gives the bytes that it gives a weight with such elements.
+        """
+        if self._format.granularity == "channel":
+            wider = torch.cat([rows, amax[:, None]], 1)
+        else:
+            carrier = torch.zeros(1, max(self._units.k, 1), dtype=self._dtype, device=self._device)
+            carrier[0, 0] = amax
+            wider = torch.cat([rows if self._units.k else carrier[:0], carrier])
+        made = Parts.of(tuple(wider.shape), self._format, self._device)
+        self._kernels.quantize_into(wider, made, self._format, self._audit)
+        for target, source in zip(self.cut(self.target.new(e), start, start + len(rows)), made, strict=True):
+            target.copy_(source[tuple(map(slice, target.shape))])
+
+    def read(self, e: int, start: int, stop: int) -> torch.Tensor:
+        """Rows of matrix e dequantized: the new ones where there are any, else those in use."""
+        runs = self._units.runs(e, start, stop, LIVE)
+        parts = [self._dequantized(self.target.live(e) if live else self.target.latest(e), a, b) for a, b, live in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def publish(self, e: int) -> None:
+        """Make the new rows of matrix e live, and let its second copy go. May be repeated."""
+        for start, stop, live in self._units.runs(e, 0, self._units.n, LIVE):
+            if not live:
+                self.target.publish(e, lambda parts, a=start, b=stop: self.cut(parts, a, b))  # type: ignore[misc]
+        self._units.state[e] |= LIVE
+        self.target.end(e)
+
+    def cut(self, matrix: Parts, start: int, stop: int) -> Parts:
+        """Rows start:stop, whole units, of a matrix's quantized values and scales."""
+        return matrix if stop - start == self._units.n else matrix.rows(start, stop, self._format)
+
+    def _dequantized(self, matrix: Parts, start: int, stop: int) -> torch.Tensor:
+        height = self._format.block[0]
+        first = start // height * height
+        out, rows = self.empty((stop - first, self._units.k)), matrix.rows(first, stop, self._format)
+        return self._kernels.dequantize(rows, self._format, self._dtype, out)[start - first :]
+
+    def empty(self, size: tuple[int, ...]) -> torch.Tensor:
+        """Memory for high-precision values."""
+        return torch.empty(size, dtype=self._dtype, device=self._device)

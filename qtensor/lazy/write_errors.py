@@ -1,0 +1,37 @@
+"""WriteErrors: what went wrong with writes to a weight, until the elements that were meant have been written.
+
+A loader that swallows an error must not make it disappear, and one that tries again with good values is forgiven.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import QTensorError
+from ..regions.coverage import Coverage
+from ..regions.views import View, cover, uncover, whole
+
+
+class WriteErrors:
+    """first: the first error that still counts."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.first: QTensorError | None = None
+        self._wrong = Coverage(shape)
+
+    def add(self, error: QTensorError, view: View | None) -> None:
+        """An error kept a view (by default, everything) from being written."""
+        self.first = self.first or error
+        cover(self._wrong, view or whole(self._wrong.shape))
+
+    def start_over(self, error: QTensorError) -> None:
+        """Nothing of the weight counts any more, for this reason."""
+        self.first = error
+        self.add(error, None)
+
+    def forgive(self, where: View | np.ndarray) -> None:
+        """The view, or the elements where a mask is true, have been written."""
+        if self.first is not None:
+            uncover(self._wrong, where)
+            if not self._wrong.covered:
+                self.first = None
