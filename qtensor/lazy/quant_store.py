@@ -79,7 +79,7 @@ class QuantStore:
 
     def write(self, view: View, source: torch.Tensor) -> None:
         """As `Store.write`. Raises NonFinite before the offending chunk is stored."""
-        self._staging.tick()
+        self._staging.clock += 1
         found = as_box(self.coverage.shape, *view)
         if found is not None and len(view.size) == 2 and found.order[-2:] == (0, 1):
             # A matrix, or rows and columns of one expert: what loaders write all day.
@@ -94,14 +94,15 @@ class QuantStore:
                 values = part(source)
                 for e in range(e0, e1):
                     self._write_matrix(e, rows, cols, values[e - e0] if self._units.stacked else values)
-        self._staging.trim()
+        if self._staging.retained:
+            self._staging.trim()
         if self.target.early:
             self._commit_complete()
 
     def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
         """As `Store.write_masked`, however scattered they are. Values elsewhere are finite. Raises NonFinite before
         anything is stored, or as `write` does."""
-        self._staging.tick()
+        self._staging.clock += 1
         self._write_masked(values, touched)
         if self.target.early:
             self._commit_complete()
@@ -165,14 +166,14 @@ class QuantStore:
             self._lose(e, start, stop)
             raise
         self.coverage.add_box(self._units.box(e, (start, stop), (0, self._k)))
-        self._units.of(e, start, stop)[...] = QUANTIZED
+        self._units.mark(e, start, stop, QUANTIZED)
         self._accepted.discard(e)
         self._staging.free_unused(e, start, stop)
 
     def _lose(self, e: int, start: int, stop: int) -> None:
         """An invalid source was half-way written over rows start:stop: they count as unwritten."""
         self.coverage.discard(self._units.box(e, (start, stop), (0, self._k)))
-        self._units.of(e, start, stop)[...] = self._units.untouched
+        self._units.mark(e, start, stop, self._units.untouched)
         self._staging.free_unused(e, start, stop)
 
     def _stage(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
@@ -217,8 +218,7 @@ class QuantStore:
             self.coverage.discard(self._units.box(e, (0, self._n), (0, self._k)))
         units = self._units.of(e, start, stop)
         if (finished := (units & (QUANTIZED | STAGED)) == QUANTIZED).any():
-            first = start // self._unit
-            for u in (np.flatnonzero(finished) + first).tolist():
+            for u in (np.flatnonzero(finished) + start // self._unit).tolist():
                 a, b = u * self._unit, min((u + 1) * self._unit, self._n)
                 staged[a - start : b - start] = self._rows.read(e, a, b)
                 self.coverage.discard(self._units.box(e, (a, b), (0, self._k)))
@@ -241,7 +241,7 @@ class QuantStore:
         """Staged values are checked as they arrive, on the host; on a GPU the kernel checks when the unit completes."""
         if not self.audit.refuse_nonfinite or not source.is_cpu:
             return
-        if (at := nonfinite_at(source)) is not None:
+        if at := nonfinite_at(source):
             raise NonFinite((e * self._n + rows[0] + at[0]) * self._k + cols[0] + at[1], float(source[at]))
 
     def accept(self, values: QTensor, box: Box) -> bool:
@@ -265,7 +265,7 @@ class QuantStore:
                 ours.copy_(theirs)
             self.coverage.add_box(self._units.box(e, (start, stop), cols))
             if aligned or self._is_complete(e):
-                self._units.of(e, start, stop)[...] = QUANTIZED
+                self._units.mark(e, start, stop, QUANTIZED)
             self._staging.free_unused(e, start, stop)
         if self.target.early:
             self._commit_complete()

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..errors import QTensorError, WeightDtypeError, WeightShapeError
+from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View, bounds
 
 
@@ -14,8 +14,6 @@ def fitted(name: str, shape: tuple[int, ...], view: View, source: torch.Tensor) 
     """The source in the size of a view of a weight of `shape`. Raises WeightShapeError, or QTensorError on meta."""
     if source.is_meta:
         raise QTensorError(f"{name}: the source is on the meta device and has no values to copy.")
-    if source.shape == view.size:
-        return source
     try:
         return source.expand(view.size)
     except RuntimeError:
@@ -26,14 +24,16 @@ def fitted(name: str, shape: tuple[int, ...], view: View, source: torch.Tensor) 
         ) from None
 
 
-def require_high_precision(name: str, source: torch.Tensor) -> None:
-    """Raise WeightDtypeError unless the source is real floating point of 16 bits or more: only such can be quantized
-    without guessing what the numbers mean."""
-    if not (source.dtype.is_floating_point and source.dtype.itemsize >= 2):
-        raise WeightDtypeError(
-            f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
-            "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
-        )
+def is_high_precision(source: torch.Tensor) -> bool:
+    """Only real floating point of 16 bits or more can be quantized without guessing what the numbers mean."""
+    return source.dtype.is_floating_point and source.dtype.itemsize >= 2
+
+
+def unusable_source(name: str, source: torch.Tensor) -> str:
+    return (
+        f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
+        "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
+    )
 
 
 def nonfinite_at(source: torch.Tensor) -> tuple[int, int] | None:

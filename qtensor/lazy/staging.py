@@ -22,7 +22,8 @@ Span = tuple[int, int, torch.Tensor]
 
 
 class Staging:
-    """on_bytes: called with the change in staged bytes. whole: the weight is staged as a whole, in one piece."""
+    """on_bytes: called with the change in staged bytes. whole: the weight is staged as a whole, in one piece.
+    clock: the number of the write. retained: complete groups, and the write that completed each."""
 
     def __init__(
         self, units: Units, dtype: torch.dtype, device: torch.device, on_bytes: Callable[[int], None], whole: bool
@@ -30,34 +31,32 @@ class Staging:
         self._units, self._dtype, self._device, self._on_bytes = units, dtype, device, on_bytes
         self._group_rows = units.rows_within(_GROUP_BYTES, dtype.itemsize)
         self._groups: dict[_Key, torch.Tensor] = {}
-        self._retained: dict[_Key, int] = {}  # complete group → the write that completed it
-        self._clock = 0
+        self.retained: dict[_Key, int] = {}
+        self.clock = 0
         self.whole = whole
         self._memory: torch.Tensor | None = None
-
-    def tick(self) -> None:
-        """Another write begins."""
-        self._clock += 1
 
     def opened(self, e: int, start: int, stop: int) -> Iterator[Span]:
         """Rows start:stop of matrix e cut at the borders of the groups, with memory to stage them in."""
         for key, a, b in self._cut(e, start, stop):
             group = self._groups.get(key)
             group = self._new_group(key) if group is None else group
-            self._retained.pop(key, None)
-            yield a, b, self._rows(group, key, a, b)
+            self.retained.pop(key, None)
+            border = key[1] * self._group_rows
+            yield a, b, group[a - border : b - border]
 
     def held(self, e: int, start: int, stop: int) -> Iterator[Span]:
         """The staged ones among rows start:stop."""
         for first, last, staged in self._units.runs(e, start, stop, STAGED):
             for key, a, b in self._cut(e, first, last) if staged else ():
-                yield a, b, self._rows(self._groups[key], key, a, b)
+                border = key[1] * self._group_rows
+                yield a, b, self._groups[key][a - border : b - border]
 
     def retain(self, e: int, row: int) -> None:
         """Units around a row were quantized. If that was all of the group, it is kept for a while."""
         key = (e, row // self._group_rows)
         if not (self._units_of(key) & OPEN).any():
-            self._retained[key] = self._clock
+            self.retained[key] = self.clock
 
     def free_unused(self, e: int, start: int, stop: int) -> None:
         """Free the groups of rows start:stop that hold nothing any more."""
@@ -67,18 +66,16 @@ class Staging:
 
     def trim(self) -> None:
         """Retained groups beyond one chunk go, oldest first; those of the last write stay."""
-        if not self._retained:
-            return
-        held = sum(self._groups[key].nbytes for key in self._retained)
-        for key, since in sorted(self._retained.items(), key=lambda item: item[1]):
-            if held <= CHUNK_BYTES or since == self._clock:
+        held = sum(self._groups[key].nbytes for key in self.retained)
+        for key, since in sorted(self.retained.items(), key=lambda item: item[1]):
+            if held <= CHUNK_BYTES or since == self.clock:
                 return
             held -= self._groups[key].nbytes
             self._free(key)
 
     def release(self) -> None:
         """Free what was retained."""
-        for key in list(self._retained):
+        for key in list(self.retained):
             self._free(key)
 
     def discard(self) -> None:
@@ -110,7 +107,7 @@ class Staging:
 
     def copy_from(self, other: Staging) -> None:
         """Hold what another staging of an equal weight holds."""
-        self._clock, self._retained = other._clock, dict(other._retained)
+        self.clock, self.retained = other.clock, dict(other.retained)
         for key, group in other._groups.items():
             self._new_group(key).copy_(group)
 
@@ -120,10 +117,6 @@ class Staging:
             end = min((g + 1) * self._group_rows, stop)
             yield (e, g), start, end
             start = end
-
-    def _rows(self, group: torch.Tensor, key: _Key, start: int, stop: int) -> torch.Tensor:
-        first = key[1] * self._group_rows
-        return group[start - first : stop - first]
 
     def _new_group(self, key: _Key) -> torch.Tensor:
         e, g = key
@@ -143,7 +136,7 @@ class Staging:
     def _free(self, key: _Key) -> None:
         units = self._units_of(key)
         units &= ~np.uint8(STAGED | OPEN)  # first: an interrupt must not leave units staged that have no group
-        self._retained.pop(key, None)
+        self.retained.pop(key, None)
         self._on_bytes(-self._groups.pop(key).nbytes)
 
 

@@ -44,7 +44,7 @@ class Fresh(Generic[Tensors]):
 
     def new(self, e: int) -> Tensors:
         """Where new values are written."""
-        return self.live(e)
+        return self._live.get(e) or self.live(e)
 
     @property
     def begun(self) -> list[int]:

@@ -45,7 +45,11 @@ class Units:
 
     def of(self, e: int, start: int, stop: int) -> np.ndarray:
         """The state of the units that rows start:stop of matrix e lie in, to be read and written."""
-        return self.state[e, start // self.height : ceil_div(stop, self.height)]
+        return self.state[e, start // self.height : -(-stop // self.height)]
+
+    def mark(self, e: int, start: int, stop: int, state: int) -> None:
+        """Rows start:stop of matrix e, whole units, are in this state."""
+        self.state[e, start // self.height : -(-stop // self.height)] = state
 
     def runs(self, e: int, start: int, stop: int, flag: int) -> Iterator[tuple[int, int, bool]]:
         """Rows start:stop cut where units differ in a flag: first row, row after the last, is it set? Of no rows one

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import numpy as np
 import torch
 
-from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightShapeError
+from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import Audit, NonFinite
 from ..regions.boxes import as_box
 from ..regions.coverage import Box, Coverage
@@ -28,7 +28,7 @@ from ..tensor.qtensor import QTensor, nonfinite_message
 from .initial import Initial
 from .plain_store import PlainStore
 from .quant_store import QuantStore
-from .sources import fitted, require_high_precision
+from .sources import fitted, is_high_precision, unusable_source
 from .store import NeverWritten, Store
 from .write_errors import WriteErrors
 
@@ -151,8 +151,8 @@ class ArmedWeight:
         """Let the store take a write, and remember what goes wrong until its elements have been written."""
         store, view = self._open_store(), where if isinstance(where, View) else None
         try:
-            if isinstance(store, QuantStore):
-                require_high_precision(self.name, source)
+            if isinstance(store, QuantStore) and not is_high_precision(source):
+                raise WeightDtypeError(unusable_source(self.name, source))
             write(store)
         except NonFinite as error:
             self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), view)
@@ -205,6 +205,8 @@ class ArmedWeight:
 
     def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
         self._require_open()
+        if source.shape == view.size and not source.is_meta:
+            return source
         try:
             return fitted(self.name, self.shape, view, source)
         except WeightShapeError as error:
@@ -231,12 +233,14 @@ class ArmedWeight:
         if self.scheme is UNDECIDED:
             self.scheme = self.host.decide(self)
         if self.scheme is None:
-            self.store = self.initial.plain_store(self.coverage, initialise=self.host.on_missing == "init")
-            return self.store
-        judged = self.host.min_sqnr is not None
-        audit, whole = Audit(self.host.refuse_nonfinite, judged or self.host.measure_sqnr), judged or bool(self.shared)
-        self.store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, self.host.staged, whole)
-        return self.store
+            store: Store = self.initial.plain_store(self.coverage, initialise=self.host.on_missing == "init")
+        else:
+            judged, shared = self.host.min_sqnr is not None, bool(self.shared)
+            audit = Audit(self.host.refuse_nonfinite, judged or self.host.measure_sqnr)
+            place = (self.scheme, self.dtype, self.device)
+            store = QuantStore(*place, self.coverage, audit, self.host.staged, whole_weight=judged or shared)
+        self.store = store
+        return store
 
     def _after_write(self) -> None:
         if self.settled and not self.coverage.complete:
@@ -252,13 +256,8 @@ class ArmedWeight:
         if self.shared:
             self.host.submit(self)
             return
-        store = self.store
-        if isinstance(store, QuantStore) and store.whole_weight:
-            try:
-                self._judge(store)
-            except BaseException as error:
-                self._start_over(error)
-                raise
+        if isinstance(self.store, QuantStore) and self.store.whole_weight:
+            self._judge(self.store)
         self.initial.forget()
         self.done = time.perf_counter()
         self.settled = self.was_settled = True
@@ -281,12 +280,16 @@ class ArmedWeight:
 
     def _judge(self, store: QuantStore) -> None:
         """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
-        values = store.quantize_whole()
-        limit, found = self.host.min_sqnr, store.audit.sqnr
-        if limit is not None and found is not None and found < limit:
-            self._refused_sqnr = found
-            store.rollback()
-            self.scheme, self.store = None, PlainStore(values, self.coverage)
+        try:
+            values = store.quantize_whole()
+            limit, found = self.host.min_sqnr, store.audit.sqnr
+            if limit is not None and found is not None and found < limit:
+                self._refused_sqnr = found
+                store.rollback()
+                self.scheme, self.store = None, PlainStore(values, self.coverage)
+        except BaseException as error:
+            self._start_over(error)
+            raise
 
     # Reads
 
