@@ -3,7 +3,8 @@
     ArmedWeight ── Store ─┬─ PlainStore ── Target
                           └─ QuantStore ─┬─ Units           how far each unit is
                                          ├─ Staging         high-precision rows of units that are not whole
-                                         └─ QuantizedRows ── Target
+                                         ├─ QuantizedRows ── Target
+                                         └─ Reader          what a read gets from all of these
 
 A `Target` is where final values go: fresh memory (a load), beside the values in use, or in their place (a reload).
 """

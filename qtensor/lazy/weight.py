@@ -1,8 +1,7 @@
 """ArmedWeight: one weight of one session, from the first write to the last.
 
-It joins what the weight is (shape, logical dtype, device, the Parameter objects that stand for it) with what has
-arrived (coverage) and where it went (store), under one lock. The session decides; this file only asks it, through
-`Host`.
+It joins what the weight is (shape, dtype, device, the Parameters that stand for it) with what has arrived (coverage)
+and where it went (store), under one lock. The session decides; this file only asks it, through `Host`.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ class ArmedWeight:
     owner: the module and attribute name it was registered under first.
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
     initial: what to fall back to when elements stay unwritten (on_missing "keep" or "init").
-    copied: it was deep-copied.
-    assigned: the Parameter that was last assigned in its place, if someone else holds it still.
+    copied: it was deep-copied. assigned: the Parameter last assigned in its place, if someone else holds it still.
     in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`).
     shared: other ranks hold parts of what its scales are made of (see `sharding`); "closed" once they are being agreed
         on, None after that.
@@ -86,8 +84,7 @@ class ArmedWeight:
         self.store: Store | None = None
         self.initial = Initial(shape, dtype, device)
         self._errors = WriteErrors(shape)
-        self.settled = self.was_settled = False
-        self.copied = self._sealed = False
+        self.settled = self.was_settled = self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
         self.lossy_reads = 0
         # By time.perf_counter(): when the first element was written, and when the last was there.
@@ -235,10 +232,9 @@ class ArmedWeight:
         if self.scheme is None:
             store: Store = self.initial.plain_store(self.coverage, initialise=self.host.on_missing == "init")
         else:
-            judged, shared = self.host.min_sqnr is not None, bool(self.shared)
-            audit = Audit(self.host.refuse_nonfinite, judged or self.host.measure_sqnr)
-            place = (self.scheme, self.dtype, self.device)
-            store = QuantStore(*place, self.coverage, audit, self.host.staged, whole_weight=judged or shared)
+            host, judged = self.host, self.host.min_sqnr is not None
+            audit, whole = Audit(host.refuse_nonfinite, judged or host.measure_sqnr), judged or bool(self.shared)
+            store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, host.staged, whole)
         self.store = store
         return store
 
