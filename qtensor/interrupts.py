@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
+
+import torch
 
 from .errors import QTensorError
 
 MOST_TRIES = 100
+_T = TypeVar("_T")
 
 
 def in_spite_of_interrupts(action: Callable[[], object]) -> None:
@@ -24,3 +28,17 @@ def in_spite_of_interrupts(action: Callable[[], object]) -> None:
         ) from late
     if late is not None:
         raise late
+
+
+def without_grad(action: Callable[[], _T]) -> _T:
+    """Do it with gradients off.
+
+    `torch.no_grad` leaves them off for the whole process where an interrupt comes after its `__enter__` has switched
+    them off, or before its `__exit__` has switched them on.
+    """
+    before = torch.is_grad_enabled()
+    try:
+        torch._C._set_grad_enabled(False)
+        return action()
+    finally:
+        torch._C._set_grad_enabled(before)  # the first call of the block: Python looks for signals after it, not before

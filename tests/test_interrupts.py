@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qtensor import QTensorError, WeightShapeError, fp8_per_channel, online_quant, online_reload
+from qtensor.interrupts import without_grad
 from support.interrupts import (
     KINDS,
     NEW,
@@ -33,6 +34,7 @@ from support.interrupts import (
     load,
     loaded,
     random_moments,
+    timer,
 )
 
 ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
@@ -249,3 +251,40 @@ def test_parameters_exchanged_during_a_reload_are_taken_as_new_values() -> None:
     found = held(net)
     changed = ("down.weight", "up.bias")
     assert found == {name: STATES["new" if name in changed else "old"][name] for name in found}
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def with_no_grad(action: Callable[[], object]) -> None:
+    with torch.no_grad():
+        action()
+
+
+def leaks(run: Callable[[Callable[[], object]], object], tries: int) -> int:
+    """How often a timer's exception left gradients off."""
+    found = 0
+    for i in range(tries):
+        with suppress(KeyboardInterrupt), timer(2e-5 + 1e-7 * (i % 997), KeyboardInterrupt):
+            while True:
+                run(torch.is_grad_enabled)
+        found += not torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+    return found
+
+
+def test_no_interrupt_leaves_gradients_off() -> None:
+    """As it does to PyTorch's own guard, which shows that this test would notice."""
+    assert leaks(without_grad, 3000) == 0
+    assert leaks(with_no_grad, 3000) > 0
+
+
+def test_without_grad_is_off_inside_and_as_before_outside() -> None:
+    assert without_grad(torch.is_grad_enabled) is False
+    assert torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError):
+        without_grad(lambda: 1 / 0)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        without_grad(torch.is_grad_enabled)
+        assert not torch.is_grad_enabled()

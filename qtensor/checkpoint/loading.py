@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..interrupts import without_grad
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor
 from ..modules import Owner, full_name, module_of
 from ..regions.views import View
@@ -70,7 +71,8 @@ def load_checkpoint(
     )
     options = LoadOptions(device=place, on_nonfinite="keep", progress=progress)
     session: Any = outer or open_load(_ByName(schemes), model, options)
-    with session if outer is None else nullcontext(), torch.no_grad():
+
+    def fill() -> None:
         if is_transformers(model):
             _compute_buffers(model, place)
         targets: dict[str, Any] = tensors_of(model)
@@ -79,6 +81,9 @@ def load_checkpoint(
             targets[part.name].as_strided(*part.view).copy_(stored.read())
         for module, weight in weights.items():
             accept(targets[places[module].name], places[module].view, weight)
+
+    with session if outer is None else nullcontext():
+        without_grad(fill)
     report: LoadReport = session.report()
     return report
 

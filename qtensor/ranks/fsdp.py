@@ -17,6 +17,7 @@ from torch import nn
 
 from ..callers import FSDP
 from ..errors import QTensorError
+from ..interrupts import without_grad
 from ..lazy.lazy_tensor import LazyWeight
 from ..modules import local_tensor
 from ..tensor.qtensor import QTensor
@@ -72,8 +73,7 @@ class Hold:
             param._init_extensions()
             param.all_gather_outputs = []
             param.__dict__.pop("_unsharded_param", None)
-            with torch.no_grad():
-                param.reset_sharded_param()
+            without_grad(param.reset_sharded_param)
         self._modules, self._params = [], []
 
 

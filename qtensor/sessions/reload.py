@@ -6,6 +6,7 @@ computing with the old values until `finish` commits the new ones.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import QTensorError, WeightShapeError
+from ..interrupts import without_grad
 from ..lazy.lazy_tensor import LAZY, LazyWeight, Swap, arm, attributes_of, close, parameter
 from ..lazy.quant_store import QuantStore
 from ..lazy.reloaded_weight import ReloadedWeight
@@ -232,8 +234,7 @@ class Reload(ModelTransaction):
                 if values.shape != weight.shape or values.is_meta:
                     raise self._misfit(weight.name, weight.shape, values)
                 arming.do()
-                with torch.no_grad():
-                    arming.param.data.copy_(values)
+                without_grad(partial(arming.param.data.copy_, values))
         for owner, original, current in self._before.replaced():
             _, module, name = owner
             if not isinstance(current, torch.Tensor) or current.shape != original.shape or current.is_meta:
@@ -241,8 +242,7 @@ class Reload(ModelTransaction):
             if isinstance(original, LAZY):
                 original._armed.write(whole(original._armed.shape), current.detach())
             else:
-                with torch.no_grad():
-                    original.copy_(current)
+                without_grad(partial(original.copy_, current))
             put(module, name, original)
 
     @staticmethod

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import QTensorError
+from ..interrupts import without_grad
 from ..lazy.lazy_tensor import attributes_of
 from ..modules import Owner, full_name, local_parameters, local_tensor
 from ..tensor.qtensor import QTensor
@@ -54,8 +56,7 @@ class Snapshot:
             if _entries(module, name).get(name) is not original:
                 put(module, name, original)
         for tensor, values in self._saved:
-            with torch.no_grad():
-                tensor.copy_(values)
+            without_grad(partial(tensor.copy_, values))
         for tensor, attributes, _ in self._attributes.values():
             for key in attributes_of(tensor).keys() - attributes.keys():
                 del tensor.__dict__[key]

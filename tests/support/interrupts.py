@@ -60,16 +60,15 @@ def values(seed: int) -> Weights:
 def load(net: Net, weights: Weights) -> None:
     """As a loader does it: in pieces, columns too."""
     params: dict[str, Any] = dict(net.named_parameters()) | dict(net.named_buffers())
-    with torch.no_grad():
-        for name, value in weights.items():
-            if value.dim() == 2 and value.shape[0] == 160:
-                params[name].data[:, 8:].copy_(value[:, 8:])
-                params[name].data[:, :8].copy_(value[:, :8])
-            elif value.dim() == 2:
-                params[name].data[:8].copy_(value[:8])
-                params[name].data[8:].copy_(value[8:])
-            else:
-                params[name].data.copy_(value)
+    for name, value in weights.items():
+        if value.dim() == 2 and value.shape[0] == 160:
+            params[name].data[:, 8:].copy_(value[:, 8:])
+            params[name].data[:, :8].copy_(value[:, :8])
+        elif value.dim() == 2:
+            params[name].data[:8].copy_(value[:8])
+            params[name].data[8:].copy_(value[8:])
+        else:
+            params[name].data.copy_(value)
 
 
 def loaded(weights: Weights) -> Net:
@@ -111,6 +110,7 @@ class Subject:
         self.kind = kind
         self.net = Net() if "load" in kind.split() else loaded(OLD)
         self.objects = dict(self.net.named_parameters())
+        self.gradients = True  # Are they on when it is over?
 
     def run(self) -> None:
         if "load" in self.kind.split():
@@ -128,6 +128,8 @@ class Subject:
     def problem(self) -> str | None:
         """What is wrong with the model or the process now; None if nothing is."""
         gc.collect()  # of what came since `gc.freeze`
+        if not self.gradients:
+            return "gradients are off for the whole process"
         try:
             if "load" in self.kind.split():
                 if any(type(p) is not QTensor for n, p in self.net.named_parameters() if n in SCHEMES):
@@ -202,7 +204,8 @@ def attempt(subject: Subject, around: Callable[[], Any]) -> BaseException | None
             return None if isinstance(error, _Enough) else error
         finally:
             logging.disable(logging.NOTSET)
-            torch.set_grad_enabled(True)  # An interrupted `torch.no_grad().__enter__` has no exit.
+            subject.gradients = torch.is_grad_enabled()
+            torch.set_grad_enabled(True)
     return None
 
 
