@@ -302,7 +302,6 @@ def interrupted_at_its_end(fails: bool, **options: Any) -> None:
             pair.load(NEXT)
         assert pair.holds() == following
         if mode.seen < n:
-            print("N", n)
             assert n > 3
             return
 
@@ -560,7 +559,7 @@ def call_it_live_before_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         self._units.state[e] |= LIVE
         for start, stop, live in runs:
             if not live:
-                self.target.publish(e, lambda parts, a=start, b=stop: self.cut(parts, a, b))  # type: ignore[misc]
+                self.target.publish(e, lambda parts, a=start, b=stop: parts.rows(a, b, self._format))  # type: ignore[misc]
         self.target.end(e)
 
     monkeypatch.setattr(QuantizedRows, "publish", publish)

@@ -261,7 +261,7 @@ class QuantStore:
                 return False
             if aligned:
                 self._accepted.discard(e)
-            for ours, theirs in zip(self._rows.cut(self.target.new(e), start, stop), given, strict=True):
+            for ours, theirs in zip(self.target.new(e).rows(start, stop, fmt), given, strict=True):
                 ours.copy_(theirs)
             self.coverage.add_box(self._units.box(e, (start, stop), cols))
             if aligned or self._is_complete(e):

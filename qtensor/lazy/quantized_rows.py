@@ -33,7 +33,7 @@ class QuantizedRows:
     def write(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start` of matrix e."""
         origin = (e * self._units.n + start) * self._units.k
-        parts = self.cut(self.target.new(e), start, start + rows.shape[0])
+        parts = self.target.new(e).rows(start, start + rows.shape[0], self._format)
         self._kernels.quantize_into(rows, parts, self._format, self._audit, origin)
 
     def write_shared(self, e: int, start: int, rows: torch.Tensor, amax: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ class QuantizedRows:
             wider = torch.cat([rows if self._units.k else carrier[:0], carrier])
         made = Parts.of(tuple(wider.shape), self._format, self._device)
         self._kernels.quantize_into(wider, made, self._format, self._audit)
-        for target, source in zip(self.cut(self.target.new(e), start, start + len(rows)), made, strict=True):
+        for target, source in zip(self.target.new(e).rows(start, start + len(rows), self._format), made, strict=True):
             target.copy_(source[tuple(map(slice, target.shape))])
 
     def read(self, e: int, start: int, stop: int) -> torch.Tensor:
@@ -63,13 +63,9 @@ class QuantizedRows:
         """Make the new rows of matrix e live, and let its second copy go. May be repeated."""
         for start, stop, live in self._units.runs(e, 0, self._units.n, LIVE):
             if not live:
-                self.target.publish(e, lambda parts, a=start, b=stop: self.cut(parts, a, b))  # type: ignore[misc]
+                self.target.publish(e, lambda parts, a=start, b=stop: parts.rows(a, b, self._format))  # type: ignore[misc]
         self._units.state[e] |= LIVE
         self.target.end(e)
-
-    def cut(self, matrix: Parts, start: int, stop: int) -> Parts:
-        """Rows start:stop, whole units, of a matrix's quantized values and scales."""
-        return matrix if stop - start == self._units.n else matrix.rows(start, stop, self._format)
 
     def _dequantized(self, matrix: Parts, start: int, stop: int) -> torch.Tensor:
         height = self._format.block[0]
