@@ -1,5 +1,5 @@
-"""Reloads as a state machine: any sequence of writes, duplicates, faults, aborts, commits, reads and products, checked
-after every step against what the weights must be."""
+"""Reloads as a state machine: any sequence of writes, duplicates, faults, interrupts, aborts, commits, reads, products,
+on two models whose sessions overlap as they like, checked after every step against what the weights must be."""
 
 from __future__ import annotations
 
@@ -15,24 +15,20 @@ from test_reload import MODES
 from qtensor import IncompleteLoadError, QTensor, QTensorError, online_quant, online_reload, quantize
 from qtensor.sessions.reload import ReloadSession
 from support.helpers import assert_no_hooks, copy_unit, holder, same_bytes
+from support.interrupts import InOperation
 from support.programs import LARGEST_ERROR, SCHEMES
 
 SHAPES = [(40, 24), (300, 40), (2, 150, 24)]
+Where = tuple[Any, ...]
 
 
-class Reloading(RuleBasedStateMachine):
-    """One weight and its bias. `committed` holds what the weight must be now, as (values, scales) of each unit;
-    `full` the high-precision values that the open session has been given, `seen` where it has."""
+class Subject:
+    """A model of one weight and its bias. `expected` holds what the weight must be now; `full` the high-precision
+    values that the open session has been given, `seen` where it has."""
 
     session: ReloadSession | None = None
 
-    @initialize(
-        scheme=st.sampled_from(SCHEMES),
-        shape=st.sampled_from(SHAPES),
-        mode=st.sampled_from(list(MODES)),
-        seed=st.integers(0, 2**20),
-    )
-    def load(self, scheme: Any, shape: tuple[int, ...], mode: str, seed: int) -> None:
+    def __init__(self, scheme: Any, shape: tuple[int, ...], mode: str, seed: int) -> None:
         self.scheme, self.mode = scheme, mode
         self.random = torch.Generator().manual_seed(seed)
         first = self.values(shape)
@@ -49,150 +45,14 @@ class Reloading(RuleBasedStateMachine):
     def values(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self.random).bfloat16()
 
-    # Rules
-
-    @precondition(lambda self: self.session is None)
-    @rule(on_missing=st.sampled_from(["keep", "error", "zero"]))
     def begin(self, on_missing: str) -> None:
         self.session = online_reload(self.model, on_missing=on_missing, assert_identity=True, **MODES[self.mode])  # type: ignore[arg-type]
         self.full = self.expected.dequantize().clone()
         self.seen = torch.zeros(self.full.shape, dtype=torch.bool)
-        self.partial: list[tuple[Any, ...]] = []
+        self.partial: list[Where] = []
         self.new_bias: torch.Tensor | None = None
 
-    @precondition(lambda self: self.session is not None)
-    @rule()
-    def begin_twice(self) -> None:
-        with contextlib.suppress(QTensorError):
-            online_reload(self.model)
-            raise AssertionError("two sessions on one model")
-
-    @precondition(lambda self: self.session is not None)
-    @rule(data=st.data())
-    def write_units(self, data: st.DataObject) -> None:
-        """Whole units, at any time, as often as one likes: the last write wins."""
-        self.write(self.units(data), self.values)
-
-    @precondition(lambda self: self.session is not None)
-    @rule(data=st.data())
-    def begin_units(self, data: st.DataObject) -> None:
-        """Columns of units that nobody has written to; the rest may come later, or never."""
-        where = self.units(data)
-        if not self.seen[where].any():
-            cut = data.draw(st.integers(1, self.full.shape[-1] - 1))
-            self.partial.append((*where, slice(cut, None)))
-            self.write((*where, slice(None, cut)), self.values)
-
-    @precondition(lambda self: self.session is not None and self.partial)
-    @rule()
-    def complete_units(self) -> None:
-        where = self.partial.pop()
-        if not self.seen[where].any():
-            self.write(where, self.values)
-
-    @precondition(lambda self: self.session is not None)
-    @rule(data=st.data())
-    def repeat(self, data: st.DataObject) -> None:
-        """A duplicate of units that were written whole."""
-        where = self.units(data)
-        if self.seen[where].all():
-            self.write(where, lambda shape: self.full[where].clone())
-
-    @precondition(lambda self: self.session is not None)
-    @rule()
-    def write_bias(self) -> None:
-        self.new_bias = self.values(self.bias.shape)
-        self.bias.data.copy_(self.new_bias)
-        if self.mode == "per_weight":
-            self.expected_bias = self.new_bias
-
-    @precondition(lambda self: self.session is not None)
-    @rule(data=st.data(), fault=st.sampled_from(["nan", "shape", "loader"]))
-    def fail(self, data: st.DataObject, fault: str) -> None:
-        """A write that fails ends the block; what that leaves is what an abort leaves."""
-        assert self.session is not None
-        where = self.units(data)
-        source = self.values(self.full[where].shape)
-        try:
-            with self.session:
-                if fault == "loader":
-                    self.param.data[where].copy_(source)
-                    raise KeyboardInterrupt
-                if fault == "nan":
-                    source[..., -1, -1] = float("nan")
-                self.param.data[where].copy_(source if fault == "nan" else source[..., :-1])
-                raise AssertionError("a bad source was accepted")
-        except (QTensorError, KeyboardInterrupt):
-            pass
-        if fault == "loader":
-            self.note(where, source)
-        self.over(committed=False)
-
-    @precondition(lambda self: self.session is not None)
-    @rule()
-    def abort(self) -> None:
-        assert self.session is not None
-        self.session.abort()
-        self.over(committed=False)
-
-    @precondition(lambda self: self.session is not None)
-    @rule()
-    def finish(self) -> None:
-        assert self.session is not None
-        if self.session.options.on_missing == "error" and not (self.seen.all() and self.new_bias is not None):
-            with contextlib.suppress(IncompleteLoadError):
-                self.session.finish()
-                raise AssertionError("an incomplete reload was committed")
-            return self.over(committed=False)
-        if self.session.options.on_missing == "zero":
-            self.full[~self.seen] = 0
-            self.seen[...] = True
-            self.new_bias = torch.zeros_like(self.expected_bias) if self.new_bias is None else self.new_bias
-        with contextlib.suppress(UserWarning):
-            self.session.finish()
-        return self.over(committed=True)
-
-    @precondition(lambda self: self.session is not None)
-    @rule(data=st.data())
-    def read_back(self, data: st.DataObject) -> None:
-        """A loader's view shows what was written, or else what the weight was."""
-        where = self.units(data)
-        got = self.param.data[where].clone().float()
-        if self.seen[where].all() or not self.seen[where].any():
-            want = self.full[where].float()
-            assert (got - want).abs().max() <= LARGEST_ERROR[self.scheme.format.element] * want.abs().max() + 0.02
-
-    # What must hold
-
-    @invariant()
-    def live_values_are_the_committed_ones(self) -> None:
-        if not hasattr(self, "param") or (self.session is not None and self.mode == "undo"):
-            return  # an undo log writes in place; its promise is for the end
-        assert all(map(same_bytes, self.param.parts(), self.expected.parts()))
-        bias = self.bias.clone() if self.session is not None else self.bias
-        assert torch.equal(bias, self.expected_bias)
-        if self.param.dim() == 2:
-            x = torch.ones(2, self.param.shape[1]).bfloat16()
-            weight_only = self.expected.scheme.format
-            assert weight_only == self.param.scheme.format
-            assert torch.equal(torch.nn.functional.linear(x, self.param), torch.nn.functional.linear(x, self.expected))
-
-    @invariant()
-    def objects_and_addresses_stay(self) -> None:
-        if hasattr(self, "param") and self.session is None:
-            assert type(self.param) is QTensor
-            assert type(self.bias) is torch.nn.Parameter
-            now = [self.param.qdata.data_ptr(), self.param.scale.data_ptr(), self.bias.data_ptr()]
-            assert now == self.addresses
-            assert_no_hooks()
-
-    def teardown(self) -> None:
-        if self.session is not None:
-            self.session.abort()
-
-    # The oracle
-
-    def units(self, data: st.DataObject) -> tuple[Any, ...]:
+    def units(self, data: st.DataObject) -> Where:
         """An index of some whole units: a run of rows, of one expert."""
         *lead, rows, _ = self.full.shape
         count = -(-rows // self.unit)
@@ -201,18 +61,21 @@ class Reloading(RuleBasedStateMachine):
         run = slice(a * self.unit, min(b * self.unit, rows))
         return (data.draw(st.integers(0, lead[0] - 1)), run) if lead else (run,)
 
-    def write(self, where: tuple[Any, ...], make: Any) -> None:
-        source = make(self.full[where].shape)
+    def write(self, where: Where, source: torch.Tensor) -> None:
         self.note(where, source)
         self.param.data[where].copy_(source)
         source.fill_(float("nan"))
-        if self.mode == "per_weight":
-            self.commit(require_whole=True)
 
-    def note(self, where: tuple[Any, ...], source: torch.Tensor) -> None:
+    def note(self, where: Where, source: torch.Tensor) -> None:
         self.full[where], self.seen[where] = source, True
         if self.mode == "per_weight":
             self.commit(require_whole=True)
+
+    def zero_the_rest(self) -> None:
+        """What finishing does with on_missing="zero"."""
+        self.full[~self.seen] = 0
+        self.seen[...] = True
+        self.new_bias = torch.zeros_like(self.expected_bias) if self.new_bias is None else self.new_bias
 
     def over(self, committed: bool) -> None:
         self.session = None
@@ -222,19 +85,232 @@ class Reloading(RuleBasedStateMachine):
 
     def commit(self, require_whole: bool) -> None:
         """Units that were written to become the quantized `full`; all of a matrix, or (require_whole) none of it."""
-        new = quantize(self.full, self.scheme)
-        rows = self.full.shape[-2]
-        matrices = self.seen.reshape(-1, *self.full.shape[-2:])
-        for e, seen in enumerate(matrices):
-            if require_whole and not seen.all():
-                continue
+        for e, new in self.whole_matrices() if require_whole else self.matrices():
+            rows, seen = self.full.shape[-2], self.seen.reshape(-1, *self.full.shape[-2:])[e]
             for first in range(0, rows, self.unit):
                 last = min(first + self.unit, rows)
                 if seen[first:last].any():
                     copy_unit(self.expected, new, e if self.full.dim() == 3 else None, first, last)
 
+    def matrices(self) -> list[tuple[int, QTensor]]:
+        new = quantize(self.full, self.scheme)
+        return [(e, new) for e in range(self.full.shape[0] if self.full.dim() == 3 else 1)]
+
+    def whole_matrices(self) -> list[tuple[int, QTensor]]:
+        seen = self.seen.reshape(-1, *self.full.shape[-2:])
+        return [(e, new) for e, new in self.matrices() if seen[e].all()]
+
+    def stopped(self) -> None:
+        """An interrupt ended the session. It says how: with `atomic=False` what was whole by then is new, or is not."""
+        assert self.session is not None
+        state = self.session.report().state
+        assert state in ("finished", "aborted")
+        self.over(committed=state == "finished")
+        if self.mode == "per_weight" and state == "aborted":
+            if self.new_bias is not None and torch.equal(self.bias, self.new_bias):
+                self.expected_bias = self.new_bias
+            for e, new in self.whole_matrices():
+                there, wanted = self.matrix(self.param, e), self.matrix(new, e)
+                if all(map(same_bytes, there, wanted)):
+                    for old, part in zip(self.matrix(self.expected, e), wanted, strict=True):
+                        old.copy_(part)
+
+    def matrix(self, weight: QTensor, e: int) -> tuple[torch.Tensor, ...]:
+        return weight.parts().matrix(e) if self.full.dim() == 3 else weight.parts()
+
+    def check(self) -> None:
+        if self.session is None:
+            assert type(self.param) is QTensor
+            assert type(self.bias) is torch.nn.Parameter
+            now = [self.param.qdata.data_ptr(), self.param.scale.data_ptr(), self.bias.data_ptr()]
+            assert now == self.addresses
+        elif self.mode == "undo":
+            return  # an undo log writes in place; its promise is for the end
+        assert all(map(same_bytes, self.param.parts(), self.expected.parts()))
+        bias = self.bias.clone() if self.session is not None else self.bias
+        assert torch.equal(bias, self.expected_bias)
+        if self.param.dim() == 2:
+            x = torch.ones(2, self.param.shape[1]).bfloat16()
+            assert self.expected.scheme.format == self.param.scheme.format
+            assert torch.equal(torch.nn.functional.linear(x, self.param), torch.nn.functional.linear(x, self.expected))
+
+
+subjects = st.tuples(
+    st.sampled_from(SCHEMES), st.sampled_from(SHAPES), st.sampled_from(list(MODES)), st.integers(0, 2**20)
+)
+
+
+class Reloading(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.models: list[Subject] = []
+
+    @initialize(made=st.lists(subjects, min_size=1, max_size=2))
+    def load(self, made: list[tuple[Any, ...]]) -> None:
+        self.models = [Subject(*what) for what in made]
+
+    @property
+    def open(self) -> list[Subject]:
+        return [m for m in self.models if m.session is not None]
+
+    @property
+    def closed(self) -> list[Subject]:
+        return [m for m in self.models if m.session is None]
+
+    # Rules
+
+    @precondition(lambda self: self.closed)
+    @rule(data=st.data(), on_missing=st.sampled_from(["keep", "error", "zero"]))
+    def begin(self, data: st.DataObject, on_missing: str) -> None:
+        data.draw(st.sampled_from(self.closed)).begin(on_missing)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def begin_twice(self, data: st.DataObject) -> None:
+        with contextlib.suppress(QTensorError):
+            online_reload(data.draw(st.sampled_from(self.open)).model)
+            raise AssertionError("two sessions on one model")
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def write_units(self, data: st.DataObject) -> None:
+        """Whole units, at any time, as often as one likes: the last write wins."""
+        it = data.draw(st.sampled_from(self.open))
+        where = it.units(data)
+        it.write(where, it.values(it.full[where].shape))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def begin_units(self, data: st.DataObject) -> None:
+        """Columns of units that nobody has written to; the rest may come later, or never."""
+        it = data.draw(st.sampled_from(self.open))
+        where = it.units(data)
+        if not it.seen[where].any():
+            cut = data.draw(st.integers(1, it.full.shape[-1] - 1))
+            it.partial.append((*where, slice(cut, None)))
+            begun = (*where, slice(None, cut))
+            it.write(begun, it.values(it.full[begun].shape))
+
+    @precondition(lambda self: any(it.partial for it in self.open))
+    @rule(data=st.data())
+    def complete_units(self, data: st.DataObject) -> None:
+        it = data.draw(st.sampled_from([it for it in self.open if it.partial]))
+        where = it.partial.pop()
+        if not it.seen[where].any():
+            it.write(where, it.values(it.full[where].shape))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        """A duplicate of units that were written whole."""
+        it = data.draw(st.sampled_from(self.open))
+        where = it.units(data)
+        if it.seen[where].all():
+            it.write(where, it.full[where].clone())
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def write_bias(self, data: st.DataObject) -> None:
+        it = data.draw(st.sampled_from(self.open))
+        it.new_bias = it.values(it.bias.shape)
+        it.bias.data.copy_(it.new_bias)
+        if it.mode == "per_weight":
+            it.expected_bias = it.new_bias
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), fault=st.sampled_from(["nan", "shape", "loader"]))
+    def fail(self, data: st.DataObject, fault: str) -> None:
+        """A write that fails ends the block; what that leaves is what an abort leaves."""
+        it = data.draw(st.sampled_from(self.open))
+        where = it.units(data)
+        source = it.values(it.full[where].shape)
+        assert it.session is not None
+        try:
+            with it.session:
+                if fault == "loader":
+                    it.param.data[where].copy_(source)
+                    raise KeyboardInterrupt
+                if fault == "nan":
+                    source[..., -1, -1] = float("nan")
+                it.param.data[where].copy_(source if fault == "nan" else source[..., :-1])
+                raise AssertionError("a bad source was accepted")
+        except (QTensorError, KeyboardInterrupt):
+            pass
+        if fault == "loader":
+            it.note(where, source)
+        it.over(committed=False)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), step=st.sampled_from(["write", "finish", "abort"]), n=st.integers(1, 30))
+    def interrupt(self, data: st.DataObject, step: str, n: int) -> None:
+        """Ctrl-C in the n-th torch operation of a step, or right after it. It ends the session."""
+        it = data.draw(st.sampled_from(self.open))
+        assert it.session is not None
+        with contextlib.suppress(KeyboardInterrupt, IncompleteLoadError, UserWarning), it.session:
+            if step == "write":
+                where = it.units(data)
+                source = it.values(it.full[where].shape)
+                it.full[where], it.seen[where] = source, True
+                with InOperation(n, KeyboardInterrupt):
+                    it.param.data[where].copy_(source)
+                raise KeyboardInterrupt
+            if step == "finish" and it.session.options.on_missing == "zero":
+                it.zero_the_rest()
+            with InOperation(n, KeyboardInterrupt):
+                it.session.finish() if step == "finish" else it.session.abort()
+        it.stopped()
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        it = data.draw(st.sampled_from(self.open))
+        assert it.session is not None
+        it.session.abort()
+        it.over(committed=False)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        it = data.draw(st.sampled_from(self.open))
+        assert it.session is not None
+        if it.session.options.on_missing == "error" and not (it.seen.all() and it.new_bias is not None):
+            with contextlib.suppress(IncompleteLoadError):
+                it.session.finish()
+                raise AssertionError("an incomplete reload was committed")
+            return it.over(committed=False)
+        if it.session.options.on_missing == "zero":
+            it.zero_the_rest()
+        with contextlib.suppress(UserWarning):
+            it.session.finish()
+        return it.over(committed=True)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def read_back(self, data: st.DataObject) -> None:
+        """A loader's view shows what was written, or else what the weight was."""
+        it = data.draw(st.sampled_from(self.open))
+        where = it.units(data)
+        got = it.param.data[where].clone().float()
+        if it.seen[where].all() or not it.seen[where].any():
+            want = it.full[where].float()
+            assert (got - want).abs().max() <= LARGEST_ERROR[it.scheme.format.element] * want.abs().max() + 0.02
+
+    # What must hold
+
+    @invariant()
+    def all_are_what_they_must_be(self) -> None:
+        for it in self.models:
+            it.check()
+        if not self.open:
+            assert_no_hooks()
+
+    def teardown(self) -> None:
+        for it in self.open:
+            assert it.session is not None
+            it.session.abort()
+
 
 Reloading.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestReloading = Reloading.TestCase
