@@ -67,8 +67,7 @@ class ArmedWeight:
     initial: what to fall back to when elements stay unwritten (on_missing "keep" or "init").
     copied: it was deep-copied. assigned: the Parameter last assigned in its place, if someone else holds it still.
     in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`).
-    shared: other ranks hold parts of what its scales are made of (see `sharding`); "closed" once they are being agreed
-        on, None after that.
+    shared: other ranks hold parts of what its scales are of; "closed" once they are being agreed on, None after that.
     """
 
     in_place = False
