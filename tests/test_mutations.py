@@ -597,7 +597,8 @@ def begin_the_copy_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def free_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     def free(self: Staging, e: int, start: int, stop: int) -> None:
-        for key in list(self._groups):
+        for key, rows in list(self._groups.items()):
+            rows.zero_()  # memory that is freed and given out again may hold the same values
             self._free(key)
 
     monkeypatch.setattr(Staging, "free_unused", free)
