@@ -15,7 +15,7 @@ from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES, Scheme, fp8
 
 from . import compat
-from .options import Choice, parse, read_json
+from .options import Choice, parse, read_json, require_harmless
 
 
 class QTensorConfig(QuantizationConfig):
@@ -66,6 +66,7 @@ class QTensorConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QTensorConfig:
+        require_harmless(config)
         return cls(config)
 
     @classmethod

@@ -7,8 +7,10 @@ or as environment variables QTENSOR_VLLM_<KEY>; a dictionary's keys win over var
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from qtensor.errors import ConfigError
 from qtensor.modules import weight_of
 from qtensor.schemes.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
+from qtensor.schemes.linear import LinearRegex
 from qtensor.schemes.scheme import SCHEMES, Scheme
 from qtensor.schemes.selection import DEFAULT_IGNORE, matches
 
@@ -89,6 +92,33 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
     values = {"linear": by_kind, "moe": by_kind} | values
     values["lm_head"] = (values["linear"] or scheme) if values.get("lm_head") else None
     return Options(**values)
+
+
+def require_harmless(given: Mapping[str, Any]) -> None:
+    """A `quantization_config` may be the checkpoint's, and a stranger's: raise ConfigError if it says where a file is
+    written, or has a pattern that could run for ever."""
+    by_user = "give it as quantization_config_dict_json, or as the variable " + PREFIX
+    if "report" in given:
+        raise ConfigError(f"qtensor: a quantization_config may be a checkpoint's and has no report; {by_user}REPORT")
+    for key in ("ignore", "targets"):
+        patterns = given.get(key) or ()
+        for pattern in patterns.split(",") if isinstance(patterns, str) else patterns:
+            try:
+                if isinstance(pattern, str) and pattern.strip().startswith("re:"):
+                    LinearRegex(pattern.strip()[3:])
+            except ValueError as error:
+                raise ConfigError(
+                    f"qtensor: {key}: {pattern!r} is not used: {error}; if the pattern is yours, {by_user}{key.upper()}"
+                ) from None
+
+
+@functools.cache
+def _regex(pattern: str) -> LinearRegex | re.Pattern[str]:
+    """In linear time, if it can be: all that `require_harmless` admits. Others are the user's."""
+    try:
+        return LinearRegex(pattern)
+    except ValueError:
+        return re.compile(pattern)
 
 
 def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, Any]:
@@ -224,9 +254,12 @@ class Choice:
         return hits
 
     def _matches(self, pattern: str, name: str) -> bool:
+        if pattern.startswith("re:"):
+            regex = _regex(pattern[3:])
+            return any(regex.match(text) for text in (weight_of(name), name))
         if matches(pattern, name, weight_of(name)):
             return True
-        if pattern.startswith("re:") or any(c in pattern for c in "*?["):
+        if any(c in pattern for c in "*?["):
             return False
         renamed = self.rename(pattern)
         return renamed != pattern and matches(renamed, name, weight_of(name))

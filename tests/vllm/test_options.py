@@ -142,13 +142,36 @@ def test_targets_by_json() -> None:
     }
 
 
-def test_config_route_and_quantized_head(tmp_path: Path) -> None:
+def test_config_route_and_quantized_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """hf_overrides may carry a whole quantization_config; quantization= is not needed then. A report is written."""
-    config = {"quant_method": "qtensor", "lm_head": True, "report": str(tmp_path / "report-{rank}.json")}
+    config = {"quant_method": "qtensor", "lm_head": True}
+    monkeypatch.setenv("QTENSOR_VLLM_REPORT", str(tmp_path / "report-{rank}.json"))
     with engine(checkpoint("llama"), None, hf_overrides={"quantization_config": config}) as llm:
         seen = look(llm)
     assert "lm_head.weight" in seen.weights
     assert json.loads((tmp_path / "report-0.json").read_text())["quantized_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"report": "/etc/passwd"},
+            "has no report; give it as quantization_config_dict_json, .*_REPORT",
+        ),
+        ({"ignore": [r"re:(a)\1"]}, "ignore: .* needs backtracking .* QTENSOR_VLLM_IGNORE"),
+        ({"ignore": r"x, re:(a)\1"}, "ignore: .* needs backtracking"),
+        ({"targets": {"re:(?=a)": "fp8"}}, "targets: .* needs backtracking .* QTENSOR_VLLM_TARGETS"),
+    ],
+)
+def test_what_a_checkpoints_own_config_may_not_say(given: dict, message: str) -> None:
+    """vLLM hands over config.json's quantization_config as it does the user's: a stranger's pattern ran for ever, and a
+    stranger's path was written to."""
+    with pytest.raises(OptionsError, match=message):
+        QTensorConfig.from_config({"quant_method": "qtensor", **given})
+    QTensorConfig.from_config_dict_json(json.dumps(given))  # This is the user's.
+    exploding = QTensorConfig.from_config({"ignore": ["re:(a+)+$"]})
+    assert exploding.choice.scheme("a" * 500 + "!", experts=False) == fp8_per_channel
 
 
 def test_vllms_own_quantization_config_is_refused() -> None:
