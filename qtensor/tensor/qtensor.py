@@ -12,7 +12,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -154,10 +154,32 @@ class QTensor(torch.Tensor):
         memo[id(self)] = other
         return other
 
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.detach().dequantize().__dlpack__(**kwargs)
+
+    def share_memory_(self) -> QTensor:
+        """Move the parts into shared memory, where other processes see them without a copy."""
+        for part in self.parts():
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return all(part.is_shared() for part in self.parts())
+
+    def storage(self) -> NoReturn:
+        """What safetensors, and whoever saves through it, asks of a tensor first."""
+        raise QTensorError(
+            f"QTensor {list(self.shape)} ({self.scheme}): a quantized weight is several tensors, and safetensors "
+            "cannot store it as one. Save the model with qtensor.save_checkpoint(model, folder), or a transformers "
+            "model with model.save_pretrained(folder); torch.save takes quantized weights as they are."
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         scheme, is_param = self.scheme, isinstance(self, torch.nn.Parameter)
         how = (scheme.name, scheme.activation, self.dtype, self.transposed, is_param)
-        return rebuild, (self.qdata, self.scale, *how, self.global_scale, self.cols)
+        # As bytes: pickle, unlike torch.save, asks PyTorch for storages of the dtype, and float8 has none.
+        parts = [part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part in self.parts()]
+        return rebuild, (*parts[:2], *how, *(parts[2:] or (None,)), self.cols)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         context = (self.scheme, self.dtype, self.transposed, self.whole_units, self.cols)
@@ -261,7 +283,8 @@ def rebuild(
     cols: int | None = None,
 ) -> QTensor:
     """What a pickled QTensor calls: made of tensors and strings alone, so that weights_only loading accepts it."""
-    how = Scheme(FORMATS[scheme], activation), dtype, transposed
+    how, fmt = (Scheme(FORMATS[scheme], activation), dtype, transposed), FORMATS[scheme]
+    qdata, scale = qdata.view(fmt.dtype), scale.view(fmt.scale_dtype)
     result = QTensor(qdata, scale, *how, global_scale=global_scale, cols=cols)
     if is_param:
         result._is_param = True  # type: ignore[attr-defined]
