@@ -5,9 +5,16 @@ Kernels have two of their own, in `qtensor.kernels`; they derive from it, too.
 
 from __future__ import annotations
 
+from .text import printable, printable_lines
+
+_MOST_CHARACTERS = 4000
+
 
 class QTensorError(RuntimeError):
-    """Base of all errors raised by qtensor."""
+    """Base of all errors raised by qtensor. Names in its message are escaped where a terminal would obey them."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable_lines(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class IncompleteLoadError(QTensorError):
@@ -47,4 +54,14 @@ class MissingExtraError(QTensorError, ImportError):
 
 
 class CheckpointError(QTensorError, ValueError):
-    """A checkpoint folder is missing, damaged, unsafe, or holds what cannot be read or written as asked."""
+    """A checkpoint folder is missing, damaged, unsafe, or holds what cannot be read or written as asked.
+
+    Its message is one line, and of what is endless its beginning.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_one_line(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _one_line(text: str) -> str:
+    return printable(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…")

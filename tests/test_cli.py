@@ -73,16 +73,14 @@ def test_interrupting_exits_with_130(monkeypatch):
     assert main.main(["doctor"]) == 130
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--json"], ["verify", "no-such-folder"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["verify", "no-such-folder"]])
 def test_a_reader_that_went_away_is_no_traceback(arguments):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "qtensor", *arguments]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert done.returncode in (0, 1)
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_doctor_notices_wrong_bytes(monkeypatch, capsys):

@@ -22,6 +22,7 @@ from qtensor.report.memory import resident_bytes
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
 from qtensor.sessions.transaction import State
+from qtensor.text import printable
 
 from . import compat
 from .incoming import Weights
@@ -199,7 +200,9 @@ class Load(Filling):
             try:
                 write(self._report, where)
             except OSError as error:
-                compat.logger().warning("qtensor: the report could not be written to %s: %s", where, error)
+                compat.logger().warning(
+                    "qtensor: the report could not be written to %s: %s", where, printable(str(error))
+                )
 
     def _verify(self) -> None:
         lines = []

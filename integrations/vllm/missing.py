@@ -17,6 +17,7 @@ from qtensor.errors import IncompleteLoadError
 from qtensor.modules import full_name, weight_of
 from qtensor.regions.coverage import Box
 from qtensor.report.report import describe_boxes
+from qtensor.text import joined
 
 _QKV = ("q", "k", "v")
 _SHOWN = 20
@@ -29,7 +30,7 @@ _ADVICE = (
 def refuse_incomplete(what: str, lines: list[str], boxes: dict[str, list[Box]], advice: str = _ADVICE) -> NoReturn:
     """Raise IncompleteLoadError with one line per tensor that is missing."""
     shown = lines[:_SHOWN] + ([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
-    raise IncompleteLoadError(f"{what}:\n  " + "\n  ".join(shown) + f"\n{advice}", boxes)
+    raise IncompleteLoadError(f"{what}:\n  " + joined(shown, "\n  ") + f"\n{advice}", boxes)
 
 
 class Names:

@@ -29,6 +29,7 @@ from qtensor.report.report import LoadReport
 from qtensor.sessions.snapshot import Snapshot
 from qtensor.sessions.transaction import State
 from qtensor.tensor.qtensor import QTensor
+from qtensor.text import printable
 
 from . import compat
 from .incoming import Weights
@@ -232,7 +233,7 @@ class Reload(Filling):
         report = self._report
         assert report is not None
         for warning in report.warnings:
-            compat.logger().warning("qtensor: %s", warning)
+            compat.logger().warning("qtensor: %s", printable(warning))
         compat.logger().info(
             "qtensor: reloaded %d weights in %.2f seconds; peak second copy %.1f MiB, peak staging %.1f MiB",
             len(report.layers) - len(set(report.untouched) & {layer.name for layer in report.layers}),

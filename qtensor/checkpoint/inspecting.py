@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..kernels.audit import sqnr_db
 from ..modules import weight_of
 from ..tensor.qtensor import QTensor
+from ..text import joined
 from .reading import Checkpoint, Stored
 from .verify import Weight, weights_of
 
@@ -71,7 +72,7 @@ class CheckpointReport:
                 )
             lines.append(line)
         lines.append(f"  {'as they were':28} {len(self.plain):6} tensors {sum(self.plain.values()) / 1e6:12.1f} MB")
-        return "\n".join(lines)
+        return joined(lines)
 
 
 def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) -> CheckpointReport:

@@ -20,6 +20,7 @@ from ..lazy.lazy_tensor import LAZY
 from ..modules import module_of
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
+from ..text import printable
 from .files import CONFIG_BYTES, read_json
 from .layouts import (
     COMPRESSED_TENSORS,
@@ -203,9 +204,10 @@ def _warn_of_scales(contents: dict[str, Stored], schemes: dict[str, Scheme], for
             if scheme.format.granularity == "tensor"
             else "decodes all of them with one part's scale, which is wrong for the others"
         )
+        first = printable(apart[0])
         warnings.warn(
-            f"save_checkpoint: {apart[0]} and its partners, and {len(apart) - 1} other groups, are quantized to "
-            f"{scheme.name} with a scale for each part. vLLM fuses them and {fate}. `qtensor quantize`, from the "
+            f"save_checkpoint: {first} and its partners, and {len(apart) - 1} other groups, are quantized "
+            f"to {scheme.name} with a scale for each part. vLLM fuses them and {fate}. `qtensor quantize`, from the "
             "high-precision checkpoint, writes shared scales; fp8_per_channel needs none.",
             stacklevel=4,
         )

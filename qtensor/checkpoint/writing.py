@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 
 from ..errors import CheckpointError
+from ..text import printable
 from .files import require_utf8_name
 from .layouts import Spec
 from .reading import CONFIG, DTYPE_NAMES, DTYPES, INDEX, MANIFEST, PICKLES, bytes_of, read_manifest
@@ -255,7 +256,8 @@ def carry_over(source: Path, folder: Path) -> None:
     """Copy the side files. Links out of the source are left out, with a warning."""
     for path in side_files(source):
         if leads_out(path):
-            warnings.warn(f"{path} is a link out of its folder and is not carried over to the checkpoint", stacklevel=4)
+            message = f"{path} is a link out of its folder and is not carried over to the checkpoint"
+            warnings.warn(printable(message), stacklevel=4)
         else:
             shutil.copyfile(path, folder / path.name)
 

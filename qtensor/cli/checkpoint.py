@@ -20,6 +20,8 @@ from ..convert.launch import quantize_on_ranks, quantize_on_ray
 from ..errors import QTensorError
 from ..schemes.scheme import SCHEMES, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE
+from ..text import joined
+from .output import OutputLost, complain
 
 
 def add_parsers(commands: Any) -> None:
@@ -95,7 +97,7 @@ def _quantize(args: argparse.Namespace) -> int:
             workers=args.workers,
         )
         if report is not None:  # Ranks other than 0 have none.
-            outcome(report.to_json(), _describe(report, args.target))
+            outcome(report.to_json(), _describe(report, args.target), beside_the_point=True)
     return outcome.code
 
 
@@ -114,7 +116,7 @@ def _describe(report: ConversionReport, target: Path) -> str:
         lines.append(
             f"  left as they were, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         )
-    return "\n".join(lines + [f"  warning: {w}" for w in report.warnings])
+    return joined(lines + [f"  warning: {w}" for w in report.warnings])
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -127,7 +129,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     with _failures(args) as outcome:
         found = verify_checkpoint(args.path, args.workers)
-        text = "\n".join([f"{args.path}: {len(found)} problem{'s' * (len(found) != 1)}", *(f"  {p}" for p in found)])
+        text = joined([f"{args.path}: {len(found)} problem{'s' * (len(found) != 1)}", *(f"  {p}" for p in found)])
         outcome({"path": str(args.path), "ok": not found, "problems": found}, text if found else f"{args.path}: whole")
         outcome.code = 1 if found else 0
     return outcome.code
@@ -139,8 +141,18 @@ class _Outcome:
     def __init__(self, as_json: bool) -> None:
         self._as_json, self.code = as_json, 0
 
-    def __call__(self, value: dict[str, Any], text: str) -> None:
+    def __call__(self, value: dict[str, Any], text: str, beside_the_point: bool = False) -> None:
+        """beside_the_point: the command has done its work, whether anyone hears of it or not."""
+        try:
+            self._print(value, text)
+        except OutputLost as lost:
+            if not beside_the_point or self._as_json:
+                raise
+            lost.told()
+
+    def _print(self, value: dict[str, Any], text: str) -> None:
         print(json.dumps(value, indent=2, allow_nan=False) if self._as_json else text)
+        sys.stdout.flush()
 
 
 @contextmanager
@@ -154,4 +166,4 @@ def _failures(args: argparse.Namespace) -> Iterator[_Outcome]:
         if args.json:
             print(json.dumps({"error": str(error)}))
         else:
-            print(f"qtensor {args.command}: {error}", file=sys.stderr)
+            complain(f"qtensor {args.command}: {error}")

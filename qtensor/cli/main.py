@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,22 +14,24 @@ from ..errors import MissingExtraError, QTensorError
 from ..extras import require
 from ..version import __version__
 from . import checkpoint as checkpoint_commands
+from .output import OutputLost, complain, standard_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: all well. 1: a check failed, or a command could not do its work. 2: bad arguments. 130: stopped."""
-    try:
+    """Exit code 0: all well. 1: a check failed, or a command could not do its work. 2: bad arguments. 130: stopped.
+    141: the reader of its output went away."""
+    with standard_output():
         try:
-            args = _parser().parse_args(argv)
-            code: int = args.run(args)
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `qtensor ... | head` has read enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code
+            try:
+                args = _parser().parse_args(argv)
+                code: int = args.run(args)
+            finally:
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except OutputLost as lost:
+            return lost.told()
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +90,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
     findings = doctor.examine()
-    print(json.dumps(findings, indent=2) if args.json else doctor.describe(findings))
+    print(json.dumps(findings, indent=2, allow_nan=False) if args.json else doctor.describe(findings))
     return 0 if findings["ok"] else 1
 
 
@@ -104,5 +105,5 @@ def _demo(args: argparse.Namespace) -> int:
         print(json.dumps({"ok": good, **demo.results(args.out, args.part)}, indent=2))
         return 0 if good else 1
     except (QTensorError, OSError) as error:
-        print(f"qtensor demo: {error}", file=sys.stderr)
+        complain(f"qtensor demo: {error}")
         return 1

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View, cover
 from ..report.report import describe_boxes
+from ..text import joined
 from .effects import RANDOM, SCATTERED, accumulates, collectives, flatten, touched_elements, written_arguments
 from .lazy_tensor import LazyWeight, LiveQTensor, view_of
 from .weight import ArmedWeight
@@ -35,7 +36,7 @@ class CopyReport:
     def __str__(self) -> str:
         lines = [f"{self.copied_numel:,} elements written; {len(self.complete)} tensors complete"]
         lines += [f"{name}: {describe_boxes(self.shapes[name], boxes)}" for name, boxes in self.missing.items()]
-        return "\n".join(lines)
+        return joined(lines)
 
 
 @dataclass

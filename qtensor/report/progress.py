@@ -47,7 +47,7 @@ class Progress:
         if not (show is None or isinstance(show, bool) or callable(show)):
             raise ConfigError(f"progress is True, False, None or a callable that takes events, not {show!r}")
         self._call = show if callable(show) else None
-        self._bar_wanted = sys.stderr.isatty() if show is None else show is True
+        self._bar_wanted = bool(sys.stderr and sys.stderr.isatty()) if show is None else show is True
         self._description, self._unit = description, unit
         self._done = self._total = self._bytes = 0
         self._bar: Any = None

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..regions.coverage import Box
+from ..text import joined, printable
 from ..version import __version__
 from .page import page
 from .plot import plot_load
@@ -145,7 +146,8 @@ class LoadReport:
             ratio = f"{layer.bytes / layer.source_bytes:.3f}" if layer.source_bytes else "-"
             sqnr = "-" if layer.sqnr is None else f"{layer.sqnr:.1f}"
             shape = "×".join(map(str, layer.shape))
-            rows.append((layer.name, shape, layer.scheme, f"{layer.bytes:,}", ratio, sqnr, layer.note))
+            name, note = printable(layer.name), printable(layer.note)
+            rows.append((name, shape, layer.scheme, f"{layer.bytes:,}", ratio, sqnr, note))
         if not any(layer.sqnr is not None for layer in self.layers):
             rows = [(*row[:5], row[6]) for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -163,7 +165,7 @@ class LoadReport:
         lines += [f"not quantized: {name}: {why}" for name, why in self.passthrough.items() if why]
         lines += [f"never written: {name}" for name in self.untouched]
         lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        return joined(lines)
 
 
 def versions() -> dict[str, str]:

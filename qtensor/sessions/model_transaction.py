@@ -26,6 +26,7 @@ from ..regions.coverage import Box
 from ..report.progress import Progress
 from ..report.report import LoadReport, describe_missing, versions
 from ..tensor.qtensor import QTensor
+from ..text import joined, printable
 from . import registration
 from .host import LoadHost
 from .model_tree import ModuleTree
@@ -280,7 +281,7 @@ class ModelTransaction(LoadHost, Transaction):
         assert self._report is not None
         self._report.warnings += self._warnings
         for warning in self._report.warnings:
-            warnings.warn(f"{self.opener}: {warning}", stacklevel=_FRAMES_TO_USER)
+            warnings.warn(printable(f"{self.opener}: {warning}"), stacklevel=_FRAMES_TO_USER)
 
 
 def _held(tensor: torch.Tensor) -> dict[tuple[int, int], int]:
@@ -306,6 +307,6 @@ def _why_plain(weight: ArmedWeight, min_sqnr: float | None) -> str:
 
 def _bullets(lines: list[str]) -> str:
     if len(lines) == 1:
-        return lines[0] + "."
+        return printable(lines[0]) + "."
     shown = lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
-    return f"{len(lines)} weights are incomplete.\n  " + "\n  ".join(shown) + "\n "
+    return f"{len(lines)} weights are incomplete.\n  " + joined(shown, "\n  ") + "\n "

@@ -29,6 +29,7 @@ from ..report.progress import ProgressLike
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
+from ..text import printable
 from . import registration
 from .model_transaction import ModelTransaction, logger, waits_for_its_end
 from .options import OnMissing, OnNonfinite, ReloadOptions
@@ -323,7 +324,7 @@ class Reload(ModelTransaction):
                 except Exception as error:
                     problem = f"{name}: the reload is finished, and its on_layer_quantized hook raised {error!r}"
                     self._report.warnings.append(problem)
-                    logger.warning(problem, exc_info=True)
+                    logger.warning(printable(problem), exc_info=True)
 
     def _settings(self) -> dict[str, str]:
         options = self.options
