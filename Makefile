@@ -50,10 +50,10 @@ lint: $(VENV)/.dev
 	@cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p qtensor
 
 endurance: $(VENV)/.dev
-	@echo "Running 16 threads, 1000 loads, 500 reloads, four ranks, and thousands of random programs"
+	@echo "Running 16 threads, 1000 loads, 500 reloads, 11,000 interrupts, 200 kills, four ranks, and thousands of programs"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
 		tests/test_conversion.py tests/test_quantize_many.py tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py \
-		tests/test_rank_failures.py
+		tests/test_rank_failures.py tests/test_interrupts.py tests/test_reload_machine.py
 
 # vllm.mk adds environments with vLLM to these.
 test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready

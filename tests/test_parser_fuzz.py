@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from support.fuzz_parsers import CORPUS, TARGETS, accepted, mutated
+from support.fuzz_parsers import CORPUS, TARGETS, accepted, damaged, mutated
 
 INPUTS = {target: sorted((CORPUS / target).iterdir()) for target in TARGETS}
 
@@ -31,6 +31,11 @@ def test_changed_inputs_are_used_or_refused(target: str, data: st.DataObject, ra
     for _ in range(changes):
         content = mutated(content, random)
     accepted(target, content)
+
+
+@given(st.sampled_from(list(TARGETS)), st.data(), st.randoms(use_true_random=False))
+def test_damaged_inputs_are_used_or_refused(target: str, data: st.DataObject, random: Random) -> None:
+    accepted(target, damaged(data.draw(st.sampled_from(INPUTS[target])).read_bytes(), random))
 
 
 @given(st.sampled_from(list(TARGETS)), st.binary(max_size=200) | st.text(max_size=100).map(str.encode))

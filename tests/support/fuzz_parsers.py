@@ -10,8 +10,11 @@ import copy
 import functools
 import json
 import math
+import resource
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from qtensor import QTensorError, fp8_per_channel, quantize
+from qtensor import QTensorError, fp8_per_channel, quantize, quantize_checkpoint
 from qtensor.checkpoint.inspecting import inspect_checkpoint
 from qtensor.checkpoint.reading import CONFIG, INDEX, MANIFEST, SINGLE, Checkpoint
 from qtensor.checkpoint.verify import problems, weights_of
@@ -99,14 +102,37 @@ TARGETS: dict[str, Callable[[bytes], None]] = {f.__name__: f for f in (config, h
 
 
 def accepted(target: str, data: bytes) -> bool:
-    """Run one input. False if it was refused. Raises whatever is neither: that is a finding."""
+    """Run one input. False if it was refused. Raises whatever is neither: that is a finding, and so is what takes
+    gigabytes, as a size that is believed would."""
     try:
-        TARGETS[target](data)
+        with little_memory():
+            TARGETS[target](data)
     except QTensorError as error:
         message = str(error)
         assert target == "config" or ":" in message, f"does not say where: {message}"
+        assert target == "config" or message.isprintable()
         return False
     return True
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Two more gigabytes than the process has, and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (2 << 30), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def damaged(data: bytes, random: Random) -> bytes:
+    """Some bytes exchanged, left out, or put in: no JSON any more, mostly, or no UTF-8."""
+    for _ in range(random.randint(1, 3)):
+        at, more = random.randrange(len(data) + 1), random.randrange(3)
+        data = data[:at] + random.randbytes(more) + data[at + random.randrange(3) :]
+    return data
 
 
 def mutated(data: bytes, random: Random) -> bytes:
@@ -137,7 +163,8 @@ def mutated(data: bytes, random: Random) -> bytes:
 
 
 def _use(folder: Path) -> None:
-    """Everything that is done with a checkpoint by the command line short of converting it."""
+    """Everything that is done with a checkpoint by the command line."""
+    _convert(folder)
     checkpoint = Checkpoint(folder)
     for stored in checkpoint.tensors.values():
         assert stored.path.parent == folder
@@ -149,6 +176,22 @@ def _use(folder: Path) -> None:
     wrong = problems(folder, workers=1)
     if wrong:
         raise QTensorError(wrong[0])
+
+
+def _convert(folder: Path) -> None:
+    """What can be converted is whole; of what is refused nothing is left."""
+    target, refused = folder / "made", ""
+    try:
+        quantize_checkpoint(folder, target, fp8_per_channel, ignore=("lm_head",), workers=1, progress=False)
+    except QTensorError as error:
+        refused = str(error)
+    if refused:
+        assert refused.isprintable()
+        assert not target.exists()
+        assert not target.with_name("made.partial").exists(), refused
+        return
+    assert problems(target, workers=1) == []
+    shutil.rmtree(target)
 
 
 QUANTIZED = {
@@ -189,5 +232,5 @@ def _folder() -> Path:
     """An empty folder, the same for every input: the search runs thousands a second."""
     folder = _root()
     for file in folder.iterdir():
-        file.unlink()
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     return folder
