@@ -199,6 +199,30 @@ def test_finished_files_are_not_done_again(tmp_path, monkeypatch):
     assert digests(tmp_path / "out") == digests(tmp_path / "expected")
 
 
+def test_what_an_interrupted_run_left_beside_its_shards_is_not_believed(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", layers(), 2)
+    quantize_checkpoint(source, tmp_path / "expected", fp8)
+    (source / "gone.txt").write_text("later on")
+    monkeypatch.setattr(converting, "attempt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "out", fp8)
+    monkeypatch.undo()
+    (source / "gone.txt").unlink()
+    quantize_checkpoint(source, tmp_path / "out", fp8)
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
+def test_a_damaged_plan_is_another_plan(tmp_path, monkeypatch):
+    """As a power cut may leave it."""
+    source = write(tmp_path / "source", layers(), 2)
+    monkeypatch.setattr(converting, "attempt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "out", fp8)
+    (tmp_path / "out.partial" / writing.MARK / writing.PLAN).write_bytes(b'"\xff')
+    with pytest.raises(CheckpointError, match="holds an unfinished conversion of another source"):
+        quantize_checkpoint(source, tmp_path / "out", fp8)
+
+
 def test_two_at_once_do_not_mix(tmp_path, monkeypatch):
     source = write(tmp_path / "source", layers(), 2)
     convert, messages = converting.convert_shard, []

@@ -380,7 +380,7 @@ def _require_same_plan(staging: Staging, conversion: Conversion) -> None:
         fresh = note.with_name("plan.new")
         write_json(fresh, digest)
         fresh.replace(note)
-    elif json.loads(note.read_text()) != digest:
+    elif note.read_text(encoding="utf-8", errors="replace").strip() != json.dumps(digest):
         raise CheckpointError(
             f"{staging.path} holds an unfinished conversion of another source, or with other settings. Remove it, or "
             "finish it with the settings it was begun with."
