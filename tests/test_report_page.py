@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtensor import LayerReport, LoadReport, fp8, fp8_per_tensor, online_quant
+from qtensor.text import printable
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">&<!--\u2028"
 
@@ -48,7 +49,8 @@ def test_no_name_can_become_markup(text: str) -> None:
     plain = LoadReport(layers=[LayerReport("name", "fp8", (2, 2), 4, 8)])
     page = LoadReport(layers=[layer], missing={text: [((0, 1), (0, 2))]}, warnings=[text], passthrough={text: text})
     found = page.to_html()
-    assert data_of(found)["layers"][0]["name"] == text
+    assert data_of(found)["layers"][0]["name"] == printable(text)
+    assert list(data_of(found)["passthrough"].items()) == [(printable(text), printable(text))]
     # The markup is that of a page of harmless names: the text adds no tag.
     assert len(re.findall(r"<[a-zA-Z/!]", found)) == len(re.findall(r"<[a-zA-Z/!]", plain.to_html()))
     found.encode("utf-8")
@@ -193,6 +195,14 @@ def test_empty_and_hostile_reports_show(browser: Any, tmp_path: Path, layers: li
     )
     report.to_html(tmp_path / "report.html")
     with Opened(browser, tmp_path / "report.html") as opened:
-        assert opened.column(1) == names
+        assert opened.column(1) == [printable(name) for name in names]
         assert opened.page.title().startswith("qtensor load report")
         assert opened.page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("sqnr", [float("inf"), float("-inf"), float("nan"), 31.5])
+def test_a_figure_that_is_not_finite_is_valid_json(sqnr: float) -> None:
+    report = LoadReport(layers=[LayerReport("up", "fp8", (2, 2), 4, 8, sqnr=sqnr)])
+    shown = json.loads(report.to_json(), parse_constant=pytest.fail)["layers"][0]["sqnr"]
+    assert shown == (31.5 if sqnr == 31.5 else None)
+    assert data_of(report.to_html())["layers"][0]["lossless"] == (sqnr == float("inf"))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,10 +95,11 @@ class LoadReport:
     settings: dict[str, str] = field(default_factory=dict)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as a JSON text, also written to `path` if given. An infinite SQNR (nothing was lost) is null."""
+        """The report as a JSON text, also written to `path` if given. An SQNR that is not finite (infinite: nothing was
+        lost; NaN: the source held some) is null."""
         data = asdict(self)
         for layer in data["layers"]:
-            if layer["sqnr"] is not None and math.isinf(layer["sqnr"]):
+            if layer["sqnr"] is not None and not math.isfinite(layer["sqnr"]):
                 layer["sqnr"] = None
         text = json.dumps(data, indent=2, allow_nan=False)
         if path is not None:
@@ -110,9 +112,9 @@ class LoadReport:
         Memory over time, a table of all weights to sort and filter, a histogram of SQNR where it was measured, what
         was missing, and the settings. Names come from checkpoints, and are shown as text whatever they hold.
         """
-        data = json.loads(self.to_json())
+        data = _shown(json.loads(self.to_json()))
         for layer, found in zip(data["layers"], self.layers, strict=True):
-            layer["lossless"] = found.sqnr is not None and math.isinf(found.sqnr)
+            layer["lossless"] = found.sqnr == math.inf
         text = page(f"qtensor load report: {self.scheme}", str(self), data)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -166,6 +168,15 @@ class LoadReport:
         lines += [f"never written: {name}" for name in self.untouched]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return joined(lines)
+
+
+def _shown(value: Any) -> Any:
+    """JSON whose texts, keys included, are those that a person reads."""
+    if isinstance(value, dict):
+        return {printable(key): _shown(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_shown(held) for held in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def versions() -> dict[str, str]:
