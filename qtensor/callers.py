@@ -15,6 +15,12 @@ from torch.nn import Module
 FSDP = "torch.distributed.fsdp"
 _OWN = "qtensor."
 _INIT_MODULES = ("torch.nn.init", "transformers.initialization")
+_TRANSFORMING_MODULES = (
+    "torch.nn.utils.parametrize",
+    "torch.nn.utils.parametrizations",
+    "torch.nn.utils.weight_norm",
+    "torch.nn.utils.spectral_norm",
+)
 _INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "init_weights")
 _ALL = sys.maxsize
 """As many frames as there are: a module's `__init__` may be any number of calls away from what it constructs."""
@@ -35,11 +41,12 @@ def called_by_init() -> bool:
 
 
 def initialising() -> bool:
-    """Is an initialiser filling, rather than a loader? torch.nn.init, transformers' counterpart, a method by one of the
-    names that libraries give to initialisers, or a module's own `__init__`."""
+    """Is a model being made, rather than loaded? By torch.nn.init, transformers' counterpart, a method by one of the
+    names that libraries give to initialisers, a module's own `__init__`, or what PyTorch has to give a weight another
+    form (weight_norm and its like)."""
     for frame in _callers(40):
-        name = frame.f_code.co_name
-        if name in _INIT_FUNCTIONS or frame.f_globals.get("__name__") in _INIT_MODULES:
+        name, module = frame.f_code.co_name, frame.f_globals.get("__name__")
+        if name in _INIT_FUNCTIONS or module in _INIT_MODULES or module in _TRANSFORMING_MODULES:
             return True
         if name == "__init__" and isinstance(_first_argument(frame), Module):
             return True
@@ -49,6 +56,28 @@ def initialising() -> bool:
 def is_constructing(module: Module) -> bool:
     """Is the module's own `__init__` running? A parameter assigned there is being created, not loaded."""
     return any(frame.f_code.co_name == "__init__" and _first_argument(frame) is module for frame in _callers(_ALL))
+
+
+def replaced_by_module() -> bool:
+    """Is `nn.Module._apply` making what takes the place of a parameter or buffer? `.to()`, `.half()`, `.cuda()`,
+    `to_empty()` and their like all end there, and what they compute is the weight from then on.
+
+    Each TorchDispatchMode that is active, or a DTensor, puts some frames between the two.
+    """
+    return any(
+        frame.f_code.co_name == "_apply" and frame.f_globals.get("__name__") == "torch.nn.modules.module"
+        for frame in _callers(16)
+    )
+
+
+def makes_parameter() -> bool:
+    """Is `nn.Parameter(tensor)` asking the tensor for what will be the Parameter?"""
+    frame = _caller()
+    return (
+        frame is not None
+        and frame.f_code.co_name == "__new__"
+        and frame.f_globals.get("__name__") == "torch.nn.parameter"
+    )
 
 
 def outermost_under_construction() -> Module | None:

@@ -136,10 +136,10 @@ class Reload(Filling):
     # What armed weights ask (lazy.weight.Host)
 
     def completed(self, weight: ArmedWeight) -> None:
-        self._hold(weight)  # A loader sees a lazy weight to the end; the layer serves what it has published.
+        self.hold(weight)  # A loader sees a lazy weight to the end; the layer serves what it has published.
 
     def reopened(self, weight: ArmedWeight) -> None:
-        self._hold(weight, -1)
+        self.hold(weight, -1)
 
     # Loading
 

@@ -1,4 +1,9 @@
-"""Initial: what a weight was before it was loaded, for elements that no loader writes."""
+"""Initial: what a weight holds before a loader writes to it.
+
+Initialisers are recorded, not run: a weight that is going to be loaded needs no random numbers. Where someone wants to
+see what they would have left (a constructor that transforms its own weight, on_missing="init"), they are carried out
+for that weight alone.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +12,92 @@ from collections.abc import Callable
 import torch
 
 from ..regions.coverage import Coverage
-from ..regions.views import View
-from .plain_store import PlainStore
+from ..regions.views import View, cover
+from .plain_store import PlainStore, view_in
+
+Fill = Callable[[torch.Tensor], object]
 
 
 class Initial:
-    """values: the weight's own, if they may be needed. Initialisers that ran since are recorded, not carried out."""
+    """The values that a weight of `shape` and `dtype` was given, and what initialisers do to them afterwards.
+
+    values: those it was given, as far as they are kept; those that were made of them, once somebody has asked.
+    given: they are a model's own, not what memory held, or an initialiser made, when it was constructed.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._shape, self._dtype, self._device = shape, dtype, device
+        self.shape, self.device = shape, device
         self.values: torch.Tensor | None = None
-        self._recorded: list[tuple[View, Callable[[torch.Tensor], None]]] = []
+        self.given = False
+        self._dtype = self._now = dtype  # of the values before the first step, and after the last
+        self._steps: list[tuple[View, Fill, bool] | torch.dtype] = []
 
-    def record(self, view: View, fill: Callable[[torch.Tensor], None]) -> None:
-        """An initialiser wants to fill a view."""
-        self._recorded.append((view, fill))
+    def __bool__(self) -> bool:
+        """Is there anything to begin with?"""
+        return self.values is not None or any(isinstance(step, tuple) for step in self._steps)
 
-    def settle(self, initialise: bool) -> torch.Tensor | None:
-        """The values, with the recorded initialisers done on top if `initialise`; None if there is nothing."""
-        values = self.values
-        if initialise and self._recorded:
-            values = torch.zeros(self._shape, dtype=self._dtype, device=self._device) if values is None else values
-            for view, fill in self._recorded:
-                fill(values.as_strided(view.size, view.stride, values.storage_offset() + view.offset))
-        return values
+    def fill(self, view: View, fill: Fill, replaces: bool) -> None:
+        """An initialiser writes to a view; `replaces`: whatever the view holds."""
+        self._steps.append((view, fill, replaces))
 
-    def plain_store(self, coverage: Coverage, initialise: bool) -> PlainStore:
-        """Where a weight that is not quantized is loaded to: these values, or memory as it comes."""
-        values = self.settle(initialise)
-        self.forget()
-        if values is None:
-            return PlainStore(torch.empty(self._shape, dtype=self._dtype, device=self._device), coverage)
-        return PlainStore(values.to(device=self._device, dtype=self._dtype), coverage, initialised=True)
+    def cast(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._steps.append(dtype)
+        self._now, self.device = dtype, device
 
     def forget(self) -> None:
-        self.values = None
-        self._recorded.clear()
+        """Nothing is known of it."""
+        self.values, self.given, self._dtype = None, False, self._now
+        self._steps.clear()
 
-    def copy(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Initial:
-        """The same for a copy of the weight, perhaps of another type or on another device."""
-        other = Initial(self._shape, dtype or self._dtype, device or self._device)
-        other.values = self.values if self.values is None or dtype is None else self.values.to(dtype)
-        other._recorded = list(self._recorded)
+    @property
+    def known(self) -> bool:
+        """Is each element one that was given, or follows from initialisers alone?"""
+        if self.values is not None:
+            return True
+        filled = Coverage(self.shape)
+        for step in self._steps:
+            if isinstance(step, tuple) and step[2]:
+                cover(filled, step[0])
+        return filled.complete
+
+    def carried_out(self, view: View) -> torch.Tensor:
+        """A view of the values, which are kept. Elements that nobody has given are zero."""
+        return view_in(self._carry_out(), view)
+
+    def fallback(self, policy: str) -> torch.Tensor | None:
+        """What on_missing "init" or "keep" has for elements that no loader wrote: what initialisers leave, or the
+        model's own values. None if there is nothing."""
+        if policy == "init":
+            return self._carry_out() if self else None
+        return self.values if policy == "keep" and self.given else None
+
+    def plain_store(self, coverage: Coverage, policy: str) -> PlainStore:
+        """Where a weight that is not quantized is loaded to: these values, or memory as it comes."""
+        values = self.fallback(policy)
+        self.forget()
+        if values is None:
+            return PlainStore(torch.empty(self.shape, dtype=self._now, device=self.device), coverage)
+        return PlainStore(values.to(device=self.device, dtype=self._now), coverage, initialised=True)
+
+    def _carry_out(self) -> torch.Tensor:
+        values = self.values
+        if values is None:
+            values = torch.zeros(self.shape, dtype=self._dtype, device=self.device)
+        elif self._steps:
+            values = values.to(self.device, copy=True)  # whoever gave them may hold them still
+        with torch.no_grad():
+            while self._steps:
+                step = self._steps[0]
+                if isinstance(step, tuple):
+                    view, fill, _ = step
+                    fill(view_in(values, view))
+                else:
+                    values = values.to(step)
+                del self._steps[0]
+        self.values, self._dtype = values, values.dtype
+        return values
+
+    def copy(self) -> Initial:
+        other = Initial(self.shape, self._dtype, self.device)
+        other.values, other.given, other._steps, other._now = self.values, self.given, list(self._steps), self._now
         return other

@@ -12,11 +12,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..callers import called_by_init
+from ..callers import called_by_init, initialising, makes_parameter
 from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
 from ..tensor.table import OpTable
+from .casts import vacate
+from .quant_store import QuantStore
+from .uninitialised import is_untouched
 from .weight import ArmedWeight
 
 OPS = OpTable()
@@ -36,6 +39,15 @@ class _Handle:
     _armed: ArmedWeight
     _meta: torch.Tensor
     _live = False
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = torch.Tensor.device.__get__(self)  # type: ignore[attr-defined]
+        return torch.device("meta") if self._armed.is_still_meta() else found
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
 
     def narrow(self, dim: int, start: Any, length: Any) -> LazyWeight:
         return wrap(self._armed, self._meta.narrow(dim, start, length))
@@ -62,6 +74,10 @@ class _Handle:
             return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
         self._armed.write(view_of(self), src)
         return self
+
+    def detach(self) -> Any:
+        """`nn.Parameter(weight)` is another Parameter of the weight, in the state that this one is in."""
+        return twin(self) if makes_parameter() else wrap(self._armed, self._meta)
 
     def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
         return _module_load(self, other)
@@ -102,13 +118,14 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        armed = self._armed
-        if isinstance(value, LazyWeight) and value._armed is not armed:
-            # `module.to(dtype)` and `.to(device)` assign a re-typed lazy weight to `.data`.
+        if not isinstance(value, LazyWeight):
+            assign(self, value)
+        elif value._armed is not self._armed or (value.dtype, value.device) != (self.dtype, self.device):
+            # `.to(dtype)`, `.to(device)`: the same weight as another type.
             torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
             value._armed.adopt(self)
             self._armed, self._meta = value._armed, value._meta
-        elif not (isinstance(value, LazyWeight) and value._meta.shape == self._meta.shape):
+        elif value._meta.shape != self._meta.shape:
             assign(self, value)
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -190,6 +207,8 @@ def settle(param: Any, result: QTensor) -> None:
 def reopen(param: Any) -> None:
     """Some elements have to be written again: back to lazy."""
     param.__class__ = LazyWeight
+    for part in QTensor.__annotations__:
+        param.__dict__.pop(part, None)
 
 
 def arm(param: Any, armed: ArmedWeight) -> None:
@@ -276,12 +295,29 @@ def _module_load(lazy: Any, other: torch.Tensor) -> torch.Tensor:
     """What load_state_dict calls under `torch.__future__.set_swap_module_params_on_conversion`: take the values, and
     return another object in the state this one is in now, to swap with."""
     lazy.copy_(other)
-    twin = wrap(lazy._armed, lazy._meta)
-    twin.__dict__.update(lazy.__dict__)
-    twin._is_param = True  # type: ignore[attr-defined]
-    twin.requires_grad_(lazy.requires_grad)
-    twin.__class__ = type(lazy)
-    return twin
+    new = twin(lazy)
+    new._is_param = True
+    new.requires_grad_(lazy.requires_grad)
+    return new
+
+
+def twin(lazy: Any) -> Any:
+    """Another object that is what this one is: of its class, with its attributes."""
+    new: Any = wrap(lazy._armed, lazy._meta)
+    new.__dict__.update(lazy.__dict__)
+    new.__dict__.pop("_is_param", None)
+    new.__class__ = type(lazy)
+    return new
+
+
+def recast(lazy: Any) -> Any:
+    """What `module.to(...)` puts in the place of a weight that has another dtype, or is elsewhere, from now on."""
+    armed = lazy._armed
+    new: Any = wrap(armed, torch.empty(armed.shape, dtype=armed.dtype, device="meta"))
+    new.__dict__.update(attributes_of(lazy))
+    if armed.settled and isinstance(armed.store, QuantStore):
+        settle(new, armed.store.result)
+    return new
 
 
 def view_of(lazy: Any) -> View:
@@ -319,5 +355,10 @@ def assign(lazy: Any, value: torch.Tensor) -> None:
         raise WeightShapeError(
             f"{lazy._armed.name}: cannot become a tensor of shape {list(value.shape)}; it is {list(lazy.shape)}"
         )
+    if value.is_meta and initialising():
+        return  # Whoever makes a model there has nothing to give.
+    if is_untouched(value):
+        vacate(lazy._armed, value.device)
+        return
     with torch.no_grad():
         torch.Tensor.copy_(lazy, value)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..callers import asked_by_fsdp, copied_by_init, distributing, initialising
+from ..callers import asked_by_fsdp, copied_by_init, distributing, initialising, replaced_by_module
 from ..errors import QTensorError, WeightDtypeError, WeightShapeError
-from ..regions.views import View
+from ..regions.views import View, whole
 from ..tensor import ops_products
 from ..tensor.qtensor import QTensor
 from ..tensor.table import Handler, OpTable
+from .casts import cast, vacate
 from .effects import (
     INDEXED,
     RANDOM,
@@ -31,7 +32,8 @@ from .effects import (
     whole_mask,
     written_arguments,
 )
-from .lazy_tensor import LAZY, LIVE_OPS, OPS, answers_live, assign, materialize, view_of, wrap, written
+from .lazy_tensor import LAZY, LIVE_OPS, OPS, answers_live, assign, materialize, recast, view_of, wrap, written
+from .uninitialised import mark
 
 aten = torch.ops.aten
 ENTRIES = OpTable()
@@ -97,7 +99,9 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
         return func(dst, src, non_blocking)
     if copied_by_init():
         values = src.clone()
-        dst._armed.initialize(view_of(dst), lambda target: func(target, values))
+        dst._armed.initialize(view_of(dst), lambda target: func(target, values), replaces=True)
+    elif src.is_meta and dst._armed.is_still_meta():
+        dst._armed.initial.forget()
     else:
         dst._armed.write(view_of(dst), src)
     return dst
@@ -106,7 +110,7 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
 @ENTRIES.implements(aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
 def _fill_(func: Any, lazy: Any, *values: Any) -> Any:
     if initialising():
-        lazy._armed.initialize(view_of(lazy), lambda target: func(target, *values))
+        lazy._armed.initialize(view_of(lazy), lambda target: func(target, *values), replaces=True)
     else:
         size, stride, offset = view_of(lazy)
         if func is not aten.fill_.Tensor:  # the others may fill an expanded view
@@ -130,8 +134,13 @@ def _foreach_zero_(func: Any, targets: Sequence[Any]) -> None:
 
 
 @ENTRIES.implements(aten.set_.source_Tensor)
-def _set_(func: Any, lazy: Any, source: torch.Tensor) -> Any:
-    assign(lazy, source)
+def _set_(func: Any, lazy: Any, source: Any) -> Any:
+    """An assignment; by a parametrization that is being put on, of what the weight holds so far in another form."""
+    if initialising() and not isinstance(source, LAZY) and source.shape == lazy.shape and not source.is_meta:
+        values = source.clone()
+        lazy._armed.initialize(view_of(lazy), lambda target: target.copy_(values), replaces=True)
+    else:
+        assign(lazy, source)
     return lazy
 
 
@@ -201,9 +210,13 @@ def _mutate(func: Any, *args: Any, **kwargs: Any) -> Any:
     ]
     first = bound[written[0]]
     alone = len(written) == 1 and isinstance(first, LAZY)
-    if alone and (func.overloadpacket in RANDOM or initialising()):
+    random = func.overloadpacket in RANDOM
+    if alone and (random or initialising() or first._armed.is_constructed()):
         rest = {n: tree_map_only(LAZY, materialize, v) for n, v in bound.items() if n != written[0]}
-        first._armed.initialize(view_of(first), lambda target: func(**rest, **{written[0]: target}))
+        if any(isinstance(t, torch.Tensor) and t.is_meta for t in flatten(list(rest.values()))):
+            first._armed.initial.forget()
+        else:
+            first._armed.initialize(view_of(first), lambda target: func(**rest, **{written[0]: target}), random)
         return first
     pure_output = {n for n in written if specs[n].is_out}
     real = {n: tree_map_only(LAZY, _blank if n in pure_output else _own, v) for n, v in bound.items()}
@@ -256,16 +269,20 @@ def _clone(func: Any, lazy: Any, **kwargs: Any) -> Any:
 
 @ENTRIES.implements(aten._to_copy.default)
 def _to_copy(func: Any, lazy: Any, **kwargs: Any) -> Any:
-    """A read, except before anything was written: then `.to(dtype)` and `.to(device)` re-type the weight itself."""
+    """A read, except where the result takes the weight's place: for `module.to(...)`, and of a weight that nobody has
+    written to. That is the same weight as another type, or elsewhere."""
     armed, dtype, device = (
         lazy._armed,
         kwargs.get("dtype") or lazy.dtype,
         torch.device(kwargs.get("device") or lazy.device),
     )
+    is_whole = view_of(lazy) == whole(armed.shape)
+    if is_whole and replaced_by_module():
+        cast(armed, dtype, device)
+        return recast(lazy)
     if device.type == "meta":
         return torch.empty_strided(lazy.shape, lazy.stride(), dtype=dtype, device=device)
-    untouched = not armed.coverage.covered and armed.coverage.numel and not armed.in_place
-    if untouched and lazy._meta.numel() == armed.coverage.numel:
+    if is_whole and not armed.coverage.covered and armed.coverage.numel and not armed.in_place:
         return wrap(retyped := armed.retyped(dtype, device), torch.empty(retyped.shape, dtype=dtype, device="meta"))
     return func(materialize(lazy), **kwargs)
 
@@ -273,6 +290,16 @@ def _to_copy(func: Any, lazy: Any, **kwargs: Any) -> Any:
 def _like(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """empty_like, new_zeros and the like: only shape, dtype and device matter."""
     return func(lazy._meta, *args, **({"device": lazy.device} | kwargs))
+
+
+@ENTRIES.implements(aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default)
+def _empty(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    """Memory without values. `module.to_empty()` puts it in the weight's place, whose values are given up."""
+    armed = lazy._armed
+    if func is aten.empty_like.default and view_of(lazy) == whole(armed.shape) and replaced_by_module():
+        vacate(armed, torch.device(kwargs.get("device") or lazy.device))
+        return recast(lazy)
+    return mark(_like(func, lazy, *args, **kwargs))
 
 
 @ENTRIES.implements(aten.new_zeros.default)

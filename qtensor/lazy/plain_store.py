@@ -19,7 +19,9 @@ _Tensor = tuple[torch.Tensor]
 class PlainStore:
     """A weight that stays in high precision: a real tensor of the weight's shape (see `store.Store`).
 
-    initialised: the tensor held meaningful values before any load, so that unwritten elements may be read.
+    initialised: the tensor held meaningful values before any load, which may stay where no loader writes.
+    constructed: it is the memory that the weight was constructed with. What a loader has not written yet may be read:
+        it is what an ordinary Parameter would hold.
     target: how new values get into the tensor.
     """
 
@@ -29,10 +31,12 @@ class PlainStore:
         coverage: Coverage,
         initialised: bool = False,
         target: Callable[[Callable[[int], _Tensor]], Fresh[_Tensor]] = Fresh,
+        constructed: bool = False,
     ) -> None:
         self.coverage = coverage
         self.target = target(lambda _: (tensor,))
-        self.initialised = initialised or self.target.in_use
+        self.initialised, self.constructed = initialised or self.target.in_use, constructed
+        self._replaced: list[tuple[Fresh[_Tensor], torch.Tensor]] = []
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -45,7 +49,7 @@ class PlainStore:
 
     def at(self, view: View) -> torch.Tensor:
         """The elements of a view, where they are. The tensor is contiguous; it may be a part of a larger one."""
-        return _at(self.tensor, view)
+        return view_in(self.tensor, view)
 
     def write(self, view: View, source: torch.Tensor) -> None:
         if self.target.early and view == whole(self.coverage.shape):
@@ -71,12 +75,21 @@ class PlainStore:
 
     def read(self, view: View) -> tuple[torch.Tensor, bool]:
         """As `Store.read`: a live view of what is written to, where that is contiguous."""
-        if not self.initialised:
+        if not (self.initialised or self.constructed):
             _require_covered(self.coverage, view)
-        return _at(self.tensor.contiguous(), view), False
+        return view_in(self.tensor.contiguous(), view), False
 
     def values(self) -> torch.Tensor:
-        return self.target.live(0)[0]
+        return self._replaced[-1][1] if self._replaced else self.target.live(0)[0]
+
+    def cast(self, dtype: torch.dtype, device: torch.device) -> None:
+        """`module.to(...)`: values have this dtype, and are there, from now on. Of a tensor in use they are in memory of
+        their own then; the tensor is what a rollback goes back to."""
+        tensor, live = self.tensor.to(device, dtype), self.values()
+        if self.target.in_use or self._replaced:
+            self._replaced.append((self.target, live.to(device, dtype)))
+            tensor = tensor.clone() if tensor is self.target.latest(0)[0] else tensor
+        self.target = Fresh(lambda _: (tensor,))
 
     def fill(self) -> bool:
         if self.initialised:
@@ -98,11 +111,14 @@ class PlainStore:
 
     def rollback(self) -> None:
         """Of fresh memory: the values that were there before are gone, too."""
+        while self._replaced:
+            self.target, _ = self._replaced[-1]
+            self._replaced.pop()
         self.target.rollback()
-        self.initialised = self.target.in_use
+        self.initialised, self.constructed = self.target.in_use, False
 
     def copy(self, coverage: Coverage) -> PlainStore:
-        return PlainStore(self.tensor.clone(), coverage, self.initialised)
+        return PlainStore(self.tensor.clone(), coverage, self.initialised, constructed=self.constructed)
 
     def _begin(self) -> None:
         """A second copy begins as a copy: its elements arrive one by one, and all of them are committed."""
@@ -116,7 +132,7 @@ class PlainStore:
             in_spite_of_interrupts(self.commit)
 
 
-def _at(tensor: torch.Tensor, view: View) -> torch.Tensor:
+def view_in(tensor: torch.Tensor, view: View) -> torch.Tensor:
     return tensor.as_strided(view.size, view.stride, tensor.storage_offset() + view.offset)
 
 

@@ -2,7 +2,8 @@
 
 Whole units are quantized the moment they arrive; parts of units are staged. It is asked in terms of views (size,
 stride, offset over the contiguous weight) and shares the weight's `Coverage`. Which element goes where, and when, is
-decided here; units, staging and quantized rows have files of their own.
+decided here; units, staging and quantized rows have files of their own. It is one file because every write and end looks
+at the same state of each unit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .reader import Reader
 from .sources import nonfinite_at
 from .staging import Staging, merge
 from .target import Fresh
-from .units import LIVE, OPEN, QUANTIZED, STAGED, Units
+from .units import CAST, LIVE, OPEN, QUANTIZED, STAGED, Units
 
 
 class QuantStore:
@@ -62,10 +63,13 @@ class QuantStore:
         self._units = units = Units(coverage.shape, scheme.format.unit_rows(coverage.shape[-2]), self.target.in_use)
         self._e, self._n, self._k, self._unit = units.e, units.n, units.k, units.height
         self._staging = Staging(units, dtype, device, on_staged, whole_weight)
-        self._rows = QuantizedRows(units, self.target, scheme, dtype, device, audit)
-        self._reader = Reader(coverage, units, self._staging, self._rows)
+        self._open_rows()
         self._chunk_rows = units.rows_within(staging.CHUNK_BYTES, dtype.itemsize)
         self._accepted: set[int] = set()  # per tensor: matrices whose written rows all came quantized
+
+    def _open_rows(self) -> None:
+        self._rows = QuantizedRows(self._units, self.target, self.scheme, self.dtype, self.device, self.audit)
+        self._reader = Reader(self.coverage, self._units, self._staging, self._rows)
 
     @property
     def nbytes(self) -> int:
@@ -234,7 +238,7 @@ class QuantStore:
                 self._rows.write(e, first, staged)
                 units = self._units.of(e, first, last)
                 units |= QUANTIZED
-                units &= ~np.uint8(OPEN | LIVE)
+                units &= ~np.uint8(OPEN | LIVE | CAST)
                 self._staging.retain(e, first)
 
     def _refuse_nonfinite(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
@@ -335,6 +339,24 @@ class QuantStore:
         other._accepted = set(self._accepted)
         other._staging.copy_from(self._staging)
         return other
+
+    def cast(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As `Store.cast`: what is staged is cast, and complete units of it quantized again; others keep their bytes."""
+        rounds, moves = dtype not in (self.dtype, torch.float32), device != self.device
+        self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
+        self.result = self.result.with_parts(*(part.to(device) for part in self.result.parts()), dtype=dtype)
+        if moves:
+            self.target = Fresh(partial(_matrix, self.result))
+        self._staging.cast(dtype, device)
+        self._open_rows()
+        if rounds:
+            self._units.state[(self._units.state & QUANTIZED) != 0] |= CAST
+            for e in range(self._e if not self._staging.whole else 0):
+                self._settle(e, 0, self._n)
+
+    def was_cast(self) -> bool:
+        """Is there a unit whose bytes are of values that a cast has rounded since?"""
+        return self._units.any(CAST)
 
     # A weight that is staged as a whole
 

@@ -52,6 +52,17 @@ class Staging:
                 border = key[1] * self._group_rows
                 yield a, b, self._groups[key][a - border : b - border]
 
+    def cast(self, dtype: torch.dtype, device: torch.device) -> None:
+        """What is staged has this dtype, and is there, from now on."""
+        self._dtype, self._device = dtype, device
+        if self._memory is not None:
+            self._memory = self._memory.to(device, dtype)
+        for (e, g), group in list(self._groups.items()):
+            first, whole = g * self._group_rows, self._memory
+            now = group.to(device, dtype) if whole is None else whole[e, first : first + len(group)]
+            self._groups[e, g] = now
+            self._on_bytes(now.nbytes - group.nbytes)
+
     def retain(self, e: int, row: int) -> None:
         """Units around a row were quantized. If that was all of the group, it is kept for a while."""
         key = (e, row // self._group_rows)

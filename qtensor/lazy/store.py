@@ -58,6 +58,9 @@ class Store(Protocol):
     def take_nothing(self) -> None:
         """The weight has no elements, and is complete."""
 
+    def cast(self, dtype: torch.dtype, device: torch.device) -> None:
+        """`module.to(...)`: values have this dtype, and are there, from now on."""
+
     def release(self) -> None:
         """The writer has moved on: free what was retained for reading it back."""
 

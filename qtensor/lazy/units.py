@@ -19,6 +19,8 @@ STAGED = 2
 """Its high-precision values are in staging."""
 OPEN = 4
 """While staged: it waits for more elements."""
+CAST = 16
+"""Its quantized values are those of a dtype that the weight had, and of which a cast has rounded since."""
 LIVE = 8
 """Its quantized values are those in use: nothing new was quantized since the reload began, or since the commit."""
 

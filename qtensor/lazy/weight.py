@@ -1,7 +1,8 @@
 """ArmedWeight: one weight of one session, from the first write to the last.
 
 It joins what the weight is (shape, dtype, device, the Parameters that stand for it) with what has arrived (coverage)
-and where it went (store), under one lock. The session decides; this file only asks it, through `Host`.
+and where it went (store), under one lock. The session decides; this file only asks it, through `Host`. It is one file
+because all of it is what may happen under that lock.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import numpy as np
 import torch
 
+from ..callers import initialising
 from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import Audit, NonFinite
 from ..regions.boxes import as_box
@@ -24,7 +26,7 @@ from ..regions.views import View, bounds, box_view, whole
 from ..report.report import describe_boxes
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor, nonfinite_message
-from .initial import Initial
+from .initial import Fill, Initial
 from .plain_store import PlainStore
 from .quant_store import QuantStore
 from .sources import fitted, is_high_precision, unusable_source
@@ -56,6 +58,7 @@ class Host(Protocol):
     def completed(self, weight: ArmedWeight) -> None: ...
     def reopened(self, weight: ArmedWeight) -> None: ...
     def enroll(self, weight: ArmedWeight) -> None: ...
+    def hold(self, weight: ArmedWeight, sign: int = 1) -> None: ...
 
 
 class ArmedWeight:
@@ -64,7 +67,10 @@ class ArmedWeight:
     params: the Parameter objects that stand for it (one, unless a library re-wrapped it).
     owner: the module and attribute name it was registered under first.
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
-    initial: what to fall back to when elements stay unwritten (on_missing "keep" or "init").
+    initial: what it holds before anyone loads it: for constructors that read it, and to fall back to when elements stay
+        unwritten (on_missing "keep" or "init").
+    on_meta: it was made on the meta device, and nobody has given it memory or values since.
+    was: its dtype when something was written, if it was cast since.
     copied: it was deep-copied. assigned: the Parameter last assigned in its place, if someone else holds it still.
     in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`).
     shared: other ranks hold parts of what its scales are of; "closed" once they are being agreed on, None after that.
@@ -81,7 +87,8 @@ class ArmedWeight:
         self.params: list[torch.Tensor] = []
         self.scheme: Any = UNDECIDED
         self.store: Store | None = None
-        self.initial = Initial(shape, dtype, device)
+        self.initial, self.on_meta = Initial(shape, dtype, device), False
+        self.was: torch.dtype | None = None
         self._errors = WriteErrors(shape)
         self.settled = self.was_settled = self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
@@ -116,6 +123,11 @@ class ArmedWeight:
         """In dB, of all that was quantized so far, or of the weight that was refused; None if it is not measured."""
         return self.store.audit.sqnr if isinstance(self.store, QuantStore) else self._refused_sqnr
 
+    @property
+    def cast_from(self) -> torch.dtype | None:
+        """The dtype in which some of it was quantized, of which a cast since then would have rounded the values."""
+        return self.was if isinstance(self.store, QuantStore) and self.store.was_cast() else None
+
     def adopt(self, param: torch.Tensor) -> None:
         if not any(known is param for known in self.params):
             self.params.append(param)
@@ -128,6 +140,9 @@ class ArmedWeight:
 
     def write(self, view: View, source: torch.Tensor) -> None:
         """A loader wrote `source` to a view. Nothing of the source is kept once this returns."""
+        if source.is_meta and self.is_still_meta():
+            self.initial.forget()  # Whoever makes a model on the meta device copies nothing.
+            return
         self.host.touch(self)
         with self.lock:
             source = self._fit(view, source)
@@ -175,15 +190,15 @@ class ArmedWeight:
             self._after_write()
             return True
 
-    def initialize(self, view: View, fill: Callable[[torch.Tensor], None]) -> None:
+    def initialize(self, view: View, fill: Fill, replaces: bool = False) -> None:
         """An initialiser, not a loader, fills the view: recorded (or done, for a weight that stays plain), and of no
-        consequence for coverage."""
+        consequence for coverage. replaces: it does not ask what is there."""
         with self.lock:
             if isinstance(self.store, PlainStore):
                 fill(self.store.at(view))
                 self.store.initialised = True
             elif not self.coverage.covered:
-                self.initial.record(view, fill)
+                self.initial.fill(view, fill, replaces)
 
     def _require_open(self) -> None:
         if self.shared in ("closed", None):
@@ -229,7 +244,7 @@ class ArmedWeight:
         if self.scheme is UNDECIDED:
             self.scheme = self.host.decide(self)
         if self.scheme is None:
-            store: Store = self.initial.plain_store(self.coverage, initialise=self.host.on_missing == "init")
+            store: Store = self.initial.plain_store(self.coverage, self.host.on_missing)
         else:
             host, judged = self.host, self.host.min_sqnr is not None
             audit, whole = Audit(host.refuse_nonfinite, judged or host.measure_sqnr), judged or bool(self.shared)
@@ -289,8 +304,14 @@ class ArmedWeight:
     # Reads
 
     def read(self, view: View) -> torch.Tensor:
-        """The elements of a view, as far as they were written. Raises IncompleteLoadError, LossyReadError."""
+        """The elements of a view, as far as they were written. Raises IncompleteLoadError, LossyReadError.
+
+        Before anything is written, those who make the model (its constructors, initialisers) see what it holds then:
+        its initial values, or none where it is on the meta device.
+        """
         with self.lock:
+            if not self.coverage.covered and (found := self._before_load(view)) is not None:
+                return found
             if self.store is None and 0 not in view.size:
                 if self.host.closed:
                     raise QTensorError(f"{self.name}: {self.host.closed}, and nothing is left to read.")
@@ -302,6 +323,22 @@ class ArmedWeight:
             if lossy and not self.host.closed:
                 self.host.lossy_read(self)
             return values
+
+    def _before_load(self, view: View) -> torch.Tensor | None:
+        if self.in_place or self.host.closed or self.store is not None:
+            return None
+        if self.is_still_meta():
+            return torch.empty_strided(view.size, view.stride, dtype=self.dtype, device="meta")
+        return self.initial.carried_out(view) if self.initial.known and initialising() else None
+
+    def is_still_meta(self) -> bool:
+        """Is it on the meta device for whoever asks? For those who make the model there, until it has memory or values.
+        To loaders it is on the device where its values will be."""
+        return self.on_meta and not self.coverage.covered and initialising()
+
+    def is_constructed(self) -> bool:
+        """Does it hold what it was constructed with, and nothing of a loader? Arithmetic on that is initialisation."""
+        return isinstance(self.store, PlainStore) and self.store.constructed and not self.coverage.covered
 
     def readable(self, view: View) -> bool:
         with self.lock:
@@ -334,7 +371,7 @@ class ArmedWeight:
         """Apply on_missing "zero", "keep" or "init" to the unwritten elements. False if there is nothing to use."""
         with self.lock:
             store = self._open_store()
-            values = self.initial.settle(policy == "init")
+            values = self.initial.fallback(policy)
             if policy == "zero":
                 values = torch.zeros((), dtype=self.dtype, device="cpu").expand(self.shape)
             if values is not None:
@@ -375,6 +412,12 @@ class ArmedWeight:
             self.initial.forget()
             self.coverage.clear()
 
+    def start_anew(self) -> None:
+        """Nothing was written, and nothing is known."""
+        self.discard()
+        self._errors = WriteErrors(self.shape)
+        self.was, self.on_meta, self.was_settled = None, False, False
+
     # Copies
 
     def clone(self, memo: dict[int, Any]) -> ArmedWeight:
@@ -382,8 +425,8 @@ class ArmedWeight:
         with self.lock:
             other = ArmedWeight(self.host, self.shape, self.dtype, self.device, self.owner)
             self.copied = True
-            other.scheme, other.initial = self.scheme, self.initial.copy()
-            other.coverage, other.settled = self.coverage.copy(), self.settled
+            other.scheme, other.initial, other.on_meta = self.scheme, self.initial.copy(), self.on_meta
+            other.coverage, other.settled, other.was = self.coverage.copy(), self.settled, self.was
             other.store = self.store.copy(other.coverage) if self.store is not None else None
             return other
 
@@ -394,7 +437,9 @@ class ArmedWeight:
         other.scheme = self.scheme
         if shape is not None:
             return other
-        other.initial = self.initial.copy(dtype, device)
+        other.initial, other.on_meta = self.initial.copy(), self.on_meta
+        other.initial.cast(dtype, device)
         if isinstance(self.store, PlainStore):
-            other.store = PlainStore(self.store.tensor.to(device, dtype), other.coverage, self.store.initialised)
+            other.store = self.store.copy(other.coverage)
+            other.store.cast(dtype, device)
         return other

@@ -35,6 +35,8 @@ class LayerReport:
         source_bytes: What it would take in its logical dtype.
         sqnr: Signal-to-quantization-noise ratio in dB, where it was measured; infinite where nothing was lost.
         note: What was unusual.
+        cast_from: The dtype of the values that were quantized, where the model was cast to another since then, in which
+            they would have been rounded ("float32"); else empty.
         lossy_reads: How often a loader read elements that were quantized already.
         began: Seconds after the session began when its first element came; None for a weight that no loader wrote to.
         done: Seconds after the session began when it was complete.
@@ -50,6 +52,7 @@ class LayerReport:
     lossy_reads: int = 0
     began: float | None = None
     done: float | None = None
+    cast_from: str = ""
 
 
 @dataclass

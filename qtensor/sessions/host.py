@@ -84,18 +84,18 @@ class LoadHost:
 
     def completed(self, weight: ArmedWeight) -> None:
         """The last element arrived: the Parameters become quantized weights."""
-        self._hold(weight)
+        self.hold(weight)
         if isinstance(weight.store, QuantStore):
             for param in weight.params:
                 settle(param, weight.store.result)
 
     def reopened(self, weight: ArmedWeight) -> None:
         """Some elements have to be written again."""
-        self._hold(weight, -1)
+        self.hold(weight, -1)
         for param in weight.params:
             reopen(param)
 
-    def _hold(self, weight: ArmedWeight, sign: int = 1) -> None:
+    def hold(self, weight: ArmedWeight, sign: int = 1) -> None:
         """On the timeline: the bytes of a weight that is complete, or (sign -1) is so no longer."""
         store = weight.store
         if isinstance(store, QuantStore):
@@ -110,6 +110,10 @@ class LoadHost:
         if weight is None:
             return layer
         began, done = (t - self._memory.started if t is not None else None for t in (weight.began, weight.done))
+        if weight.cast_from is not None:
+            cast_from, dtype = (str(d).removeprefix("torch.") for d in (weight.cast_from, w.dtype))
+            cast = f"cast to {dtype} after it was quantized; the bytes are of its {cast_from} values"
+            layer = replace(layer, cast_from=cast_from, note="; ".join(filter(None, (note, cast))))
         return replace(layer, sqnr=weight.sqnr, lossy_reads=weight.lossy_reads, began=began, done=done)
 
     def _summary_of(self, state: str, scheme: str) -> LoadReport:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..callers import is_constructing
+from ..callers import initialising, is_constructing
 from ..errors import ConfigError, QTensorError
 from ..lazy.lazy_tensor import (
     LAZY,
@@ -182,7 +181,9 @@ class Load(ModelTransaction):
     def constructed(self, module: nn.Module, name: str, param: nn.Parameter) -> torch.Tensor | None:
         """A parameter was registered by the thread this session listens to: arm it if it is being created."""
         self._tree.note(module)
-        if not param.is_floating_point() or type(param) is not nn.Parameter or not is_constructing(module):
+        if not param.is_floating_point() or type(param) is not nn.Parameter:
+            return None
+        if not (is_constructing(module) or (name not in module._parameters and initialising())):
             return None
         return self._lazy(module, name, param, trusted=False)
 
@@ -253,6 +254,7 @@ class Load(ModelTransaction):
         """
         target = self.options.device or device or home(param)
         weight = ArmedWeight(self, tuple(param.shape), param.dtype, target, (module, name))
+        weight.on_meta = param.is_meta
         has_values = not param.is_meta and not isinstance(param, LazyWeight)
         values = param.detach().contiguous() if has_values else None
         if quantizable is None:
@@ -260,9 +262,9 @@ class Load(ModelTransaction):
         if not quantizable:
             weight.scheme = None
             if values is not None:
-                weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted)
+                weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted, constructed=True)
         elif values is not None and (self.on_missing == "init" or (self.on_missing == "keep" and trusted)):
-            weight.initial.values = values
+            weight.initial.values, weight.initial.given = values, trusted
         if param.is_meta and self.options.device is None and device in (None, torch.device("cpu")):
             self._unplaced.add(weight)
         lazy = parameter(weight, param.requires_grad)
@@ -302,8 +304,8 @@ class Load(ModelTransaction):
         for _, module, name, param in list(self._tree.parameters()) if armed else ():
             weight = armed.get(id(param))
             if weight is not None and type(param) is nn.Parameter:
-                standing = [p for p in weight.params if getattr(p, "_armed", None) is weight]
-                module._parameters[name] = cast(nn.Parameter, standing[0])
+                _, owner, held = self._tree.owners(weight)[0]
+                module._parameters[name] = owner._parameters[held]
 
     def _agree(self) -> None:
         self._agreements.finish()

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..callers import is_constructing, puts_placeholder
+from ..lazy import uninitialised
 from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, wrap
 from ..modules import local_tensor
 from ..tensor.qtensor import QTensor
@@ -76,6 +77,7 @@ def uninstall(session: object) -> None:
                 del hooks[key]
         for _, stop in PATCHES:
             stop()
+        uninitialised.forget()
 
 
 def installed() -> bool:
@@ -84,6 +86,11 @@ def installed() -> bool:
 
 
 def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> Any:
+    if isinstance(param, (LazyWeight, LiveQTensor)):
+        # A weight that is tied, or that is given another name by what transforms it.
+        param._armed.adopt(param)
+        if (listener := listening()) is not None:
+            listener.attached(module, None)
     if param is None or isinstance(param, (LazyWeight, QTensor)):
         return None
     held: Any = module._parameters.get(name)

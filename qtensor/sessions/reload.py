@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import QTensorError, WeightShapeError
 from ..interrupts import without_grad
 from ..lazy.lazy_tensor import LAZY, LazyWeight, Swap, arm, attributes_of, close, parameter
+from ..lazy.plain_store import PlainStore
 from ..lazy.quant_store import QuantStore
 from ..lazy.reloaded_weight import ReloadedWeight
 from ..lazy.target import ShadowKind
@@ -209,14 +210,14 @@ class Reload(ModelTransaction):
         self._agreements.submit(weight)
 
     def completed(self, weight: ArmedWeight) -> None:
-        self._hold(weight)
+        self.hold(weight)
         if isinstance(weight.store, QuantStore):
             self._progress.advance(weight.store.nbytes)
         if weight in self._touched and self.layer_hooks:
             self._run_layer_hooks(weight)
 
     def reopened(self, weight: ArmedWeight) -> None:
-        self._hold(weight, -1)  # The Parameter stands for the live values, which are whole.
+        self.hold(weight, -1)  # The Parameter stands for the live values, which are whole.
 
     def _run_layer_hooks(self, weight: ArmedWeight) -> None:
         if self.options.atomic:
@@ -283,7 +284,7 @@ class Reload(ModelTransaction):
 
     def _at_commit(self) -> dict[int, torch.Tensor]:
         """By Parameter: the memory that it will stand for when it is committed."""
-        return {id(arming.param): arming.live for arming in self._arming.values()}
+        return {id(arming.param): arming.final for arming in self._arming.values()}
 
     def vote(self) -> None:
         if self._vote is not None:
@@ -297,7 +298,7 @@ class Reload(ModelTransaction):
         for weight in self._arming:
             weight.commit()
         for arming in self._arming.values():
-            arming.undo()
+            arming.undo(committed=True)
 
     def _undo(self) -> None:
         if not self.begun:
@@ -350,12 +351,19 @@ class _ArmedQuantized:
         arm(self.param, self._weight)
         return True
 
-    def undo(self) -> None:
+    @property
+    def final(self) -> torch.Tensor:
+        """What it will stand for when it is committed."""
+        return cast(QuantStore, self._weight.store).result
+
+    def undo(self, committed: bool = False) -> None:
+        if committed:
+            self.live = cast(QTensor, self.final)
         self._put_back()
         close(self.param)
 
     def _put_back(self) -> None:
-        if not isinstance(self.param, QTensor):
+        if not isinstance(self.param, QTensor) or self.param.dtype != self.live.dtype:
             twin = cast(Any, self.live.detach())
             twin._is_param = True
             twin.__dict__.update(self._attributes)
@@ -375,10 +383,16 @@ class _ArmedPlain:
     def do(self) -> bool:
         return self._swap.do()
 
-    def undo(self) -> None:
+    @property
+    def final(self) -> torch.Tensor:
+        return cast(PlainStore, self._weight.store).target.live(0)[0]
+
+    def undo(self, committed: bool = False) -> None:
         if isinstance(self.param, LazyWeight):
             self._other.__dict__.update(attributes_of(self.param))
         self._swap.undo()
+        if committed and self.final.data_ptr() != self.live.data_ptr():  # it was cast
+            self.param.data = self.final
 
 
 _Arming = _ArmedQuantized | _ArmedPlain
