@@ -87,7 +87,11 @@ def smallest(config_class: Any, model_class: Any) -> tuple[Any, bool]:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    )
 
 
 def compare(config: Any, model_class: Any) -> str:
@@ -171,7 +175,10 @@ def main() -> None:
         if row["result"] in ("failed", "different"):
             print(kind, row["result"], row["why"], flush=True)
     counts = collections.Counter(row["result"] for row in results)
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}: {len(results)} architectures; {dict(counts)}")
+    print(
+        f"transformers {transformers.__version__}, torch {torch.__version__}: "
+        f"{len(results)} architectures; {dict(counts)}"
+    )
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..callers import called_by_init, initialising, makes_parameter
+from ..callers import called_by_init, makes_parameter
 from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
@@ -355,8 +355,6 @@ def assign(lazy: Any, value: torch.Tensor) -> None:
         raise WeightShapeError(
             f"{lazy._armed.name}: cannot become a tensor of shape {list(value.shape)}; it is {list(lazy.shape)}"
         )
-    if value.is_meta and initialising():
-        return  # Whoever makes a model there has nothing to give.
     if is_untouched(value):
         vacate(lazy._armed, value.device)
         return

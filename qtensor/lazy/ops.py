@@ -100,8 +100,6 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
     if copied_by_init():
         values = src.clone()
         dst._armed.initialize(view_of(dst), lambda target: func(target, values), replaces=True)
-    elif src.is_meta and dst._armed.is_still_meta():
-        dst._armed.initial.forget()
     else:
         dst._armed.write(view_of(dst), src)
     return dst
@@ -285,6 +283,19 @@ def _to_copy(func: Any, lazy: Any, **kwargs: Any) -> Any:
     if is_whole and not armed.coverage.covered and armed.coverage.numel and not armed.in_place:
         return wrap(retyped := armed.retyped(dtype, device), torch.empty(retyped.shape, dtype=dtype, device="meta"))
     return func(materialize(lazy), **kwargs)
+
+
+@ENTRIES.implements(
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
+    aten._has_compatible_shallow_copy_type.default,
+)
+def _undivided(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What is nothing, or `_to_copy`, or a question `module.to()` asks. In inference mode they come undivided."""
+    return func.decompose(*args, **kwargs)
 
 
 def _like(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:

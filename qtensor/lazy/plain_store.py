@@ -83,8 +83,8 @@ class PlainStore:
         return self._replaced[-1][1] if self._replaced else self.target.live(0)[0]
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> None:
-        """`module.to(...)`: values have this dtype, and are there, from now on. Of a tensor in use they are in memory of
-        their own then; the tensor is what a rollback goes back to."""
+        """As `Store.cast`. Values in use are in memory of their own then; what was in use is what a rollback goes back
+        to."""
         tensor, live = self.tensor.to(device, dtype), self.values()
         if self.target.in_use or self._replaced:
             self._replaced.append((self.target, live.to(device, dtype)))

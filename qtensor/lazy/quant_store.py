@@ -2,8 +2,8 @@
 
 Whole units are quantized the moment they arrive; parts of units are staged. It is asked in terms of views (size,
 stride, offset over the contiguous weight) and shares the weight's `Coverage`. Which element goes where, and when, is
-decided here; units, staging and quantized rows have files of their own. It is one file because every write and end looks
-at the same state of each unit.
+decided here; units, staging and quantized rows have files of their own. It is one file because every write and end
+looks at the same state of each unit.
 """
 
 from __future__ import annotations
@@ -341,7 +341,7 @@ class QuantStore:
         return other
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> None:
-        """As `Store.cast`: what is staged is cast, and complete units of it quantized again; others keep their bytes."""
+        """As `Store.cast`. What is staged is cast, complete units of it are quantized again; others keep their bytes."""
         rounds, moves = dtype not in (self.dtype, torch.float32), device != self.device
         self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
         self.result = self.result.with_parts(*(part.to(device) for part in self.result.parts()), dtype=dtype)

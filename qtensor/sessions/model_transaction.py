@@ -19,6 +19,7 @@ from ..kernels import upload
 from ..lazy.lazy_tensor import LAZY
 from ..lazy.plain_store import PlainStore
 from ..lazy.quant_store import QuantStore
+from ..lazy.uninitialised import is_untouched
 from ..lazy.weight import ArmedWeight
 from ..modules import full_name
 from ..ranks.fsdp import Hold
@@ -35,6 +36,7 @@ from .transaction import State, Transaction
 
 logger = logging.getLogger("qtensor")
 _WHY_CLOSED: dict[State, str] = {"finished": "the session has finished", "aborted": "its load was aborted"}
+_STILL_META = "still on the meta device"
 _FRAMES_TO_USER = 6  # warnings: this file, the transaction twice, the session's finish and __exit__, the user's block
 
 
@@ -201,10 +203,10 @@ class ModelTransaction(LoadHost, Transaction):
                     self._filled[name] = gaps
             weight.verify()
         on_meta = False
-        for name, tensor, offloaded in self._on_meta():
+        for name, tensor, why in self._without_values():
             boxes[name] = [tuple((0, n) for n in tensor.shape)]
-            missing.append(f"{name}: {'offloaded by accelerate' if offloaded else 'still on the meta device'}")
-            on_meta = True
+            missing.append(f"{name}: {why}")
+            on_meta = on_meta or tensor.is_meta
         if missing:
             advice = (
                 'Pass on_missing="zero" to fill them.'
@@ -218,14 +220,20 @@ class ModelTransaction(LoadHost, Transaction):
                 )
             raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
 
-    def _on_meta(self) -> Iterator[tuple[str, torch.Tensor, bool]]:
-        """Names and tensors without memory, and whether accelerate keeps their values elsewhere."""
+    def _without_values(self) -> Iterator[tuple[str, torch.Tensor, str]]:
+        """Names and tensors that were put into the model out of sight and hold nothing, and what they are."""
         for module_name, module, name, param in self._tree.parameters():
-            if not isinstance(param, LAZY) and param.is_meta:
-                yield full_name((module_name, module, name)), param, hasattr(module, "_hf_hook")
+            if isinstance(param, LAZY):
+                continue
+            full = full_name((module_name, module, name))
+            if param.is_meta:
+                # accelerate keeps the values elsewhere
+                yield full, param, "offloaded by accelerate" if hasattr(module, "_hf_hook") else _STILL_META
+            elif is_untouched(param):
+                yield full, param, "memory that nobody wrote to"
         for name, buffer in self._tree.plain_buffers():
             if buffer.is_meta:
-                yield name, buffer, False
+                yield name, buffer, _STILL_META
 
     # Reporting
 

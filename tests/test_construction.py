@@ -1,0 +1,214 @@
+"""While a model is made: constructors that read, transform and write their own weights, and memory without values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, skip_init
+
+from qtensor import IncompleteLoadError, LazyWeight, QTensor, fp8_per_channel, online_quant
+from support.helpers import assert_oracle
+
+
+def transformed(kind: Callable[[nn.Module], nn.Module], *layers: Callable[[], nn.Module]) -> type[nn.Module]:
+    class Transformed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(kind(layer()) for layer in layers)
+            self.out = nn.Linear(8, 8)
+
+    return Transformed
+
+
+def linear() -> nn.Module:
+    return nn.Linear(8, 8)
+
+
+def conv() -> nn.Module:
+    return nn.Conv1d(4, 8, 3)
+
+
+class Reads(nn.Module):
+    """What constructors in the wild do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 8)
+        self.padded = nn.Parameter(F.pad(self.embed.weight, (0, 0, 0, 2)))
+        self.out = nn.Linear(8, 8)
+        self.out.weight.data *= 0.5
+        self.register_buffer("copy", self.out.weight.data.clone())
+        self.part = nn.Parameter(self.out.weight[:2].detach().clone())
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.out.weight
+        self.same = nn.Conv1d(8, 8, 1)
+        self.same.weight.data.copy_(self.same.weight.flip(0))
+        self.norm = nn.LayerNorm(8)
+        self.norm.weight.data.mul_(2).add_(self.norm.bias)
+
+
+MODELS = {
+    "weight_norm": transformed(parametrizations.weight_norm, linear, conv),
+    "weight_norm of old": transformed(nn.utils.weight_norm, linear, conv),
+    "spectral_norm": transformed(parametrizations.spectral_norm, linear, conv),
+    "spectral_norm of old": transformed(nn.utils.spectral_norm, linear, conv),
+    "orthogonal": transformed(parametrizations.orthogonal, linear),
+    "reads": Reads,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_constructors_may_transform_their_weights(kind: str, device: str) -> None:
+    if (kind, device) == ("orthogonal", "meta"):
+        pytest.skip("PyTorch itself cannot make it there")
+    plain = MODELS[kind]()
+    state = {name: value.clone() for name, value in plain.state_dict().items()}
+    with online_quant(fp8_per_channel):
+        with torch.device(device):
+            model = MODELS[kind]()
+        if device == "meta":
+            model.to_empty(device="cpu")
+        model.load_state_dict(state)
+    assert list(model.state_dict()) == list(state)
+    assert_oracle(model.out.weight, state["out.weight"], fp8_per_channel)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, QTensor):
+            assert torch.equal(value, state[name]), name
+    with pytest.raises(IncompleteLoadError), online_quant(fp8_per_channel):  # none of it counts as loaded
+        model = MODELS[kind]()
+
+
+def test_what_a_constructor_reads_is_what_its_initialisers_left() -> None:
+    seen: dict[str, Any] = {}
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(16, 64)
+            seen["max"] = self.up.weight.abs().max().item()
+            seen["again"] = torch.equal(self.up.weight.data.clone(), self.up.weight.data.clone())
+            nn.init.constant_(self.up.weight, 2)
+            self.up.weight.data[3:].zero_()
+            seen["sum"] = self.up.weight.sum().item()
+
+    with online_quant(fp8_per_channel, on_missing="init"):
+        model = Looks()
+        with pytest.raises(IncompleteLoadError, match="read before it was written"):
+            _ = model.up.weight + 1  # not a constructor: a loader that reads is told
+    assert 0.2 < seen["max"] <= 0.25  # kaiming_uniform_ of 16 inputs
+    assert seen["again"]
+    assert seen["sum"] == 3 * 16 * 2
+    assert model.up.weight.dequantize().sum() == 3 * 16 * 2
+
+
+def test_weights_that_never_qualify_are_ordinary_tensors() -> None:
+    with online_quant(fp8_per_channel):
+        layer = nn.Conv1d(4, 8, 3)
+        values = layer.weight.detach().clone()
+        assert torch.equal(layer.weight, values)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+            assert torch.equal(layer.weight, values * 2)
+        layer.load_state_dict({"weight": values, "bias": torch.zeros(8)})
+    assert torch.equal(layer.weight, values)
+    with pytest.raises(IncompleteLoadError, match=r"2 weights are incomplete"), online_quant(fp8_per_channel):
+        layer = nn.Conv1d(4, 8, 3)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+            layer.bias += 1
+
+
+def test_a_model_on_meta_sees_itself_there_while_it_is_made() -> None:
+    devices: list[str] = []
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+            devices.extend((self.up.weight.device.type, self.up.weight.new_empty(1).device.type))
+            devices.append((self.up.weight * 2).device.type)
+            assert self.up.weight.is_meta
+
+    with online_quant(fp8_per_channel, on_missing="zero"), torch.device("meta"):
+        model = Looks()
+        assert model.up.weight.device.type == "cpu"  # where a loader will find it
+    assert devices == ["meta"] * 3
+
+
+STEPS = {
+    "to_empty": lambda m: m.to_empty(device="cpu"),
+    "to meta": lambda m: m.to("meta"),
+    "reset": lambda m: m.reset_parameters(),
+    "empty_like": lambda m: setattr(m, "weight", nn.Parameter(torch.empty_like(m.weight))),
+    "new_empty": lambda m: setattr(m.weight, "data", m.weight.new_empty(m.weight.shape)),
+    "out of sight": lambda m: m._parameters.update(weight=nn.Parameter(torch.empty_like(m.weight))),
+    "empty at another dtype": lambda m: setattr(m.weight, "data", torch.empty_like(m.weight, dtype=torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("step", sorted(STEPS))
+def test_memory_without_values_is_not_a_load(step: str, loaded: bool) -> None:
+    state = nn.Linear(8, 8).state_dict()
+    with pytest.raises(IncompleteLoadError) as error, online_quant(fp8_per_channel):
+        model = nn.Linear(8, 8)
+        if loaded and step != "reset":
+            model.load_state_dict(state)
+        STEPS[step](model)
+        model.load_state_dict({"bias": state["bias"]}, strict=False)
+    assert list(error.value.missing) == ["weight"]
+    with online_quant(fp8_per_channel):
+        model = nn.Linear(8, 8)
+        STEPS[step](model)
+        model.weight.data.copy_(state["weight"])
+        model.bias.data.copy_(state["bias"])
+    assert_oracle(model.weight, state["weight"], fp8_per_channel)
+
+
+def test_memory_that_a_loader_fills_and_then_gives_is_a_load() -> None:
+    state = nn.Linear(8, 8).state_dict()
+    with online_quant(fp8_per_channel):
+        model = nn.Linear(8, 8)
+        for name, value in state.items():
+            buffer = nn.Parameter(torch.empty_like(getattr(model, name)))
+            buffer.data.copy_(value)
+            setattr(model, name, buffer)
+    assert_oracle(model.weight, state["weight"], fp8_per_channel)
+
+
+@pytest.mark.parametrize(
+    "order", ["load", "reset load", "empty load", "empty reset load", "empty reset", "reset empty"]
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_meta_then_memory_then_values(order: str, given: bool) -> None:
+    """Lightning, FSDP and torchtitan: made on meta, to_empty, reset_parameters, load."""
+    state = nn.Linear(8, 8).state_dict()
+    with torch.device("meta"):
+        model = nn.Linear(8, 8)
+    session = online_quant(fp8_per_channel, model if given else None, on_missing="init")
+    try:
+        with session:
+            if not given:
+                model = skip_init(nn.Linear, 8, 8) if order.startswith("empty") else nn.Linear(8, 8, device="meta")
+                assert isinstance(model.weight, LazyWeight)
+            for step in order.split():
+                if step == "load":
+                    model.load_state_dict(state)
+                else:
+                    STEPS[{"empty": "to_empty"}.get(step, step)](model)
+    except IncompleteLoadError as error:
+        assert order == "reset empty"  # what the initialisers left went with the memory
+        assert set(error.missing) == {"weight", "bias"}
+    else:
+        assert order != "reset empty"
+    if "load" in order:
+        assert_oracle(model.weight, state["weight"], fp8_per_channel)
+    elif order == "empty reset":
+        assert 0 < model.weight.dequantize().abs().max() < 0.36
