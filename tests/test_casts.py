@@ -23,6 +23,7 @@ from qtensor import (
     IncompleteLoadError,
     LazyWeight,
     QTensor,
+    QTensorError,
     WeightDtypeError,
     fp8,
     fp8_per_block,
@@ -380,3 +381,85 @@ def test_another_device() -> None:
     process.start()
     process.join(120)
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_a_cast_during_a_reload(when: str, atomic: bool, swap: bool) -> None:
+    old, new = state_of(Net()), state_of(Net())
+    with online_quant(fp8_per_channel):
+        model = Net()
+        model.load_state_dict(old)
+    params = dict(model.named_parameters())
+    with online_reload(model, atomic=atomic) as session, swapping(swap):
+        if when == "before":
+            model.half()
+        elif when == "during":
+            model.up.weight.data[:, :3].copy_(new["up.weight"][:, :3])
+            model.norm.weight.data[:3].copy_(new["norm.weight"][:3])
+            model.half()
+            model.up.weight.data[:, 3:].copy_(new["up.weight"][:, 3:])
+            model.norm.weight.data[3:].copy_(new["norm.weight"][3:])
+        model.load_state_dict(new)
+        if when == "after":
+            model.half()
+        assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert all(p is params[n] for n, p in model.named_parameters())
+    layers = {layer.name: layer for layer in session.report().layers}
+    for name, param in model.named_parameters():
+        assert param.dtype == torch.float16
+        if not isinstance(param, QTensor):
+            assert type(param) is nn.Parameter
+            assert torch.equal(param, new[name].half())
+        elif when == "after":
+            assert layers[name].cast_from == "float32"
+        else:
+            assert_oracle(param, new[name].half(), fp8_per_channel)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("shadow", ["device", "host"])
+def test_a_reload_that_fails_takes_its_casts_back(shadow: Any, swap: bool) -> None:
+    old = state_of(Net())
+    with online_quant(fp8_per_channel):
+        model = Net()
+        model.load_state_dict(old)
+    model.up.weight.mine = 3  # type: ignore[attr-defined]
+    before = {
+        n: (p, p.data_ptr() if not isinstance(p, QTensor) else p.qdata.data_ptr()) for n, p in model.named_parameters()
+    }
+
+    def program() -> None:
+        with online_reload(model, shadow=shadow), swapping(swap):
+            model.norm.weight.data[:3].zero_()
+            model.up.weight.data.zero_()
+            model.half()
+            model.norm.weight.data[3:].zero_()
+            model.down.weight.data.zero_()
+            model.bfloat16().half()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        program()
+    for name, param in model.named_parameters():
+        same, address = before[name]
+        assert param is same
+        assert (param.qdata if isinstance(param, QTensor) else param).data_ptr() == address
+        if isinstance(param, QTensor):
+            assert_oracle(param, old[name], fp8_per_channel)
+        else:
+            assert torch.equal(param, old[name])
+    assert model.up.weight.mine == 3  # type: ignore[attr-defined]
+
+
+def test_a_reload_moves_nothing() -> None:
+    old = state_of(Net())
+    with online_quant(fp8_per_channel):
+        model = Net()
+        model.load_state_dict(old)
+    with online_reload(model):
+        with pytest.raises(QTensorError, match=r"norm.weight: .* being reloaded cannot be moved to meta"):
+            model.to("meta")
+        model.to_empty(device="cpu")  # what is in use stays until there are other values
+    assert_oracle(model.up.weight, old["up.weight"], fp8_per_channel)

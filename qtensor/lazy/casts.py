@@ -50,7 +50,7 @@ def vacate(weight: ArmedWeight, device: torch.device) -> None:
     values in use stay until there are others."""
     with weight.lock:
         if weight.in_place:
-            if device != weight.device:
+            if torch.empty(0, device=device).device != weight.device:
                 raise _in_use(weight, f"moved to {device}")
             return
         if weight.settled:

@@ -315,7 +315,7 @@ def recast(lazy: Any) -> Any:
     armed = lazy._armed
     new: Any = wrap(armed, torch.empty(armed.shape, dtype=armed.dtype, device="meta"))
     new.__dict__.update(attributes_of(lazy))
-    if armed.settled and isinstance(armed.store, QuantStore):
+    if isinstance(armed.store, QuantStore) and (armed.settled or armed.in_place):
         settle(new, armed.store.result)
     return new
 

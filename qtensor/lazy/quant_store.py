@@ -341,7 +341,7 @@ class QuantStore:
         return other
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> None:
-        """As `Store.cast`. What is staged is cast, complete units of it are quantized again; others keep their bytes."""
+        """As `Store.cast`. What is staged is cast, complete units of it quantized again; others keep their bytes."""
         rounds, moves = dtype not in (self.dtype, torch.float32), device != self.device
         self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
         self.result = self.result.with_parts(*(part.to(device) for part in self.result.parts()), dtype=dtype)

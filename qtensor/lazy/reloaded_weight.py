@@ -12,6 +12,7 @@ from ..errors import QTensorError
 from ..kernels import Audit
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
+from .initial import Fill
 from .plain_store import PlainStore
 from .quant_store import QuantStore
 from .target import SHADOWS, ShadowKind
@@ -75,7 +76,7 @@ class ReloadedWeight(ArmedWeight):
                 store.stage_missing()
                 self.settle()
 
-    def initialize(self, view: View, fill: Callable[[torch.Tensor], None]) -> None:
+    def initialize(self, view: View, fill: Fill, replaces: bool = False) -> None:
         """An initialiser that runs on a finished model means what it does."""
         values = self.read(view).clone()
         fill(values)

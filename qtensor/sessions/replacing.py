@@ -40,7 +40,5 @@ def become_quantized(param: Any, result: QTensor) -> None:
 def plain_parameter(lazy: torch.Tensor, tensor: torch.Tensor) -> nn.Parameter:
     """An ordinary Parameter of these values, for a lazy weight that stays in high precision."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        tensor = (
-            tensor.clone()
-        )  # The model was made, or cast, in inference mode; out of it no gradient may be asked of it
+        tensor = tensor.clone()  # Of one that inference mode made no gradient may be asked outside of it.
     return nn.Parameter(tensor, requires_grad=lazy.requires_grad)
