@@ -15,10 +15,24 @@ from .reference import Torch, saturated
 
 
 def must_trace(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call on these tensors is being recorded, or has no memory to run a kernel on."""
-    if torch.compiler.is_compiling():
+    """Whether a call on these tensors is being recorded or transformed, or has no memory to run a kernel on.
+
+    A kernel's writes are in no graph that make_fx records, and what is allocated inside a torch.func transform is no
+    memory but a wrapper; neither shows in the tensors' types.
+    """
+    if torch.compiler.is_compiling() or _transforming() is not None or _is_recording():
         return True
     return any(t is not None and (t.is_meta or type(t) not in (torch.Tensor, torch.nn.Parameter)) for t in tensors)
+
+
+_transforming = torch._C._functorch.peek_interpreter_stack
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def _is_recording() -> bool:
+    """Is make_fx at work, before or after dispatch?"""
+    found = torch._C._get_dispatch_mode(_PROXY) or torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)
+    return found is not None
 
 
 class Traced(Torch):

@@ -30,8 +30,8 @@ def cast(weight: ArmedWeight, dtype: torch.dtype, device: torch.device) -> None:
                 f"{weight.name}: cannot become {dtype} while it is being quantized. Cast the model before the session "
                 "or after it, or add the weight to `ignore`."
             )
-        if weight.in_place and torch.empty(0, device=device).device != weight.device:
-            raise _in_use(weight, f"moved to {device}")
+        if weight.in_place:
+            _stay(weight, device)
         if weight.settled:
             weight.host.hold(weight, -1)
         if weight.store is not None:
@@ -50,8 +50,7 @@ def vacate(weight: ArmedWeight, device: torch.device) -> None:
     values in use stay until there are others."""
     with weight.lock:
         if weight.in_place:
-            if torch.empty(0, device=device).device != weight.device:
-                raise _in_use(weight, f"moved to {device}")
+            _stay(weight, device)
             return
         if weight.settled:
             weight.settled = False
@@ -61,7 +60,10 @@ def vacate(weight: ArmedWeight, device: torch.device) -> None:
             weight.device = weight.initial.device = device
 
 
-def _in_use(weight: ArmedWeight, what: str) -> QTensorError:
-    return QTensorError(
-        f"{weight.name}: a model whose weights are being reloaded cannot be {what}; move it before or after the reload"
-    )
+def _stay(weight: ArmedWeight, device: torch.device) -> None:
+    """Raises QTensorError for another device than the one a weight in use is on."""
+    if torch.empty(0, dtype=weight.dtype, device=device).device != weight.device:  # "cuda" is one of its devices
+        raise QTensorError(
+            f"{weight.name}: a model whose weights are being reloaded cannot be moved to {device}; move it before or "
+            "after the reload"
+        )

@@ -1,0 +1,104 @@
+"""Loaded models under what records or transforms a program: make_fx, torch.func, torch.export, dynamic shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qtensor import QTensor, Scheme, fp8_per_block, fp8_per_channel, int8_per_channel, online_quant
+
+SCHEMES = {"block": fp8_per_block, "int8": int8_per_channel}
+X, OTHER = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (4, 7))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def loaded(scheme: Scheme) -> Net:
+    torch.manual_seed(0)
+    state = Net().state_dict()
+    with online_quant(scheme):
+        model = Net()
+        model.load_state_dict(state)
+    assert type(model.up.weight) is QTensor
+    return model
+
+
+@pytest.fixture(params=list(SCHEMES))
+def model(request: pytest.FixtureRequest) -> Net:
+    return loaded(SCHEMES[request.param])
+
+
+def close(a: torch.Tensor, b: torch.Tensor, limit: float = 1e-5) -> bool:
+    return bool((a - b).norm() <= limit * b.norm())
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_make_fx(model: Net, mode: str) -> None:
+    record = make_fx(
+        lambda x: model(x) + (x @ model.up.weight.dequantize().T)[:, :64],
+        tracing_mode=mode,
+        _allow_non_fake_inputs=True,
+    )
+    graph, x = record(X), OTHER if mode == "symbolic" else OTHER[:4]
+    assert close(graph(x), model(x) + (x @ model.up.weight.dequantize().T)[:, :64])
+
+
+def plain_of(model: Net) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same model on dequantized weights."""
+    plain = Net()
+    with torch.no_grad():
+        for name, param in plain.named_parameters():
+            quantized = model.get_parameter(name)
+            param.copy_(quantized.dequantize() if isinstance(quantized, QTensor) else quantized)
+    return plain
+
+
+def test_torch_func(model: Net) -> None:
+    """Where activations are quantized on the way, so are tangents: forward mode differs by that rounding."""
+    plain, loss = plain_of(model), lambda x: model(x).sum()
+    rounding = 0.1 if model.up.weight.scheme.activation == "dynamic" else 1e-5  # type: ignore[union-attr]
+    x = X.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(x), x)
+    assert close(torch.func.grad(loss)(X), wanted)
+    tangent = torch.func.jvp(plain, (X,), (OTHER[:4],))[1]
+    assert close(torch.func.jvp(model, (X,), (OTHER[:4],))[1], tangent, rounding)
+    out, linear = torch.func.linearize(model, X)
+    assert close(out, model(X))
+    assert close(linear(OTHER[:4]), tangent, rounding)
+    assert close(torch.func.vmap(model)(torch.stack([X, OTHER[:4]]))[1], model(OTHER[:4]))
+
+
+def test_dequantize_inside_a_transform(model: Net) -> None:
+    weight = model.up.weight.dequantize()
+    got = torch.func.grad(lambda x: (x @ model.up.weight.dequantize().T).square().sum())(X)
+    assert close(got, 2 * (X @ weight.T) @ weight)
+    got = torch.func.vmap(lambda x: model.up.weight.dequantize() @ x)(X)
+    assert close(got, X @ weight.T)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch(strict: bool) -> None:
+    model = loaded(fp8_per_channel)
+    shapes = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (X,), strict=strict, dynamic_shapes=shapes)
+    assert close(program.module()(OTHER), model(OTHER))
+
+
+def test_compile_with_dynamic_shapes() -> None:
+    model = loaded(fp8_per_channel)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for x in (X, OTHER, OTHER[:1]):
+        assert close(compiled(x), model(x))
