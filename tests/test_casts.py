@@ -331,6 +331,37 @@ def test_a_parameter_made_of_a_weight_is_that_weight() -> None:
         assert_oracle(layer.weight, full, fp8_per_channel)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_cast_by_hand(when: str) -> None:
+    """`for p in model.parameters(): p.data = p.data.to(dtype)` is one; of values that changed on the way, a load."""
+    state = state_of(Net())
+    with online_quant(fp8_per_channel) as session:
+        model = Net()
+        params = list(model.parameters())
+        if when == "after":
+            model.load_state_dict(state)
+        for param in params:
+            param.data = param.data.to(torch.bfloat16)
+        if when == "before":
+            model.load_state_dict(state)
+        else:
+            changed = model.down.weight.data.to(torch.float32)
+            changed.mul_(2)
+            model.down.weight.data = changed
+    assert all(a is b for a, b in zip(model.parameters(), params, strict=True))
+    for name, param in model.named_parameters():
+        assert param.dtype == torch.bfloat16
+        if not isinstance(param, QTensor):
+            assert torch.equal(param, state[name].bfloat16())
+    early = quantize(state["up.weight"], fp8_per_channel)
+    exact = quantize(state["up.weight"].bfloat16(), fp8_per_channel)
+    assert same_bytes(model.up.weight.scale, early.scale if when == "after" else exact.scale)
+    assert session.report().layers[0].cast_from == ("float32" if when == "after" else "")
+    if when == "after":
+        doubled = quantize(state["down.weight"], fp8_per_channel).dequantize(torch.bfloat16).float() * 2
+        assert_oracle(model.down.weight, doubled.bfloat16(), fp8_per_channel)
+
+
 def moved() -> None:
     """In a process of its own: every weight is where the plain model's is."""
     there = fake_device.install()

@@ -8,16 +8,19 @@ the session ends. What each operation does is in `ops`.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import MutableMapping
 from typing import Any, NoReturn
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..callers import called_by_init, makes_parameter
 from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
 from ..tensor.table import OpTable
-from .casts import vacate
+from .casts import cast, vacate
 from .quant_store import QuantStore
 from .uninitialised import is_untouched
 from .weight import ArmedWeight
@@ -119,7 +122,7 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if not isinstance(value, LazyWeight):
-            assign(self, value)
+            set_data(self, value)
         elif value._armed is not self._armed or (value.dtype, value.device) != (self.dtype, self.device):
             # `.to(dtype)`, `.to(device)`: the same weight as another type.
             torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
@@ -169,7 +172,7 @@ class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        assign(self, value)
+        set_data(self, value)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -177,6 +180,8 @@ class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
 
 
 LAZY = (LazyWeight, LiveQTensor)
+# Values that a cast of a weight gave → the weight, and what has been written so far to it and to them.
+_casts: MutableMapping[torch.Tensor, Any] = WeakIdKeyDictionary()
 # Attributes that make a tensor lazy or quantized; all others belong to the user and follow the Parameter.
 _OWN = {"_armed", "_meta", "_live", "_is_param", *QTensor.__annotations__}
 
@@ -257,6 +262,30 @@ class Swap:
         if self._a._cdata != a[0]:
             torch._C._swap_tensor_impl(self._a, self._b)  # type: ignore[attr-defined]
         (_, self._a.__class__, self._a.__dict__), (_, self._b.__class__, self._b.__dict__) = a, b
+
+
+def remember_cast(lazy: Any, values: torch.Tensor) -> torch.Tensor:
+    """Values that `param.data.to(dtype)` gives. If they come back as they are, in `param.data = param.data.to(dtype)`,
+    that is a cast of the weight, not a load of what it holds."""
+    _casts[values] = (weakref.ref(lazy._armed), lazy._armed.writes, _version(values))
+    return values
+
+
+def _version(values: torch.Tensor) -> int:
+    return 0 if values.is_inference() else values._version
+
+
+def set_data(param: Any, value: torch.Tensor) -> None:
+    """`param.data = value`."""
+    weight, *state = _casts.get(value, (lambda: None,))
+    if weight() is not param._armed or state != [param._armed.writes, _version(value)]:
+        assign(param, value)
+        return
+    cast(param._armed, value.dtype, value.device)
+    new = recast(param)
+    new._is_param = True
+    new.requires_grad_(param.requires_grad)
+    Swap(param, new).do()
 
 
 def wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:

@@ -32,7 +32,19 @@ from .effects import (
     whole_mask,
     written_arguments,
 )
-from .lazy_tensor import LAZY, LIVE_OPS, OPS, answers_live, assign, materialize, recast, view_of, wrap, written
+from .lazy_tensor import (
+    LAZY,
+    LIVE_OPS,
+    OPS,
+    answers_live,
+    assign,
+    materialize,
+    recast,
+    remember_cast,
+    view_of,
+    wrap,
+    written,
+)
 from .uninitialised import mark
 
 aten = torch.ops.aten
@@ -282,7 +294,8 @@ def _to_copy(func: Any, lazy: Any, **kwargs: Any) -> Any:
         return torch.empty_strided(lazy.shape, lazy.stride(), dtype=dtype, device=device)
     if is_whole and not armed.coverage.covered and armed.coverage.numel and not armed.in_place:
         return wrap(retyped := armed.retyped(dtype, device), torch.empty(retyped.shape, dtype=dtype, device="meta"))
-    return func(materialize(lazy), **kwargs)
+    out = func(materialize(lazy), **kwargs)
+    return remember_cast(lazy, out) if is_whole else out
 
 
 @ENTRIES.implements(

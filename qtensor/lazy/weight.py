@@ -69,6 +69,7 @@ class ArmedWeight:
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
     initial: what it holds before anyone loads it: for constructors that read it, and to fall back to when elements stay
         unwritten (on_missing "keep" or "init").
+    writes: how often something was written.
     on_meta: it was made on the meta device, and nobody has given it memory or values since.
     was: its dtype when something was written, if it was cast since.
     copied: it was deep-copied. assigned: the Parameter last assigned in its place, if someone else holds it still.
@@ -92,7 +93,7 @@ class ArmedWeight:
         self._errors = WriteErrors(shape)
         self.settled = self.was_settled = self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
-        self.lossy_reads = 0
+        self.lossy_reads = self.writes = 0
         # By time.perf_counter(): when the first element was written, and when the last was there.
         self.began: float | None = None
         self.done: float | None = None
@@ -161,6 +162,7 @@ class ArmedWeight:
     def _take(self, source: torch.Tensor, write: Callable[[Store], None], where: View | np.ndarray) -> None:
         """Let the store take a write, and remember what goes wrong until its elements have been written."""
         store, view = self._open_store(), where if isinstance(where, View) else None
+        self.writes += 1
         try:
             if isinstance(store, QuantStore) and not is_high_precision(source):
                 raise WeightDtypeError(unusable_source(self.name, source))
@@ -187,6 +189,7 @@ class ArmedWeight:
             found = as_box(self.shape, *view)
             if found is None or source.shape != view.size or not store.accept(source, found.box):
                 return False
+            self.writes += 1
             self._after_write()
             return True
 
@@ -195,6 +198,7 @@ class ArmedWeight:
         consequence for coverage. replaces: it does not ask what is there."""
         with self.lock:
             if isinstance(self.store, PlainStore):
+                self.writes += 1
                 fill(self.store.at(view))
                 self.store.initialised = True
             elif not self.coverage.covered:
