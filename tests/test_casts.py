@@ -246,6 +246,28 @@ def test_the_phase_a_person_sees_stays(cast: str, swap: bool) -> None:
     assert session.report().lossy_reads == 0
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_finished_model_keeps_its_attributes_and_its_scheme(swap: bool) -> None:
+    state = state_of(Net())
+    with online_quant(fp8_per_channel):
+        model = Net()
+        model.load_state_dict(state)
+    weight = model.up.weight
+    weight.mine = model  # type: ignore[attr-defined]
+    with swapping(swap):
+        for cast in CASTS.values():
+            cast(model)
+            assert model.up.weight is weight
+            assert weight.mine is model  # type: ignore[attr-defined]
+        model.to_empty(device="cpu")
+    assert type(weight) is QTensor
+    assert weight.mine is model  # type: ignore[attr-defined]
+    with online_reload(model):
+        model.load_state_dict(state)
+    assert_oracle(weight, state["up.weight"].bfloat16(), fp8_per_channel)
+    assert model.to("meta").up.weight.qdata.is_meta
+
+
 def test_values_that_are_staged_are_cast_exactly_others_keep_their_bytes() -> None:
     full = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     with online_quant(fp8_per_channel) as session:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import kernels
+from ..callers import replaced_by_module
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import SOURCE_DTYPES, NonFinite
 from .qtensor import QTensor, nonfinite_message
@@ -40,7 +41,9 @@ def _to_copy(
         room = w._padded.with_parts(*(part.to(**move) for part in w._padded.parts()), dtype=dtype or w.dtype)
         room._is_room = True
         return room[: w.shape[0]]
-    return w.with_parts(*(part.to(**move) for part in w.parts()), dtype=dtype or w.dtype, whole_units=True)
+    return w.replaced_by(
+        w.with_parts(*(part.to(**move) for part in w.parts()), dtype=dtype or w.dtype, whole_units=True)
+    )
 
 
 @OPS.implements(aten.copy_.default)
@@ -89,8 +92,16 @@ def _require_whole_units(dst: QTensor) -> None:
         )
 
 
+@OPS.implements(aten.empty_like.default)
+def _empty_like(func: Any, w: QTensor, **kwargs: Any) -> Any:
+    """`module.to_empty()` leaves the module a quantized weight; whoever asks otherwise wants room for values."""
+    if torch.compiler.is_compiling() or not replaced_by_module():
+        return like(func, w, **kwargs)
+    parts = (torch.empty_like(part, device=kwargs.get("device")) for part in w.parts())
+    return w.replaced_by(w.with_parts(*parts, whole_units=True))
+
+
 @OPS.implements(
-    aten.empty_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,

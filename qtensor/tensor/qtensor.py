@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import kernels
+from ..callers import replaced_by_module
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, Parts
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
@@ -134,6 +135,17 @@ class QTensor(torch.Tensor):
         of_all = dict(zip(map(id, self.parts_by_rows()), gathered, strict=False))
         whole = [of_all[id(part)].view(part.dtype) if id(part) in of_all else part for part in self.parts()]
         return self.with_parts(*whole, dtype=dtype, whole_units=True), ()
+
+    def detach(self) -> Any:
+        """Where `module.to()` makes a Parameter of it, as of any quantized weight, the old one's attributes stay."""
+        return self.replaced_by(super().detach())
+
+    def replaced_by(self, new: Any) -> Any:
+        """What a user has put on this weight, put on another that takes its place by `module.to()`, too."""
+        if not torch.compiler.is_compiling() and replaced_by_module():
+            own = {*QTensor.__annotations__, "_is_param"}
+            new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
+        return new
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.detach().dequantize().numpy(force=force)
