@@ -90,6 +90,26 @@ def outermost_under_construction() -> Module | None:
     return outermost
 
 
+def builds_adapter() -> bool:
+    """Is peft constructing a module? What it builds is trained. The models that it loads are built by other libraries'
+    code, which then is nearer."""
+    return _library().startswith("peft.")
+
+
+def copies_to_train() -> bool:
+    """Is peft copying a module of the model, to train the copy (`modules_to_save`)?"""
+    return _library() == "peft.utils.other"
+
+
+def _library() -> str:
+    """The module of the nearest frame that is neither PyTorch's nor of what stands between PyTorch and a library."""
+    for frame in _callers(_ALL):
+        name = frame.f_globals.get("__name__") or ""
+        if not name.startswith(("torch.", "accelerate.", "copy")):
+            return str(name)
+    return ""
+
+
 def puts_placeholder() -> bool:
     """Is transformers assigning an uninitialised tensor, to be initialised later, for a key its checkpoint lacks? That
     is `PreTrainedModel._move_missing_keys_from_meta_to_device`."""

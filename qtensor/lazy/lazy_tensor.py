@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..callers import called_by_init, makes_parameter
+from ..callers import called_by_init, copies_to_train, makes_parameter
 from ..errors import QTensorError, WeightShapeError
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
@@ -145,7 +145,10 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
             f"{armed.coverage.covered} of {armed.coverage.numel} elements written)"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LazyWeight:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if copies_to_train():
+            memo[id(self)] = torch.nn.Parameter(materialize(self).clone())
+            return memo[id(self)]
         copy = parameter(self._armed.clone(memo), self.requires_grad)
         copy.__dict__.update({k: v for k, v in self.__dict__.items() if not hasattr(copy, k)})
         memo[id(self)] = copy

@@ -29,6 +29,7 @@ from ..report.report import LoadReport, describe_missing, versions
 from ..tensor.qtensor import QTensor
 from ..text import joined, printable
 from . import registration
+from .adapters import ADAPTER, adapter_parameters, may_be_new
 from .host import LoadHost
 from .model_tree import ModuleTree
 from .options import SessionOptions
@@ -193,6 +194,8 @@ class ModelTransaction(LoadHost, Transaction):
             weight.settle_if_complete()
             if weight.error is not None:
                 raise weight.error
+            if not weight.coverage.complete and may_be_new(name) and weight.keep_initial():
+                self._notes[name] = f"{ADAPTER}; keeps its initial values"
             if not weight.coverage.complete:
                 gaps = weight.coverage.missing()
                 self._notes.setdefault(name, f"unwritten elements: {self.on_missing}")
@@ -244,6 +247,7 @@ class ModelTransaction(LoadHost, Transaction):
         # By address and size: a buffer that is a view of all of a parameter is the same bytes.
         plain: dict[tuple[int, int], int] = {}
         live = self._tree.live(self) if self.closed is None else {}
+        adapters = {key for model in self._tree.models() for key in adapter_parameters(model)}
         for weight, owners in live.items():
             name = full_name(owners[0])
             if not weight.coverage.complete or name in self._filled:
@@ -256,7 +260,7 @@ class ModelTransaction(LoadHost, Transaction):
                 report.layers.append(self._layer(name, weight.store.result, weight, self._notes.get(name, "")))
             elif isinstance(weight.store, PlainStore):
                 plain |= _held(weight.store.tensor)
-                report.passthrough[name] = _why_plain(weight, self.min_sqnr)
+                report.passthrough[name] = _why_plain(weight, self.min_sqnr) or self._notes.get(name, "")
         for module_name, module, name, param in self._tree.parameters():
             if isinstance(param, LAZY) or id(param) in seen:
                 continue
@@ -266,7 +270,7 @@ class ModelTransaction(LoadHost, Transaction):
                 report.layers.append(self._layer(name, param, note=self._notes.get(name, "")))
             elif not param.is_meta:
                 plain |= _held(param)
-                report.passthrough[name] = ""
+                report.passthrough[name] = ADAPTER if id(param) in adapters else ""
         for _, buffer in self._tree.plain_buffers():
             if not buffer.is_meta:
                 plain |= _held(buffer)

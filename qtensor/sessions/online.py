@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..callers import initialising, is_constructing
+from ..callers import builds_adapter, initialising, is_constructing
 from ..errors import ConfigError, QTensorError
 from ..lazy.lazy_tensor import (
     LAZY,
@@ -39,6 +39,7 @@ from ..schemes.scheme import Scheme, Targets
 from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..tensor.qtensor import QTensor
 from . import registration
+from .adapters import adapter_parameters, is_low_rank
 from .model_transaction import ModelTransaction, waits_for_its_end
 from .options import LoadOptions, OnMissing, OnNonfinite
 from .replacing import WHEN_FINISHED, Replacement, become_quantized, plain_parameter
@@ -185,7 +186,7 @@ class Load(ModelTransaction):
             return None
         if not (is_constructing(module) or (name not in module._parameters and initialising())):
             return None
-        return self._lazy(module, name, param, trusted=False)
+        return None if is_low_rank(name) or builds_adapter() else self._lazy(module, name, param, trusted=False)
 
     def attached(self, parent: nn.Module, child: nn.Module | None) -> None:
         self._tree.note(parent)
@@ -195,6 +196,7 @@ class Load(ModelTransaction):
     def _arm_model(self, model: nn.Module) -> None:
         seen: dict[int, list[Owner]] = {}
         tensors: dict[int, torch.Tensor] = {}
+        adapters = adapter_parameters(model)
         for module_name, module, name, whole in parameters(model):
             param = local_tensor(whole)
             if isinstance(param, QTensor):
@@ -206,7 +208,7 @@ class Load(ModelTransaction):
                 raise QTensorError(
                     f"{full_name((module_name, module, name))} is armed by another session that is still open"
                 )
-            if param.is_floating_point():
+            if param.is_floating_point() and id(whole) not in adapters:
                 seen.setdefault(id(param), []).append((module_name, module, name))
                 tensors[id(param)] = whole
         for key, owners in seen.items():

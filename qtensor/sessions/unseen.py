@@ -9,15 +9,19 @@ from ..errors import NonFiniteWeightError
 from ..modules import Owner, full_name
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import quantize
+from .adapters import adapter_parameters
 from .model_tree import ModuleTree
 
 
 def unseen_weights(tree: ModuleTree) -> list[tuple[nn.Parameter, list[Owner]]]:
-    """Ordinary Parameters with values, each with all of its names. While a session is open, none is ordinary that it
-    saw."""
+    """Ordinary Parameters with values, each with all of its names, but those of adapters. While a session is open, none
+    is ordinary that it saw."""
+    adapters = {key for model in tree.models() for key in adapter_parameters(model)}
     found: dict[int, tuple[nn.Parameter, list[Owner]]] = {}
     for module_name, module, name, param in tree.parameters():
-        if type(param) is nn.Parameter and not param.is_meta and param.is_floating_point():
+        if type(param) is not nn.Parameter or param.is_meta or not param.is_floating_point():
+            continue
+        if id(param) not in adapters:
             found.setdefault(id(param), (param, []))[1].append((module_name, module, name))
     return list(found.values())
 

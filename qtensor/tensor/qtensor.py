@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import kernels
-from ..callers import replaced_by_module
+from ..callers import copies_to_train, replaced_by_module
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, Parts
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
@@ -156,7 +156,10 @@ class QTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"QTensor({list(self.shape)}, {self.dtype}, scheme={self.scheme}, device={self.device})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if copies_to_train():
+            memo[id(self)] = torch.nn.Parameter(self.detach().dequantize())
+            return memo[id(self)]
         other = self.with_parts(*(part.clone() for part in self.parts()))
         other.__dict__.update(
             {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in other.__dict__ and k[0] != "_"}

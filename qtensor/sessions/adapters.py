@@ -1,0 +1,38 @@
+"""Adapters: the parameters that peft and its like add to a model. They are trained, so they stay in high precision.
+
+They are told from the model's own without importing peft: a module of peft's holds what it wraps under one of a few
+names, and the rest is the adapter's. Where other libraries add parameters, their names say so.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from ..modules import parameters
+
+ADAPTER = "part of an adapter"
+"""Why such a parameter is not quantized, for the report."""
+_WRAPPED = ("base_layer", "original_module", "model", "base_model")
+_NAMES = re.compile(r"(.*\.)?(lora_\w+|\w*adapters?(_\w+)?|gating_factor)(\.|$)")
+
+
+def adapter_parameters(root: nn.Module) -> set[int]:
+    """The ids of the parameters that adapters have added to a model."""
+    found = {id(param) for *_, name, param in parameters(root) if is_low_rank(name)}
+    for layer in root.modules():
+        if any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__):
+            wrapped = [child for name in _WRAPPED if (child := layer._modules.get(name)) is not None]
+            found |= {id(p) for p in layer.parameters()} - {id(p) for child in wrapped for p in child.parameters()}
+    return found
+
+
+def is_low_rank(name: str) -> bool:
+    """Is it what every library calls the matrices of LoRA? name: the parameter's in its module."""
+    return name.startswith("lora_")
+
+
+def may_be_new(name: str) -> bool:
+    """Does a parameter's full name say that it belongs to an adapter, so that a base checkpoint has no value for it?"""
+    return _NAMES.match(name) is not None
