@@ -24,7 +24,7 @@ class ModuleTree:
     def __init__(self, model: nn.Module | None) -> None:
         self._model = model
         self._modules: WeakSet[nn.Module] = WeakSet()
-        self._children: WeakSet[nn.Module] = WeakSet()
+        self._parents: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
         self._names: dict[ArmedWeight, list[Owner]] = {}
         self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._stale = True
@@ -40,7 +40,7 @@ class ModuleTree:
         self._stale = True
         if parent is not None:
             self._modules.add(parent)
-            self._children.add(module)
+            self._parents.setdefault(module, WeakSet()).add(parent)
 
     def changed(self) -> None:
         """Names that were read off the tree may be wrong by now."""
@@ -97,7 +97,11 @@ class ModuleTree:
     def _roots(self) -> list[nn.Module]:
         if self._model is not None:
             return [self._model]
-        return [m for m in list(self._modules) if m not in self._children]
+        return [m for m in list(self._modules) if not self._is_held(m)]
+
+    def _is_held(self, module: nn.Module) -> bool:
+        """Is it part of another? A library may have wrapped it for a while, and let go of it or of the wrapper."""
+        return any(module in parent._modules.values() for parent in list(self._parents.get(module, ())))
 
     def _read_names(self) -> None:
         self._stale = False

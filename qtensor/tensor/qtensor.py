@@ -158,7 +158,7 @@ class QTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if copies_to_train():
-            memo[id(self)] = torch.nn.Parameter(self.detach().dequantize())
+            memo[id(self)] = torch.nn.Parameter(self.dequantize())
             return memo[id(self)]
         other = self.with_parts(*(part.clone() for part in self.parts()))
         other.__dict__.update(
