@@ -92,7 +92,7 @@ def _stored_dim(w: QTensor, dim: int) -> int:
 
 def take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
     fmt, size = w.scheme.format, len(range(part.start, part.stop, part.step))
-    everything, dim = size == w.shape[dim], _stored_dim(w, dim)
+    everything, logical, dim = size == w.shape[dim], dim, _stored_dim(w, dim)
     before, row_dim = (slice(None),) * dim, w.dim() - 2
     if dim < row_dim:
         return w.with_parts(*(tensor[(*before, part)] for tensor in w.parts()))
@@ -105,7 +105,10 @@ def take_slice(w: QTensor, dim: int, part: slice) -> QTensor:
         whole = whole and (everything or not fmt.needs_whole_matrix)
     if dim > row_dim:
         cols, stored = size, slice(part.start // fmt.per_byte, ceil_div(part.stop, fmt.per_byte), part.step)
-    return w.with_parts(w.qdata[(*before, stored)], scale, w.global_scale, whole_units=whole, cols=cols)
+    taken = w.with_parts(w.qdata[(*before, stored)], scale, w.global_scale, whole_units=whole, cols=cols)
+    if not whole:
+        taken._part_of = (w, logical, part)
+    return taken
 
 
 def index_rows(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,8 @@ class QTensor(torch.Tensor):
         scheme: The `Scheme` that made them.
         cols: K; told apart from `qdata`, which cannot know it is odd.
         transposed: The logical shape is `[..., K, N]`; `qdata` and `scale` keep their layout.
-        whole_units: False for a slice that shares scales with elements outside of it; such a slice is read-only.
+        whole_units: False for a slice that shares scales with elements outside of it; a write to one is a write to all
+            of the weight.
     """
 
     qdata: torch.Tensor
@@ -51,6 +52,8 @@ class QTensor(torch.Tensor):
     # tensor, the mark of being one.
     _padded: QTensor | None = None
     _is_room: bool = False
+    # Of a slice that shares scales: the weight it was taken from, the dimension, and which part.
+    _part_of: tuple[QTensor, int, slice] | None = None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -146,6 +149,18 @@ class QTensor(torch.Tensor):
             own = {*QTensor.__annotations__, "_is_param"}
             new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         return new
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        values: torch.Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return values
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        OPS.dispatch(torch.Tensor.data, (self, value), None)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        OPS.dispatch(torch.Tensor.__setitem__, (self, index, value), None)
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.detach().dequantize().numpy(force=force)
@@ -325,13 +340,19 @@ def digest_of(*packages: Path) -> str:
     return digest.hexdigest()
 
 
+def refuse_mutation(func: Any, weight: QTensor) -> NoReturn:
+    raise QTensorError(
+        f"{func} would modify a quantized weight {list(weight.shape)} in place. Assign new values with copy_, "
+        "or work on .dequantize()."
+    )
+
+
 def on_dequantized(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other operation, on the dequantized values. A mutation of the weight is refused: it would be lost."""
     for value, spec in zip(args, func._schema.arguments, strict=False):
-        if isinstance(value, QTensor) and spec.alias_info is not None and spec.alias_info.is_write:
-            raise QTensorError(
-                f"{func} would modify a quantized weight {list(value.shape)} in place. Assign new values with copy_, "
-                "or work on .dequantize()."
-            )
+        if spec.alias_info is not None and spec.alias_info.is_write:
+            for weight in torch.utils._pytree.tree_leaves(value):
+                if isinstance(weight, QTensor):
+                    refuse_mutation(func, weight)
     args, kwargs = torch.utils._pytree.tree_map_only(QTensor, lambda w: w.dequantize(), (args, kwargs))
     return func(*args, **kwargs)
