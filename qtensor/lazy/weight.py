@@ -387,13 +387,6 @@ class ArmedWeight:
                 self.settle()
             return self.coverage.complete
 
-    def keep_initial(self) -> bool:
-        """Let a weight that stays plain keep the values it was initialised with, where nothing was written. False if
-        it has none."""
-        with self.lock:
-            kept = isinstance(self.store, PlainStore) and self.store.initialised
-            return kept and self.fill_missing("keep")
-
     def verify(self) -> None:
         """Raise what a device's kernels found and could not say while loading."""
         if self.store is not None:

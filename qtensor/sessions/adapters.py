@@ -10,6 +10,8 @@ import re
 
 from torch import nn
 
+from ..lazy.plain_store import PlainStore
+from ..lazy.weight import ArmedWeight
 from ..modules import parameters
 
 ADAPTER = "part of an adapter"
@@ -31,6 +33,12 @@ def adapter_parameters(root: nn.Module) -> set[int]:
 def is_low_rank(name: str) -> bool:
     """Is it what every library calls the matrices of LoRA? name: the parameter's in its module."""
     return name.startswith("lora_")
+
+
+def keep_initial(weight: ArmedWeight) -> bool:
+    """Let a weight that stays plain keep the values it was initialised with. False if it has none."""
+    store = weight.store
+    return isinstance(store, PlainStore) and store.initialised and weight.fill_missing("keep")
 
 
 def may_be_new(name: str) -> bool:

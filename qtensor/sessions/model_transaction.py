@@ -29,7 +29,7 @@ from ..report.report import LoadReport, describe_missing, versions
 from ..tensor.qtensor import QTensor
 from ..text import joined, printable
 from . import registration
-from .adapters import ADAPTER, adapter_parameters, may_be_new
+from .adapters import ADAPTER, adapter_parameters, keep_initial, may_be_new
 from .host import LoadHost
 from .model_tree import ModuleTree
 from .options import SessionOptions
@@ -194,7 +194,7 @@ class ModelTransaction(LoadHost, Transaction):
             weight.settle_if_complete()
             if weight.error is not None:
                 raise weight.error
-            if not weight.coverage.complete and may_be_new(name) and weight.keep_initial():
+            if not weight.coverage.complete and may_be_new(name) and keep_initial(weight):
                 self._notes[name] = f"{ADAPTER}; keeps its initial values"
             if not weight.coverage.complete:
                 gaps = weight.coverage.missing()
