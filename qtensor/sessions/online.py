@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -131,7 +130,6 @@ class Load(ModelTransaction):
         self._agreements = Agreements()
         self._selection = selection
         self._arming: Replacement | None = None
-        self._unplaced: WeakSet[ArmedWeight] = WeakSet()  # made on "meta", and no device was asked for
         self._unseen: list[tuple[torch.Tensor, list[Owner]]] = []
         self._steps: list[Callable[[], object]] = []
 
@@ -267,14 +265,12 @@ class Load(ModelTransaction):
                 weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted, constructed=True)
         elif values is not None and (self.on_missing == "init" or (self.on_missing == "keep" and trusted)):
             weight.initial.values, weight.initial.given = values, trusted
-        if param.is_meta and self.options.device is None and device in (None, torch.device("cpu")):
-            self._unplaced.add(weight)
         lazy = parameter(weight, param.requires_grad)
         lazy.__dict__.update(attributes_of(param))
         return lazy
 
     def goes_anywhere(self, weight: ArmedWeight) -> bool:
-        return weight in self._unplaced
+        return self.options.device is None and weight.on_meta and not weight.coverage.covered
 
     def touch(self, weight: ArmedWeight) -> None:
         self._agreements.advance()
