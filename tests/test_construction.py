@@ -85,6 +85,29 @@ def test_constructors_may_transform_their_weights(kind: str, device: str) -> Non
         model = MODELS[kind]()
 
 
+class Views(nn.Module):
+    """Parameters and buffers that are parts of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.q = nn.Parameter(self.qkv.weight[:8])
+        self.turned = nn.Parameter(self.qkv.weight.t())
+        self.register_buffer("first", self.out.weight.data[0])
+
+
+def test_parameters_and_buffers_that_are_parts_of_a_weight() -> None:
+    state = {name: value.clone() for name, value in Views().state_dict().items()}
+    with online_quant(fp8_per_channel):
+        model = Views()
+        model.load_state_dict(state)
+    assert_oracle(model.out.weight, state["out.weight"], fp8_per_channel)
+    assert torch.equal(model.first, model.out.weight.dequantize()[0])
+    for name in ("q", "turned", "qkv.weight"):  # tied to what does not qualify
+        assert torch.equal(model.get_parameter(name), state[name])
+    assert model.q.data_ptr() == model.turned.data_ptr() == model.qkv.weight.data_ptr()
+
+
 def test_what_a_constructor_reads_is_what_its_initialisers_left() -> None:
     seen: dict[str, Any] = {}
 

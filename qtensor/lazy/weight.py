@@ -130,6 +130,9 @@ class ArmedWeight:
         return self.was if isinstance(self.store, QuantStore) and self.store.was_cast() else None
 
     def adopt(self, param: torch.Tensor) -> None:
+        """Another Parameter of all of the weight. (One of a part of it becomes no quantized weight.)"""
+        if View(tuple(param.shape), param.stride(), int(param.storage_offset())) != whole(self.shape):
+            return
         if not any(known is param for known in self.params):
             self.params.append(param)
 

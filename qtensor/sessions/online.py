@@ -23,10 +23,8 @@ from ..lazy.lazy_tensor import (
     attributes_of,
     parameter,
     reopen,
-    view_of,
 )
 from ..lazy.plain_store import PlainStore
-from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, full_name, home, is_dtensor, local_tensor, parameters, rehome
 from ..ranks.sharding import Agreements, Sharding
@@ -41,7 +39,7 @@ from . import registration
 from .adapters import adapter_parameters, is_low_rank
 from .model_transaction import ModelTransaction, waits_for_its_end
 from .options import LoadOptions, OnMissing, OnNonfinite
-from .replacing import WHEN_FINISHED, Replacement, become_quantized, plain_parameter
+from .replacing import WHEN_FINISHED, Replacement, final_step, plain_parameter, values_of
 from .session import Session
 from .transaction import State
 from .unseen import quantized, unseen_weights
@@ -326,25 +324,17 @@ class Load(ModelTransaction):
     def _final_steps(self) -> Iterator[Callable[[], object]]:
         """Lazy weights take their final form: QTensor, or an ordinary Parameter."""
         for _, module, name, buffer in list(self._tree.lazy_buffers()):
-            store = buffer._armed.store
-            if isinstance(store, PlainStore):
-                # A buffer may be a view of a parameter, and goes on aliasing it.
-                yield partial(module._buffers.__setitem__, name, store.at(view_of(buffer)))
+            if buffer._armed.store is not None:
+                yield partial(module._buffers.__setitem__, name, values_of(buffer))
         live = self._tree.live(self)
         for weight, owners in live.items():
             held: list[torch.Tensor | None] = [local_tensor(m._parameters.get(n)) for _, m, n in owners]
             for param in {id(p): p for p in held if p is not None}.values():
-                yield self._final_step(weight, param, owners)
+                yield final_step(weight, param, owners)
         for weight in [w for w in self._weights if w not in live and w.coverage.complete]:
             # Outside of every model: a deep copy, or a handle someone holds. It was loaded all the same.
             for param in [p for p in weight.params if getattr(p, "_armed", None) is weight]:
-                yield self._final_step(weight, param, ())
-
-    def _final_step(self, weight: ArmedWeight, param: torch.Tensor, owners: Sequence[Owner]) -> Callable[[], object]:
-        if isinstance(weight.store, PlainStore):
-            return Replacement(param, plain_parameter(param, weight.store.tensor), owners).do
-        assert isinstance(weight.store, QuantStore)
-        return partial(become_quantized, param, weight.store.result)
+                yield final_step(weight, param, ())
 
     def vote(self) -> None:
         self._agreements.settle()
