@@ -129,22 +129,6 @@ def test_dequantize_every_code(fmt: WeightFormat, dtype: torch.dtype, cols: int)
 
 
 @formats
-@pytest.mark.parametrize("batch", [0, 1, 17])
-def test_linear(fmt: WeightFormat, batch: int) -> None:
-    for rows, cols in ((1, 1), (7, 33), (257, 1000)):
-        generator = torch.Generator().manual_seed(rows)
-        parts = quantized(TORCH, torch.randn(rows, cols, generator=generator), fmt)
-        x, bias = torch.randn(batch, cols, generator=generator), torch.randn(rows, generator=generator)
-        x.requires_grad_(batch == 17)
-        exact = TORCH.dequantize(parts, fmt, torch.float32, torch.empty(rows, cols))
-        got = NUMBA.linear(x, parts, fmt, bias)
-        torch.testing.assert_close(got, x @ exact.T + bias, rtol=1e-4, atol=1e-4)
-        if batch == 17:
-            got.sum().backward()
-            torch.testing.assert_close(x.grad, exact.sum(0).expand(17, -1), rtol=1e-4, atol=1e-4)
-
-
-@formats
 def test_weights_made_under_inference_mode(fmt: WeightFormat) -> None:
     """The loops run in threads that are not in that mode, and may not write to such tensors themselves."""
     with torch.inference_mode():

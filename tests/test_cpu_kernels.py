@@ -19,7 +19,7 @@ pytest.importorskip("numba", reason="the numba kernels need the optional extra '
 from qtensor.kernels import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Backend, NonFinite, Parts
 from qtensor.kernels.audit import Audit
 from qtensor.kernels.cpu.fused import is_fused
-from qtensor.kernels.cpu.numba_backend import LINEAR_BATCH, NUMBA
+from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.formats import SOURCE_DTYPES, WeightFormat
 from qtensor.kernels.reference import TORCH
 
@@ -234,56 +234,6 @@ def test_activations_equal_the_reference(fmt: WeightFormat, x: torch.Tensor, poi
     assert_same_values(got[1], want[1])
     # A NaN makes its token's scale NaN, and what sign x / NaN has is not defined.
     assert_same_values(got[0].float(), want[0].float())
-
-
-@formats
-@dtypes
-@pytest.mark.parametrize("batch", [0, 1, 2, 4, 5, 8, 9, 16, 17])
-def test_linear(fmt: WeightFormat, dtype: torch.dtype, batch: int) -> None:
-    """Within 2^-20 of Σ|w·x| (fp32 sums in another order), plus half a step of the output dtype.
-
-    Beyond LINEAR_BATCH the weight itself is rounded to x's dtype, which adds half a step of every product.
-    """
-    step = torch.finfo(dtype).eps
-    for rows, cols in ((1, 1), (7, 33), (128, 128), (257, 1000)):
-        generator = torch.Generator().manual_seed(rows * cols + batch)
-        weight, scale = quantized(TORCH, torch.randn((rows, cols), generator=generator) * 0.05, fmt)
-        x = torch.randn((batch, cols), generator=generator).to(dtype)
-        bias = torch.randn(rows, generator=generator).to(dtype)
-        exact = TORCH.dequantize(Parts(weight, scale), fmt, torch.float32).double()
-        got = NUMBA.linear(x, Parts(weight, scale), fmt, bias)
-        want = x.double() @ exact.T + bias.double()
-        assert got.dtype == dtype
-        terms = x.double().abs() @ exact.abs().T + bias.double().abs()
-        relative = 2.0**-20 + (step if batch > LINEAR_BATCH else 0.0)
-        assert ((got.double() - want).abs() <= relative * terms + step * want.abs()).all()
-
-
-@formats
-def test_linear_of_strided_and_extreme_inputs(fmt: WeightFormat) -> None:
-    weight, scale = quantized(TORCH, torch.randn(130, 64), fmt)
-    exact = TORCH.dequantize(Parts(weight, scale), fmt, torch.float32)
-    for size in (1e-30, 1.0, 1e30):
-        x = (torch.randn(64, 3) * size).t()
-        torch.testing.assert_close(NUMBA.linear(x, Parts(weight, scale), fmt), x @ exact.T, rtol=1e-4, atol=1e-5 * size)
-    wide = torch.empty(130, 80, dtype=fmt.dtype)
-    wide[:, 8:72].copy_(weight)
-    x = torch.randn(2, 64)
-    assert torch.equal(NUMBA.linear(x, Parts(wide[:, 8:72], scale), fmt), NUMBA.linear(x, Parts(weight, scale), fmt))
-    x = torch.randn(2, 64, requires_grad=True)
-    NUMBA.linear(x, Parts(weight, scale), fmt).sum().backward()
-    assert x.grad is not None
-
-
-@formats
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_nan_in_the_weight_reaches_its_outputs(fmt: WeightFormat, batch: int) -> None:
-    source = torch.randn(129, 65)
-    source[17, 3] = float("nan")
-    weight, scale = quantized(NUMBA, source, fmt, Audit(refuse_nonfinite=False))
-    out = NUMBA.linear(torch.randn(batch, 65), Parts(weight, scale), fmt)
-    assert out[:, 17].isnan().all()
-    assert out.isnan().sum() == batch
 
 
 def test_wrong_arguments_are_named() -> None:

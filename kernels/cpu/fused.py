@@ -1,7 +1,4 @@
-"""fp8 per tensor, channel and block: one pass finds the amax, derives the scale and encodes while the row is in cache.
-
-The linear reads one byte per weight and decodes it in registers.
-"""
+"""fp8 per tensor, channel and block: one pass finds the amax, derives the scale and encodes a row that is in cache."""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ from . import jit
 from .rows import Array, adjacent, flat_rows, share, slabs
 
 _KINDS = {"tensor": jit.TENSOR, "channel": jit.CHANNEL, "block": jit.BLOCKS}
-_X_PADDING = 16  # Keeps rows of x from falling on the same cache sets when K is a power of two.
 _LIKE: dict[torch.dtype, Array] = {
     torch.bfloat16: np.empty(0, np.uint16),
     torch.float16: np.empty(0, np.int16),
@@ -83,59 +79,6 @@ def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tenso
     scale = torch.empty((rows, ceil_div(cols, group)), dtype=torch.float32, device="cpu")
     _run_groups(x if adjacent(x) else x.contiguous(), q, scale, group, False, Audit())
     return q, scale
-
-
-def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
-    """One matrix into `out`; quantized values and `out` are `adjacent`."""
-    rows, cols = out.shape
-    down = rows if fmt.granularity == "tensor" else fmt.block[0]
-    across = fmt.block[1] if fmt.granularity == "block" else cols
-    codes, codes_stride = flat_rows(parts.qdata)
-    values, values_stride = flat_rows(out)
-    scales = flat_rows(parts.scale.contiguous().view(1, -1))[0]
-    share(
-        rows,
-        out.numel(),
-        lambda start, stop: jit.dequantize_rows(
-            codes, codes_stride, values, values_stride, cols, scales, down, across, start, stop
-        ),
-    )
-
-
-def linear(x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `Backend.linear`, for a few rows of x and values that are `adjacent`: summed in fp32."""
-    batch, cols = x.shape
-    qdata, scale = parts.qdata, parts.scale
-    rows = qdata.shape[0]
-    padded = 1 if batch == 1 else 4 if batch <= 4 else 8 * ceil_div(batch, 8)
-    x32 = torch.zeros((padded, cols + _X_PADDING), dtype=torch.float32, device="cpu")
-    x32[:batch, :cols] = x
-    out = torch.empty((padded, rows), dtype=torch.float32, device="cpu")
-    codes, codes_stride = flat_rows(qdata)
-    values, x_stride = flat_rows(x32)
-    sums, sums_stride = flat_rows(out)
-    if fmt.granularity == "block":
-        scales = flat_rows(scale.contiguous().view(1, -1))[0]
-        share(
-            ceil_div(rows, fmt.block[0]),
-            qdata.numel(),
-            lambda start, stop: jit.linear_bands(
-                codes, codes_stride, rows, cols, values, x_stride, padded, scales, sums, sums_stride, start, stop
-            ),
-        )
-    else:
-        scales = flat_rows(scale.reshape(1, -1).expand(1, rows).contiguous())[0]
-        share(
-            rows,
-            qdata.numel(),
-            lambda start, stop: jit.linear_rows(
-                codes, codes_stride, cols, values, x_stride, padded, scales, sums, sums_stride, start, stop
-            ),
-        )
-    result = out[:batch]
-    if bias is not None:
-        result += bias
-    return result.to(x.dtype)
 
 
 def _run_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit) -> None:

@@ -35,11 +35,6 @@ def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.
         qdata.copy_(target)
 
 
-def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
-    """One matrix into `out`; quantized values and `out` are `adjacent`."""
-    share(out.shape[0], out.numel(), functools.partial(_decode_rows, parts.map(torch.Tensor.detach), fmt, out))
-
-
 def _encode_rows(
     source: torch.Tensor,
     qdata: torch.Tensor,
@@ -73,19 +68,6 @@ def _encode_rows(
             as_array(steps),
             0,
             count,
-        )
-
-
-def _decode_rows(parts: Parts, fmt: WeightFormat, out: torch.Tensor, start: int, stop: int) -> None:
-    """Rows start..stop into `out`."""
-    cols = out.shape[1]
-    (codes, codes_stride), (values, stride) = flat_rows(parts.qdata), flat_rows(out)
-    for band in reference.row_chunks(stop - start, cols, 1, PIECE):
-        rows, count = slice(start + band.start, start + band.stop), band.stop - band.start
-        steps = as_array(reference.step_of(parts.scale[rows], fmt, parts.global_scale).reshape(-1))
-        here, codes_here = values[rows.start * stride :], codes[rows.start * codes_stride :]
-        jit.decode_groups(
-            _ELEMENTS[fmt.element], codes_here, codes_stride, here, stride, cols, _group(fmt, cols), steps, 0, count
         )
 
 

@@ -1,8 +1,8 @@
-"""The numba loops of the CPU path: encode, decode, quantize, dequantize and the small-batch fp8 linear.
+"""The numba loops that quantize on a CPU. Those that read quantized weights are in `vectors`.
 
-Per tensor, channel and block of fp8 have loops that do everything in one pass. The other formats have three that do the
-work on elements (`amax_groups`, `encode_groups`, `decode_groups`); their scales are few, and the format's own formula
-gives them in between.
+Per tensor, channel and block of fp8 have loops that do everything in one pass. The other formats have two that do the
+work on elements (`amax_groups`, `encode_groups`); their scales are few, and the format's own formula gives them in
+between.
 
 Nothing here knows torch. Arrays are flat and contiguous, a matrix is a flat array plus the distance between its rows,
 and the element type of an array says what its bits mean: uint16 is bfloat16, int16 is float16, uint8 is e4m3fn. Each
@@ -129,26 +129,6 @@ def _narrow_overload(value, like):
     if like.dtype == types.int16:
         return lambda value, like: _float_to_half(value)
     return lambda value, like: value
-
-
-_LIMITS = {types.uint16: u32(0x7F7F0000), types.int16: u32(0x477FE000)}  # The largest bf16, fp16.
-
-
-def _restored(value, like):
-    """As `_narrow`, and within the type's range: rounding up near its end would make infinity of a finite weight."""
-    raise NotImplementedError
-
-
-@extending.overload(_restored)
-def _restored_overload(value, like):
-    largest = _LIMITS.get(like.dtype, u32(0x7F7FFFFF))
-
-    def restored(value, like):
-        limit = _float(largest)
-        value = limit if value > limit else value  # min() would lose NaN
-        return _narrow(-limit if value < -limit else value, like)
-
-    return restored
 
 
 @_jit()
@@ -381,36 +361,6 @@ def quantize_piece(kind, source_at, stride, like, codes_at, codes_stride, scale_
     return -1
 
 
-@_jit()
-def _decode_times(codes, factor, out):
-    for i in range(codes.size):
-        out[i] = _restored(_decode(codes[i]) * factor, out)
-
-
-@_jit()
-def _decode_times_each(codes, factors, out):
-    for i in range(codes.size):
-        out[i] = _restored(_decode(codes[i]) * factors[i], out)
-
-
-@_jit()
-def dequantize_rows(codes, codes_stride, out, out_stride, cols, scale, down, across, start, stop):
-    """Rows start..stop; element (r, c) has the scale `scale[r // down, c // across]`, `scale` being flat."""
-    groups = (cols + across - 1) // across
-    factors = np.empty(cols if groups > 1 else 0, np.float32)
-    for r in range(start, stop):
-        row = codes[r * codes_stride : r * codes_stride + cols]
-        target = out[r * out_stride : r * out_stride + cols]
-        first = r // down * groups
-        if groups == 1:
-            _decode_times(row, scale[first], target)
-            continue
-        if r == start or r % down == 0:
-            for g in range(groups):
-                factors[g * across : g * across + across] = scale[first + g]
-        _decode_times_each(row, factors, target)
-
-
 E4M3, E2M1, INT8, INT4 = range(4)
 _ROUND = f32(1.5 * 2.0**23)  # The low bits of a float32 added to this are the integer nearest to it, half to even.
 
@@ -431,20 +381,6 @@ def _encode_e2m1(value):
     high = u32(u32(_rounded(m * f32(0.5)) & u32(7)) + u32(4))
     code = low if m < f32(2) else (middle if m < f32(4) else high)
     return np.uint8(code | u32(u32(bits >> u32(28)) & u32(8)))
-
-
-@_jit()
-def _decode_e2m1(code):
-    """The low nibble's value in float32."""
-    m = f32(np.uint8(code & np.uint8(7)))
-    m = m * f32(0.5) if m < f32(4) else (m - f32(2) if m < f32(6) else f32(2) * m - f32(8))
-    return -m if np.uint8(code & np.uint8(8)) else m
-
-
-@_jit()
-def _decode_int4(code):
-    """The low nibble's value, two's complement, in float32."""
-    return f32(np.int8(np.int8(code << np.uint8(4)) >> np.int8(4)))
 
 
 @_jit()
@@ -534,154 +470,3 @@ def encode_groups(element, divides, source, stride, codes, codes_stride, cols, g
                     _to_integers(scaled, f32(7), u32(0xF), found)
                 nibbles[right - left] = 0  # the partner of an odd last one
                 _pack(nibbles, codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2])
-
-
-@_jit()
-def _from_int8(codes, step, out):
-    for i in range(codes.size):
-        out[i] = _restored(f32(np.int8(codes[i])) * step, out)
-
-
-@_jit()
-def _from_e2m1(codes, step, out):
-    for i in range(out.size // 2):
-        out[2 * i] = _restored(_decode_e2m1(codes[i]) * step, out)
-        out[2 * i + 1] = _restored(_decode_e2m1(np.uint8(codes[i] >> np.uint8(4))) * step, out)
-    if out.size % 2:
-        out[out.size - 1] = _restored(_decode_e2m1(codes[out.size // 2]) * step, out)
-
-
-@_jit()
-def _from_int4(codes, step, out):
-    for i in range(out.size // 2):
-        out[2 * i] = _restored(_decode_int4(codes[i]) * step, out)
-        out[2 * i + 1] = _restored(_decode_int4(np.uint8(codes[i] >> np.uint8(4))) * step, out)
-    if out.size % 2:
-        out[out.size - 1] = _restored(_decode_int4(codes[out.size // 2]) * step, out)
-
-
-@_jit()
-def decode_groups(element, codes, codes_stride, out, out_stride, cols, group, steps, start, stop):
-    """The inverse of `encode_groups`, rounded once to the type of `out`."""
-    groups = (cols + group - 1) // group
-    for r in range(start, stop):
-        for g in range(groups):
-            left, right = g * group, min(g * group + group, cols)
-            step, target = steps[r * groups + g], out[r * out_stride + left : r * out_stride + right]
-            whole = codes[r * codes_stride + left : r * codes_stride + right]
-            halved = codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2]
-            if element == E4M3:
-                _decode_times(whole, step, target)
-            elif element == INT8:
-                _from_int8(whole, step, target)
-            elif element == E2M1:
-                _from_e2m1(halved, step, target)
-            else:
-                _from_int4(halved, step, target)
-
-
-@_jit(fastmath=_REORDER)
-def _dot(w, x):
-    total = f32(0)
-    for k in range(w.size):
-        total += _decode_small(w[k]) * x[k]
-    return total
-
-
-@_jit(fastmath=_REORDER)
-def _dot_2x4(w, v, x0, x1, x2, x3):
-    """Two weight rows by four batch rows. Sums stay in registers: 8 here, 16 below, of the 32 that AVX-512 has."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0)
-    for k in range(w.size):
-        a, b = _decode_small(w[k]), _decode_small(v[k])
-        a0, b0 = a0 + a * x0[k], b0 + b * x0[k]
-        a1, b1 = a1 + a * x1[k], b1 + b * x1[k]
-        a2, b2 = a2 + a * x2[k], b2 + b * x2[k]
-        a3, b3 = a3 + a * x3[k], b3 + b * x3[k]
-    return (a0, a1, a2, a3), (b0, b1, b2, b3)
-
-
-@_jit(fastmath=_REORDER)
-def _dot_2x8(w, v, x0, x1, x2, x3, x4, x5, x6, x7):
-    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = b0 = b1 = b2 = b3 = b4 = b5 = b6 = b7 = f32(0)
-    for k in range(w.size):
-        a, b = _decode_small(w[k]), _decode_small(v[k])
-        a0, b0 = a0 + a * x0[k], b0 + b * x0[k]
-        a1, b1 = a1 + a * x1[k], b1 + b * x1[k]
-        a2, b2 = a2 + a * x2[k], b2 + b * x2[k]
-        a3, b3 = a3 + a * x3[k], b3 + b * x3[k]
-        a4, b4 = a4 + a * x4[k], b4 + b * x4[k]
-        a5, b5 = a5 + a * x5[k], b5 + b * x5[k]
-        a6, b6 = a6 + a * x6[k], b6 + b * x6[k]
-        a7, b7 = a7 + a * x7[k], b7 + b * x7[k]
-    return (a0, a1, a2, a3, a4, a5, a6, a7), (b0, b1, b2, b3, b4, b5, b6, b7)
-
-
-@_jit()
-def _has_nan(codes):
-    largest = np.uint8(0)
-    for i in range(codes.size):
-        largest = max(largest, np.uint8(codes[i] & np.uint8(0x7F)))
-    return largest == np.uint8(0x7F)
-
-
-@_jit()
-def linear_rows(codes, stride, cols, x, x_stride, batch, scale, out, out_stride, start, stop):
-    """out[m, n] = scale[n] * Σ_k codes[n, k] * x[m, k] in float32, for n in start..stop and m below `batch`.
-
-    `batch` is 1, 4, or a multiple of 8: pad x with zeros.
-    """
-    nan = f32(np.nan)
-    for n in range(start, stop, 1 if batch == 1 else 2):
-        p = min(n + 1, stop - 1)  # The last row of an odd range is its own partner.
-        w = codes[n * stride : n * stride + cols]
-        v = codes[p * stride : p * stride + cols]
-        # A NaN code decodes to a number below, and NaN times anything is NaN.
-        a_scale = nan if _has_nan(w) else scale[n] * _DECODE_UNIT
-        if batch == 1:
-            out[n] = _dot(w, x[:cols]) * a_scale
-            continue
-        b_scale = nan if _has_nan(v) else scale[p] * _DECODE_UNIT
-        s = x_stride
-        if batch == 4:
-            a4, b4 = _dot_2x4(w, v, x[:cols], x[s : s + cols], x[2 * s : 2 * s + cols], x[3 * s : 3 * s + cols])
-            for i in range(4):
-                out[i * out_stride + n] = a4[i] * a_scale
-                out[i * out_stride + p] = b4[i] * b_scale
-            continue
-        for m in range(0, batch, 8):
-            z = x[m * s :]
-            a8, b8 = _dot_2x8(
-                w,
-                v,
-                z[:cols],
-                z[s : s + cols],
-                z[2 * s : 2 * s + cols],
-                z[3 * s : 3 * s + cols],
-                z[4 * s : 4 * s + cols],
-                z[5 * s : 5 * s + cols],
-                z[6 * s : 6 * s + cols],
-                z[7 * s : 7 * s + cols],
-            )
-            for i in range(8):
-                out[(m + i) * out_stride + n] = a8[i] * a_scale
-                out[(m + i) * out_stride + p] = b8[i] * b_scale
-
-
-@_jit()
-def linear_bands(codes, stride, rows, cols, x, x_stride, batch, scale, out, out_stride, start, stop):
-    """As `linear_rows` for bands start..stop of 128 rows, with one scale per 128 columns of each band.
-
-    The scales multiply x, once per band, which costs 1/128 of multiplying the weights.
-    """
-    across = (cols + BLOCK - 1) // BLOCK
-    scaled = np.zeros(batch * x_stride, np.float32)
-    ones = np.ones(rows, np.float32)
-    for band in range(start, stop):
-        for m in range(batch):
-            for g in range(across):
-                left, right = m * x_stride + g * BLOCK, m * x_stride + min(g * BLOCK + BLOCK, cols)
-                for i in range(left, right):
-                    scaled[i] = x[i] * scale[band * across + g]
-        top, bottom = band * BLOCK, min(band * BLOCK + BLOCK, rows)
-        linear_rows(codes, stride, cols, scaled, x_stride, batch, ones, out, out_stride, top, bottom)

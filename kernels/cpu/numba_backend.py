@@ -1,8 +1,8 @@
 """The backend for CPUs: the bytes of the reference, by loops that numba compiles.
 
-For fp8 per tensor, channel and block there are loops that do everything (`fused`); the other formats' loops leave the
-scales to the reference (`grouped`), and their linear dequantizes bands of rows. The loops themselves are in `jit`;
-`rows` shares a matrix out among threads.
+Quantizing fp8 per tensor, channel and block is one loop that does everything (`fused`); the other formats' loops leave
+the scales to the reference (`grouped`); both are in `jit`. What reads stored weights is the same for all: `products`,
+with the loops in `vectors`. `rows` shares a matrix out among threads.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
-from . import fused, grouped, jit
+from . import fused, grouped, jit, products
 from .rows import PIECE, Array, adjacent, flat_rows, share, slabs
-
-LINEAR_BATCH = 16  # Beyond this many rows of x, dequantizing bands and multiplying those is faster.
 
 _INFINITY_BITS = 0x7F800000
 
@@ -28,8 +26,7 @@ class Numba(Torch):
     """The backend "numba"."""
 
     name = "numba"
-    own: tuple[str, ...] = ("quantize_into", "dequantize", "linear", "quantize_activation")
-    band_elements = 1 << 22
+    own: tuple[str, ...] = ("quantize_into", "dequantize", "linear", "experts", "quantize_activation")
 
     def quantize_into(
         self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0
@@ -67,22 +64,34 @@ class Numba(Torch):
         qdata = parts.qdata
         if qdata.numel() == 0 or out.dim() == 3 or out.dtype not in SOURCE_DTYPES:
             return super().dequantize(parts, fmt, dtype, out)
-        if not adjacent(qdata):
-            parts = Parts(qdata.contiguous(), parts.scale, parts.global_scale)
+        parts = _in_order(parts)
         target = out if adjacent(out) else torch.empty(out.shape, dtype=out.dtype, device="cpu")
-        (fused if fused.is_fused(fmt) else grouped).dequantize(parts, fmt, target)
+        products.dequantize(parts, fmt, target)
         return out if target is out else out.copy_(target)
 
     def linear(
         self, x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Up to `LINEAR_BATCH` rows fp8 is decoded in registers and summed in fp32. Above that, where x needs a
-        gradient, and for other formats, the weight is dequantized to x's dtype a band of rows at a time."""
-        needs_grad = x.requires_grad and torch.is_grad_enabled()
-        few = 0 < x.shape[0] <= LINEAR_BATCH and parts.qdata.numel() and x.dtype in SOURCE_DTYPES
-        if few and fused.is_fused(fmt) and not needs_grad and adjacent(parts.qdata):
-            return fused.linear(x, parts, fmt, bias)
+        if self._has_loops(x, parts):
+            return products.linear(x, _in_order(parts), fmt, bias)
         return super().linear(x, parts, fmt, bias)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        parts: Parts,
+        fmt: WeightFormat,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self._has_loops(x, parts):
+            return products.experts(x, _in_order(parts), fmt, offsets, bias)
+        return super().experts(x, parts, fmt, offsets, bias)
+
+    def _has_loops(self, x: torch.Tensor, parts: Parts) -> bool:
+        """A gradient of x needs the product that autograd sees; so do dtypes that the loops do not know."""
+        needs_grad = x.requires_grad and torch.is_grad_enabled()
+        return bool(x.numel() and parts.qdata.numel() and x.dtype in SOURCE_DTYPES and not needs_grad)
 
     def quantize_activation(self, x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
         if x.numel() == 0 or x.dtype not in SOURCE_DTYPES or not fused.is_fused(fmt):
@@ -100,6 +109,12 @@ def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None
         raise WeightDtypeError(f"cannot quantize {source.dtype}; supported: {', '.join(map(str, SOURCE_DTYPES))}")
     if qdata.dtype != fmt.dtype:
         raise WeightDtypeError(f"{fmt.name} stores {fmt.dtype}, not {qdata.dtype}")
+
+
+def _in_order(parts: Parts) -> Parts:
+    """With stored elements of a row next to each other."""
+    qdata = parts.qdata
+    return parts if qdata.stride(-1) == 1 or qdata.shape[-1] == 1 else Parts(qdata.contiguous(), *parts[1:])
 
 
 def _in_place(source: torch.Tensor, parts: Parts) -> bool:

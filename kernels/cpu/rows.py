@@ -4,10 +4,17 @@ Threads: numba's own parallel loops are not used. Its default pool crashes when 
 its OpenMP pool kills a process that forks. The loops release the GIL instead, and a plain thread pool shares the rows
 out, `torch.get_num_threads()` at a time, together with the calling thread. Any number of threads may call at once, and
 a forked child starts its own pool.
+
+Products come between operations of torch, whose OpenMP threads wait for the next one with a loop that keeps their core
+busy: a pool beside them competes for it. So loops that are C functions run in that team (`run_loop`), by the
+entry point that compilers use, `GOMP_parallel`; where there is none, and in a forked child, in the pool.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -67,6 +74,7 @@ def slabs(source: torch.Tensor, unit: int) -> Iterator[tuple[int, torch.Tensor]]
 
 
 _pool: ThreadPoolExecutor | None = None
+_forked = False  # A child has none of the threads that OpenMP believes it has, and would wait for them forever.
 _pool_lock = threading.Lock()
 
 
@@ -80,8 +88,8 @@ def _helpers() -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """A child has none of its parent's threads, and perhaps a lock that one of them held."""
-    global _pool, _pool_lock
-    _pool = None
+    global _pool, _pool_lock, _forked
+    _pool, _forked = None, True
     _pool_lock = threading.Lock()
 
 
@@ -112,13 +120,51 @@ def share(count: int, elements: int, work: Callable[[int, int], None]) -> None:
                 return
             work(start, min(start + step, count))
 
-    pool = _helpers()
-    helpers = [pool.submit(drain) for _ in range(min(threads, pieces) - 1)]
-    try:
-        drain()
-    finally:
+    def stop() -> None:
+        nonlocal starts
         with lock:
             starts = iter(range(0))
+
+    _together(drain, min(threads, pieces), stop)
+
+
+def run_loop(loop: Any, places: Array, pieces: int, threads: int) -> None:
+    """Run one of the loops of `vectors` on up to so many threads, of torch's if that can be."""
+    threads = min(threads, pieces)
+    address = places.ctypes.data
+    parallel = _openmp() if threads > 1 and not _forked else None
+    if parallel is not None:
+        parallel(loop.address, address, threads, 0)
+        return
+    pointer = ctypes.cast(address, loop.ctypes.argtypes[0])
+    if threads > 1:
+        _together(functools.partial(loop.ctypes, pointer), threads)
+    elif pieces:
+        loop.ctypes(pointer)
+
+
+@functools.cache
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, argument, threads, flags) of the library that torch's own loops run in."""
+    if "OpenMP" not in torch.__config__.parallel_info():
+        return None
+    for library in (None, os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")):
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            parallel: Any = ctypes.CDLL(library).GOMP_parallel
+            parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            parallel.restype = None
+            return parallel  # type: ignore[no-any-return]
+    return None
+
+
+def _together(work: Callable[[], object], threads: int, stop: Callable[[], None] = lambda: None) -> None:
+    """Call `work` on this thread and on idle ones of the pool; never wait for one that has not begun."""
+    pool = _helpers()
+    helpers = [pool.submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        stop()
         running = [helper for helper in helpers if not helper.cancel()]
         for helper in running:
             helper.result()
