@@ -8,7 +8,7 @@ time in registers, for up to four rows of x, and sums in fp32.
 Loops over rows are C functions of one argument, a structure of sizes and addresses (`PRODUCT`, `PACK`, `DECODE`). No
 Python runs in them, so the threads of OpenMP can (`rows.run_loop`): each takes the next rows that nobody has taken.
 
-One file because numba's cache notices a change only in the file that defines a function.
+This is one file because numba's cache notices a change only in the file that defines a function.
 """
 
 # The loops carry no annotations: numba compiles each for the types it is called with.
