@@ -17,6 +17,7 @@ from qtensor import (
     NonFiniteWeightError,
     QTensor,
     QTensorError,
+    Scheme,
     WeightDtypeError,
     WeightShapeError,
     fp8_per_block,
@@ -24,6 +25,7 @@ from qtensor import (
     fp8_per_tensor,
     quantize,
 )
+from qtensor.kernels import FP8_PER_CHANNEL
 from qtensor.tensor.ops_products import scaled_mm
 from support.helpers import same_bytes
 from support.programs import SCHEMES
@@ -130,12 +132,29 @@ def test_gradients_reach_the_input(scheme) -> None:
 
 
 def test_activations_are_quantized_per_token() -> None:
-    """Weight-only keeps x; the default rounds each token to fp8 with its own scale."""
-    q = quantize(torch.eye(16, dtype=torch.bfloat16), fp8_per_channel)
+    """Each token to fp8 with its own scale where "dynamic" says so; the default keeps x on a device without fp8."""
+    q = quantize(torch.eye(16, dtype=torch.bfloat16), Scheme(FP8_PER_CHANNEL, "dynamic"))
     x = torch.randn(3, 16).bfloat16() * torch.tensor([[1.0], [100.0], [0.01]]).bfloat16()
     rounded = quantize(x, fp8_per_channel).dequantize()
     assert close(F.linear(x, q), rounded, 0.005)
-    assert close(F.linear(x, QTensor(q.qdata, q.scale, fp8_per_channel.weight_only())), x, 0.005)
+    for scheme in (fp8_per_channel, fp8_per_channel.weight_only()):
+        assert torch.equal(F.linear(x, QTensor(q.qdata, q.scale, scheme)), x)
+
+
+@every_scheme
+@pytest.mark.parametrize("grad", [False, True])
+def test_grouped_products_multiply_by_the_experts_of_their_rows(scheme, grad: bool) -> None:
+    """What transformers calls; rows beyond the last offset belong to nobody."""
+    only = weight_only(quantize(weight(3, 64, 32), scheme))
+    x, offsets = torch.randn(9, 32).bfloat16(), torch.tensor([2, 2, 8], dtype=torch.int32)
+    x.requires_grad_(grad)
+    got = torch.nn.functional.grouped_mm(x, only.mT, offs=offsets)
+    want = torch.nn.functional.grouped_mm(x, only.dequantize().mT, offs=offsets)
+    assert close(got[:8], want[:8], 0.01)
+    if grad:
+        got[:8].float().sum().backward()
+        assert x.grad is not None
+        assert x.grad[:8].isfinite().all()
 
 
 @pytest.mark.skipif(

@@ -257,7 +257,8 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
     for i, scheme in enumerate(distinct):
         layout = LAYOUTS[COMPRESSED_TENSORS][scheme.name]
         activations: dict[str, Any] | None = None
-        if scheme.activation == "dynamic" and layout.activations is not None:
+        # The file's one word for "auto" and "dynamic": whoever reads it quantizes activations if it can.
+        if scheme.activation != "none" and layout.activations is not None:
             activations = dict(layout.activations)
             if experts and layout.weights["strategy"] == "tensor":
                 activations["strategy"] = "tensor"

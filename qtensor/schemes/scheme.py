@@ -19,7 +19,7 @@ from ..kernels import (
     WeightFormat,
 )
 
-Activation = Literal["dynamic", "none"]
+Activation = Literal["auto", "dynamic", "none"]
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,17 @@ class Scheme:
 
     Attributes:
         format: Element format, granularity and scale formula (see `qtensor.kernels.WeightFormat`).
-        activation: "dynamic" quantizes activations to fp8 per token (per token and group of 128 for per-block weights,
-            of 32 for mxfp8) before each multiplication; "none" keeps them (weight-only). Only fp8 weights have
-            "dynamic".
+        activation: "auto" quantizes activations to fp8 per token before a multiplication where the device multiplies
+            in fp8, and keeps them elsewhere, where rounding them would gain nothing; "dynamic" quantizes them
+            everywhere (per token and group of 128 for per-block weights, of 32 for mxfp8); "none" nowhere
+            (weight-only). Only fp8 weights have the first two.
     """
 
     format: WeightFormat
-    activation: Activation = "dynamic"
+    activation: Activation = "auto"
 
     def __post_init__(self) -> None:
-        if self.activation == "dynamic" and self.format.element != "e4m3":
+        if self.activation != "none" and self.format.element != "e4m3":
             raise ConfigError(f'Scheme: {self.format.name} is weight-only; pass activation="none"')
 
     @property
@@ -49,8 +50,10 @@ class Scheme:
         return replace(self, activation="none")
 
     def __str__(self) -> str:
+        if self.activation == "dynamic":
+            return f"{self.name} (fp8 activations)"
         only_choice = self.format.element != "e4m3"
-        return self.name if self.activation == "dynamic" or only_choice else f"{self.name} (weight-only)"
+        return self.name if self.activation == "auto" or only_choice else f"{self.name} (weight-only)"
 
 
 fp8_per_tensor = Scheme(FP8_PER_TENSOR)

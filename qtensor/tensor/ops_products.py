@@ -57,6 +57,27 @@ def _bmm(func: Any, x: Any, w: Any) -> torch.Tensor:
     return on_dequantized(func, x, w)
 
 
+@OPS.implements(aten._grouped_mm.default)
+def _grouped_mm(
+    func: Any,
+    x: Any,
+    w: Any,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Rows of x sorted by expert, times the matrices of a stack: what transformers' mixtures of experts call."""
+    ours = isinstance(w, QTensor) and w.transposed and w.dim() == 3 and not isinstance(x, QTensor) and x.dim() == 2
+    if not ours or offs is None or bias is not None or out_dtype not in (None, x.dtype):
+        return on_dequantized(func, x, w, offs, bias, out_dtype)
+    parts, fmt = w.parts(), w.scheme.format
+    if compiled.must_trace(x, *parts, offs):
+        return on_dequantized(func, x, w, offs, bias, out_dtype)
+    if w.scheme.activation == "dynamic":
+        x = kernels.round_trip_activation(x, fmt)
+    return kernels.choose(x.device).experts(x, parts, fmt, offs)
+
+
 @OPS.implements(aten.embedding.default)
 def _embedding(func: Any, w: Any, indices: torch.Tensor, *args: Any) -> torch.Tensor:
     """Dequantizes the rows that are looked up, not the table."""
@@ -70,10 +91,10 @@ def _embedding(func: Any, w: Any, indices: torch.Tensor, *args: Any) -> torch.Te
 
 def _product(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x `[M, K]` times the stored matrix `[N, K]` transposed, plus bias `[N]`."""
-    fmt = w.scheme.format
-    if w.scheme.activation == "dynamic":
-        if has_fp8_matmul(x, w):
-            return scaled_mm(x, w, bias)
+    fmt, activation = w.scheme.format, w.scheme.activation
+    if activation != "none" and has_fp8_matmul(x, w):
+        return scaled_mm(x, w, bias)
+    if activation == "dynamic":
         x = kernels.round_trip_activation(x, fmt)
     parts = w.parts()
     return kernels.serving(x, *parts).linear(x, parts, fmt, bias)

@@ -1,0 +1,190 @@
+"""Products of a few to many rows with quantized weights on a CPU, beside bf16, torch's packed kernels and the memory.
+
+    python bench/products.py [--schemes fp8 mxfp4 ...] [--rows 1 4 16 64 256 1024] [--shapes 4096x4096 ...]
+                             [--experts] [--seconds 2] [--out bench/results/products.json]
+
+Weights take turns until more than 256 MB of them have passed, so that no product finds its weight in a cache. For each
+number of rows all candidates take turns, one call each, and the median of their times counts; "of bf16" is the median
+of F.linear's divided by it. The memory limit is the time in which the weight's bytes are read as fast as torch reads
+memory in the same turns (a sum over int64).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels_cpu import cpu_name, parse_shape, version
+from torch.nn import functional
+
+from qtensor.kernels import FORMATS, Parts, WeightFormat, choose
+from qtensor.schemes.scheme import SCHEMES
+
+CACHES = 256 << 20
+EXPERTS = (64, 768, 2048)  # of a small mixture: E, N, K
+PER_TOKEN = 8
+
+
+def copies(make: Callable[[], Any], nbytes: int) -> Iterator[Any]:
+    """Weights in turn, of more bytes than any cache holds."""
+    return cycle([make() for _ in range(max(2, CACHES // nbytes + 1))])
+
+
+def clones(parts: Parts) -> Iterator[Parts]:
+    return copies(lambda: parts.map(torch.clone), parts.nbytes)
+
+
+def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Seconds of each call: the median over turns that take about `seconds` per call, at least five."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds * len(calls)
+    turns = 0
+    while turns < 5 or time.perf_counter() < end:
+        turns += 1
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def peers(shape: tuple[int, int]) -> dict[str, Callable[[torch.Tensor], object]]:
+    """What a CPU user might take instead: torch's packed kernels."""
+    rows, cols = shape
+    found: dict[str, Callable[[torch.Tensor], object]] = {}
+    int8 = copies(lambda: torch.randint(-127, 128, shape, dtype=torch.int8), rows * cols)
+    scales = torch.rand(rows).bfloat16()
+    found["torch._weight_int8pack_mm"] = lambda x: torch._weight_int8pack_mm(x, next(int8), scales)
+    nibbles = torch.randint(0, 16, shape, dtype=torch.int32)
+    packed = copies(lambda: torch._convert_weight_to_int4pack_for_cpu(nibbles, 1), rows * cols // 2)
+    zeros = torch.rand(cols // 128, rows, 2).bfloat16()
+    found["torch int4pack, groups of 128"] = lambda x: torch._weight_int4pack_mm_for_cpu(x, next(packed), 128, zeros)
+    return found
+
+
+def dense_rows(shape: tuple[int, int], names: list[str], batches: list[int], seconds: float) -> list[dict[str, Any]]:
+    backend = choose(torch.device("cpu"))
+    source = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+    dense = copies(source.clone, source.nbytes)
+    memory = torch.zeros(64 << 20, dtype=torch.uint8).view(torch.int64)
+    weights: dict[str, tuple[WeightFormat, Iterator[Parts], int]] = {}
+    for name in names:
+        fmt = SCHEMES[name].format
+        parts = Parts.of(shape, fmt)
+        backend.quantize_into(source, parts, fmt)
+        weights[name] = fmt, clones(parts), parts.nbytes
+    others = peers(shape)
+    table = []
+    for batch in batches:
+        x = torch.randn(batch, shape[1], dtype=torch.bfloat16)
+        calls: dict[str, Callable[[], object]] = {
+            "bf16 F.linear": lambda x=x: functional.linear(x, next(dense)),  # type: ignore[misc]
+            "reading 64 MiB": memory.sum,
+        }
+        for name, (fmt, turns, _) in weights.items():
+            calls[name] = lambda x=x, fmt=fmt, turns=turns: backend.linear(x, next(turns), fmt)  # type: ignore[misc]
+        for name, product in others.items():
+            calls[name] = lambda x=x, product=product: product(x)  # type: ignore[misc]
+        with torch.inference_mode():
+            found = medians(calls, seconds)
+        per_byte = found.pop("reading 64 MiB") / memory.nbytes
+        for name, took in found.items():
+            nbytes = weights[name][2] if name in weights else None
+            table.append(
+                {
+                    "shape": [batch, *shape],
+                    "who": name,
+                    "ms": took * 1e3,
+                    "of_bf16_speed": found["bf16 F.linear"] / took,
+                    "of_memory_limit": None if nbytes is None else nbytes * per_byte / took,
+                }
+            )
+    return table
+
+
+def expert_rows(names: list[str], tokens: list[int], seconds: float) -> list[dict[str, Any]]:
+    """The first product of a mixture: each token meets `PER_TOKEN` experts. bf16 is torch's own grouped product."""
+    backend = choose(torch.device("cpu"))
+    experts, rows, cols = EXPERTS
+    source = torch.randn(EXPERTS, dtype=torch.bfloat16) * 0.02
+    dense = copies(source.clone, source.nbytes)
+    weights: dict[str, tuple[WeightFormat, Iterator[Parts]]] = {}
+    for name in names:
+        fmt = SCHEMES[name].format
+        parts = Parts.of(EXPERTS, fmt)
+        backend.quantize_into(source, parts, fmt)
+        weights[name] = fmt, clones(parts)
+    table = []
+    for count in tokens:
+        chosen = torch.stack([torch.randperm(experts)[:PER_TOKEN] for _ in range(count)]).flatten()
+        offsets = torch.bincount(chosen, minlength=experts).cumsum(0).to(torch.int32)
+        x = torch.randn(count * PER_TOKEN, cols, dtype=torch.bfloat16)
+        calls: dict[str, Callable[[], object]] = {
+            "bf16 grouped_mm": lambda x=x, o=offsets: functional.grouped_mm(x, next(dense).mT, offs=o)  # type: ignore[misc]
+        }
+        for name, (fmt, turns) in weights.items():
+            calls[name] = lambda x=x, o=offsets, fmt=fmt, turns=turns: backend.experts(x, next(turns), fmt, o)  # type: ignore[misc]
+        with torch.inference_mode():
+            found = medians(calls, seconds)
+        for name, took in found.items():
+            speed = found["bf16 grouped_mm"] / took
+            shape = [count, experts, rows, cols]
+            table.append({"shape": shape, "who": name, "ms": took * 1e3, "of_bf16_speed": speed})
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(FORMATS), metavar="SCHEME")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024])
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=[(4096, 4096)], metavar="NxK")
+    parser.add_argument("--experts", action="store_true", help="also a mixture of experts, rows being tokens")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per candidate and number of rows")
+    parser.add_argument("--threads", type=int, help="torch's threads, and so ours (default: torch's choice)")
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    load_before = os.getloadavg()[0]
+    table: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        table += dense_rows(shape, args.schemes, args.rows, args.seconds)
+    if args.experts:
+        table += expert_rows(args.schemes, args.rows, args.seconds)
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_before_and_after": [load_before, os.getloadavg()[0]],
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in ("torch", "numba", "llvmlite")},
+        "rows": table,
+    }
+    print(f"{result['cpu']}, {result['threads']} threads, torch {torch.__version__}, numba {version('numba')}")
+    for entry in table:
+        limit = entry.get("of_memory_limit")
+        share = "" if limit is None else f"  {limit:4.0%} of the memory limit"
+        shape = "x".join(map(str, entry["shape"]))
+        speed = f"{entry['ms']:8.2f} ms  {entry['of_bf16_speed']:5.2f} of bf16's speed"
+        print(f"{shape:18s} {entry['who']:36s} {speed}{share}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
