@@ -147,9 +147,13 @@ def pieces(draw: Any, covered: torch.Tensor) -> list[tuple[slice, ...]]:
     return [(slice(0, rows), *every[1:-1], slice(first, None))[-covered.dim() :]]
 
 
-def step(draw: Any, model: Model, plain: Plain, values: torch.Generator) -> Model:
+LOADING = ("write", "write", "load", "cast", "cast", "empty", "meta", "reset", "copy")
+RELOADING = ("write", "load", "cast")
+
+
+def step(draw: Any, model: Model, plain: Plain, values: torch.Generator, kinds: tuple[str, ...] = LOADING) -> Model:
     """One step of a program, on both models."""
-    kind = draw(st.sampled_from(("write", "write", "load", "cast", "cast", "empty", "meta", "reset", "copy")))
+    kind = draw(st.sampled_from(kinds))
     module = draw(st.sampled_from(MODULES))
     if kind == "write":
         name = draw(st.sampled_from(sorted(plain.covered)))
@@ -208,14 +212,17 @@ def test_any_program_ends_as_the_plain_one_quantized(data: st.DataObject, scheme
         assert set(report.missing) == missing
         return
     assert report.state == "finished"
-    assert_as_plain(model, plain, set(plain.covered) if is_copy else {la.name for la in report.layers if la.cast_from})
+    late = set(plain.covered) if is_copy else {layer.name for layer in report.layers if layer.cast_from}
+    assert_as_plain(model, plain, late)
     for cast in data.draw(st.lists(st.sampled_from(sorted(CASTS)), max_size=2)):
         plain.cast("", CASTS[cast])
         CASTS[cast](model)
-    with online_reload(model):
-        model.cpu().to(device="cpu").type(model.up.weight.dtype)
-        model.up.to(model.up.weight.dtype)
-    assert_as_plain(model, plain, set(plain.covered))
+        late = set(plain.covered)
+    with online_reload(model, atomic=data.draw(st.booleans())) as reload:
+        for _ in range(data.draw(st.integers(0, 4))):
+            step(data.draw, model, plain, values, RELOADING)
+    late |= {layer.name for layer in reload.report().layers if layer.cast_from}
+    assert_as_plain(model, plain, late)
 
 
 def state_of(model: Model) -> dict[str, torch.Tensor]:
