@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from qtensor import WeightShapeError
+from qtensor import QTensor, WeightShapeError
 from support.loading import (
     FORMS,
     SCHEMES,
@@ -229,11 +230,41 @@ def test_assigning_a_parameter_is_a_load(state) -> None:
         assert session.report().peak_staged_bytes == 0
 
 
+def test_parameters_put_into_the_modules_dictionary_stream(state) -> None:
+    """As accelerate's device_map and diffusers do, whether the model is armed or constructed, and after a copy."""
+    for form in FORMS:
+        with armed(form) as (model, session):
+            before = identities(model)
+            for name, tensor in state.items():
+                module, _, leaf = name.rpartition(".")
+                holder = model.get_submodule(module)
+                if leaf == "steps":
+                    holder._buffers[leaf] = tensor.clone()
+                    continue
+                param = nn.Parameter(tensor.clone())
+                holder._parameters[leaf] = param
+                param.data.fill_(float("nan"))
+            assert isinstance(model.up.weight, QTensor), "it is quantized where it is assigned"
+            twin = copy.deepcopy(model)
+        for found in (model, twin):
+            assert_equals_oracle(found, state, TinyNet.QUANTIZED)
+            assert {type(module._parameters) for module in found.modules()} == {dict}
+        assert identities(model) == before
+        assert {layer.note for layer in session.report().layers} == {""}
+        assert session.report().peak_staged_bytes == 0
+
+
+def test_an_aborted_session_leaves_ordinary_dictionaries(state) -> None:
+    with pytest.raises(KeyError), armed("real") as (model, _):
+        raise KeyError
+    assert {type(module._parameters) for module in model.modules()} == {dict}
+
+
 def test_a_parameter_put_where_no_hook_sees_it_is_quantized_at_the_end_and_noted(state) -> None:
     for form in FORMS:
         with armed(form) as (model, session):
             model.load_state_dict(state)
-            model.up._parameters["weight"] = nn.Parameter(state["up.weight"] * 2)
+            dict.update(model.up._parameters, weight=nn.Parameter(state["up.weight"] * 2))
         state_now = state | {"up.weight": state["up.weight"] * 2}
         assert_equals_oracle(model, state_now, TinyNet.QUANTIZED)
         notes = {layer.name: layer.note for layer in session.report().layers}

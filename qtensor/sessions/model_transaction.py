@@ -34,6 +34,7 @@ from .host import LoadHost
 from .model_tree import ModuleTree
 from .options import SessionOptions
 from .transaction import State, Transaction
+from .watching import Watch
 
 logger = logging.getLogger("qtensor")
 _WHY_CLOSED: dict[State, str] = {"finished": "the session has finished", "aborted": "its load was aborted"}
@@ -58,6 +59,7 @@ class ModelTransaction(LoadHost, Transaction):
         self._scheme = scheme
         self._tree = ModuleTree(model)
         self._fsdp = Hold(None)
+        self._watch = Watch()
         self._last_names: WeakKeyDictionary[ArmedWeight, str] = WeakKeyDictionary()
         self.layer_hooks: list[Callable[[str, nn.Module], None]] = []
         self._notes: dict[str, str] = {}
@@ -89,6 +91,7 @@ class ModelTransaction(LoadHost, Transaction):
         weight met while loading.
         """
         registration.unlisten(self)
+        self._watch.end()
         self._fsdp.reshard()
         self._release_all()
         self._gather()
@@ -115,6 +118,7 @@ class ModelTransaction(LoadHost, Transaction):
         self._fsdp.release()
 
     def roll_back(self) -> None:
+        self._watch.end()
         self._fsdp.reshard()
         if not self._reporting:  # It is a report of a failure, and must not become another: one try.
             self._reporting = True

@@ -265,6 +265,7 @@ class Load(ModelTransaction):
             weight.initial.values, weight.initial.given = values, trusted
         lazy = parameter(weight, param.requires_grad)
         lazy.__dict__.update(attributes_of(param))
+        self._watch.over(module)
         return lazy
 
     def goes_anywhere(self, weight: ArmedWeight) -> bool:

@@ -93,25 +93,32 @@ def _on_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> A
             listener.attached(module, None)
     if param is None or isinstance(param, (LazyWeight, QTensor)):
         return None
-    held: Any = module._parameters.get(name)
-    existing = local_tensor(held)
-    if (
-        isinstance(existing, (LazyWeight, LiveQTensor))
-        and not existing._armed.host.closed
-        and (existing.shape == local_tensor(param).shape or existing._armed.in_place)
-        and not is_constructing(module)
-    ):
-        if not param.is_meta and not puts_placeholder():
-            values = local_tensor(param).detach()
-            if existing.device != values.device and existing._armed.host.goes_anywhere(existing._armed):
-                # As in a plain model, a weight is where it is put.
-                existing.data = wrap(existing._armed.retyped(existing.dtype, values.device), existing._meta)
-            existing.data = values
-            existing._armed.assigned = weakref.ref(param)
-            held.__dict__.update({k: v for k, v in param.__dict__.items() if k not in held.__dict__})
+    held = module._parameters.get(name)
+    if take_assigned(module, held, param):
         return held
     listener = listening()
     return listener.constructed(module, name, param) if listener is not None else None
+
+
+def take_assigned(module: nn.Module, held: Any, param: Any) -> bool:
+    """A Parameter is assigned where a module holds `held`. If that is a weight being loaded, it takes the values."""
+    existing = local_tensor(held)
+    if (
+        not isinstance(existing, (LazyWeight, LiveQTensor))
+        or existing._armed.host.closed
+        or not (existing.shape == local_tensor(param).shape or existing._armed.in_place)
+        or is_constructing(module)
+    ):
+        return False
+    if not param.is_meta and not puts_placeholder():
+        values = local_tensor(param).detach()
+        if existing.device != values.device and existing._armed.host.goes_anywhere(existing._armed):
+            # As in a plain model, a weight is where it is put.
+            existing.data = wrap(existing._armed.retyped(existing.dtype, values.device), existing._meta)
+        existing.data = values
+        existing._armed.assigned = weakref.ref(param)
+        held.__dict__.update({k: v for k, v in param.__dict__.items() if k not in held.__dict__})
+    return True
 
 
 def _on_module(parent: nn.Module, name: str, child: nn.Module | None) -> None:
