@@ -9,6 +9,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import pytest
@@ -436,6 +437,37 @@ def test_an_interrupt_during_the_rollback_is_raised_when_everything_is_old(monke
         raise ValueError
     assert len(calls) > 1
     assert everything(model) == before
+
+
+@modes
+@pytest.mark.parametrize("fails", [False, True])
+@slow_data
+@given(st.data())
+def test_plain_parameters_of_any_memory_layout_are_reloaded_in_place(
+    mode: str, fails: bool, data: st.DataObject
+) -> None:
+    """Dimensions in any order in memory, with gaps between elements, from an offset on."""
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    order = data.draw(st.permutations(range(len(shape))))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+    strides, step = [0] * len(shape), data.draw(st.integers(1, 2))
+    for d in order:
+        strides[d], step = step, step * (shape[d] + data.draw(st.integers(0, 2)))
+    offset = data.draw(st.integers(0, 3))
+    memory = torch.arange(offset + step + 8).to(dtype)
+    model, new = quantized(), -torch.arange(1, prod(shape) + 1).view(shape).to(dtype)
+    model.odd = nn.Parameter(memory.as_strided(shape, strides, offset))
+    before = memory.clone()
+    with contextlib.suppress(ZeroDivisionError), online_reload(model, **MODES[mode]):  # type: ignore[arg-type]
+        model.odd.data[:1].copy_(new[:1])
+        model.odd.data[1:].copy_(new[1:])
+        if fails:
+            raise ZeroDivisionError
+    expected = before.clone()
+    if mode == "per_weight" or not fails:
+        expected.as_strided(shape, strides, offset).copy_(new)
+    assert torch.equal(memory, expected)
+    assert model.odd.stride() == tuple(strides)
 
 
 def test_assert_identity_names_what_is_not_the_same() -> None:

@@ -241,7 +241,7 @@ class Reloading(RuleBasedStateMachine):
         it.over(committed=False)
 
     @precondition(lambda self: self.open)
-    @rule(data=st.data(), step=st.sampled_from(["write", "finish", "abort"]), n=st.integers(1, 30))
+    @rule(data=st.data(), step=st.sampled_from(["write", "finish", "commit", "abort"]), n=st.integers(1, 30))
     def interrupt(self, data: st.DataObject, step: str, n: int) -> None:
         """Ctrl-C in the n-th torch operation of a step, or right after it. It ends the session."""
         it = data.draw(st.sampled_from(self.open))
@@ -254,10 +254,12 @@ class Reloading(RuleBasedStateMachine):
                 with InOperation(n, KeyboardInterrupt):
                     it.param.data[where].copy_(source)
                 raise KeyboardInterrupt
-            if step == "finish" and it.session.options.on_missing == "zero":
+            if step != "abort" and it.session.options.on_missing == "zero":
                 it.zero_the_rest()
-            with InOperation(n, KeyboardInterrupt):
-                it.session.finish() if step == "finish" else it.session.abort()
+            work = it.session._work
+            late = InOperation(n % 5 + 1, KeyboardInterrupt, when=lambda: not work.undecided)
+            with late if step == "commit" else InOperation(n, KeyboardInterrupt):
+                it.session.abort() if step == "abort" else it.session.finish()
         it.stopped()
 
     @precondition(lambda self: self.open)

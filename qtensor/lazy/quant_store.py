@@ -100,16 +100,14 @@ class QuantStore:
                     self._write_matrix(e, rows, cols, values[e - e0] if self._units.stacked else values)
         if self._staging.retained:
             self._staging.trim()
-        if self.target.early:
-            self._commit_complete()
+        self._commit_complete()
 
     def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
         """As `Store.write_masked`, however scattered they are. Values elsewhere are finite. Raises NonFinite before
         anything is stored, or as `write` does."""
         self._staging.clock += 1
         self._write_masked(values, touched)
-        if self.target.early:
-            self._commit_complete()
+        self._commit_complete()
 
     def _write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
         shape = (self._e, self._n, self._k)
@@ -271,8 +269,7 @@ class QuantStore:
             if aligned or self._is_complete(e):
                 self._units.mark(e, start, stop, QUANTIZED)
             self._staging.free_unused(e, start, stop)
-        if self.target.early:
-            self._commit_complete()
+        self._commit_complete()
         return True
 
     def _shares_scale(self, e: int, scale: torch.Tensor) -> bool:
@@ -321,7 +318,7 @@ class QuantStore:
         self._accepted.clear()
 
     def _commit_complete(self) -> None:
-        for e in self.target.begun:
+        for e in self.target.begun if self.target.early else ():
             if self._is_complete(e):
                 self.audit.verify()
                 in_spite_of_interrupts(partial(self._rows.publish, e))
@@ -409,8 +406,7 @@ class QuantStore:
         self._staging.discard()
         self._units.state[...] = QUANTIZED
         self.stream()
-        if self.target.early:
-            self._commit_complete()
+        self._commit_complete()
 
 
 def _matrix(weight: QTensor, e: int) -> Parts:

@@ -150,9 +150,11 @@ def _like(tensors: Tensors, others: Iterable[torch.Tensor]) -> Tensors:
 
 def _copy(sources: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...]) -> None:
     for source, target in zip(sources, targets, strict=True):
-        _bytes(target).copy_(_bytes(source))
+        if _is_run_of_bytes(source) and _is_run_of_bytes(target):
+            source, target = source.view(torch.uint8), target.view(torch.uint8)  # float8 has slow copies, bytes fast
+        target.copy_(source)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """float8 has slow copies, bytes have fast ones."""
-    return tensor.view(torch.uint8) if tensor.is_contiguous() and tensor.dim() else tensor
+def _is_run_of_bytes(tensor: torch.Tensor) -> bool:
+    """A dimension of one element may have any stride, and `view` to bytes wants 1 of the last."""
+    return tensor.is_contiguous() and tensor.dim() > 0 and tensor.stride(-1) == 1

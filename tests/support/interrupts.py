@@ -330,14 +330,15 @@ def in_every_operation(kind: str, stop: type[BaseException]) -> list[str]:
 
 
 class InOperation(TorchDispatchMode):
-    """Raises in the n-th torch operation that is run."""
+    """Raises in the n-th torch operation that is run (of those at which `when()` is true)."""
 
-    def __init__(self, n: int, stop: type[BaseException]) -> None:
+    def __init__(self, n: int, stop: type[BaseException], when: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
-        self._n, self._stop, self.seen = n, stop, 0
+        self._n, self._stop, self._when, self.seen = n, stop, when, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen += 1
-        if self.seen == self._n:
-            raise self._stop(f"in {func}")
+        if self._when():
+            self.seen += 1
+            if self.seen == self._n:
+                raise self._stop(f"in {func}")
         return func(*args, **(kwargs or {}))
