@@ -423,7 +423,7 @@ def a_reload_cut_short_goes_on_from_the_live_values() -> None:
     pair = Pair()
     with online_reload(pair):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Staging, "free_unused", stop)
+            patch.setattr(Units, "mark", stop)
             with pytest.raises(KeyboardInterrupt):
                 pair.a.data[TOP].copy_(NEXT[TOP])
         assert torch.equal(pair.a.data[TOP].clone(), quantize(OLD, fp8_per_channel).dequantize()[TOP])
@@ -596,7 +596,7 @@ def begin_the_copy_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def free_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     def free(self: Staging, e: int, start: int, stop: int) -> None:
-        for key, rows in list(self._groups.items()):
+        for key, rows in list(self.groups.items()):
             rows.zero_()  # memory that is freed and given out again may hold the same values
             self._free(key)
 

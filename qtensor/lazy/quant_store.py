@@ -100,7 +100,8 @@ class QuantStore:
                     self._write_matrix(e, rows, cols, values[e - e0] if self._units.stacked else values)
         if self._staging.retained:
             self._staging.trim()
-        self._commit_complete()
+        if self.target.early:
+            self._commit_complete()
 
     def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
         """As `Store.write_masked`, however scattered they are. Values elsewhere are finite. Raises NonFinite before
@@ -170,7 +171,8 @@ class QuantStore:
         self.coverage.add_box(self._units.box(e, (start, stop), (0, self._k)))
         self._units.mark(e, start, stop, QUANTIZED)
         self._accepted.discard(e)
-        self._staging.free_unused(e, start, stop)
+        if self._staging.groups:
+            self._staging.free_unused(e, start, stop)
 
     def _lose(self, e: int, start: int, stop: int) -> None:
         """An invalid source was half-way written over rows start:stop: they count as unwritten."""

@@ -30,27 +30,29 @@ class Staging:
     ) -> None:
         self._units, self._dtype, self._device, self._on_bytes = units, dtype, device, on_bytes
         self._group_rows = units.rows_within(_GROUP_BYTES, dtype.itemsize)
-        self._groups: dict[_Key, torch.Tensor] = {}
+        self.groups: dict[_Key, torch.Tensor] = {}
         self.retained: dict[_Key, int] = {}
         self.clock = 0
         self.whole = whole
         self._memory: torch.Tensor | None = None
 
-    def opened(self, e: int, start: int, stop: int) -> Iterator[Span]:
+    def opened(self, e: int, start: int, stop: int) -> list[Span]:
         """Rows start:stop of matrix e cut at the borders of the groups, with memory to stage them in."""
+        spans = []
         for key, a, b in self._cut(e, start, stop):
-            group = self._groups.get(key)
+            group = self.groups.get(key)
             group = self._new_group(key) if group is None else group
             self.retained.pop(key, None)
             border = key[1] * self._group_rows
-            yield a, b, group[a - border : b - border]
+            spans.append((a, b, group[a - border : b - border]))
+        return spans
 
     def held(self, e: int, start: int, stop: int) -> Iterator[Span]:
         """The staged ones among rows start:stop."""
         for first, last, staged in self._units.runs(e, start, stop, STAGED):
             for key, a, b in self._cut(e, first, last) if staged else ():
                 border = key[1] * self._group_rows
-                yield a, b, self._groups[key][a - border : b - border]
+                yield a, b, self.groups[key][a - border : b - border]
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> None:
         """What is staged has this dtype, and is there, from now on."""
@@ -71,17 +73,17 @@ class Staging:
 
     def free_unused(self, e: int, start: int, stop: int) -> None:
         """Free the groups of rows start:stop that hold nothing any more."""
-        for key, _, _ in self._cut(e, start, stop) if self._groups else ():
-            if key in self._groups and not (self._units_of(key) & STAGED).any():
+        for key, _, _ in self._cut(e, start, stop):
+            if key in self.groups and not (self._units_of(key) & STAGED).any():
                 self._free(key)
 
     def trim(self) -> None:
         """Retained groups beyond one chunk go, oldest first; those of the last write stay."""
-        held = sum(self._groups[key].nbytes for key in self.retained)
+        held = sum(self.groups[key].nbytes for key in self.retained)
         for key, since in sorted(self.retained.items(), key=lambda item: item[1]):
             if held <= CHUNK_BYTES or since == self.clock:
                 return
-            held -= self._groups[key].nbytes
+            held -= self.groups[key].nbytes
             self._free(key)
 
     def release(self) -> None:
@@ -91,7 +93,7 @@ class Staging:
 
     def discard(self) -> None:
         """Free everything, complete or not."""
-        for key in list(self._groups):
+        for key in list(self.groups):
             self._free(key)
         self._memory = None
 
@@ -119,15 +121,16 @@ class Staging:
     def copy_from(self, other: Staging) -> None:
         """Hold what another staging of an equal weight holds."""
         self.clock, self.retained = other.clock, dict(other.retained)
-        for key, group in other._groups.items():
+        for key, group in other.groups.items():
             self._new_group(key).copy_(group)
 
-    def _cut(self, e: int, start: int, stop: int) -> Iterator[tuple[_Key, int, int]]:
-        while start < stop:
-            g = start // self._group_rows
-            end = min((g + 1) * self._group_rows, stop)
-            yield (e, g), start, end
-            start = end
+    def _cut(self, e: int, start: int, stop: int) -> list[tuple[_Key, int, int]]:
+        """Rows start:stop at the borders of the groups: most often they are of one."""
+        size, first = self._group_rows, start // self._group_rows
+        if start < stop <= (first + 1) * size:
+            return [((e, first), start, stop)]
+        numbers = range(first, -(-stop // size))
+        return [((e, g), max(start, g * size), min(stop, (g + 1) * size)) for g in numbers]
 
     def _new_group(self, key: _Key) -> torch.Tensor:
         e, g = key
@@ -136,7 +139,7 @@ class Staging:
             rows = self.memory()[e, first:last]
         else:
             rows = torch.empty(last - first, self._units.k, dtype=self._dtype, device=self._device)
-        self._groups[key] = rows
+        self.groups[key] = rows
         self._on_bytes(rows.nbytes)
         return rows
 
@@ -148,7 +151,7 @@ class Staging:
         units = self._units_of(key)
         units &= ~np.uint8(STAGED | OPEN)  # first: an interrupt must not leave units staged that have no group
         self.retained.pop(key, None)
-        self._on_bytes(-self._groups.pop(key).nbytes)
+        self._on_bytes(-self.groups.pop(key).nbytes)
 
 
 def merge(target: torch.Tensor, source: torch.Tensor, touched: torch.Tensor) -> None:

@@ -33,10 +33,7 @@ class Fresh(Generic[Tensors]):
 
     def live(self, e: int) -> Tensors:
         """The tensors of matrix e at their final addresses."""
-        found = self._live.get(e)
-        if found is None:
-            found = self._live[e] = self._matrix(e)
-        return found
+        return self._live.get(e) or self._made(e)
 
     def latest(self, e: int) -> Tensors:
         """Where new values are read, as far as there are any."""
@@ -44,7 +41,11 @@ class Fresh(Generic[Tensors]):
 
     def new(self, e: int) -> Tensors:
         """Where new values are written."""
-        return self._live.get(e) or self.live(e)
+        return self._live.get(e) or self._made(e)
+
+    def _made(self, e: int) -> Tensors:
+        made = self._live[e] = self._matrix(e)
+        return made
 
     @property
     def begun(self) -> list[int]:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any, Literal, NoReturn, Protocol
 
-import numpy as np
 import torch
 
 from ..callers import initialising
@@ -94,9 +93,8 @@ class ArmedWeight:
         self.settled = self.was_settled = self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
         self.lossy_reads = self.writes = 0
-        # By time.perf_counter(): when the first element was written, and when the last was there.
-        self.began: float | None = None
-        self.done: float | None = None
+        self.began: float | None = None  # by time.perf_counter(): the first element was written
+        self.done: float | None = None  # the last was there
         self._refused_sqnr: float | None = None
         self.assigned: weakref.ref[torch.Tensor] | None = None
         # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
@@ -151,34 +149,37 @@ class ArmedWeight:
         with self.lock:
             source = self._fit(view, source)
             if 0 not in view.size:
-                self._take(source, lambda store: store.write(view, source), view)
+                self._take(source, view)
 
     def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
         """Write those elements of `values` (of the weight's shape) where `touched` is true, all at once."""
         self.host.touch(self)
-        mask = touched.cpu().numpy()
         with self.lock:
             values = self._fit(whole(self.shape), values)
-            if mask.any():
-                self._take(values, lambda store: store.write_masked(values, touched), mask)
+            if touched.any():
+                self._take(values, touched)
 
-    def _take(self, source: torch.Tensor, write: Callable[[Store], None], where: View | np.ndarray) -> None:
-        """Let the store take a write, and remember what goes wrong until its elements have been written."""
-        store, view = self._open_store(), where if isinstance(where, View) else None
+    def _take(self, source: torch.Tensor, where: View | torch.Tensor) -> None:
+        """Let the store take a write to a view or a mask, and remember an error until its elements are written."""
+        store = self._open_store()
         self.writes += 1
         try:
             if isinstance(store, QuantStore) and not is_high_precision(source):
                 raise WeightDtypeError(unusable_source(self.name, source))
-            write(store)
+            if isinstance(where, View):
+                store.write(where, source)
+            else:
+                store.write_masked(source, where)
         except NonFinite as error:
-            self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), view)
+            self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), where)
         except QTensorError as error:
-            self.fail(error, view)
+            self.fail(error, where)
         except BaseException as error:
             self._start_over(error)
             raise
         else:
-            self._errors.forgive(where)
+            if self._errors.first is not None:
+                self._errors.forgive(where)
         finally:
             self._after_write()
 
@@ -230,10 +231,10 @@ class ArmedWeight:
         except WeightShapeError as error:
             self.fail(error, view)
 
-    def fail(self, error: QTensorError, view: View | None = None) -> NoReturn:
-        """Raise, and remember until the view (by default, everything) has been written: a loader that swallows the
-        error must not make it disappear."""
-        self._errors.add(error, view)
+    def fail(self, error: QTensorError, where: View | torch.Tensor | None = None) -> NoReturn:
+        """Raise, and remember until the view (of anything else, all) has been written: a loader that swallows the error
+        must not make it disappear."""
+        self._errors.add(error, where)
         raise error from None
 
     def _start_over(self, error: BaseException) -> None:
@@ -386,8 +387,7 @@ class ArmedWeight:
                     store.write(box_view(self.shape, box), values[tuple(slice(*span) for span in box)])
             elif not store.fill():
                 return False
-            if self.coverage.complete:
-                self.settle()
+            self._after_write()
             return self.coverage.complete
 
     def verify(self) -> None:

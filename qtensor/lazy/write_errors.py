@@ -5,7 +5,7 @@ A loader that swallows an error must not make it disappear, and one that tries a
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 
 from ..errors import QTensorError
 from ..regions.coverage import Coverage
@@ -19,19 +19,18 @@ class WriteErrors:
         self.first: QTensorError | None = None
         self._wrong = Coverage(shape)
 
-    def add(self, error: QTensorError, view: View | None) -> None:
-        """An error kept a view (by default, everything) from being written."""
+    def add(self, error: QTensorError, where: View | torch.Tensor | None) -> None:
+        """An error kept a view (of anything else, all elements) from being written."""
         self.first = self.first or error
-        cover(self._wrong, view or whole(self._wrong.shape))
+        cover(self._wrong, where if isinstance(where, View) else whole(self._wrong.shape))
 
     def start_over(self, error: QTensorError) -> None:
         """Nothing of the weight counts any more, for this reason."""
         self.first = error
         self.add(error, None)
 
-    def forgive(self, where: View | np.ndarray) -> None:
+    def forgive(self, where: View | torch.Tensor) -> None:
         """The view, or the elements where a mask is true, have been written."""
-        if self.first is not None:
-            uncover(self._wrong, where)
-            if not self._wrong.covered:
-                self.first = None
+        uncover(self._wrong, where if isinstance(where, View) else where.cpu().numpy())
+        if not self._wrong.covered:
+            self.first = None
