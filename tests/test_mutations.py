@@ -244,6 +244,7 @@ def write_in_place_without_undo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def commit_before_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantStore, "_commit_complete", lambda self: QuantStore.commit(self))
+    monkeypatch.setattr(Beside, "early", property(lambda self: True, lambda self, value: None), raising=False)
 
 
 def read_the_live_values_back(monkeypatch: pytest.MonkeyPatch) -> None:
