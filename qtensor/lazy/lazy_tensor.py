@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..callers import called_by_init, copies_to_train, makes_parameter
 from ..errors import QTensorError, WeightShapeError
+from ..interrupts import without_grad
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
 from ..tensor.table import OpTable
@@ -390,5 +392,4 @@ def assign(lazy: Any, value: torch.Tensor) -> None:
     if is_untouched(value):
         vacate(lazy._armed, value.device)
         return
-    with torch.no_grad():
-        torch.Tensor.copy_(lazy, value)
+    without_grad(partial(torch.Tensor.copy_, lazy, value))
