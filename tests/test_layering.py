@@ -92,6 +92,13 @@ def test_only_callers_looks_at_the_stack() -> None:
     assert [m for m, path in MODULES.items() if looks.search(path.read_text(encoding="utf-8"))] == ["qtensor.callers"]
 
 
+def test_gradients_are_switched_where_no_interrupt_comes_between() -> None:
+    """`interrupts.without_grad`. The demo's own forward pass is a user's."""
+    guard = re.compile(r"torch\.no_grad\(|set_grad_enabled")
+    found = [m for m, path in MODULES.items() if guard.search(path.read_text(encoding="utf-8"))]
+    assert sorted(set(found) - {"qtensor.cli.demo"}) == ["qtensor.interrupts"]
+
+
 def test_long_files_say_why() -> None:
     long = {}
     for module, path in MODULES.items():
