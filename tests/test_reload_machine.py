@@ -4,6 +4,7 @@ on two models whose sessions overlap as they like, checked after every step agai
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -313,6 +314,9 @@ class Reloading(RuleBasedStateMachine):
 
 
 Reloading.TestCase.settings = settings(
-    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=1000 if os.environ.get("QTENSOR_ENDURANCE") else 30,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 TestReloading = Reloading.TestCase
