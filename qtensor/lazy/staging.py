@@ -59,10 +59,10 @@ class Staging:
         self._dtype, self._device = dtype, device
         if self._memory is not None:
             self._memory = self._memory.to(device, dtype)
-        for (e, g), group in list(self._groups.items()):
+        for (e, g), group in list(self.groups.items()):
             first, whole = g * self._group_rows, self._memory
             now = group.to(device, dtype) if whole is None else whole[e, first : first + len(group)]
-            self._groups[e, g] = now
+            self.groups[e, g] = now
             self._on_bytes(now.nbytes - group.nbytes)
 
     def retain(self, e: int, row: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from itertools import count
 from typing import Any, Literal, NoReturn, Protocol
 
