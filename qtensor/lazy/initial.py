@@ -8,9 +8,11 @@ for that weight alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from ..interrupts import without_grad
 from ..regions.coverage import Coverage
 from ..regions.views import View, cover
 from .plain_store import PlainStore, view_in
@@ -85,16 +87,19 @@ class Initial:
             values = torch.zeros(self.shape, dtype=self._dtype, device=self.device)
         elif self._steps:
             values = values.to(self.device, copy=True)  # whoever gave them may hold them still
-        with torch.no_grad():
-            while self._steps:
-                step = self._steps[0]
-                if isinstance(step, tuple):
-                    view, fill, _ = step
-                    fill(view_in(values, view))
-                else:
-                    values = values.to(step)
-                del self._steps[0]
+        values = without_grad(partial(self._take_steps, values))
         self.values, self._dtype = values, values.dtype
+        return values
+
+    def _take_steps(self, values: torch.Tensor) -> torch.Tensor:
+        while self._steps:
+            step = self._steps[0]
+            if isinstance(step, tuple):
+                view, fill, _ = step
+                fill(view_in(values, view))
+            else:
+                values = values.to(step)
+            del self._steps[0]
         return values
 
     def copy(self) -> Initial:

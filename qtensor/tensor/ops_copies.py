@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from .. import kernels
 from ..callers import initialising, replaced_by_module
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
+from ..interrupts import without_grad
 from ..kernels import SOURCE_DTYPES, NonFinite
 from .qtensor import QTensor, nonfinite_message, quantize, refuse_mutation
 from .table import OpTable
@@ -108,7 +109,8 @@ def _arithmetic(func: Any, dst: Any, *args: Any, **kwargs: Any) -> Any:
 @OPS.implements(torch.Tensor.__setitem__)
 def _set_item(func: Any, dst: QTensor, index: Any, value: Any) -> None:
     """`w[index] = value`. Whole scale groups are quantized anew, or else all of the weight."""
-    with torch.no_grad():
+
+    def write() -> None:
         part = dst[index]
         if isinstance(part, QTensor):
             part.copy_(torch.as_tensor(value, dtype=dst.dtype))
@@ -116,6 +118,8 @@ def _set_item(func: Any, dst: QTensor, index: Any, value: Any) -> None:
         values = dst.dequantize()
         values[index] = value.dequantize() if isinstance(value, QTensor) else value
         rewrite(dst, values)
+
+    without_grad(write)
 
 
 @OPS.implements(torch.Tensor.data)
