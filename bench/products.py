@@ -1,12 +1,16 @@
 """Products of a few to many rows with quantized weights on a CPU, beside bf16, torch's packed kernels and the memory.
 
     python bench/products.py [--schemes fp8 mxfp4 ...] [--rows 1 4 16 64 256 1024] [--shapes 4096x4096 ...]
-                             [--experts] [--seconds 2] [--out bench/results/products.json]
+                             [--experts] [--own-time] [--seconds 2] [--out bench/results/products.json]
 
 Weights take turns until more than 256 MB of them have passed, so that no product finds its weight in a cache. For each
 number of rows all candidates take turns, one call each, and the median of their times counts; "of bf16" is the median
 of F.linear's divided by it. The memory limit is the time in which the weight's bytes are read as fast as torch reads
 memory in the same turns (a sum over int64).
+
+On a machine that others use, two threads wait for each other while one of them has no core, and times are those of the
+scheduler. `--own-time` measures what one thread takes of a core instead; ratios then still suffer from shared caches
+and memory, alike for all.
 """
 
 from __future__ import annotations
@@ -44,6 +48,9 @@ def clones(parts: Parts) -> Iterator[Parts]:
     return copies(lambda: parts.map(torch.clone), parts.nbytes)
 
 
+clock = time.perf_counter
+
+
 def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Seconds of each call: the median over turns that take about `seconds` per call, at least five."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -54,9 +61,9 @@ def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     while turns < 5 or time.perf_counter() < end:
         turns += 1
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -154,7 +161,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="per candidate and number of rows")
     parser.add_argument("--threads", type=int, help="torch's threads, and so ours (default: torch's choice)")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--own-time", action="store_true", help="one thread, and the time it has a core")
     args = parser.parse_args()
+    if args.own_time:
+        global clock
+        clock, args.threads = time.thread_time, 1
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -169,6 +180,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "clock": "own time of one thread" if args.own_time else "wall",
         "load_before_and_after": [load_before, os.getloadavg()[0]],
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "numba", "llvmlite")},

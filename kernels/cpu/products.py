@@ -95,10 +95,21 @@ def _in_registers(
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    arranged = _arranged(x.detach(), fmt)
+    quick = vectors.has_quick_product(fmt)
+    arranged = _striped(x.detach()) if quick else _arranged(x.detach(), fmt)
     sums = torch.empty(out.shape, dtype=torch.float32, device="cpu")
     place = arranged.data_ptr(), arranged.stride(0) * 4
-    _run(vectors.product_loop(fmt), parts, fmt, x.shape[1], place, sums, (4, 0, 0, 0), spans, torch.get_num_threads())
+    _run(
+        vectors.product_loop(fmt, quick),
+        parts,
+        fmt,
+        x.shape[1],
+        place,
+        sums,
+        (4, 0, 0, 0),
+        spans,
+        torch.get_num_threads(),
+    )
     if bias is not None:
         for e, start, stop in spans:
             sums[start:stop] += bias[e]
@@ -235,6 +246,20 @@ def _arranged(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
         halves.copy_(x.reshape(rows, chunks, vectors.CHUNK // 2, 2).mT)
     else:
         out[:, :whole] = x
+    return out
+
+
+def _striped(x: torch.Tensor) -> torch.Tensor:
+    """As `_arranged`, for `vectors.has_quick_product`: of each stripe the first halves of its 16s before the second,
+    and of either the even columns before the odd."""
+    rows, cols = x.shape
+    stripes = ceil_div(cols, vectors.STRIPE)
+    whole = stripes * vectors.STRIPE
+    out = torch.empty((rows, whole + _X_PADDING), dtype=torch.float32, device="cpu")
+    if whole != cols:
+        x = torch.nn.functional.pad(x, (0, whole - cols))
+    places = out[:, :whole].view(rows, stripes, 2, 2, 4, 4)
+    places.copy_(x.reshape(rows, stripes, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4))
     return out
 
 

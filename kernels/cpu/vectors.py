@@ -146,7 +146,7 @@ class _Vectors:
 
     def __init__(self, context: Any, builder: Any, element: int, scale: int, group: int) -> None:
         self.b, self.element, self.scale, self.group = builder, element, scale, group
-        self.has_tables = "+avx512f" in context.codegen().magic_tuple()[2].split(",")
+        self.has_tables = "+avx512f" in chip_features()
         self.per_byte = 1 if element in (E4M3, INT8) else 2
         self.bytes = CHUNK // self.per_byte
 
@@ -303,13 +303,7 @@ class _Vectors:
             factor = self.b.fmul(self.load(scales[r], _FLOAT, 4), unit) if self.scale == PER_ROW else unit
             if seen:  # A NaN code decodes to a number above, and NaN times anything is NaN.
                 factor = b.select(self.has_nan(seen[r]), ir.Constant(_FLOAT, float("nan")), factor)
-            for m in range(batch):
-                total = b.load(sums[r][m][0])
-                for pointer in sums[r][m][1:]:
-                    total = b.fadd(total, b.load(pointer))
-                name = f"llvm.vector.reduce.fadd.v{_LANES}f32"
-                total = self.call(name, _FLOAT, ir.Constant(_FLOAT, 0.0), total, fastmath=("reassoc",))
-                self.store(b.fmul(total, factor), out[m][r], 4)
+            self.store_totals(sums[r], factor, [out[m][r] for m in range(batch)])
 
     def decoded(self, dtype: int, codes: Any, scales: Any, table: Any, cols: Any, out: Any) -> None:
         """The values of one row times their scales, rounded once to the type of `out`."""
@@ -464,53 +458,103 @@ class _Vectors:
         """As `tile_row`, by look-ups in tables and integers: for e4m3 without a scale or with a power of two, and e2m1
         with one. `table` has, for each code of e8m0, how much it is to be subtracted from the bits of bfloat16, twice.
         """
-        b, wide = self.b, _vector(_I16, STRIPE // 2)
-        scaled = self.scale == BYTES
+        b = self.b
         seen = cgutils.alloca_once(b, _vector(_I8, STRIPE // self.per_byte))
         b.store(_splat(_I8, 0, STRIPE // self.per_byte), seen)
         last = self.last_group(cols)
-        bits = _bfloat_bits(self.element, scaled)
 
         def step(stripe: Any, addresses: list[Any], left: Any) -> None:
             self.prefetch(b.add(addresses[0], ahead))
-            raw = self.load(addresses[0], _vector(_I8, STRIPE // self.per_byte))
-            if self.element == E4M3:
-                if scaled:
-                    magnitude = b.and_(raw, _splat(_I8, 0x7F, STRIPE))
-                    name = f"llvm.umax.v{STRIPE}i8"
-                    b.store(self.call(name, raw.type, b.load(seen), magnitude), seen)
-                low, high = (self.bytes_of(raw, [value >> shift & 0xFF for value in bits]) for shift in (0, 8))
-                if not scaled:
-                    high = b.or_(high, b.and_(raw, _splat(_I8, -128, STRIPE)))
-                values = self.unpacked(low, high)
-                signs = [b.and_(v, _splat(_I16, -0x8000, 32)) for v in self.unpacked(raw, raw)] if scaled else []
-            else:
-                codes16 = b.zext(raw, wide)
-                both = [codes16, b.lshr(codes16, _splat(_I16, 4, 32))]
-                entries = ir.Constant(wide, [value - (value >> 15 << 16) for value in bits * 2])
-                # Reads the low five bits of each index; the table repeats after sixteen.
-                values = [self.call("llvm.x86.avx512.permvar.hi.512", wide, entries, index) for index in both]
-                signs = [b.and_(b.shl(codes16, _splat(_I16, by, 32)), _splat(_I16, -0x8000, 32)) for by in (12, 8)]
-            if scaled:
-                first = b.mul(stripe, _int(2))
-                second = b.add(first, _int(1))
-                second = b.select(b.icmp_signed("<", second, last), second, last)
-                both = []
-                for index in (first, second):
-                    code = b.zext(self.load(b.add(scales, index), _I8), _I64)
-                    one = self.load(self.at(table, code, 4), _I32, 4)
-                    lane = b.insert_element(ir.Constant(_vector(_I32), ir.Undefined), one, ir.Constant(_I32, 0))
-                    both.append(self.shuffle(lane, lane, [0] * _LANES))
-                less = b.bitcast(self.shuffle(*both, [0] * 8 + [_LANES] * 8), wide)
-                values = [self.call("llvm.usub.sat.v32i16", wide, value, less) for value in values]
-                values = [b.or_(value, sign) for value, sign in zip(values, signs, strict=True)]
+            values = self.quick_values(addresses[0], scales, table, stripe, last, seen)
             self.store_stripe(values, out, stripe)
 
         self.chunks(cols, [codes], step, STRIPE)
-        if self.element == E4M3 and scaled:
-            largest = self.call(f"llvm.vector.reduce.umax.v{STRIPE}i8", _I8, b.load(seen))
-            return b.icmp_unsigned("==", largest, ir.Constant(_I8, 0x7F))
+        return self.quick_nan(seen)
+
+    def quick_values(self, address: Any, scales: Any, table: Any, stripe: Any, last: Any, seen: Any) -> list[Any]:
+        """The two vectors of a stripe; see `quick_row`."""
+        b, wide = self.b, _vector(_I16, STRIPE // 2)
+        scaled = self.scale == BYTES
+        bits = _bfloat_bits(self.element, scaled)
+        raw = self.load(address, _vector(_I8, STRIPE // self.per_byte))
+        if self.element == E4M3:
+            if scaled:
+                self.see(raw, seen)
+            low, high = (self.bytes_of(raw, [value >> shift & 0xFF for value in bits]) for shift in (0, 8))
+            if not scaled:
+                high = b.or_(high, b.and_(raw, _splat(_I8, -128, STRIPE)))
+            values = self.unpacked(low, high)
+            signs = [b.and_(v, _splat(_I16, -0x8000, 32)) for v in self.unpacked(raw, raw)] if scaled else []
+        else:
+            codes = b.zext(raw, wide)
+            both = [codes, b.lshr(codes, _splat(_I16, 4, 32))]
+            entries = ir.Constant(wide, [value - (value >> 15 << 16) for value in bits * 2])
+            # Reads the low five bits of each index; the table repeats after sixteen.
+            values = [self.call("llvm.x86.avx512.permvar.hi.512", wide, entries, index) for index in both]
+            signs = [b.and_(b.shl(codes, _splat(_I16, by, 32)), _splat(_I16, -0x8000, 32)) for by in (12, 8)]
+        if not scaled:
+            return values
+        first = b.mul(stripe, _int(2))
+        second = b.add(first, _int(1))
+        both = []
+        for index in (first, b.select(b.icmp_signed("<", second, last), second, last)):
+            code = b.zext(self.load(b.add(scales, index), _I8), _I64)
+            one = self.load(self.at(table, code, 4), _I32, 4)
+            lane = b.insert_element(ir.Constant(_vector(_I32), ir.Undefined), one, ir.Constant(_I32, 0))
+            both.append(self.shuffle(lane, lane, [0] * _LANES))
+        less = b.bitcast(self.shuffle(*both, [0] * 8 + [_LANES] * 8), wide)
+        values = [self.call("llvm.usub.sat.v32i16", wide, value, less) for value in values]
+        return [b.or_(value, sign) for value, sign in zip(values, signs, strict=True)]
+
+    def quick_nan(self, seen: Any) -> Any:
+        """Whether a code that `quick_values` saw is NaN and its value is not."""
+        if self.element == E4M3 and self.scale == BYTES:
+            return self.has_nan(seen)
         return ir.Constant(ir.IntType(1), 0)
+
+    def quick_dots(
+        self, rows: int, batch: int, codes: Any, scales: Any, table: Any, xs: Any, cols: Any, out: Any
+    ) -> None:
+        """As `dots`, where there is `has_quick_product`."""
+        b = self.b
+        zero = _splat(_FLOAT, 0.0)
+        sums = [[[cgutils.alloca_once(b, zero.type) for _ in range(2)] for _ in range(batch)] for _ in range(rows)]
+        for pointer in (p for row in sums for of_x in row for p in of_x):
+            b.store(zero, pointer)
+        ahead = b.mul(b.sub(codes[1], codes[0]), _int(AHEAD))
+
+        def step(stripe: Any, addresses: list[Any], left: Any) -> None:
+            weights = []
+            for r in range(rows):
+                if left is None:
+                    self.prefetch(b.add(addresses[r], ahead))
+                values = []
+                for pairs in self.quick_values(addresses[r], scales[r], table, stripe, None, None):
+                    both = b.bitcast(pairs, _vector(_I32))
+                    upper = b.and_(both, _splat(_I32, -0x10000))
+                    values += [b.bitcast(half, zero.type) for half in (b.shl(both, _splat(_I32, 16)), upper)]
+                weights.append(values)
+            for m in range(batch):
+                for v in range(4):
+                    x = self.load(b.add(self.at(xs[m], stripe, 4 * STRIPE), _int(64 * v)), zero.type, 4)
+                    for r in range(rows):
+                        pointer = sums[r][m][v % 2 if rows * batch <= 8 else 0]
+                        name = f"llvm.fmuladd.v{_LANES}f32"
+                        b.store(self.call(name, zero.type, weights[r][v], x, b.load(pointer)), pointer)
+
+        self.chunks(cols, codes, step, STRIPE)
+        for r in range(rows):
+            self.store_totals(sums[r], self.load(scales[r], _FLOAT, 4), [out[m][r] for m in range(batch)])
+
+    def store_totals(self, sums: Any, factor: Any, out: Any) -> None:
+        """The sum of each vector (or two) of sums, times a factor."""
+        for pointers, address in zip(sums, out, strict=True):
+            total = self.b.load(pointers[0])
+            for pointer in pointers[1:]:
+                total = self.b.fadd(total, self.b.load(pointer))
+            name = f"llvm.vector.reduce.fadd.v{_LANES}f32"
+            total = self.call(name, _FLOAT, ir.Constant(_FLOAT, 0.0), total, fastmath=("reassoc",))
+            self.store(self.b.fmul(total, factor), address, 4)
 
     def bytes_of(self, index: Any, entries: list[int]) -> Any:
         """A byte per index, of 128; the indices' upper bit does not count."""
@@ -527,11 +571,13 @@ class _Vectors:
 
     def see(self, raw: Any, seen: Any) -> None:
         """Keep the largest magnitudes among codes of e4m3."""
-        magnitude = self.b.and_(raw, _splat(_I8, 0x7F, self.bytes))
-        self.b.store(self.call(f"llvm.umax.v{self.bytes}i8", raw.type, self.b.load(seen), magnitude), seen)
+        lanes = raw.type.count
+        magnitude = self.b.and_(raw, _splat(_I8, 0x7F, lanes))
+        self.b.store(self.call(f"llvm.umax.v{lanes}i8", raw.type, self.b.load(seen), magnitude), seen)
 
     def has_nan(self, seen: Any) -> Any:
-        largest = self.call(f"llvm.vector.reduce.umax.v{self.bytes}i8", _I8, self.b.load(seen))
+        value = self.b.load(seen)
+        largest = self.call(f"llvm.vector.reduce.umax.v{value.type.count}i8", _I8, value)
         return self.b.icmp_unsigned("==", largest, ir.Constant(_I8, 0x7F))
 
     def restored(self, value: Any, dtype: int) -> Any:
@@ -613,22 +659,25 @@ def _take(typing_context, counter):
 
 @_intrinsic(prefer_literal=True)
 def _dots(
-    typing_context, element, scale, group, rows, batch, codes, codes_stride, last, scales, scale_stride, down, table, x,
-    x_stride, last_x, cols, out, out_stride, n, m
+    typing_context, element, scale, group, rows, batch, quick, codes, codes_stride, last, scales, scale_stride, down,
+    table, x, x_stride, last_x, cols, out, out_stride, n, m
 ):  # fmt: skip
-    """The product of `rows` weight rows from n and `batch` rows of x from m; beyond `last` and `last_x` those again."""
+    """The product of `rows` weight rows from n and `batch` rows of x from m; beyond `last` and `last_x` those again.
+    `quick`: by `_Vectors.quick_dots`."""
     numbers = [kind.literal_value for kind in (element, scale, group)]
     tile = rows.literal_value, batch.literal_value
+    way = quick.literal_value
 
     def emit(context, b, signature, args):
-        codes, codes_stride, last, scales, scale_stride, down, table, x, x_stride, last_x, cols, out, out_stride, n, m = args[5:]  # fmt: skip  # noqa: E501
+        codes, codes_stride, last, scales, scale_stride, down, table, x, x_stride, last_x, cols, out, out_stride, n, m = args[6:]  # fmt: skip  # noqa: E501
 
         def up_to(first, count, end):
             found = [b.add(first, _int(i)) for i in range(count)]
             return [b.select(b.icmp_signed("<", i, end), i, end) for i in found]
 
         at_rows, at_x = up_to(n, tile[0], last), up_to(m, tile[1], last_x)
-        _Vectors(context, b, *numbers).dots(
+        vectors = _Vectors(context, b, *numbers)
+        (vectors.quick_dots if way else vectors.dots)(
             *tile,
             [b.add(codes, b.mul(r, codes_stride)) for r in at_rows],
             [b.add(scales, b.mul(b.sdiv(r, down), scale_stride)) for r in at_rows],
@@ -639,7 +688,7 @@ def _dots(
         )
         return context.get_dummy_value()
 
-    return types.void(element, scale, group, rows, batch, *[types.int64] * 15), emit
+    return types.void(element, scale, group, rows, batch, quick, *[types.int64] * 15), emit
 
 
 @_intrinsic(prefer_literal=True)
@@ -804,10 +853,22 @@ def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
     return element, BYTES if fmt.scale_dtype.itemsize == 1 else FLOATS, fmt.block[1]
 
 
-def product_loop(fmt: WeightFormat) -> Loop:
+def product_loop(fmt: WeightFormat, quick: bool = False) -> Loop:
     """out = x times the dequantized rows of some weights, transposed: sums in fp32, each weight decoded once for up to
-    8 rows of x."""
-    return _product_loop(*_kind(fmt))
+    4 rows of x. `quick`: see `has_quick_product`."""
+    return _product_loop(*_kind(fmt), quick)
+
+
+def has_quick_product(fmt: WeightFormat) -> bool:
+    """Whether e4m3 is decoded by table, to bfloat16 that is then widened: that takes half the instructions. Only where
+    a row has one scale; x is fp32 in the order of `quick_values`, of each vector the even columns first."""
+    return _kind(fmt)[:2] == (E4M3, PER_ROW) and "+avx512vbmi" in chip_features()
+
+
+def chip_features() -> list[str]:
+    """Of the chip that numba compiles for."""
+    features: str = registry.cpu_target.target_context.codegen().magic_tuple()[2]
+    return features.split(",")
 
 
 def tile_loop(fmt: WeightFormat) -> Loop:
@@ -824,9 +885,8 @@ def pack_loop(fmt: WeightFormat) -> Loop:
 @functools.cache
 def has_tiles() -> bool:
     """Whether numba compiles for a chip with tiles of bfloat16, and the system lets this process use them."""
-    features = registry.cpu_target.target_context.codegen().magic_tuple()[2].split(",")
     needed = {"+amx-tile", "+amx-bf16", "+avx512bf16", "+avx512vbmi"}
-    return needed <= set(features) and hasattr(torch.cpu, "_init_amx") and bool(torch.cpu._init_amx())
+    return needed <= set(chip_features()) and hasattr(torch.cpu, "_init_amx") and bool(torch.cpu._init_amx())
 
 
 def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
@@ -835,7 +895,7 @@ def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
 
 
 @functools.cache
-def _product_loop(element: int, scale: int, group: int) -> Loop:
+def _product_loop(element: int, scale: int, group: int, quick: bool) -> Loop:
     def loop(pointer):
         p = carray(pointer, 1)[0]
         while True:
@@ -846,23 +906,18 @@ def _product_loop(element: int, scale: int, group: int) -> Loop:
             start = piece % p.pieces_per_job * p.step
             stop = min(start + p.step, p.rows)
             first, end = job[3], job[4]
-            n = start
-            while n < stop:
-                m = first
-                while m < end:
+            for n in range(start, stop, 4):
+                for m in range(first, end, 4):
                     if end - m == 1:
                         _dots(
-                            element, scale, group, 4, 1, job[0], p.codes_stride, stop - 1, job[1], p.scale_stride,
-                            p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
+                            element, scale, group, 4, 1, quick, job[0], p.codes_stride, stop - 1, job[1],
+                            p.scale_stride, p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
                         )  # fmt: skip
-                        m += 1
                     else:
                         _dots(
-                            element, scale, group, 4, 4, job[0], p.codes_stride, stop - 1, job[1], p.scale_stride,
-                            p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
+                            element, scale, group, 4, 4, quick, job[0], p.codes_stride, stop - 1, job[1],
+                            p.scale_stride, p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
                         )  # fmt: skip
-                        m += 4
-                n += 4
 
     return _compiled(loop, PRODUCT)
 
