@@ -1,4 +1,4 @@
-"""CPU kernels beside what people do without them: quantize, dequantize and the small-batch linear, one run, one table.
+"""CPU kernels beside what people do without them: quantize and dequantize, one run, one table. Products: products.py.
 
     python bench/kernels_cpu.py [--quick] [--grouped] [--shapes 4096x4096 ...] [--out bench/results/kernels_cpu.json]
 
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from qtensor.kernels import (
     FORMATS,
@@ -42,7 +41,6 @@ from qtensor.kernels.reference import TORCH
 FUSED = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK)
 SHAPES = [(4096, 4096), (8192, 28672)]
 QUICK_SHAPES = [(2048, 4096)]
-BATCHES = (1, 2, 4, 8, 16)
 CHUNK_BYTES = 64 << 20
 MAX = 448.0
 
@@ -97,10 +95,6 @@ def naive_dequantize(qdata: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def numba() -> Backend:
     return choose(torch.device("cpu"), "numba")
-
-
-def dequantize_then_linear(x: torch.Tensor, parts: Parts) -> torch.Tensor:
-    return functional.linear(x, numba().dequantize(parts, FP8_PER_CHANNEL, torch.bfloat16))
 
 
 def torchao_per_row(weight: torch.Tensor) -> dict[str, Call]:
@@ -188,40 +182,8 @@ def rows_of(task: str, shape: tuple[int, int], calls: dict[str, Call], budget: f
     ]
 
 
-def linear_rows(size: int, budget: float) -> list[dict[str, Any]]:
-    table = []
-    dense = torch.randn(size, size, dtype=torch.bfloat16) * 0.02
-    weights = {fmt: Parts.of((size, size), fmt) for fmt in FUSED}
-    for fmt, parts in weights.items():
-        numba().quantize_into(dense, parts, fmt)
-    per_channel = weights[FP8_PER_CHANNEL]
-    for batch in BATCHES:
-        x = torch.randn(batch, size, dtype=torch.bfloat16)
-        x8, x_scale = numba().quantize_activation(x, FP8_PER_CHANNEL)
-        calls: dict[str, Call] = {"bf16 F.linear": partial(functional.linear, x, dense)}
-        for fmt, parts in weights.items():
-            calls[f"qtensor numba {fmt.name}"] = partial(numba().linear, x, parts, fmt)
-        calls["dequantize (numba) + F.linear"] = partial(dequantize_then_linear, x, per_channel)
-        calls["qtensor torch reference"] = partial(TORCH.linear, x, per_channel, FP8_PER_CHANNEL)
-        best = best_of(calls, budget)
-        scaled_mm = partial(
-            torch._scaled_mm,
-            x8,
-            per_channel.qdata.t(),
-            scale_a=x_scale,
-            scale_b=per_channel.scale.t(),
-            out_dtype=torch.bfloat16,
-        )
-        best |= best_of({"torch._scaled_mm (x quantized beforehand)": scaled_mm}, budget / 4)
-        for name, seconds in best.items():
-            speed = best["bf16 F.linear"] / seconds
-            shape = [batch, size, size]
-            table.append({"task": "linear", "shape": shape, "who": name, "ms": seconds * 1e3, "of_bf16_speed": speed})
-    return table
-
-
 def warm_up() -> dict[str, float]:
-    """Seconds of the first quantize, dequantize and linear of every format, compilation included, per source dtype."""
+    """Seconds of the first quantize, dequantize and linear in fp8, compilation included, per source dtype."""
     os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()
     seconds = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -267,8 +229,6 @@ def print_table(table: list[dict[str, Any]]) -> None:
         if "gb_per_s" in entry:
             figures += f" {entry['gb_per_s']:7.2f} GB/s {entry['of_memcpy']:5.0%} of memcpy"
             figures += f"   x{entry['times_ours']:.1f} the time"
-        if "of_bf16_speed" in entry:
-            figures += f"   {entry['of_bf16_speed']:5.2f} of bf16's speed"
         print(f"  {entry['who']:44s}{figures}")
 
 
@@ -292,7 +252,6 @@ def main() -> None:
     if not args.grouped:
         for shape in shapes:
             table += quantize_rows(shape, budget) + dequantize_rows(shape, budget)
-        table += linear_rows(1024 if args.quick else 4096, budget)
     table += grouped_rows(shapes[0], budget)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
