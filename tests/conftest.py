@@ -1,11 +1,15 @@
 """Test settings: a deterministic hypothesis profile; HYPOTHESIS_PROFILE=thorough searches longer, at random.
 And what holds for every test: no session and no hook outlives it."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # Before PyTorch: two suites share the cores, and none spins.
+
 from hypothesis import settings
 
 from support.helpers import assert_no_hooks
@@ -16,6 +20,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # A shell starts what it runs in the background with Ctrl-C ignored; tests raise that signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What all test files import stays: the many collections of garbage need not walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.processes import ROOT, in_forks
 
 ANOTHER_CAT = """
 
@@ -53,13 +51,10 @@ def compiled_and_eager(folder: Path) -> tuple[float, float, int]:
 def test_a_program_of_edited_code_is_made_anew(tmp_path: Path) -> None:
     joins = package(tmp_path) / "tensor" / "ops_joins.py"
     source = joins.read_text(encoding="utf-8")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._inductor.compile_fx"])
     results = []
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for which in (0, 1):
-            joins.write_text(source + ANOTHER_CAT.format(which=which), encoding="utf-8")
-            results.append(pool.submit(compiled_and_eager, tmp_path).result())
+    for which in (0, 1):
+        joins.write_text(source + ANOTHER_CAT.format(which=which), encoding="utf-8")
+        results += in_forks(compiled_and_eager, [tmp_path], ("torch._inductor.compile_fx",))
     (before, _, hits), (compiled, eager, _) = results
     assert hits == 1  # the cache works, or this test would show nothing
     assert eager != before

@@ -26,7 +26,8 @@ from qtensor.checkpoint.verify import weights_of
 from qtensor.convert import converting, streaming
 from qtensor.schemes.scheme import SCHEMES as NAMED
 from support.helpers import same_bytes
-from support.interrupted import convert_alone, elsewhere, kill_at_random, quantize_folder, save_model
+from support.interrupted import convert_alone, kill_at_random, quantize_folder, save_model
+from support.processes import elsewhere
 
 SCHEMES = tuple(dict.fromkeys(NAMED.values()))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

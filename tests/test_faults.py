@@ -30,8 +30,8 @@ from qtensor import QTensorError, fp8, online_quant, online_reload, save_checkpo
 from qtensor.checkpoint import problems, quantize_checkpoint
 from support import faults
 from support.faults import FILE, Patch, at_write
-from support.interrupted import elsewhere
 from support.loading import TinyNet, assert_equals_oracle, assert_nothing_armed, weights_of
+from support.processes import elsewhere
 
 OBSERVED: dict[tuple[str, str], str] = {}
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib
-import multiprocessing
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.processes import ROOT, in_forks
+
 PLACES = {
     "qtensor": ROOT / "qtensor",
     "qtensor.kernels": ROOT / "kernels",
@@ -124,8 +123,5 @@ def import_alone(module: str) -> str | None:
 
 def test_every_file_can_be_imported_first() -> None:
     """And so in any order. Those of the vLLM plugin need vLLM; tests/vllm/test_surroundings.py imports them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy"])
     alone = sorted(m for m in MODULES if m not in ENTRANCES and not m.startswith("qtensor.integrations."))
-    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
-        assert [problem for problem in pool.map(import_alone, alone) if problem] == []
+    assert [problem for problem in in_forks(import_alone, alone, ("torch", "numpy")) if problem] == []

@@ -31,7 +31,7 @@ from qtensor import (
 from qtensor.ranks import sharding, vote
 from support.helpers import Experts, free_port, same_bytes
 from support.programs import SCHEMES
-from support.ranks import at_length, process_group, spawn
+from support.ranks import at_length, process_group, spawn, start
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 TIMEOUT = 20.0
@@ -367,7 +367,7 @@ def killed(rank: int, world: int, port: int) -> None:
 
 
 def test_a_killed_rank_ends_the_others_with_an_error_in_time() -> None:
-    torch.multiprocessing.spawn(killed, args=(3, free_port()), nprocs=3)
+    start(killed, 3, 3, free_port())
 
 
 def test_without_torch_distributed_process_group_says_what_to_call() -> None:

@@ -1,7 +1,7 @@
 """Work that is killed at random moments: what the processes do, and who kills them.
 
-They are forked from a server that has imported what they need, so that a life takes tenths of a second; this file
-imports no more than that.
+They are forks (support/processes.py), so that a life takes tenths of a second; this file imports no more than those
+have.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from torch import nn
 
 from qtensor import fp8, quantize, save_checkpoint
 from qtensor.checkpoint import ShardTask, convert_shard, quantize_checkpoint
-
-elsewhere = multiprocessing.get_context("forkserver")
-elsewhere.set_forkserver_preload(["qtensor.checkpoint", "huggingface_hub"])
+from support.processes import elsewhere
 
 
 def _quickly() -> None:

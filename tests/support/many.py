@@ -1,6 +1,6 @@
 """Many processes that make one checkpoint: ranks, what befalls them, and hosts that are network namespaces.
 
-Ranks are forked from a server that has imported what they need, and run the command itself. Under torchrun this file is
+Ranks are forks (support/processes.py) and run the command itself. Under torchrun this file is
 the program: a rank 1 that is killed once.
 """
 
@@ -25,7 +25,7 @@ import torch
 from qtensor.cli.main import main
 from qtensor.convert import cluster, converting
 from support.helpers import free_port
-from support.interrupted import elsewhere
+from support.processes import elsewhere
 
 CLONE_NEWNET = 0x40000000
 

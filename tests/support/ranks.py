@@ -7,12 +7,14 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from support.helpers import free_port
+from support.processes import elsewhere
 
 at_length = pytest.mark.skipif(not os.environ.get("QTENSOR_ENDURANCE"), reason="four ranks: make endurance")
 
@@ -40,4 +42,9 @@ def worker(rank: int, world: int, port: int, checks: tuple[Callable[[int, int], 
 
 def spawn(world: int, *checks: Callable[[int, int], None]) -> None:
     """Run checks(rank, world), one after the other, in as many processes; raise what the first of them raised."""
-    torch.multiprocessing.spawn(worker, args=(world, free_port(), checks), nprocs=world)
+    start(worker, world, world, free_port(), checks)
+
+
+def start(work: Callable[..., None], world: int, *args: Any) -> None:
+    """Run work(rank, *args) in a process for each rank, forks that have their imports."""
+    torch.multiprocessing.start_processes(work, args=args, nprocs=world, start_method=elsewhere.get_start_method())

@@ -21,7 +21,7 @@ from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES
 from support.vllm.checkpoints import checkpoint
 from support.vllm.engines import engine, load_error, look
-from support.vllm.processes import output_of
+from support.vllm.scripts import output_of
 
 
 def test_names() -> None:

@@ -22,16 +22,17 @@ from qtensor.integrations.vllm.options import OptionsError
 from qtensor.integrations.vllm.parallel import RankHost, split_axes
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import Scheme
+from support.processes import in_forks
 from support.vllm.checkpoints import adapter, checkpoint, quantized_checkpoint, tensors_of
 from support.vllm.engines import DISTANCE, Seen, digest, engine, load_error, look, runtime_tensors
 from support.vllm.oracle import fused, mistakes
-from support.vllm.processes import in_fresh_processes
+from support.vllm.scripts import FRESH_VLLM
 
 
 def test_every_file_can_be_imported_first() -> None:
     """And so in any order: as tests/test_layering.py tests it of the rest, here where vLLM is installed."""
     plugin = sorted(module for module in MODULES if module.startswith("qtensor.integrations."))
-    assert [problem for problem in in_fresh_processes(import_alone, plugin) if problem] == []
+    assert [problem for problem in in_forks(import_alone, plugin, FRESH_VLLM) if problem] == []
 
 
 def _with_options(**options: object) -> dict[str, Any]:

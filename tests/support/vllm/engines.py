@@ -113,24 +113,21 @@ def look(llm: LLM, *, keep_tensors: bool = False, lora: Any = None) -> Seen:
         )
 
     llm.apply_model(watch)
-    tokens = []
-    first = []
-    for prompt in _PROMPTS:
-        del logits[:]
-        out = llm.generate(
-            [{"prompt_token_ids": prompt}],
-            SamplingParams(max_tokens=_TOKENS, temperature=0, detokenize=False, ignore_eos=True),
-            use_tqdm=False,
-            lora_request=lora,
-        )
-        tokens.append(list(out[0].outputs[0].token_ids))
-        first.append(logits[0][-1:, :VOCAB])
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in _PROMPTS],
+        SamplingParams(max_tokens=_TOKENS, temperature=0, detokenize=False, ignore_eos=True),
+        use_tqdm=False,
+        lora_request=lora,
+    )
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    first = logits[0][:, :VOCAB]
+    assert len(first) == len(_PROMPTS), "the prompts did not run in one batch"
     handles[0].remove()
     reports = None
     if hasattr(llm.llm_engine.vllm_config.quant_config, "choice"):
         reports = llm.collective_rpc("qtensor_report")[0]
     tensors = llm.apply_model(runtime_tensors)[0]
-    seen = Seen(tokens, torch.cat(first).log_softmax(-1), _digests(tensors), reports)
+    seen = Seen(tokens, first.log_softmax(-1), _digests(tensors), reports)
     if keep_tensors:
         seen.tensors = tensors
         seen.state = llm.apply_model(lambda model: {n: t.detach().clone() for n, t in model.state_dict().items()})[0]
