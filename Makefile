@@ -33,9 +33,14 @@ demo: $(VENV)/.demo
 	@echo "Running the demo: qtensor demo $(DEMO_ARGS)"
 	@HF_HUB_OFFLINE=1 $(BIN)/qtensor demo $(DEMO_ARGS)
 
-# What is independent is made, and run, side by side. vllm.mk adds to both lists.
+# What is independent is made, and run, side by side, in parts of about the same length. vllm.mk adds to both lists.
 TEST_NEEDS = lint $(VENV)/.browser
-SUITES = 'tests=$(BIN)/python -m pytest'
+KERNELS = $(wildcard tests/test_backend.py tests/test_cpu_*.py tests/test_number_*.py tests/test_triton_*.py)
+PROCESSES = $(wildcard $(addprefix tests/test_,conversion.py dtensor.py fsdp.py interrupts.py league.py \
+	loaders_distributed.py quantize_many.py rank_failures.py sharding.py))
+PYTEST = $(BIN)/python -m pytest
+SUITES = 'processes=$(PYTEST) $(PROCESSES)' 'kernels  =$(PYTEST) $(KERNELS)' \
+	'the rest =$(PYTEST) $(addprefix --ignore=,$(KERNELS) $(PROCESSES))'
 test: ready-to-test
 	@echo "Running the tests; left to commands of their own: make endurance, make test-vllm-full"
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/support/side_by_side.py $(SUITES)
@@ -52,10 +57,12 @@ lint: $(VENV)/.dev
 	@cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p qtensor
 
 endurance: $(VENV)/.dev
-	@echo "Running 16 threads, 1000 loads, 500 reloads, 11,000 interrupts, 200 kills, four ranks, and thousands of programs"
+	@echo "Running 16 threads, 1000 loads, 500 reloads, 11,000 interrupts, 200 kills, four ranks, thousands of programs, and"
+	@echo "every Triton kernel for every GPU"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
 		tests/test_conversion.py tests/test_quantize_many.py tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py \
-		tests/test_rank_failures.py tests/test_interrupts.py tests/test_reload_machine.py
+		tests/test_rank_failures.py tests/test_interrupts.py tests/test_reload_machine.py tests/test_triton_aot.py \
+		tests/test_triton_kernels.py
 
 # vllm.mk adds environments with vLLM to these.
 test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready

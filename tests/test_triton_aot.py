@@ -1,15 +1,18 @@
 """Every Triton kernel compiled ahead of time for every GPU it is meant for, on a machine without any.
 
 The machine code is then read: 16-byte accesses wherever the addresses allow it, nothing spilled, and the hardware's own
-fp8 conversion exactly where the target has one.
+fp8 conversion exactly where the target has one. Every case is compiled for sm_90 and, unless it only differs by the
+figures it takes, for gfx942; one case of each kernel for every target, and with other dtypes and layouts. `make
+endurance` compiles all for all.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from triton.compiler import ASTSource
 from qtensor.kernels import FORMATS
 from qtensor.kernels.triton import activation, dequant, launch, per_block, per_channel, per_group, per_tensor
 
+ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
+at_length = pytest.mark.skipif(not ENDURANCE, reason="the whole grid of kernels and GPUs: make endurance")
 NVIDIA = [GPUTarget("cuda", capability, 32) for capability in (80, 89, 90, 100)]
 AMD = [GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")]
 POINTERS = {
@@ -124,6 +129,22 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+TYPICAL = {case.kernel: case.name for case in reversed(CASES) if case.encodes == "e4m3"}.values()
+"""One of each kernel."""
+
+
+def name_of(target: GPUTarget) -> str:
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def grid(targets: list[GPUTarget], always: Callable[[Case, str], bool] = lambda *_: False) -> list[Any]:
+    """Cases × targets; at length, what is neither typical nor `always`."""
+    cells = [(case, target, name_of(target)) for case in CASES for target in targets]
+    return [
+        pytest.param(case, target, id=f"{case.name}-{name}", marks=() if usual else at_length)
+        for case, target, name in cells
+        for usual in [case.name in TYPICAL or always(case, name)]
+    ]
 
 
 def compile_for(case: Case, target: GPUTarget, dtype: torch.dtype = torch.bfloat16, aligned: bool = True) -> Any:
@@ -175,8 +196,7 @@ def wide_accesses(assembly: str, access: str) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("target", NVIDIA, ids=lambda t: f"sm_{t.arch}")
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(("case", "target"), grid(NVIDIA, lambda _, name: name == "sm_90"))
 def test_nvidia(case: Case, target: GPUTarget) -> None:
     compiled = compile_for(case, target)
     ptx = compiled.asm["ptx"]
@@ -194,8 +214,7 @@ def test_nvidia(case: Case, target: GPUTarget) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("target", AMD, ids=lambda t: t.arch)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(("case", "target"), grid(AMD, lambda case, name: name == "gfx942" and "sqnr" not in case.name))
 def test_amd(case: Case, target: GPUTarget) -> None:
     assembly = compile_for(case, target).asm["amdgcn"]
     if case.loads:
@@ -211,10 +230,10 @@ def test_amd(case: Case, target: GPUTarget) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("target", [NVIDIA[2], AMD[0]], ids=["sm_90", "gfx942"])
-@pytest.mark.parametrize("case", [c for c in CASES if "sqnr" not in c.name], ids=lambda c: c.name)
+@pytest.mark.parametrize(("case", "target"), grid([NVIDIA[2], AMD[0]]))
 def test_other_dtypes_and_layouts_compile(case: Case, target: GPUTarget) -> None:
-    for dtype in (torch.float16, torch.float32):
+    usual = torch.float32 if target.backend == "cuda" else torch.float16
+    for dtype in (torch.float16, torch.float32) if ENDURANCE else (usual,):
         compiled = compile_for(case, target, dtype)
         if target.backend == "cuda":
             assert local_bytes(compiled) <= (8 if OLD_TRITON and case.name == "int4_per_group" else 0)

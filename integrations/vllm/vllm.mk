@@ -18,7 +18,7 @@ VLLM_PIP := $(VLLM_PYTHON) -m pip install -qq --disable-pip-version-check
 TEST_NEEDS += $(VLLM_VENV)/.vllm
 test: $(VLLM_VENV)/.ready
 VLLM_TESTS = $(VLLM_PYTHON) -m pytest tests/vllm -m "not slow"
-SUITES += 'vllm =$(VLLM_TESTS)'
+SUITES += 'vllm     =$(VLLM_TESTS)'
 
 test-vllm: $(VLLM_VENV)/.ready
 	@echo "Testing the vLLM plugin on $(VLLM)"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import multiprocessing
 import sys
@@ -51,6 +52,7 @@ def _import(modules: tuple[str, ...]) -> None:
     for module in modules:
         importlib.import_module(module)
     sys.path[:] = whole
+    gc.freeze()  # Nor do the forks' collections walk it.
 
 
 def _each_in_a_fork(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:

@@ -1,6 +1,8 @@
 """Runs test suites side by side, for `make test`: each line with its suite's name, and every summary at the end.
 
 python tests/support/side_by_side.py NAME=COMMAND ...
+
+One more than there are cores run at a time, in the order given: tests of several processes also wait for each other.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def run(suite: str) -> tuple[str, int, float, list[str]]:
 
 
 def main(suites: list[str]) -> int:
-    with ThreadPoolExecutor(len(suites)) as pool:
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         results = list(pool.map(run, suites))
     for name, code, seconds, summary in results:
         print(

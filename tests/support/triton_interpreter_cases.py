@@ -38,7 +38,11 @@ from qtensor.kernels.triton import TRITON, activation, encode, launch, per_chann
 from support.kernel_contract import assert_gives_the_references_results
 
 FUSED = launch.target(torch.device("cpu"))["FUSED"]
-few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(
+    max_examples=100 if os.environ.get("QTENSOR_ENDURANCE") else 12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
 VALUES = ("normal", "zeros", "subnormal", "edges", "huge", "one outlier")
