@@ -32,8 +32,8 @@ from ..tensor.qtensor import QTensor, empty
 from .targets import Targets
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
-PRODUCER = "qtensor"
-"""Says in config.json who wrote the folder; readers of either format pass over the key."""
+PRODUCER = {"name": "qtensor"}
+"""Says in config.json who wrote the folder, in the form that vLLM looks into; other readers pass over the key."""
 Spec = tuple[torch.dtype, tuple[int, ...]]
 # Matrices that serving systems keep as one. Per tensor they share a scale; per block each but the last has to end on
 # a block's border.
@@ -243,7 +243,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
     if format == FP8:
         return {
             "quant_method": FP8,
-            "producer": PRODUCER,
+            "producer": {**PRODUCER},
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "weight_block_size": [128, 128],
@@ -274,7 +274,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
             group["format"] = packing
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "producer": PRODUCER,
+        "producer": {**PRODUCER},
         "format": packings[0] if len(set(packings)) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
