@@ -2,8 +2,8 @@
 
 w13_weight `[E, 2I, H]` holds gate and up projections (`[E, I, H]` where the activation has no gate), w2_weight
 `[E, H, I]` the down projections; E counts the experts of this rank. Every row of every expert is its own unit for
-per-channel scales, so gate and up may come in any order. On a CPU the product runs expert by expert on qtensor's
-kernels; on a GPU through vLLM's fused fp8 experts.
+per-channel scales, so gate and up may come in any order. On a CPU the product of all experts is one call
+of qtensor's kernels; on a GPU it goes through vLLM's fused fp8 experts.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from qtensor import kernels
 from qtensor.errors import QTensorError
-from qtensor.kernels import Parts
+from qtensor.kernels import FORMATS, Parts, WeightFormat
 from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
 from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
@@ -26,7 +27,7 @@ from .entry import load_of
 from .load import Load
 from .options import Choice
 from .parallel import split_axes
-from .products import _define, frozen, product, publish_parts, published_parts, require_served_on_gpus
+from .products import _define, frozen, publish_parts, published_parts, require_served_on_gpus
 
 _STACKS = ("w13_weight", "w2_weight")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_no_mul", "relu2_no_mul")
@@ -202,6 +203,9 @@ def _activation_name(activation: Any) -> str:
 # The product on a CPU -----------------------------------------------------------------------------------------------
 
 
+_PAIRS = 4096  # of a token and an expert that are multiplied at a time
+
+
 def _experts(
     x: torch.Tensor,
     w13: Sequence[torch.Tensor],
@@ -218,26 +222,35 @@ def _experts(
 ) -> torch.Tensor:
     """Σ over a token's experts of weight · w2(act(w13(x))), summed in fp32. Experts of other ranks add nothing.
 
-    An expert at a time goes through both of its matrices, so that what lies between is held for one expert's tokens.
-    `Backend.experts` multiplies by one stack for all experts: it would take x, and hold the hidden values, for every
-    pair of a token and an expert at once.
+    Pairs of a token and an expert are sorted by expert, and `Backend.experts` takes `_PAIRS` of them at a time, so that
+    what lies between the two matrices is held for no more.
     """
-    first, second = Parts(*w13), Parts(*w2)
-    local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
+    first, second, form = Parts(*w13), Parts(*w2), FORMATS[fmt]
+    local = (topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()).flatten()
+    order = local.argsort(stable=True)
+    order = order[int((local < 0).sum()) :]  # Those of other ranks come first.
+    ends = local[order].bincount(minlength=first.qdata.shape[0]).cumsum(0)
     out = torch.zeros_like(x, dtype=torch.float32)
-    for e in torch.unique(local).tolist():
-        if e < 0:
-            continue
-        token, slot = (local == e).nonzero(as_tuple=True)
-        weight = topk_weights[token, slot].unsqueeze(1)
+    for start in range(0, order.numel(), _PAIRS):
+        pairs = order[start : start + _PAIRS]
+        offsets = (ends - start).clamp(0, pairs.numel())
+        token, weight = pairs // topk_ids.shape[1], topk_weights.flatten()[pairs].unsqueeze(1)
         rows = x[token]
         if weight_on_input:
             rows = rows * weight.to(x.dtype)
-        hidden = product(rows, first.matrix(e), fmt, round_x, None if w13_bias is None else w13_bias[e])
-        hidden = _activate(hidden, activation)
-        down = product(hidden, second.matrix(e), fmt, round_x, None if w2_bias is None else w2_bias[e]).float()
+        hidden = _activate(_routed(rows, first, form, offsets, w13_bias, round_x), activation)
+        down = _routed(hidden, second, form, offsets, w2_bias, round_x).float()
         out.index_add_(0, token, down if weight_on_input else down * weight.float())
     return out.to(x.dtype)
+
+
+def _routed(
+    x: torch.Tensor, parts: Parts, fmt: WeightFormat, offsets: torch.Tensor, bias: torch.Tensor | None, round_x: bool
+) -> torch.Tensor:
+    """x, sorted by expert, times the matrices of its experts; `round_x`: quantized to fp8 and back."""
+    if round_x:
+        x = kernels.round_trip_activation(x, fmt)
+    return kernels.serving(x, *parts).experts(x, parts, fmt, offsets, bias)
 
 
 def _activate(x: torch.Tensor, name: str) -> torch.Tensor:

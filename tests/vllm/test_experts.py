@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from qtensor import quantize
+from qtensor.integrations.vllm import moe
 from qtensor.integrations.vllm.missing import Names
 from qtensor.integrations.vllm.moe import _activate, _experts
 from qtensor.kernels import FORMATS
@@ -49,9 +50,12 @@ def test_missing_experts_have_global_numbers_and_the_checkpoints_spelling() -> N
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swigluoai", "relu2_no_mul"])
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_product(scheme: str, activation: str, on_input: bool, local: bool) -> None:
-    """Against a loop over tokens in fp32 on the dequantized weights; with an expert map, other ranks' experts add 0."""
+def test_product(scheme: str, activation: str, on_input: bool, local: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop over tokens in fp32 on the dequantized weights; with an expert map, other ranks' experts add 0.
+    All pairs of a token and an expert at once, and (with weights on the input) a few at a time."""
     torch.manual_seed(0)
+    if on_input:
+        monkeypatch.setattr(moe, "_PAIRS", 5)
     rows = INNER if activation.endswith("_no_mul") else 2 * INNER
     w13, w2 = torch.randn(E, rows, H) * 0.2, torch.randn(E, H, INNER) * 0.2
     q13, q2 = quantize(w13.bfloat16(), scheme), quantize(w2.bfloat16(), scheme)
