@@ -3,7 +3,8 @@
     python bench/load_placed.py [--mb 500] [--repeat 3]
 
 The checkpoint is fp32 and the model bf16, so every value is cast, and no page of the mapped file can stand for it. Peak
-and final are anonymous memory above what the warm process held; each process has done the same load with a tiny model.
+and final are anonymous memory above what the warm process held; each process has done the same load with a tiny model,
+and returns freed memory to the system at once (MALLOC_MMAP_THRESHOLD_).
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def main() -> None:
         run_child(args.child[0], Path(args.child[1]))
         return
     ways = [way for way in WAYS if importlib.util.find_spec(way.partition("-")[0])]
+    # Otherwise glibc keeps freed memory of the size of a weight for the next one, and calls it used.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     with tempfile.TemporaryDirectory() as folder:
         for way in ways:
             write(way, Path(folder, way.partition("-")[0]), args.mb)

@@ -318,7 +318,7 @@ def test_missing_half_of_a_fused_weight_is_reported_by_row_and_name() -> None:
         m.gate_up_proj.weight.data[:32].copy_(torch.randn(32, 16))
     assert str(error.value) == (
         "gate_up_proj.weight: 32 of 64 rows never written: rows 32:64 (the checkpoint may lack 'up_proj'). "
-        'Pass on_missing="zero" to fill them.'
+        'Pass on_missing="zero" to fill them, "init" for layers that are meant to be new (a classifier head).'
     )
 
 

@@ -51,7 +51,7 @@ from ..kernels import SOURCE_DTYPES
 from ..modules import module_of, weight_of
 from ..report.progress import Progress, ProgressLike, from_bytes
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
-from ..schemes.selection import DEFAULT_IGNORE, matches
+from ..schemes.selection import DEFAULT_IGNORE, ignoring
 from .streaming import OnBytes, TensorTask, copy, quantize
 
 _ATTEMPT = "attempt-"
@@ -321,7 +321,7 @@ def _choose(
             report.left[name] = "a stack of matrices in one tensor"
         if module is None or len(stored.shape) != 2:
             continue
-        ignored = [pattern for pattern in ignore if matches(pattern, module, name)]
+        ignored = ignoring(ignore, module, name, stored.shape[0])
         unused.difference_update(ignored)
         if ignored:
             report.left[name] = f"ignored by {ignored[0]!r}"

@@ -21,6 +21,7 @@ from .plot import plot_load
 from .timeline import MemoryPoint
 
 _SHOWN_BOXES = 4
+_SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,10 @@ class LoadReport:
             f"peak staging {self.peak_staged_bytes:,} bytes; lossy reads {self.lossy_reads}; {self.seconds:.2f} s; "
             f"session {self.state}",
         ]
-        lines += [f"not quantized: {name}: {why}" for name, why in self.passthrough.items() if why]
+        for why in dict.fromkeys(filter(None, self.passthrough.values())):
+            names = [name for name, other in self.passthrough.items() if other == why]
+            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+            lines.append(f"not quantized: {', '.join(names[:_SHOWN_NAMES])}{more}: {why}")
         lines += [f"never written: {name}" for name in self.untouched]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return joined(lines)

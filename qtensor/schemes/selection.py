@@ -19,13 +19,16 @@ from ..modules import Owner, full_name
 from .config import SchemeSpec, read_config, read_patterns
 from .scheme import Scheme, Targets
 
+ROUTERS = r"re:(.*\.)?(\w*router|gate|wg|shared_expert_gate)$"
+"""Of `DEFAULT_IGNORE`; a matrix by such a name with more rows than a mixture has experts is a layer like others."""
+MOST_EXPERTS = 1024
 # Output heads, embeddings, norms and expert routers: small, or known to cost accuracy.
 DEFAULT_IGNORE: tuple[str, ...] = (
     "lm_head",
     "*.lm_head",
     r"re:(.*\.)?(wte|wpe|\w*embed(ding)?s?(_tokens|_in|_out)?)$",
     r"re:(.*\.)?\w*(norm|ln)(_?\w)?$",
-    r"re:(.*\.)?(\w*router|gate|wg|shared_expert_gate)$",
+    ROUTERS,
 )
 _EXPERT_PARAMETERS = {
     "gate_up_proj",
@@ -71,6 +74,25 @@ class Selection:
         schemes = [self._scheme_of(owner, param) for owner in owners]
         return schemes[0] if schemes and all(s is not None for s in schemes) else None
 
+    def why_left(self, owners: Sequence[Owner], param: torch.Tensor) -> str:
+        """Why a weight that could be quantized stays as it is, for a report; nothing to say of all others."""
+        for owner in owners:
+            module_name, module, _ = owner
+            named = [p for p in self.targets or () if matches(p, module_name, full_name(owner))]
+            default = isinstance(module, nn.Linear) if param.dim() == 2 else _is_expert_stack(owner)
+            if param.dim() in (2, 3) and (named or default) and (found := self._ignoring(owner, param)):
+                return f"ignored by {found[0]!r}"
+            if named and param.dim() > 3:
+                self._unused.difference_update(named)
+                return f"{list(param.shape)} is neither a matrix nor a stack of them, though {named[0]!r} selects it"
+        return ""
+
+    def _ignoring(self, owner: Owner, param: torch.Tensor) -> list[str]:
+        found = ignoring(self.ignore, owner[0], full_name(owner), param.shape[-2])
+        # A weight that `targets` calls by its very name is meant, whatever is left alone by default.
+        meant = any(name in (self.targets or ()) for name in (owner[0], full_name(owner)))
+        return [pattern for pattern in found if not (meant and pattern in DEFAULT_IGNORE)]
+
     def unused_patterns(self) -> list[str]:
         """The user's own patterns that matched nothing."""
         return sorted(self._unused)
@@ -82,7 +104,7 @@ class Selection:
         if self.targets is None and param.dim() == 3 and not _is_expert_stack(owner):
             return None
         full = full_name(owner)
-        ignored = [p for p in self.ignore if matches(p, module_name, full)]
+        ignored = self._ignoring(owner, param)
         self._unused.difference_update(ignored)
         if ignored:
             return None
@@ -91,6 +113,12 @@ class Selection:
         found = [pattern for pattern in self.targets if matches(pattern, module_name, full)]
         self._unused.difference_update(found)
         return self.targets[found[0]] if found else None
+
+
+def ignoring(patterns: Sequence[str], module_name: str, weight_name: str, rows: int) -> list[str]:
+    """Those of the patterns in `ignore` that leave a matrix of so many rows alone."""
+    found = [pattern for pattern in patterns if matches(pattern, module_name, weight_name)]
+    return [pattern for pattern in found if pattern != ROUTERS or rows <= MOST_EXPERTS]
 
 
 def matches(pattern: str, module_name: str, weight_name: str) -> bool:

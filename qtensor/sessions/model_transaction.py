@@ -21,7 +21,7 @@ from ..lazy.plain_store import PlainStore
 from ..lazy.quant_store import QuantStore
 from ..lazy.uninitialised import is_untouched
 from ..lazy.weight import ArmedWeight
-from ..modules import full_name
+from ..modules import Owner, full_name
 from ..ranks.fsdp import Hold
 from ..regions.coverage import Box
 from ..report.progress import Progress
@@ -216,7 +216,7 @@ class ModelTransaction(LoadHost, Transaction):
             on_meta = on_meta or tensor.is_meta
         if missing:
             advice = (
-                'Pass on_missing="zero" to fill them.'
+                'Pass on_missing="zero" to fill them, "init" for layers that are meant to be new (a classifier head).'
                 if self.on_missing == "error"
                 else (f'on_missing="{self.on_missing}" has nothing to fill them with.')
             )
@@ -264,7 +264,8 @@ class ModelTransaction(LoadHost, Transaction):
                 report.layers.append(self._layer(name, weight.store.result, weight, self._notes.get(name, "")))
             elif isinstance(weight.store, PlainStore):
                 plain |= _held(weight.store.tensor)
-                report.passthrough[name] = _why_plain(weight, self.min_sqnr) or self._notes.get(name, "")
+                why = _why_plain(weight, self.min_sqnr) or self._notes.get(name, "")
+                report.passthrough[name] = why or self._why_left(owners, weight.store.tensor)
         for module_name, module, name, param in self._tree.parameters():
             if isinstance(param, LAZY) or id(param) in seen:
                 continue
@@ -280,6 +281,10 @@ class ModelTransaction(LoadHost, Transaction):
                 plain |= _held(buffer)
         report.passthrough_bytes = sum(plain.values())
         return self._sum_up(report)
+
+    def _why_left(self, owners: list[Owner], values: torch.Tensor) -> str:
+        """Why a weight was not chosen, where that may surprise."""
+        return ""
 
     def _settings(self) -> dict[str, str]:
         """What the session was told, as text for the report."""

@@ -271,6 +271,9 @@ class Load(ModelTransaction):
     def goes_anywhere(self, weight: ArmedWeight) -> bool:
         return self.options.device is None and weight.on_meta and not weight.coverage.covered
 
+    def _why_left(self, owners: Sequence[Owner], values: torch.Tensor) -> str:
+        return self._selection.why_left(owners, values)
+
     def touch(self, weight: ArmedWeight) -> None:
         self._agreements.advance()
         super().touch(weight)
