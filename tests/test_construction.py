@@ -108,6 +108,23 @@ def test_parameters_and_buffers_that_are_parts_of_a_weight() -> None:
     assert model.q.data_ptr() == model.turned.data_ptr() == model.qkv.weight.data_ptr()
 
 
+def test_what_a_constructor_drops_need_not_be_loaded() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+            nn.Linear(8, 8)
+            del self.body[1]
+            self.head = nn.Linear(8, 3)
+            self.head = nn.Identity()
+
+    state = {name: value.clone() for name, value in Drops().state_dict().items()}
+    with online_quant(fp8_per_channel):
+        model = Drops()
+        model.load_state_dict(state)
+    assert_oracle(model.body[0].weight, state["body.0.weight"], fp8_per_channel)
+
+
 def test_what_a_constructor_reads_is_what_its_initialisers_left() -> None:
     seen: dict[str, Any] = {}
 

@@ -5,6 +5,7 @@ It opens and closes, hears from the weights as they complete, sees to what the l
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -193,7 +194,7 @@ class ModelTransaction(LoadHost, Transaction):
         """Apply on_missing, then raise for whatever is still not there."""
         missing: list[str] = []
         boxes: dict[str, Any] = {}
-        for weight, owners in self._tree.live(self).items():
+        for weight, owners in self._weights_to_complete().items():
             name = full_name(owners[0])
             weight.settle_if_complete()
             if weight.error is not None:
@@ -226,6 +227,17 @@ class ModelTransaction(LoadHost, Transaction):
                     "them, leaves nothing to quantize: keep all layers on devices."
                 )
             raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
+
+    def _weights_to_complete(self) -> dict[ArmedWeight, list[Owner]]:
+        """The weights of the models that are being loaded. Not those of modules that a constructor made and dropped: in
+        a plain model they would be gone at once, here they are in a circle with their weights."""
+        live = self._tree.live(self)
+        if any(w.coverage.covered for w in live) and not all(w.coverage.complete for w in live):
+            del live
+            self._tree.changed()
+            gc.collect()
+            live = self._tree.live(self)
+        return live
 
     def _without_values(self) -> Iterator[tuple[str, torch.Tensor, str]]:
         """Names and tensors that were put into the model out of sight and hold nothing, and what they are."""

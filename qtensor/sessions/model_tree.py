@@ -43,8 +43,8 @@ class ModuleTree:
             self._parents.setdefault(module, WeakSet()).add(parent)
 
     def changed(self) -> None:
-        """Names that were read off the tree may be wrong by now."""
-        self._stale = True
+        """Names that were read off the tree may be wrong by now. They hold modules."""
+        self._stale, self._names = True, {}
 
     def forget(self) -> None:
         """Let go of the model."""
