@@ -113,7 +113,7 @@ def _set_item(func: Any, dst: QTensor, index: Any, value: Any) -> None:
     def write() -> None:
         part = dst[index]
         if isinstance(part, QTensor):
-            part.copy_(torch.as_tensor(value, dtype=dst.dtype))
+            part.copy_(torch.as_tensor(value, dtype=dst.dtype, device=dst.device))
             return
         values = dst.dequantize()
         values[index] = value.dequantize() if isinstance(value, QTensor) else value
