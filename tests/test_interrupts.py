@@ -59,9 +59,12 @@ def test_an_interrupt_in_every_torch_operation(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["load", "reload", "abort of a reload in place, host"])
 def test_an_interrupt_at_every_line_of_the_end(kind: str) -> None:
-    """Of all sessions, weights and ranks in `make endurance`."""
-    where = bool if ENDURANCE else lambda line: line.startswith(ENDS)
-    assert at_every_line(kind, KeyboardInterrupt, where) == []
+    """Of all sessions, weights and ranks in `make endurance`, where a lock is left held: a tracer, unlike a signal, can
+    come between a `with` block and its end."""
+    if ENDURANCE:
+        assert isolated(at_every_line, kind, KeyboardInterrupt, bool) == []
+    else:
+        assert at_every_line(kind, KeyboardInterrupt, lambda line: line.startswith(ENDS)) == []
 
 
 # What a block may raise after the commit ------------------------------------------------------------------------------
