@@ -411,7 +411,7 @@ def a_write_cut_short_is_no_write() -> None:
         layer = nn.Linear(64, 256, bias=False, dtype=torch.bfloat16)
         layer.weight.data[TOP].copy_(FULL[TOP])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(QuantStore, "_settle_received", stop)
+            patch.setattr(QuantStore, "_receive", stop)
             with pytest.raises(KeyboardInterrupt):
                 layer.weight.data[LEFT].copy_(FULL[LEFT])
         with pytest.raises(IncompleteLoadError):

@@ -127,11 +127,10 @@ class QuantStore:
                     self._write_matrix(e, rows, (0, self._k), values[e, slice(*rows)])
                 elif kind[first]:
                     self._stage_rows(e, rows, (0, self._k), values[e, slice(*rows)], touched[e, slice(*rows)])
-                    self._units.received[e, first:last] += some[first:last]
-                    staged.append((e, *rows))
+                    staged.append((e, first, last, some[first:last]))
         self.coverage.add_mask(mask)
-        for place in staged:
-            self._settle_received(*place)
+        for received in staged:
+            self._receive(*received)
 
     def _write_matrix(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         start, stop = rows
@@ -184,9 +183,7 @@ class QuantStore:
         self._refuse_nonfinite(e, rows, cols, source)
         self._stage_rows(e, rows, cols, source)
         self.coverage.add_box(self._units.box(e, rows, cols))
-        first, last = rows[0] // self._unit, ceil_div(rows[1], self._unit)
-        self._units.received[e, first:last] += cols[1] - cols[0]
-        self._settle_received(e, first * self._unit, min(last * self._unit, self._n))
+        self._receive(e, rows[0] // self._unit, ceil_div(rows[1], self._unit), cols[1] - cols[0])
 
     def _stage_rows(
         self,
@@ -201,18 +198,19 @@ class QuantStore:
         for first, last, staged in self._staging.opened(e, lo, hi):
             self._open_units(e, first, last, staged)
             a, b = max(first, rows[0]), min(last, rows[1])
-            target = staged[a - first : b - first, cols[0] : cols[1]]
+            target = _rows_of(staged, a - first, b - first).narrow(1, cols[0], cols[1] - cols[0])
             part = _rows_of(source, a - rows[0], b - rows[0])
             if touched is None:
                 target.copy_(part)
             else:
                 merge(target, part, _rows_of(touched, a - rows[0], b - rows[0]))
 
-    def _settle_received(self, e: int, start: int, stop: int) -> None:
-        """`_settle`, unless too little was received for any unit to be complete."""
-        received = self._units.received[e, start // self._unit : ceil_div(stop, self._unit)]
+    def _receive(self, e: int, first: int, last: int, columns: int | np.ndarray) -> None:
+        """Units first:last were sent so many columns more. `_settle`, if that can have completed one of them."""
+        received = self._units.received[e, first:last]
+        received += columns
         if not self._staging.whole and received.max() >= self._k:
-            self._settle(e, start, stop)
+            self._settle(e, first * self._unit, min(last * self._unit, self._n))
 
     def _open_units(self, e: int, start: int, stop: int, staged: torch.Tensor) -> None:
         """Mark units as staged. One that was quantized and no longer staged is re-opened: its other elements have to
