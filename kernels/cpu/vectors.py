@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -836,13 +837,22 @@ Loop = Any  # numba's CFunc: `.address` for other threads, `.ctypes(address of t
 
 
 def _compiled(function: Callable[..., None], places: np.dtype[Any]) -> Loop:
-    """As a C function; without the disk cache where no folder for it can be written."""
+    """As a C function; without the disk cache where no folder for it can be written.
+
+    Another thread compiles: a signal interrupts the main one only, and an exception in the midst of numba's own set-up
+    leaves numba broken for the rest of the process.
+    """
     signature = types.void(types.CPointer(numba.from_dtype(places)))
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.cfunc(signature, cache=True, **options)(function)
-    except RuntimeError:
-        return numba.cfunc(signature, **options)(function)
+
+    def compile_it() -> Loop:
+        try:
+            return numba.cfunc(signature, cache=True, **options)(function)
+        except RuntimeError:
+            return numba.cfunc(signature, **options)(function)
+
+    with ThreadPoolExecutor(1, "qtensor-compile") as pool:
+        return pool.submit(compile_it).result()
 
 
 def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
