@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,10 +53,12 @@ class Sharded(nn.Module):
         for name, whole in values(seed).items():
             self.get_submodule(name).weight.data.copy_(part_of(name, whole))  # type: ignore[operator]
 
-    def reload(self, seed: int, fail: Callable[[str], None] = lambda where: None) -> None:
-        """fail: is called at each step, and may raise."""
+    def reload(self, seed: int, fail: Callable[[str], None] | None = None) -> None:
+        """fail: is called at each step, and may raise. Without it a slow rank is waited for, on a busy machine."""
+        group = self.group if fail else replace(self.group, timeout=300.0)
+        fail = fail or (lambda where: None)
         fail("before it opens")
-        with online_reload(self, process_group=self.group):
+        with online_reload(self, process_group=group):
             fail("as it loads")
             self.write(seed)
             fail("at the end")
@@ -146,7 +149,7 @@ def reload_until(model: Sharded, seconds: float, kind: type[BaseException]) -> s
     """Reload, unless it is stopped or another rank is. Says what came out."""
     try:
         with alarm_after(seconds, kind):
-            model.reload(1)
+            model.reload(1, fails(""))
     except (*STOPS, QTensorError) as error:
         return repr(error)
     return "nothing"
