@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 
 # What is independent is made, and run, side by side, in parts of about the same length. vllm.mk adds to both lists.
 TEST_NEEDS = lint $(VENV)/.browser
-KERNELS = $(wildcard tests/test_backend.py tests/test_cpu_*.py tests/test_number_*.py tests/test_triton_*.py)
+KERNELS = $(wildcard tests/test_backend.py tests/test_cpu_*.py tests/test_number_*.py tests/gpu)
 PROCESSES = $(wildcard $(addprefix tests/test_,conversion.py dtensor.py fsdp.py interrupts.py league.py \
 	loaders_distributed.py quantize_many.py rank_failures.py sharding.py))
 PYTEST = $(BIN)/python -m pytest
@@ -58,11 +58,10 @@ lint: $(VENV)/.dev
 
 endurance: $(VENV)/.dev
 	@echo "Running 16 threads, 1000 loads, 500 reloads, 11,000 interrupts, 200 kills, four ranks, thousands of programs, and"
-	@echo "every Triton kernel for every GPU"
+	@echo "every Triton kernel on every simulated GPU"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
 		tests/test_conversion.py tests/test_quantize_many.py tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py \
-		tests/test_rank_failures.py tests/test_interrupts.py tests/test_reload_machine.py tests/test_triton_aot.py \
-		tests/test_triton_kernels.py
+		tests/test_rank_failures.py tests/test_interrupts.py tests/test_reload_machine.py tests/gpu
 
 # vllm.mk adds environments with vLLM to these.
 test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready

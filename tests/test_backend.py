@@ -62,7 +62,7 @@ def test_every_backend_has_the_operations(name: str) -> None:
 
 
 @formats
-@pytest.mark.parametrize("name", ["numba", "traced"])  # triton: in tests/support/triton_interpreter_cases.py
+@pytest.mark.parametrize("name", ["numba", "traced"])  # triton: in tests/gpu/test_kernels.py
 def test_every_backend_gives_the_references_results(name: str, fmt: WeightFormat) -> None:
     assert_gives_the_references_results(the(name), fmt)
 

@@ -1,0 +1,286 @@
+"""Every Triton kernel on every chip, byte for byte against the reference: the PTX that Triton compiles for it, executed
+by support/gpu.
+
+A cell is a format, a chip, a dtype and a class of shapes: what Triton specialises a kernel for. Compiling it is what
+takes time, so a cell tries many values. Continuous integration has a spread of cells in which every format, chip, dtype
+and class occurs; `make endurance` has them all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from triton.backends.nvidia.compiler import get_ptxas
+
+from qtensor.kernels import (
+    FORMATS,
+    FP8_PER_BLOCK,
+    FP8_PER_CHANNEL,
+    FP8_PER_TENSOR,
+    SOURCE_DTYPES,
+    Audit,
+    NonFinite,
+    Parts,
+    WeightFormat,
+)
+from qtensor.kernels.reference import TORCH
+from qtensor.kernels.triton import TRITON, activation, per_channel, per_tensor
+from support.gpu.driver import CHIPS, Gpu, simulated_gpu
+from support.gpu.ptx import Program
+from support.kernel_cases import (
+    LAYOUTS,
+    VALUES,
+    assert_equal,
+    assert_equal_parts,
+    canonical,
+    check_dequantize,
+    check_nonfinite,
+    check_quantize,
+    destination,
+    lay_out,
+    make_values,
+)
+from support.kernel_contract import assert_gives_the_references_results
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
+at_length = pytest.mark.skipif(not ENDURANCE, reason="every format, chip, dtype and class of shapes: make endurance")
+CLASSES: dict[str, tuple[tuple[int, ...], str]] = {
+    "aligned": ((48, 256), "contiguous"),
+    "odd": ((5, 257), "column slice"),
+    "strided": ((33, 48), "transposed"),
+    "K-1408": ((5, 1408), "contiguous"),
+    "stack": ((2, 17, 144), "every other"),
+}
+SPREAD = {
+    "fp8_per_tensor": ("strided", torch.float16, 100),
+    "fp8_per_channel": ("odd", torch.float32, 80),
+    "fp8_per_block": ("stack", torch.float32, 89),
+    "mxfp8": ("K-1408", torch.float32, 80),
+    "mxfp4": ("odd", torch.float16, 100),
+    "nvfp4": ("stack", torch.float32, 80),
+    "int8_per_channel": ("strided", torch.float16, 89),
+    "int4_per_group": ("K-1408", torch.float32, 100),
+}
+"""The second cell of each format in continuous integration; the first is aligned, bf16, sm_90."""
+
+
+def cells() -> Iterator[object]:
+    for name in FORMATS:
+        for kind in CLASSES:
+            for dtype in SOURCE_DTYPES:
+                for arch in CHIPS:
+                    usual = (kind, dtype, arch) in (("aligned", torch.bfloat16, 90), SPREAD[name])
+                    label = f"{name}-{kind}-{str(dtype).removeprefix('torch.')}-sm_{arch}"
+                    yield pytest.param(name, kind, dtype, arch, id=label, marks=() if usual else at_length)
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    """sm_90, or the chip that a test asks for as `arch`."""
+    called = getattr(request.node, "callspec", None)
+    with simulated_gpu(called.params.get("arch", 90) if called else 90) as simulated:
+        yield simulated
+
+
+@pytest.mark.parametrize(("name", "kind", "dtype", "arch"), cells())
+def test_equals_the_reference(name: str, kind: str, dtype: torch.dtype, arch: int, gpu: Gpu) -> None:
+    fmt, (shape, layout) = FORMATS[name], CLASSES[kind]
+    thorough = kind == "aligned" or ENDURANCE
+    for values in VALUES if thorough else ("normal", "edges"):
+        source = lay_out(make_values(values, shape, dtype, seed=7), layout)
+        check_quantize(TRITON, source, fmt)
+    for poison in (math.nan, math.inf, -math.inf) if thorough else (math.inf,):
+        source[..., -1, -1] = poison
+        check_nonfinite(TRITON, source, fmt)
+        source[..., 1, 3] = -poison
+        check_nonfinite(TRITON, source, fmt)
+    for seed in (1, 5):
+        check_dequantize(TRITON, shape, fmt, dtype, seed)
+    if kind == "aligned" and dtype == torch.bfloat16:
+        for program in {program.text: program for program, _, _ in gpu.launches}.values():
+            assert_good_machine_code(program, fmt)
+
+
+def assert_good_machine_code(program: Program, fmt: WeightFormat) -> None:
+    """16 bytes at a time wherever the addresses allow it, and nothing spilled."""
+    loads, stores = (re.search(rf"{access}\.global\S*\.v4\.b32", program.text) for access in ("ld", "st"))
+    restores = "dequantize" in program.name or program.name == "per_row"
+    narrow = fmt.name == "nvfp4"  # A group's codes are 8 bytes.
+    assert loads or (restores and narrow), f"{program.name}: no 16-byte load"
+    assert stores or "amax" in program.name or (not restores and narrow), f"{program.name}: no 16-byte store"
+    assert spilled_bytes(program) == 0
+
+
+def spilled_bytes(program: Program) -> int:
+    """What did not fit in the registers of a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(program.text)
+        arch = re.search(r"\.target (sm_\w+)", program.text)
+        assert arch
+        command = [
+            get_ptxas(program.target).path,
+            "-v",
+            f"--gpu-name={arch.group(1)}",
+            str(path),
+            "-o",
+            f"{path}.cubin",
+        ]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert found, log
+    return sum(map(int, found.groups()))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@at_length
+def test_contract(name: str, gpu: Gpu) -> None:
+    assert_gives_the_references_results(TRITON, FORMATS[name])
+
+
+sizes = st.sampled_from([1, 2, 3, 16, 17, 127, 128, 129, 200])
+sources = st.builds(
+    lambda shape, kind, dtype, seed, layout: lay_out(make_values(kind, shape, dtype, seed), layout),
+    st.one_of(st.tuples(sizes, sizes), st.tuples(st.integers(1, 3), st.integers(1, 130), st.sampled_from([1, 5, 130]))),
+    st.sampled_from(VALUES),
+    st.sampled_from(SOURCE_DTYPES),
+    st.integers(0, 2**20),
+    st.sampled_from(LAYOUTS),
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@at_length
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(source=sources, arch=st.sampled_from(CHIPS), poison=st.lists(st.integers(0, 2**20), max_size=3))
+def test_anything(name: str, source: torch.Tensor, arch: int, poison: list[int]) -> None:
+    with simulated_gpu(arch):
+        check_quantize(TRITON, source, FORMATS[name])
+        for place in poison:
+            index = np.unravel_index(place % source.numel(), source.shape)
+            source[tuple(map(int, index))] = (math.nan, math.inf, -math.inf)[place % 3]
+        if poison:
+            check_nonfinite(TRITON, source, FORMATS[name])
+        check_dequantize(TRITON, tuple(source.shape), FORMATS[name], source.dtype, source.shape[-1])
+
+
+def some(names: list[str]) -> list[object]:
+    """Every format; at length, all but these."""
+    return [pytest.param(name, marks=() if name in names else at_length) for name in FORMATS]
+
+
+@pytest.mark.parametrize("name", some(["fp8_per_channel", "nvfp4"]))
+def test_offsets_beyond_32_bits(name: str, gpu: Gpu) -> None:
+    """Never touched but for two matrices, the memory costs address space alone."""
+    fmt, far, shape = FORMATS[name], 2**31 + 64, (2, 3, 32)
+    x = torch.empty(far + 1000, dtype=torch.bfloat16).as_strided(shape, (far, 32, 1))
+    stored = fmt.qdata_shape(shape)
+    q = torch.empty(far + 1000, dtype=torch.uint8).as_strided(stored, (far, 32, 1)).view(fmt.dtype)
+    x.copy_(make_values("normal", shape, torch.bfloat16, 1))
+    expected, _ = destination(shape, fmt)
+    actual = Parts(q, *Parts.of(shape, fmt)[1:])
+    TORCH.quantize_into(x, expected, fmt)
+    TRITON.quantize_into(x, actual, fmt)
+    assert_equal_parts(actual, expected)
+    out = torch.empty(far + 1000, dtype=torch.bfloat16).as_strided(shape, (far, 32, 1))
+    TRITON.dequantize(actual, fmt, torch.bfloat16, out)
+    assert_equal(out, TORCH.dequantize(expected, fmt, torch.bfloat16, torch.empty(shape, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name", some([]))
+def test_an_origin_beyond_32_bits(name: str, gpu: Gpu) -> None:
+    x = make_values("normal", (9, 48), torch.bfloat16)
+    x[4, 7] = math.nan
+    audit = Audit()
+    TRITON.quantize_into(x, destination(x.shape, FORMATS[name])[0], FORMATS[name], audit, 2**40)
+    with pytest.raises(NonFinite) as refused:
+        audit.verify()
+    assert refused.value.index == 2**40 + 4 * 48 + 7
+
+
+def test_rows_too_long_for_one_pass(gpu: Gpu) -> None:
+    for cols in (4097, 2 * 8192 + 5):
+        source = make_values("one outlier", (3, cols), torch.bfloat16, 4000)
+        source[1, cols - 1], source[2, 5] = math.inf, math.nan
+        (expected, _), (actual, _) = (destination(source.shape, FP8_PER_CHANNEL) for _ in range(2))
+        TORCH.quantize_into(source, expected, FP8_PER_CHANNEL, Audit(False))
+        per_channel.quantize(source, actual, FP8_PER_CHANNEL, Audit(False), 0, one_pass_cols=4096)
+        assert_equal_parts(actual, expected)
+        check_activation(source, FP8_PER_CHANNEL, one_pass_cols=4096)
+
+
+@pytest.mark.parametrize("schedule", [None, 1, 2])
+def test_programs_in_any_order(schedule: int | None, gpu: Gpu) -> None:
+    """What programs share are a maximum, the first finding and the sums: the order of their accesses does not matter.
+    The matrix is written in pieces, in any order and with overlaps."""
+    gpu.schedule = schedule
+    source = make_values("normal", (60, 40), torch.bfloat16, 5)
+    amax = torch.zeros(1)
+    for rows in (slice(40, 60), slice(0, 10), slice(5, 40), slice(0, 10)):
+        per_tensor.accumulate_amax(source[rows], amax, Audit(), 0)
+    assert amax.item() == source.abs().max().item()
+    (expected, _), (actual, _) = (destination(source.shape, FP8_PER_TENSOR) for _ in range(2))
+    TORCH.quantize_into(source, expected, FP8_PER_TENSOR)
+    per_tensor.scale_and_cast(source, amax, actual, Audit())
+    assert_equal_parts(actual, expected)
+    stack = make_values("one outlier", (3, 150, 40), torch.bfloat16, 17)
+    check_quantize(TRITON, stack, FP8_PER_TENSOR)
+    stack[1, 120, 3], stack[1, 7, 39], stack[2, 0, 0] = math.nan, -math.inf, math.inf
+    check_nonfinite(TRITON, stack, FP8_PER_TENSOR)
+
+
+def check_activation(x: torch.Tensor, fmt: WeightFormat, one_pass_cols: int = 16384) -> None:
+    expected, expected_scale = TORCH.quantize_activation(x, fmt)
+    group = fmt.block[1] if fmt.granularity == "block" else max(x.shape[1], 1)
+    actual, scale = activation.quantize(x, group, one_pass_cols)
+    assert_equal(canonical(actual), canonical(expected.contiguous()))
+    assert_equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("fmt", [FP8_PER_CHANNEL, FP8_PER_BLOCK], ids=["token", "group"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "arch"),
+    [
+        ((9, 1408), torch.bfloat16, 90),
+        pytest.param((5, 257), torch.float16, 80, marks=at_length),
+        pytest.param((33, 48), torch.float32, 100, marks=at_length),
+    ],
+)
+def test_activation(fmt: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype, arch: int, gpu: Gpu) -> None:
+    for values in VALUES:
+        x = make_values(values, shape, dtype)
+        for poison in (0.0, math.nan, math.inf, -math.inf):
+            x[3, 17] = poison
+            check_activation(x, fmt)
+
+
+def test_nothing_to_do(gpu: Gpu) -> None:
+    for fmt in FORMATS.values():
+        for shape in ((0, 4), (4, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)):
+            check_quantize(TRITON, torch.zeros(shape), fmt)
+            assert TRITON.dequantize(Parts.of(shape, fmt), fmt, torch.float32).numel() == 0
+    assert gpu.launches == []
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    parts = Parts.of((2, 2), FP8_PER_CHANNEL)
+    with pytest.raises(TypeError, match="float64"):
+        TRITON.quantize_into(torch.zeros(2, 2, dtype=torch.float64), parts, FP8_PER_CHANNEL)
+    other = WeightFormat("fp8_e5m2", torch.float8_e5m2, 57344.0, "channel")
+    with pytest.raises(TypeError, match="e5m2"):
+        TRITON.quantize_into(torch.zeros(2, 2), parts, other)
