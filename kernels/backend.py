@@ -210,6 +210,21 @@ def _problem(name: str, device_type: str, index: int | None) -> str | None:
 
 
 @functools.cache
+def multiplies_e4m3fn(device: torch.device) -> bool:
+    """Whether the device has fp8 units for the bytes that are stored here.
+
+    NVIDIA's from compute capability 8.9, AMD's from gfx950 and gfx12. gfx942 has units too, but multiplies the fnuz
+    format, in which the same bytes are other numbers.
+    """
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None:
+        arch: str = torch.cuda.get_device_properties(device).gcnArchName
+        return arch.startswith(("gfx950", "gfx12"))
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.cache
 def _numba_problem() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'qtensor-online[cpu]')"

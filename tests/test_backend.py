@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from qtensor.kernels import (
 from qtensor.kernels.compiled import TRACED
 from qtensor.kernels.reference import TORCH
 from qtensor.schemes.scheme import SCHEMES
+from qtensor.tensor.ops_products import has_fp8_matmul
 from support.kernel_contract import OPERATIONS, assert_gives_the_references_results, assert_has_the_operations
 
 CPU = torch.device("cpu")
@@ -108,6 +110,28 @@ def test_an_old_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         backend._name(None, "cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
     assert backend._name(None, "cuda", 0) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("chip", "multiplies"),
+    [
+        ((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True),
+        ("gfx90a", False), ("gfx942:sramecc+:xnack-", False), ("gfx950", True), ("gfx1201", True),
+    ],
+)  # fmt: skip
+def test_which_chips_multiply_the_stored_bytes(
+    chip: str | tuple[int, int], multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AMD's report themselves as compute capability 9.0 and higher, whatever they multiply."""
+    amd = isinstance(chip, str)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if amd else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4) if amd else chip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
+    backend.multiplies_e4m3fn.cache_clear()
+    weight = SimpleNamespace(scheme=SCHEMES["fp8_per_channel"], qdata=torch.empty(32, 32, device="meta"))
+    x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    assert has_fp8_matmul(x, weight) is multiplies  # type: ignore[arg-type]
+    backend.multiplies_e4m3fn.cache_clear()
 
 
 def test_cpu_works_without_numba() -> None:

@@ -85,11 +85,13 @@ def assembled(parts: Sequence[torch.Tensor], scheme: Scheme, dtype: torch.dtype,
 
 @dataclass
 class Processed:
-    """A layer's parameters and attributes as processing new values leaves them; `place` makes them the layer's own."""
+    """A layer's parameters and attributes as processing new values leaves them; `place` makes them the layer's own.
+    method: what it left on the layer's method, such as the kernel of fused experts with the scales it reads."""
 
     layer: nn.Module
     parameters: dict[str, torch.Tensor]
     attributes: dict[str, Any]
+    method: dict[str, Any]
 
     def place(self) -> None:
         own: dict[str, Any] = self.layer._parameters
@@ -99,21 +101,30 @@ class Processed:
             else:
                 put(own[name], new)
         self.layer.__dict__.update(self.attributes)
+        _attributes_of_method(self.layer).update(self.method)
 
 
 def process(layer: nn.Module, values: Mapping[str, torch.Tensor], run: Callable[[nn.Module], None]) -> Processed:
-    """What `run(layer)` makes of these values, with the layer left as it was. values: its parameters at load time."""
-    before = dict(layer.__dict__)
+    """What `run(layer)` makes of these values, with the layer and its method left as they were. values: its parameters
+    at load time."""
+    method = _attributes_of_method(layer)
+    before, method_before = dict(layer.__dict__), dict(method)
     parameters: dict[str, Any] = dict(values)
     layer.__dict__["_parameters"] = parameters
     try:
         run(layer)
         made = {k: v for k, v in layer.__dict__.items() if k != "_parameters" and before.get(k, layer) is not v}
+        on_method = {k: v for k, v in method.items() if method_before.get(k, layer) is not v}
     finally:
-        for key in layer.__dict__.keys() - before.keys():
-            del layer.__dict__[key]
-        layer.__dict__.update(before)
-    return Processed(layer, {name: p for name, p in parameters.items() if p is not None}, made)
+        for attributes, old in ((layer.__dict__, before), (method, method_before)):
+            for key in attributes.keys() - old.keys():
+                del attributes[key]
+            attributes.update(old)
+    return Processed(layer, {name: p for name, p in parameters.items() if p is not None}, made, on_method)
+
+
+def _attributes_of_method(layer: nn.Module) -> dict[str, Any]:
+    return getattr(getattr(layer, "quant_method", None), "__dict__", {})
 
 
 def put(old: torch.Tensor, new: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from qtensor.kernels import upload
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
@@ -95,6 +96,7 @@ class Filling(RankHost, Transaction):
         super().close(state)
         self.closed = self.closed or self.why_closed[state]
         self._writing.clear()
+        upload.release()
         self.served.open = None
 
 

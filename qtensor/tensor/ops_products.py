@@ -13,6 +13,7 @@ import torch
 
 from .. import kernels
 from ..kernels import compiled
+from ..kernels.backend import multiplies_e4m3fn
 from .ops_slices import index_rows
 from .qtensor import QTensor, on_dequantized
 from .table import OpTable
@@ -101,12 +102,12 @@ def _product(x: torch.Tensor, w: QTensor, bias: torch.Tensor | None) -> torch.Te
 
 
 def has_fp8_matmul(x: torch.Tensor, w: QTensor) -> bool:
-    """Can the device multiply these in fp8? sm_89 and newer, per-token × per-row scales, sizes in steps of 16."""
+    """Can the device multiply these in fp8? Per-token × per-row scales, sizes in steps of 16."""
     return (
         x.is_cuda
         and w.scheme.format.granularity in ("tensor", "channel")
         and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
+        and multiplies_e4m3fn(x.device)
         and all(n % 16 == 0 for n in w.qdata.shape)
     )
 

@@ -109,6 +109,8 @@ def test_equals_the_reference(name: str, kind: str, dtype: torch.dtype, arch: in
         check_nonfinite(TRITON, source, fmt)
         source[..., 1, 3] = -poison
         check_nonfinite(TRITON, source, fmt)
+    for gpu.contract in (False, True):
+        check_quantize(TRITON, lay_out(make_values("normal", shape, dtype, seed=8), layout), fmt)
     for seed in (1, 5):
         check_dequantize(TRITON, shape, fmt, dtype, seed)
     if kind == "aligned" and dtype == torch.bfloat16:

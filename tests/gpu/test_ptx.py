@@ -76,6 +76,8 @@ ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
     ("min.s32 %r9, %r1, %r2;", (-1, 1), -1),
     ("max.u32 %r9, %r1, %r2;", (-1, 1), -1),
     ("max.s16x2 %r9, %r1, %r2;", (0x8000_0001, 0x0002_FFFF), 0x0002_0001),
+    ("min.f16x2 %r9, %r1, %r2;", (0xC000_3C00, 0x3C00_8000), 0xC000_8000),
+    ("abs.f16x2 %r9, %r1;", (0xC000_3C00,), 0x4000_3C00),
     ("neg.f32 %r9, %r1;", (0.0,), -0.0),
     ("neg.s32 %r9, %r1;", (5,), -5),
     ("abs.f32 %r9, %r1;", (-2.0,), 2.0),
@@ -133,9 +135,23 @@ def test_operation(instruction: str, inputs: tuple[float | int, ...], expected: 
     assert hex(execute(instruction, inputs)) == hex(bits(expected))
 
 
+def test_what_ptxas_may_fuse() -> None:
+    """A product that is added up rounds twice, or once; one that asks for its rounding, or is overwritten, twice."""
+    a = 1 + 2.0**-12
+    given = torch.tensor([a, -(a * a)]).float()
+    for last, fused in (("add.f32", True), ("add.rn.f32", False)):
+        for between in ("", "mov.b32 %r1, %r1;"):
+            body = f"ld.global.v2.b32 {{%r1, %r2}}, [%rd1]; mul.f32 %r3, %r1, %r1; {between} {last} %r4, %r2, %r3;"
+            code = program(f"{body} sub.f32 %r5, 0f00000000, %r4; st.global.b32 [%rd2], %r5;")
+            for contract in (False, True):
+                out = torch.zeros(1)
+                launch(code, [given, out], contract=contract)
+                assert float(out) == (-(2.0**-24) if fused and contract and not between else 0)
+
+
 def test_every_operation_is_tried() -> None:
     text = " ".join(row[0] for row in ROWS)
-    elsewhere = {"st", "ldmatrix", "stmatrix"}
+    elsewhere = {"st", "ldmatrix", "stmatrix", "contract"}
     assert {op for op in OPERATIONS if f"{op}." not in text} == elsewhere
 
 

@@ -91,7 +91,9 @@ def check_quantize(backend: Backend, source: torch.Tensor, fmt: WeightFormat, re
     assert (around[..., -2:, :] == 0x55).all(), "wrote past its rows"
     if math.isfinite(old.signal) and old.signal > 1e-30:
         assert math.isclose(new.signal, old.signal, rel_tol=1e-5)
-        assert math.isclose(new.noise, old.noise, rel_tol=1e-4, abs_tol=1e-12 * old.signal)
+        # The reference's restored values may overflow fp32 where a fused multiply-add does not.
+        if math.isfinite(old.noise):
+            assert math.isclose(new.noise, old.noise, rel_tol=1e-4, abs_tol=1e-12 * old.signal)
 
 
 def check_nonfinite(backend: Backend, source: torch.Tensor, fmt: WeightFormat) -> None:

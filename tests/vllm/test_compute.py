@@ -11,11 +11,13 @@ from torch.nn import functional as F
 from qtensor import quantize
 from qtensor.integrations.vllm import compat
 from qtensor.integrations.vllm.head import QTensorEmbeddingMethod
-from qtensor.integrations.vllm.layers import Published, Slot
+from qtensor.integrations.vllm.layers import Published, Slot, process
 from qtensor.integrations.vllm.options import Choice, parse
 from qtensor.integrations.vllm.products import CpuLinear, linear_compute, part_names
-from qtensor.kernels import FORMATS
+from qtensor.kernels import FORMATS, upload
 from qtensor.schemes.scheme import SCHEMES
+from support.vllm.checkpoints import checkpoint
+from support.vllm.engines import engine
 
 N, K = 150, 205  # Odd, and no whole number of groups of 16, 32 or 128, nor of blocks.
 every_scheme = pytest.mark.parametrize("name", FORMATS)
@@ -111,3 +113,31 @@ def test_a_published_weight_is_found_where_it_lives(name: str) -> None:
     del layer._parameters[part_names(FORMATS[name])[-1]]
     assert published.live() is None
     assert Published.find(published.slot, armed, weight).live() is None  # type: ignore[arg-type]
+
+
+def test_a_method_keeps_what_serves_until_new_values_are_placed() -> None:
+    """Fused experts keep their kernel, with the scales it reads, on the layer's method. A reload that is given up after
+    its layers were processed leaves it as it was."""
+    layer = torch.nn.Module()
+    method = layer.quant_method = SimpleNamespace(moe_kernel="old")  # type: ignore[assignment]
+    layer.register_parameter("weight", torch.nn.Parameter(torch.zeros(2), requires_grad=False))
+
+    def publish(of: torch.nn.Module) -> None:
+        method.moe_kernel, method.moe_quant_config = "new", of.weight
+
+    new = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    processed = process(layer, {"weight": new}, publish)
+    assert vars(method) == {"moe_kernel": "old"}
+    processed.place()
+    assert method.moe_kernel == "new"
+    assert torch.equal(method.moe_quant_config, layer.weight)
+
+
+def test_the_upload_ring_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server would hold its pinned and device memory for ever."""
+    released: list[bool] = []
+    monkeypatch.setattr(upload, "release", lambda: released.append(True))
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        assert released == [True]
+        llm.collective_rpc("reload_weights")
+        assert released == [True, True]

@@ -29,12 +29,13 @@ Chip = int | str
 
 class Gpu(DriverBase):
     """launches: kernel, grid, and how many threads executed each operation. programs: by their assembly, every kernel
-    that was launched. schedule: see `machine.launch`."""
+    that was launched. schedule, contract: see `machine.launch`."""
 
     def __init__(self, arch: Chip) -> None:
         self.arch, self.amd = arch, isinstance(arch, str)
         self.launches: list[tuple[Program, tuple[int, int, int], Counter[str]]] = []
         self.schedule: int | None = None
+        self.contract = False
         self.programs: dict[bytes, Program] = {}
         self.utils, self.launcher_cls = self, self._launcher
 
@@ -81,7 +82,7 @@ class Gpu(DriverBase):
             if isinstance(self.arch, int):
                 executed = launch(
                     program, given, (x, y, z), threads=metadata.num_warps * 32, shared=metadata.shared, arch=self.arch,
-                    schedule=self.schedule,
+                    schedule=self.schedule, contract=self.contract,
                 )  # fmt: skip
             self.launches.append((program, (x, y, z), executed))
 
@@ -105,7 +106,7 @@ def simulated_gpu(arch: Chip) -> Iterator[Gpu]:
     """Triton's kernels on CPU tensors run on this chip."""
     gpu = _gpus.setdefault(arch, Gpu(arch))
     gpu.launches.clear()
-    gpu.schedule = None
+    gpu.schedule, gpu.contract = None, False
     before = triton.runtime.driver._active
     with pytest.MonkeyPatch.context() as patch:
         target = {"CAST": geometry.cast("hip" if gpu.amd else "cuda", arch), "FUSED": True}

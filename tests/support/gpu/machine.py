@@ -66,6 +66,7 @@ class Launch:
     arch: int
     memory: Memory
     random: random.Random
+    contract: bool
 
 
 class Machine:
@@ -172,13 +173,13 @@ class Machine:
 
     def _advance(self, groups: dict[int, np.ndarray], one: bool) -> bool:
         """Let the threads with the lowest program counter execute until they meet others; False at the end."""
-        code = self.program.code
+        code, contracted = self.program.code, self.program.contracted if self.launch.contract else {}
         counter = min(groups)
         group = groups.pop(counter)
         ahead = min(groups, default=len(code))
         everyone = not groups and not one and bool(group.all())
         while counter < len(code):
-            instruction = code[counter]
+            instruction = contracted.get(counter) or code[counter]
             mask = group
             if instruction.guard is not None:
                 register, negated = instruction.guard
@@ -234,6 +235,7 @@ def launch(
     shared: int = 0,
     arch: int | None = None,
     schedule: int | None = None,
+    contract: bool = False,
 ) -> Counter[str]:
     """Run a kernel on tensors in CPU memory.
 
@@ -246,6 +248,7 @@ def launch(
         arch: Of the chip, 90 for sm_90; the one the PTX is for by default.
         schedule: A seed: CTAs advance in random order, and an access to global memory at a time, since it is all that
             one can see of another. The threads of an atomic instruction take turns in random order anyway.
+        contract: Fuse multiplications and additions wherever ptxas may; by default nowhere.
 
     Returns:
         How many threads executed each operation.
@@ -256,7 +259,7 @@ def launch(
     names = (name for name, _ in program.parameters)
     of = Launch(
         program, dict(zip(names, values, strict=True)), grid, threads, shared, arch or program.target,
-        Memory(tensors), random.Random(schedule),
+        Memory(tensors), random.Random(schedule), contract,
     )  # fmt: skip
     ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     step, total = max(1, _LANES // threads), Counter[str]()

@@ -39,7 +39,8 @@ class Instruction:
 
 @dataclass
 class Program:
-    """One kernel. widths: bits of each register, 1 for predicates. parameters: names and bits."""
+    """One kernel. widths: bits of each register, 1 for predicates. parameters: names and bits. contracted: what
+    ptxas may make of the addition at that place, one instruction that rounds once."""
 
     text: str
     name: str
@@ -48,6 +49,7 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     target: int = 0
+    contracted: dict[int, Instruction] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, ptx: str) -> Program:
@@ -61,7 +63,32 @@ class Program:
         program.target = int(re.search(r"\.target\s+sm_(\d+)", ptx).group(1))  # type: ignore[union-attr]
         for statement in _statements(ptx[ptx.index("{", found.end()) :]):
             program._add(statement)
+        program._find_contractions()
         return program
+
+    def _find_contractions(self) -> None:
+        """ptxas may fuse a multiplication and an addition that ask for no rounding (mul.f32, not mul.rn.f32)."""
+        products: dict[str, Instruction] = {}
+        targets = set(self.labels.values())
+        for at, i in enumerate(self.code):
+            if at in targets or i.op == "bra":
+                products.clear()
+            if i.op in ("add", "sub") and i.modifiers == ("f32",):
+                for place in (1, 2):
+                    product = products.get(i.operands[place].name)
+                    if product is not None:
+                        signs = "++" if i.op == "add" else "+-" if place == 1 else "-+"  # of product and addend
+                        operands = (i.operands[0], *product.operands[1:], i.operands[3 - place])
+                        self.contracted[at] = Instruction("contract", (signs, "f32"), operands, i.guard, i.text)
+                        break
+            for written in i.operands[:1] if i.op not in ("st", "red", "bra") else ():
+                for register in written.parts or (written,):
+                    products = {
+                        name: p for name, p in products.items()
+                        if register.name != name and all(register.name != o.name for o in p.operands)
+                    }  # fmt: skip
+            if i.op == "mul" and i.modifiers == ("f32",) and i.guard is None:
+                products[i.operands[0].name] = i
 
     def _add(self, statement: str) -> None:
         if statement.endswith(":"):

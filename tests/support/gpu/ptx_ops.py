@@ -21,7 +21,7 @@ WARP = 32
 Mask = np.ndarray | None
 Operation = Callable[["Machine", Instruction, Mask], None]
 OPERATIONS: dict[str, Operation] = {}
-_NAN = {np.dtype(np.float32): np.uint32(0x7FFFFFFF).view(np.float32), np.dtype(np.float64): np.float64(np.nan)}
+_NAN = {np.dtype(kind): np.array((1 << bits - 1) - 1, UNSIGNED[bits]).view(kind) for bits, kind in FLOAT.items()}
 
 
 def _operation(*names: str) -> Callable[[Operation], Operation]:
@@ -38,6 +38,16 @@ def _inputs(m: Machine, i: Instruction, kind: str | None = None) -> list[np.ndar
 
 def _bits(kind: str) -> int:
     return int(re.sub(r"\D", "", kind))
+
+
+def _pairs(m: Machine, i: Instruction) -> list[np.ndarray]:
+    """The inputs of an instruction on two 16-bit halves, such as min.s16x2: twice as many elements as threads."""
+    narrow = {"s": SIGNED, "u": UNSIGNED, "f": FLOAT}[i.type[0]][16]
+    return [np.broadcast_to(v, (m.lanes,)).copy().view(narrow) for v in _inputs(m, i, "b32")]
+
+
+def _unpaired(value: np.ndarray, kind: str) -> np.ndarray:
+    return np.ascontiguousarray(value).view(np.uint32) if kind.endswith("16x2") else value
 
 
 # Arithmetic ----------------------------------------------------------------------------------------------------------
@@ -66,6 +76,13 @@ def _arithmetic(m: Machine, i: Instruction, mask: Mask) -> None:
         m.write(out, (a * b >> a.dtype.type(32)).astype(UNSIGNED[32]), mask)
     else:
         m.write(out, _exact("fma" if i.op == "mad" else i.op, *_inputs(m, i)), mask)
+
+
+@_operation("contract")
+def _contract(m: Machine, i: Instruction, mask: Mask) -> None:
+    a, b, c = _inputs(m, i)
+    signs = i.modifiers[0]
+    m.write(i.operands[0], _fma(-a if signs[0] == "-" else a, b, -c if signs[1] == "-" else c), mask)
 
 
 def _exact(op: str, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None) -> np.ndarray:
@@ -111,28 +128,24 @@ def _divide(m: Machine, i: Instruction, mask: Mask) -> None:
 def _extremum(m: Machine, i: Instruction, mask: Mask) -> None:
     kind = i.type
     pick = np.minimum if i.op == "min" else np.maximum
-    if kind.endswith("x2"):
-        both = [np.broadcast_to(v, (m.lanes,)).copy() for v in _inputs(m, i, "b32")]
-        narrow = (SIGNED if kind[0] == "s" else UNSIGNED)[16]
-        m.write(i.operands[0], pick(*(v.view(narrow) for v in both)).view(np.uint32), mask)
-        return
-    a, b, *more = _inputs(m, i)
-    if more:
+    inputs = _pairs(m, i) if kind.endswith("16x2") else _inputs(m, i)
+    if len(inputs) != 2 or kind[0] == "b":
         raise Fault(f"not modelled: {i.text}")
+    a, b = inputs
     if kind[0] != "f":
-        m.write(i.operands[0], pick(a, b), mask)
+        m.write(i.operands[0], _unpaired(pick(a, b), kind), mask)
         return
-    word = UNSIGNED[_bits(kind)]
+    word = UNSIGNED[a.dtype.itemsize * 8]
     raw = (a.view(word) | b.view(word)) if i.op == "min" else (a.view(word) & b.view(word))
     out = np.where(a == b, raw.view(a.dtype), (np.fmin if i.op == "min" else np.fmax)(a, b))  # -0 is below 0.
     nan = np.isnan(a) | np.isnan(b) if "NaN" in i.modifiers else np.isnan(a) & np.isnan(b)
-    m.write(i.operands[0], np.where(nan, _NAN[a.dtype], out), mask)
+    m.write(i.operands[0], _unpaired(np.where(nan, _NAN[a.dtype], out), kind), mask)
 
 
 @_operation("neg", "abs", "not")
 def _unary(m: Machine, i: Instruction, mask: Mask) -> None:
-    (a,) = _inputs(m, i)
-    m.write(i.operands[0], -a if i.op == "neg" else np.abs(a) if i.op == "abs" else ~a, mask)
+    (a,) = _pairs(m, i) if i.type.endswith("16x2") else _inputs(m, i)
+    m.write(i.operands[0], _unpaired(-a if i.op == "neg" else np.abs(a) if i.op == "abs" else ~a, i.type), mask)
 
 
 # Bits ----------------------------------------------------------------------------------------------------------------
