@@ -40,6 +40,18 @@ class Torch:
         for e in range(source.shape[0]):
             _quantize_matrix(source[e], parts.matrix(e), fmt, audit, origin + e * step)
 
+    def raise_amax(
+        self, source: torch.Tensor, amax: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int
+    ) -> None:
+        """Raise `amax` (fp32 `[1]`) to the largest finite magnitude in some rows of a matrix."""
+        torch.maximum(amax, _largest(source, fmt, audit, origin), out=amax)
+
+    def quantize_rows(
+        self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.Tensor, audit: Audit, origin: int
+    ) -> None:
+        """Some rows of a matrix whose largest magnitude is known, for formats that need it; `parts` are theirs."""
+        _quantize_matrix(source, parts, fmt, audit, origin, amax.view(()))
+
     def dequantize(
         self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -128,13 +140,27 @@ def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, 
     return (x32 / step).clamp(-fmt.max, fmt.max).to(fmt.dtype), scale, step
 
 
-def _quantize_matrix(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, origin: int) -> None:
+def _largest(source: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int) -> torch.Tensor:
+    rows, cols = source.shape
+    largest = torch.zeros((), dtype=torch.float32, device=source.device)
+    for chunk in row_chunks(rows, cols, 1):
+        largest = torch.maximum(largest, _amax(source[chunk].float(), fmt, audit, origin + chunk.start * cols).amax())
+    return largest
+
+
+def _quantize_matrix(
+    source: torch.Tensor,
+    parts: Parts,
+    fmt: WeightFormat,
+    audit: Audit,
+    origin: int,
+    amax: torch.Tensor | None = None,
+) -> None:
+    """`amax`: that of the matrix, if the source is only some rows of it."""
     rows, cols = source.shape
     gain = None
     if fmt.needs_whole_matrix:
-        amax = torch.zeros((), dtype=torch.float32, device=source.device)
-        for chunk in row_chunks(rows, cols, 1):
-            amax = torch.maximum(amax, _amax(source[chunk].float(), fmt, audit, origin + chunk.start * cols).amax())
+        amax = _largest(source, fmt, audit, origin) if amax is None else amax
         if parts.global_scale is None:
             parts.scale.copy_(fmt.scale_from_amax(amax))
         else:
@@ -146,8 +172,8 @@ def _quantize_matrix(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audi
         x = source[chunk].float()
         here = parts.rows(chunk.start, chunk.stop, fmt)
         if fmt.granularity != "tensor":
-            amax = _amax(x, fmt, audit, origin + chunk.start * cols)
-            here.scale.copy_(scale_of(amax, fmt, source.dtype, gain))
+            by_unit = _amax(x, fmt, audit, origin + chunk.start * cols)
+            here.scale.copy_(scale_of(by_unit, fmt, source.dtype, gain))
         here.qdata.copy_(_quantized(x, here, fmt, source.dtype))
         if audit.measure_sqnr:
             restored = _restore(here, fmt, cols)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +53,16 @@ class CudaRuntime:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def on_device(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        """From the common pool: a load under vLLM's sleep mode allocates from another one, which is for weights, and
+        which pool it is belongs to the thread."""
+        stream = self.current_stream()
+
+        def allocate() -> torch.Tensor:
+            with torch.cuda.stream(stream):
+                return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(allocate).result()
 
     def new_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)

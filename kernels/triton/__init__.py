@@ -52,6 +52,23 @@ class Triton(Torch):
         if audit is None:
             findings.verify()
 
+    def raise_amax(
+        self, source: torch.Tensor, amax: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int
+    ) -> None:
+        _check(source.dtype, fmt)
+        if source.numel():
+            per_tensor.accumulate_amax(source.resolve_neg(), amax, audit, origin)
+
+    def quantize_rows(
+        self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.Tensor, audit: Audit, origin: int
+    ) -> None:
+        _check(source.dtype, fmt)
+        source = source.resolve_neg()
+        if fmt.granularity == "group":
+            per_group.quantize(source, parts, fmt, audit, origin, amax)
+        else:
+            per_tensor.scale_and_cast(source, amax, parts, audit)
+
     def dequantize(
         self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:

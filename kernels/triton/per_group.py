@@ -146,14 +146,23 @@ def _grid(fmt: WeightFormat, experts: int, rows: int, cols: int) -> tuple[int, i
     return triton.cdiv(rows * triton.cdiv(cols, fmt.block[1]), TILE // fmt.block[1]), experts
 
 
-def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, origin: int) -> None:
-    """source `[..., N, K]` → the parts of a format with groups."""
+def quantize(
+    source: torch.Tensor,
+    parts: Parts,
+    fmt: WeightFormat,
+    audit: Audit,
+    origin: int,
+    amax: torch.Tensor | None = None,
+) -> None:
+    """source `[..., N, K]` → the parts of a format with groups. amax: fp32 `[E]`, if the source is a part of what has
+    a global scale."""
     qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(source)
     gain = torch.ones(experts, dtype=torch.float32, device=source.device)
     if parts.global_scale is not None:
-        amax = torch.zeros_like(gain)
-        per_tensor.accumulate_amax(source, amax, audit, origin)
+        if amax is None:
+            amax = torch.zeros_like(gain)
+            per_tensor.accumulate_amax(source, amax, audit, origin)
         gain = fmt.gain_from_amax(amax)
         parts.global_scale.copy_((1.0 / gain).view(parts.global_scale.shape))
     found, sums = launch.findings(audit, qdata)

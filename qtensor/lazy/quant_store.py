@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from ..interrupts import in_spite_of_interrupts
-from ..kernels import Audit, NonFinite, Parts
+from ..kernels import Audit, NonFinite, Parts, upload
 from ..kernels.formats import ceil_div
-from ..kernels.upload import upload_rows
 from ..regions.boxes import as_box
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View, regions, scattered
@@ -31,6 +30,9 @@ from .sources import nonfinite_at
 from .staging import Staging, merge
 from .target import Fresh
 from .units import CAST, LIVE, OPEN, QUANTIZED, STAGED, Units
+
+_WORTH_A_RING = 1 << 20  # bytes
+_TakeRows = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 
 
 class QuantStore:
@@ -148,14 +150,38 @@ class QuantStore:
 
     def _quantize_source(self, e: int, start: int, stop: int, source: torch.Tensor) -> None:
         """Rows start:stop, whole units, from the source itself, one bounded chunk at a time."""
-        if not self._on_cpu and source.is_cpu and self.device.type == "cuda":
-            upload_rows(source, self.device, lambda rows, first: self._take_rows(e, start + first, rows), self._unit)
+        if self._comes_by_ring(source):
+            if self.scheme.format.needs_whole_matrix and source.nbytes > upload.CHUNK_BYTES:
+                self._upload_matrix(e, source)
+                return
+            upload.upload_rows(
+                source, self.device, lambda rows, first: self._take_rows(e, start + first, rows), self._unit
+            )
             return
         if stop - start <= self._chunk_rows:
             self._take_rows(e, start, source)
             return
         for first in range(0, stop - start, self._chunk_rows):
             self._take_rows(e, start + first, source[first : first + self._chunk_rows])
+
+    def _comes_by_ring(self, source: torch.Tensor) -> bool:
+        return not self._on_cpu and source.is_cpu and self.device.type == "cuda"
+
+    def _upload_matrix(self, e: int, source: torch.Tensor) -> None:
+        """A matrix that is one unit, in chunks: they go to the device once for its largest magnitude, and once more to
+        be quantized by it. All of it at once would hold two matrices there, with nothing on its way meanwhile."""
+        amax = torch.zeros(1, dtype=torch.float32, device=self.device)
+        for take in (self._rows.raise_amax, self._rows.write_part):
+
+            def consume(rows: torch.Tensor, first: int, take: _TakeRows = take) -> None:
+                take(e, first, rows.to(self.dtype), amax)
+
+            try:
+                upload.upload_rows(source, self.device, consume)
+            except NonFinite:
+                self._lose(e, 0, self._n)
+                raise
+        self._taken(e, 0, self._n)
 
     def _take_rows(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start`; whatever was staged of them is obsolete."""
@@ -167,6 +193,10 @@ class QuantStore:
         except NonFinite:
             self._lose(e, start, stop)
             raise
+        self._taken(e, start, stop)
+
+    def _taken(self, e: int, start: int, stop: int) -> None:
+        """Rows start:stop are quantized."""
         self.coverage.add_box(self._units.box(e, (start, stop), (0, self._k)))
         self._units.mark(e, start, stop, QUANTIZED)
         self._accepted.discard(e)
@@ -201,9 +231,20 @@ class QuantStore:
             target = _rows_of(staged, a - first, b - first).narrow(1, cols[0], cols[1] - cols[0])
             part = _rows_of(source, a - rows[0], b - rows[0])
             if touched is None:
-                target.copy_(part)
+                self._copy(part, target)
             else:
                 merge(target, part, _rows_of(touched, a - rows[0], b - rows[0]))
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Large sources in CPU memory take the upload ring to a GPU: a plain copy of them makes the host wait."""
+        if source.nbytes >= _WORTH_A_RING and self._comes_by_ring(source):
+
+            def consume(rows: torch.Tensor, first: int) -> None:
+                target[first : first + len(rows)].copy_(rows)
+
+            upload.upload_rows(source, self.device, consume)
+        else:
+            target.copy_(source)
 
     def _receive(self, e: int, first: int, last: int, columns: int | np.ndarray) -> None:
         """Units first:last were sent so many columns more. `_settle`, if that can have completed one of them."""

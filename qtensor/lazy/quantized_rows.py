@@ -5,10 +5,13 @@ What is between a store and the kernels: which rows of which target memory a cal
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from .. import kernels
 from ..kernels import Audit, Parts
+from ..kernels.reference import Torch
 from ..schemes.scheme import Scheme
 from .target import Fresh
 from .units import LIVE, Units
@@ -28,13 +31,23 @@ class QuantizedRows:
     ) -> None:
         self._units, self.target, self._format = units, target, scheme.format
         self._dtype, self._device, self._audit = dtype, device, audit
-        self._kernels = kernels.choose(device)
+        self._kernels = cast(Torch, kernels.choose(device))  # Every backend is a subclass of it.
 
     def write(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start` of matrix e."""
         origin = (e * self._units.n + start) * self._units.k
         parts = self.target.new(e).rows(start, start + rows.shape[0], self._format)
         self._kernels.quantize_into(rows, parts, self._format, self._audit, origin)
+
+    def raise_amax(self, e: int, start: int, rows: torch.Tensor, amax: torch.Tensor) -> None:
+        """Raise `amax` (fp32 `[1]`) to the largest finite magnitude of these rows of matrix e."""
+        self._kernels.raise_amax(rows, amax, self._format, self._audit, (e * self._units.n + start) * self._units.k)
+
+    def write_part(self, e: int, start: int, rows: torch.Tensor, amax: torch.Tensor) -> None:
+        """Quantize some rows of matrix e, which is one unit, by the largest magnitude in all of it."""
+        origin = (e * self._units.n + start) * self._units.k
+        parts = self.target.new(e).rows(start, start + rows.shape[0], self._format)
+        self._kernels.quantize_rows(rows, parts, self._format, amax, self._audit, origin)
 
     def write_shared(self, e: int, start: int, rows: torch.Tensor, amax: torch.Tensor) -> None:
         """Quantize with scales from `amax`, one for each row or one for all, instead of the rows' own.

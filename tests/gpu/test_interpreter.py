@@ -14,6 +14,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("QTENSOR_ENDURANCE"),
+    reason="test_kernels.py tries the same on what Triton compiles: make endurance",
+)
+
 CODE = """
 import sys, torch, triton, triton.language as tl
 @triton.jit
