@@ -106,6 +106,38 @@ def unquantized_experts(layer: Any) -> Any:
     return UnquantizedFusedMoEMethod(layer.moe_config)
 
 
+def has_fp8_units() -> bool:
+    """Of the GPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.supports_fp8())
+
+
+def amd_problem() -> str | None:
+    """Why this AMD GPU cannot be served, as a sentence; None if it can, or is no AMD GPU."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_rocm():
+        return None
+    if current_platform.is_fp8_fnuz():
+        return (
+            "this GPU multiplies the fp8 format e4m3fnuz, in which the bytes that qtensor stores (e4m3fn) are other "
+            'numbers. Use vLLM\'s own online quantization, which stores that format: quantization="fp8_per_tensor"'
+        )
+    if not has_fp8_units():
+        return (
+            "this GPU has no fp8 units, and vLLM has no kernel for AMD GPUs that multiplies with fp8 weights alone. "
+            "Serve the model unquantized, or a checkpoint in a format that vLLM has a kernel for there, such as GPTQ"
+        )
+    return None
+
+
+def pads_rows_alone(kernel: Any) -> bool:
+    """Whether the kernel pads a weight whose rows are no multiple of 16, with a scale for each, by itself. vLLM's
+    CUTLASS kernel means to, and fails: it sets an attribute of the padded weight twice."""
+    return type(kernel).__name__ != "CutlassFP8ScaledMMLinearKernel"
+
+
 def fp8_linear_kernel(
     scheme: Any, weight_shape: tuple[int, int], input_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Any:

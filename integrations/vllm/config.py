@@ -15,7 +15,7 @@ from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES, Scheme, fp8
 
 from . import compat
-from .options import Choice, parse, read_json, require_harmless
+from .options import Choice, names_experts, parse, read_json, require_harmless
 
 
 class QTensorConfig(QuantizationConfig):
@@ -30,7 +30,8 @@ class QTensorConfig(QuantizationConfig):
     scheme: Scheme = fp8
 
     def __init__(self, given: Mapping[str, Any] | None = None) -> None:
-        self.choice = Choice(parse(self.scheme, given or {}))
+        anything = type(self) is QTensorConfig and not names_experts(given or {})
+        self.choice = Choice(parse(self.scheme, given or {}), experts_by_default=anything)
         super().__init__()
         if "llvmlite" in sys.modules:
             compat.shield_llvmlite()
@@ -137,7 +138,9 @@ class QTensorConfig(QuantizationConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         # `rename` is a closure over vLLM's mapper; the worker that receives this makes its own.
-        return self.__dict__ | {"choice": Choice(self.choice.options, self.choice.packed)}
+        choice = self.choice
+        again = Choice(choice.options, choice.packed, experts_by_default=choice.experts_by_default)
+        return self.__dict__ | {"choice": again}
 
 
 def _builtin_method(hf_quant_cfg: Any, hf_config: Any) -> str:

@@ -51,7 +51,7 @@ class QTensorLinearMethod(LinearMethodBase):
         layer.output_size_per_partition = shape[0]
         layer.orig_dtype = params_dtype
         layer.weight_block_size = list(self.scheme.format.block) if self.scheme.format.granularity == "block" else None
-        self.compute = linear_compute(self.scheme, self.choice.options, shape, params_dtype)
+        self.compute = linear_compute(self.scheme, self.choice.options, shape, params_dtype, self.prefix)
         self.load = load_of(self.choice)
         attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
         split = split_axes(rows=shape[0] < output_size, columns=shape[1] < input_size)

@@ -19,7 +19,7 @@ from qtensor import kernels
 from qtensor.errors import QTensorError
 from qtensor.kernels import FORMATS, Parts, WeightFormat
 from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
-from qtensor.schemes.scheme import Scheme
+from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
@@ -27,7 +27,7 @@ from .entry import load_of
 from .load import Load
 from .options import Choice
 from .parallel import split_axes
-from .products import _define, frozen, publish_parts, published_parts, require_served_on_gpus
+from .products import _define, frozen, kernel_errors, publish_parts, published_parts, require_served_on_gpus
 
 _STACKS = ("w13_weight", "w2_weight")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_no_mul", "relu2_no_mul")
@@ -41,8 +41,14 @@ def expert_method(choice: Choice, prefix: str, scheme: Scheme, layer: Any) -> An
             raise QTensorError(f"{prefix}: {problem}")
         compat.permit_amx()
         return _cpu_class()(choice, prefix, scheme, layer.moe_config)
-    require_served_on_gpus(scheme)
-    return _gpu_class(scheme.format.granularity)(choice, prefix, scheme, layer.moe_config)
+    if choice.experts_by_default and scheme is fp8_per_channel and not compat.has_fp8_units():
+        # vLLM multiplies with Marlin there, which has no scales by row for experts.
+        moe = layer.moe_config
+        whole_blocks = moe.hidden_dim % 128 == moe.intermediate_size_per_partition % 128 == 0
+        scheme = fp8_per_block if whole_blocks else fp8_per_tensor
+    require_served_on_gpus(scheme, prefix)
+    with kernel_errors(scheme, prefix, "for experts: fp8_per_tensor, fp8_per_block"):
+        return _gpu_class(scheme.format.granularity)(choice, prefix, scheme, layer.moe_config)
 
 
 class _Experts:

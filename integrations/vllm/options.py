@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -94,6 +94,11 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
     return Options(**values)
 
 
+def names_experts(given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> bool:
+    """Has the user asked for a scheme of experts?"""
+    return any("moe" in keys or "targets" in keys for keys in (given, _from_environment(environment, _READERS.keys())))
+
+
 def require_harmless(given: Mapping[str, Any]) -> None:
     """A `quantization_config` may be the checkpoint's, and a stranger's: raise ConfigError if it says where a file is
     written, or has a pattern that could run for ever."""
@@ -121,7 +126,7 @@ def _regex(pattern: str) -> LinearRegex | re.Pattern[str]:
         return re.compile(pattern)
 
 
-def _from_environment(environment: Mapping[str, str], known: set[str]) -> dict[str, Any]:
+def _from_environment(environment: Mapping[str, str], known: Collection[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX):
@@ -184,10 +189,18 @@ class Choice:
 
     packed: the parts that a checkpoint has for a fused layer of vLLM's, in order, by the last part of their names.
     rename: maps a checkpoint's module name to vLLM's, for models whose names differ.
+    experts_by_default: nobody has asked for the scheme of experts, so that a GPU may have another.
     """
 
-    def __init__(self, options: Options, packed: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        packed: Mapping[str, Sequence[str]] | None = None,
+        *,
+        experts_by_default: bool = False,
+    ) -> None:
         self.options = options
+        self.experts_by_default = experts_by_default
         self.packed = {} if packed is None else packed
         self.rename: Callable[[str], str] = str
         self.unused = {*options.ignore, *options.targets}

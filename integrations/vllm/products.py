@@ -6,7 +6,8 @@ product decodes the weight on the way. On a GPU vLLM chooses the kernel as it do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from qtensor.errors import ConfigError
 from qtensor.kernels import FORMATS, Parts, WeightFormat
 from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.tensor.qtensor import QTensor
+from qtensor.text import printable
 
 from . import compat
 from .layers import assembled
@@ -33,22 +35,50 @@ class LinearCompute(Protocol):
     def dequantize(self, layer: Any) -> torch.Tensor: ...
 
 
-def linear_compute(scheme: Scheme, options: Options, shape: tuple[int, int], dtype: torch.dtype) -> LinearCompute:
-    """What multiplies with weights of this scheme on the device that vLLM is building the model for."""
+def linear_compute(
+    scheme: Scheme, options: Options, shape: tuple[int, int], dtype: torch.dtype, name: str = "this layer"
+) -> LinearCompute:
+    """What multiplies with weights of this scheme on the device that vLLM is building the model for.
+
+    Raises ConfigError, with the layer's name, where nothing does.
+    """
     if torch.get_default_device().type == "cpu":
         compat.permit_amx()
         return CpuLinear(scheme, options.activation == "dynamic")
-    require_served_on_gpus(scheme)
-    return GpuLinear(scheme, shape, dtype)
+    require_served_on_gpus(scheme, name)
+    across = scheme.format.block[1]
+    if scheme is fp8_per_block and shape[1] % across:
+        raise ConfigError(
+            f"qtensor: {name}: its {shape[1]} input columns are no multiple of {across}, which vLLM's kernels for "
+            f"{scheme.name} on a GPU ask for. Give it another scheme with the option `targets`, such as "
+            "fp8_per_channel, or leave it alone with `ignore`."
+        )
+    with kernel_errors(scheme, name, "fp8_per_channel, fp8_per_tensor, fp8_per_block"):
+        return GpuLinear(scheme, shape, dtype)
 
 
-def require_served_on_gpus(scheme: Scheme) -> None:
-    """Raise ConfigError for a scheme that has no kernel of vLLM's behind it here."""
+@contextlib.contextmanager
+def kernel_errors(scheme: Scheme, name: str, others: str) -> Iterator[None]:
+    """That vLLM finds no kernel is a ConfigError that names the layer and what to try instead."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"qtensor: {name}: vLLM has no kernel for {scheme.name} here: {printable(str(error))}. Try another scheme "
+            f"({others}), or leave the layer alone with `ignore`."
+        ) from error
+
+
+def require_served_on_gpus(scheme: Scheme, name: str) -> None:
+    """Raise ConfigError for a scheme that has no kernel of vLLM's behind it here, and on a GPU that has none at all."""
+    problem = compat.amd_problem()
+    if problem is not None:
+        raise ConfigError(f"qtensor: {name}: {problem}.")
     if scheme not in _SERVED_ON_GPUS:
         served = ", ".join(s.name for s in _SERVED_ON_GPUS)
         raise ConfigError(
-            f"qtensor: on a GPU the vLLM plugin serves {served}; {scheme.name} it serves on a CPU only. Use one of "
-            "these, or vLLM's own method of that format where it has one."
+            f"qtensor: {name}: on a GPU the vLLM plugin serves {served}; {scheme.name} it serves on a CPU only. Use "
+            "one of these, or vLLM's own method of that format where it has one."
         )
 
 
@@ -95,6 +125,7 @@ class CpuLinear:
 
 class GpuLinear:
     """vLLM's fp8 kernel for the layer: weight fp8 `[K, N]`, a transposed view of `[N, K]` memory (per-block `[N, K]`).
+    padding: rows of zeros after the weight's own, for a kernel that wants a multiple of 16.
 
     Not tested where this was written: no GPU was at hand.
     """
@@ -102,17 +133,26 @@ class GpuLinear:
     def __init__(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.fmt = scheme.format
         self.kernel = compat.fp8_linear_kernel(scheme, shape, dtype, torch.get_default_dtype())
+        by_row = self.fmt.granularity == "channel" and not compat.pads_rows_alone(self.kernel)
+        self.padding = -shape[0] % 16 if by_row else 0
 
     def publish(self, layer: Any, weight: QTensor) -> None:
         layer.input_scale = None
-        publish_parts(layer, weight)
+        parts = weight.parts()
+        if self.padding:
+            parts = parts.map(lambda part: torch.cat([part, part.new_zeros(self.padding, part.shape[1])]))
+        for part_name, part in zip(part_names(self.fmt), parts, strict=True):
+            layer.register_parameter(part_name, frozen(part))
         if self.fmt.granularity != "block":
-            layer.register_parameter("weight", frozen(weight.qdata.t()))
+            layer.register_parameter("weight", frozen(parts.qdata.t()))
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out: torch.Tensor = self.kernel.apply_weights(layer, x, bias)
-        return out
+        if not self.padding:
+            out: torch.Tensor = self.kernel.apply_weights(layer, x, bias)
+            return out
+        padded = None if bias is None else torch.nn.functional.pad(bias, (0, self.padding))
+        return self.kernel.apply_weights(layer, x, padded)[..., : -self.padding].contiguous()
 
     def dequantize(self, layer: Any) -> torch.Tensor:
         eye = torch.eye(layer.input_size_per_partition, dtype=layer.orig_dtype, device=layer.weight.device)
