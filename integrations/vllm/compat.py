@@ -100,6 +100,22 @@ def permit_amx() -> None:
         torch.cpu._init_amx()
 
 
+@functools.cache
+def has_int8_product() -> bool:
+    """Whether vLLM's oneDNN multiplies int8 by int8 here, with exact sums. It does everywhere, but on chips without
+    VNNI it halves the weights before."""
+    ops = importlib.import_module("vllm._custom_ops")
+    return torch.cpu._is_vnni_supported() and hasattr(torch.ops._C, "onednn_scaled_mm") and ops._supports_onednn
+
+
+def int8_product(qdata: torch.Tensor, scale: torch.Tensor) -> Any:
+    """A weight `[N, K]` of int8 as oneDNN keeps it, a copy in an order of its own: `handler_tensor`, `n` and `k`."""
+    ops = importlib.import_module("vllm._custom_ops")
+    made = ops.create_onednn_scaled_mm(qdata.t(), scale, torch.float32, False, False, 32)
+    made.scale = scale  # It keeps the address.
+    return made
+
+
 def unquantized_experts(layer: Any) -> Any:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 

@@ -22,6 +22,7 @@ from qtensor.tensor.checksums import weight_checksums
 
 from . import compat
 from .incoming import Weights
+from .layers import part_names
 from .load import Load
 from .options import Choice
 from .reload import Reload
@@ -162,10 +163,11 @@ def worker_checksums(worker: Any) -> dict[str, str]:
     model = worker.model_runner.get_model()
     served = find_served(model)
     tensors = {name: param for name, param in model.named_parameters() if param.numel()}
+    found: dict[str, str] = {}
     for published in served.published if served is not None else []:
-        live = published.live()
-        if live is not None:
-            for name, _, _ in published.places or ():
+        weight = published.read()
+        if weight is not None:
+            for name in part_names(published.scheme.format, published.slot.name):
                 tensors.pop(f"{published.slot.prefix}.{name}", None)
-            tensors[published.slot.full_name] = live
-    return weight_checksums(tensors)
+            found |= weight_checksums({published.slot.full_name: weight})  # One by one: it may be a copy.
+    return weight_checksums(tensors) | found

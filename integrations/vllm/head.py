@@ -17,9 +17,10 @@ from qtensor.errors import QTensorError
 from qtensor.schemes.scheme import SCHEMES
 
 from . import compat
-from .layers import assembled
+from .dispatch import linear_compute
+from .layers import assembled, published_parts
 from .linear import QTensorLinearMethod
-from .products import CpuLinear, _define, published_parts
+from .products import CpuLinear, LinearCompute, _define
 
 
 class QTensorHeadMethod(QTensorLinearMethod):
@@ -59,7 +60,10 @@ class QTensorHeadMethod(QTensorLinearMethod):
 
 
 class QTensorEmbeddingMethod(QTensorLinearMethod):
-    """A table of embeddings `[V, K]` that is an output head too."""
+    """A table of embeddings `[V, K]` that is an output head too. Its rows have to lie as they are looked up."""
+
+    def choose(self, shape: tuple[int, int], dtype: torch.dtype) -> LinearCompute:
+        return linear_compute(self.scheme, self.choice.options, shape, dtype, self.prefix, packs=False)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """input_ `[...]` of row numbers → `[..., K]`; only these rows are dequantized."""

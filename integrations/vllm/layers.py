@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtensor.kernels import Parts
+from qtensor.kernels import Parts, WeightFormat
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.modules import full_name
 from qtensor.regions.boxes import contiguous_strides
@@ -28,7 +28,8 @@ _ROWS = 256
 @dataclass
 class Slot:
     """Where an armed weight lives. publish: gives the layer the finished weight in the form its kernel wants. split:
-    the dimensions of its matrices that are split over ranks, 0 for rows and 1 for columns."""
+    the dimensions of its matrices that are split over ranks, 0 for rows and 1 for columns. read: the layer's weight, if
+    it may have been published in another order of its bytes."""
 
     prefix: str
     layer: nn.Module
@@ -36,6 +37,7 @@ class Slot:
     publish: Callable[[nn.Module], None]
     attributes: dict[str, Any]
     split: frozenset[int] = frozenset()
+    read: Callable[[nn.Module], QTensor] | None = None
 
     @property
     def full_name(self) -> str:
@@ -55,7 +57,7 @@ class Published:
 
     @classmethod
     def find(cls, slot: Slot, weight: ArmedWeight, result: QTensor) -> Published:
-        params = {p.data_ptr(): name for name, p in slot.layer._parameters.items() if p is not None}
+        params = {p.data_ptr(): name for name, p in slot.layer._parameters.items() if p is not None and p.numel()}
         found = [(params.get(t.data_ptr()), t.shape, t.data_ptr()) for t in result.parts()]
         places = [(name, shape, address) for name, shape, address in found if name is not None]
         whole = len(places) == len(found)
@@ -73,11 +75,37 @@ class Published:
             parts.append(param.data.as_strided(shape, contiguous_strides(shape), param.storage_offset()))
         return assembled(parts, self.scheme, self.dtype, self.shape[-1])
 
+    def read(self) -> QTensor | None:
+        """The weight in row-major order: where it lives, or a copy; None if the layer cannot say."""
+        live = self.live()
+        return self.slot.read(self.slot.layer) if live is None and self.slot.read is not None else live
+
 
 def assembled(parts: Sequence[torch.Tensor], scheme: Scheme, dtype: torch.dtype, cols: int) -> QTensor:
     """The weight `[..., N, cols]` whose `QTensor.parts` these are."""
     named = Parts(*parts)
     return QTensor(named.qdata, named.scale, scheme, dtype, global_scale=named.global_scale, cols=cols)
+
+
+def part_names(fmt: WeightFormat, weight: str = "weight") -> tuple[str, ...]:
+    """The parameters of a layer that hold its weight's parts, in the order of `QTensor.parts`, by vLLM's names."""
+    names = (weight, f"{weight}_scale_inv" if fmt.granularity == "block" else f"{weight}_scale")
+    return (*names, f"{weight}_global_scale") if fmt.has_global_scale else names
+
+
+def publish_parts(layer: Any, weight: QTensor, name: str = "weight") -> None:
+    """Give the layer a weight as it is, in plain Parameters."""
+    for part_name, part in zip(part_names(weight.scheme.format, name), weight.parts(), strict=True):
+        layer.register_parameter(part_name, frozen(part))
+
+
+def published_parts(layer: Any, fmt: WeightFormat, name: str = "weight") -> list[torch.Tensor]:
+    """What `publish_parts` gave it."""
+    return [layer._parameters[part_name] for part_name in part_names(fmt, name)]
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 # Derived from weights -----------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
 from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
 
+from .dispatch import linear_compute
 from .entry import load_of
 from .load import Load
 from .options import Choice
 from .parallel import split_axes
-from .products import linear_compute
+from .products import CpuLinear, LinearCompute
 
 
 class QTensorLinearMethod(LinearMethodBase):
@@ -51,11 +52,18 @@ class QTensorLinearMethod(LinearMethodBase):
         layer.output_size_per_partition = shape[0]
         layer.orig_dtype = params_dtype
         layer.weight_block_size = list(self.scheme.format.block) if self.scheme.format.granularity == "block" else None
-        self.compute = linear_compute(self.scheme, self.choice.options, shape, params_dtype, self.prefix)
+        self.compute = self.choose(shape, params_dtype)
         self.load = load_of(self.choice)
         attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
         split = split_axes(rows=shape[0] < output_size, columns=shape[1] < input_size)
-        self.load.arm(self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes, split)
+        read = self.compute.read if isinstance(self.compute, CpuLinear) else None
+        self.load.arm(
+            self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes, split, read
+        )
+
+    def choose(self, shape: tuple[int, int], dtype: torch.dtype) -> LinearCompute:
+        """What multiplies with the weight."""
+        return linear_compute(self.scheme, self.choice.options, shape, dtype, self.prefix)
 
     def publish(self, layer: Any) -> None:
         """Give the layer its finished weight in the kernel's format. `layer.weight` is complete and quantized."""

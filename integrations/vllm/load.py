@@ -22,6 +22,7 @@ from qtensor.report.memory import resident_bytes
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
 from qtensor.sessions.transaction import State
+from qtensor.tensor.qtensor import QTensor
 from qtensor.text import printable
 
 from . import compat
@@ -66,15 +67,16 @@ class Load(Filling):
         publish: Callable[[nn.Module], None],
         attributes: dict[str, Any],
         split: frozenset[int],
+        read: Callable[[nn.Module], QTensor] | None = None,
     ) -> ArmedWeight:
         """Register a lazy parameter `name` on `layer`, with vLLM's `attributes` (weight_loader, input_dim, ...).
 
-        split: the dimensions of its matrices that are split over ranks.
+        split: the dimensions of its matrices that are split over ranks. read: see `Slot`.
         """
         device = torch.get_default_device()
         weight = ArmedWeight(self, shape, dtype, device, (layer, name))
         weight.scheme = scheme
-        self.slots[weight] = slot = Slot(prefix, layer, name, publish, dict(attributes), split)
+        self.slots[weight] = slot = Slot(prefix, layer, name, publish, dict(attributes), split, read)
         self.share(weight, slot)
         param = parameter(weight, requires_grad=False)
         loader = attributes.get("weight_loader")

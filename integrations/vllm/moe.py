@@ -23,11 +23,14 @@ from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_p
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
+from .dispatch import kernel_errors, require_served_on_gpus
 from .entry import load_of
+from .layers import frozen, publish_parts, published_parts
 from .load import Load
+from .loops import combine_into, few_tokens
 from .options import Choice
 from .parallel import split_axes
-from .products import _define, frozen, kernel_errors, publish_parts, published_parts, require_served_on_gpus
+from .products import _define
 
 _STACKS = ("w13_weight", "w2_weight")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_no_mul", "relu2_no_mul")
@@ -127,7 +130,7 @@ def _cpu_class() -> type:
     base: Any = compat.expert_method_base()
 
     class QTensorExpertsCpu(_Experts, base):  # type: ignore[misc]
-        """Expert by expert, on the tokens routed to it."""
+        """Tokens sorted by expert, in one call for all of them."""
 
         def __init__(self, choice: Choice, prefix: str, scheme: Scheme, moe: Any) -> None:
             base.__init__(self, moe)
@@ -158,7 +161,8 @@ def _cpu_class() -> type:
         ) -> torch.Tensor:
             """x `[T, H]`, topk_weights and topk_ids `[T, k]` (global expert numbers) → `[T, H]`."""
             w13, w2 = (published_parts(layer, self.scheme.format, name) for name in _STACKS)
-            out: torch.Tensor = torch.ops.qtensor_vllm.experts(
+            experts = torch.ops.qtensor_vllm.experts if torch.compiler.is_compiling() else _experts
+            out: torch.Tensor = experts(
                 x,
                 w13,
                 w2,
@@ -227,27 +231,37 @@ def _experts(
     round_x: bool,
 ) -> torch.Tensor:
     """Σ over a token's experts of weight · w2(act(w13(x))), summed in fp32. Experts of other ranks add nothing.
+    round_x: with activations quantized to fp8 and back.
 
-    Pairs of a token and an expert are sorted by expert, and `Backend.experts` takes `_PAIRS` of them at a time, so that
+    Pairs of a token and an expert are sorted by expert for `Backend.experts`, about `_PAIRS` of them at a time, so that
     what lies between the two matrices is held for no more.
     """
     first, second, form = Parts(*w13), Parts(*w2), FORMATS[fmt]
-    local = (topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()).flatten()
-    order = local.argsort(stable=True)
-    order = order[int((local < 0).sum()) :]  # Those of other ranks come first.
-    ends = local[order].bincount(minlength=first.qdata.shape[0]).cumsum(0)
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for start in range(0, order.numel(), _PAIRS):
-        pairs = order[start : start + _PAIRS]
-        offsets = (ends - start).clamp(0, pairs.numel())
-        token, weight = pairs // topk_ids.shape[1], topk_weights.flatten()[pairs].unsqueeze(1)
-        rows = x[token]
+    if expert_map is w13_bias is w2_bias is None and not (weight_on_input or round_x):
+        inner = first.qdata.shape[1] // (1 if activation.endswith("_no_mul") else 2)
+        activate = functools.partial(_activate, name=activation)
+        few = few_tokens(x, first, second, form, topk_ids, topk_weights, inner, activate)
+        if few is not None:
+            return few
+    local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    step = max(1, _PAIRS // topk_ids.shape[1])
+    for start in range(0, x.shape[0], step):
+        tokens = slice(start, start + step)
+        expert, weights = local[tokens].flatten(), topk_weights[tokens]
+        order = expert.argsort(stable=True)
+        order = order[int((expert < 0).sum()) :]  # Those of other ranks come first.
+        where = torch.full_like(expert, -1)
+        where[order] = torch.arange(order.numel(), dtype=where.dtype, device=where.device)
+        offsets = expert[order].bincount(minlength=first.qdata.shape[0]).cumsum(0)
+        rows = x[tokens][order // topk_ids.shape[1]]
         if weight_on_input:
-            rows = rows * weight.to(x.dtype)
+            rows = rows * weights.flatten()[order].unsqueeze(1).to(x.dtype)
+            weights = torch.ones_like(weights)
         hidden = _activate(_routed(rows, first, form, offsets, w13_bias, round_x), activation)
-        down = _routed(hidden, second, form, offsets, w2_bias, round_x).float()
-        out.index_add_(0, token, down if weight_on_input else down * weight.float())
-    return out.to(x.dtype)
+        down = _routed(hidden, second, form, offsets, w2_bias, round_x)
+        combine_into(out[tokens], down, where.view(-1, topk_ids.shape[1]), weights)
+    return out
 
 
 def _routed(

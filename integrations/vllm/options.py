@@ -19,7 +19,7 @@ from qtensor.errors import ConfigError
 from qtensor.modules import weight_of
 from qtensor.schemes.config import TARGETS_ALONE, read_patterns, read_scheme, read_targets
 from qtensor.schemes.linear import LinearRegex
-from qtensor.schemes.scheme import SCHEMES, Scheme
+from qtensor.schemes.scheme import SCHEMES, Scheme, int8_per_channel
 from qtensor.schemes.selection import DEFAULT_IGNORE, matches
 
 OptionsError = ConfigError
@@ -36,7 +36,8 @@ class Options:
     targets: pattern → scheme; when given, only these layers are quantized.
     lm_head: the scheme of the output head, and so of the embedding it may be tied to; None leaves it alone.
     activation: "auto" quantizes activations where the device multiplies in fp8 (GPUs) and keeps them elsewhere;
-        "dynamic" and "none" force it. Schemes that are weight-only have no "dynamic".
+        "dynamic" and "none" force it. Schemes that are weight-only have no "dynamic". "int8" rounds them to int8 for
+        linear layers of int8 weights, on a CPU.
     on_nonfinite: "error" refuses NaN and infinity; "keep" stores them.
     reload: "atomic" makes every reload all or nothing, with a second copy of what is written; "per_weight" replaces
         each weight when it has arrived, without one.
@@ -66,6 +67,11 @@ class Options:
             if scheme not in SCHEMES.values():
                 raise ConfigError(
                     f"qtensor: {scheme}: give the scheme by its name, and the option activation beside it"
+                )
+            if self.activation == "int8" and scheme is not int8_per_channel:
+                raise ConfigError(
+                    f'qtensor: activation="int8" multiplies int8 activations with int8 weights, and {scheme.name} has '
+                    "others; choose int8_per_channel, or leave the option out"
                 )
             if self.activation == "dynamic" and scheme.activation == "none":
                 raise ConfigError(
@@ -176,7 +182,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "ignore": read_patterns,
     "targets": read_targets,
     "lm_head": _flag,
-    "activation": _one_of("auto", "dynamic", "none"),
+    "activation": _one_of("auto", "dynamic", "int8", "none"),
     "on_nonfinite": _one_of("error", "keep"),
     "reload": _one_of("atomic", "per_weight"),
     "reload_partial": _one_of("error", "keep"),

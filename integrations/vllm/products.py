@@ -6,25 +6,18 @@ product decodes the weight on the way. On a GPU vLLM chooses the kernel as it do
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from qtensor import kernels
-from qtensor.errors import ConfigError
-from qtensor.kernels import FORMATS, Parts, WeightFormat
-from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor
+from qtensor.kernels import FORMATS, Parts
+from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
-from qtensor.text import printable
 
 from . import compat
-from .layers import assembled
-from .options import Options
-
-_SERVED_ON_GPUS = (fp8_per_tensor, fp8_per_channel, fp8_per_block)
+from .layers import assembled, frozen, part_names, publish_parts, published_parts
 
 
 class LinearCompute(Protocol):
@@ -33,74 +26,6 @@ class LinearCompute(Protocol):
     def publish(self, layer: Any, weight: QTensor) -> None: ...
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
     def dequantize(self, layer: Any) -> torch.Tensor: ...
-
-
-def linear_compute(
-    scheme: Scheme, options: Options, shape: tuple[int, int], dtype: torch.dtype, name: str = "this layer"
-) -> LinearCompute:
-    """What multiplies with weights of this scheme on the device that vLLM is building the model for.
-
-    Raises ConfigError, with the layer's name, where nothing does.
-    """
-    if torch.get_default_device().type == "cpu":
-        compat.permit_amx()
-        return CpuLinear(scheme, options.activation == "dynamic")
-    require_served_on_gpus(scheme, name)
-    across = scheme.format.block[1]
-    if scheme is fp8_per_block and shape[1] % across:
-        raise ConfigError(
-            f"qtensor: {name}: its {shape[1]} input columns are no multiple of {across}, which vLLM's kernels for "
-            f"{scheme.name} on a GPU ask for. Give it another scheme with the option `targets`, such as "
-            "fp8_per_channel, or leave it alone with `ignore`."
-        )
-    with kernel_errors(scheme, name, "fp8_per_channel, fp8_per_tensor, fp8_per_block"):
-        return GpuLinear(scheme, shape, dtype)
-
-
-@contextlib.contextmanager
-def kernel_errors(scheme: Scheme, name: str, others: str) -> Iterator[None]:
-    """That vLLM finds no kernel is a ConfigError that names the layer and what to try instead."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(
-            f"qtensor: {name}: vLLM has no kernel for {scheme.name} here: {printable(str(error))}. Try another scheme "
-            f"({others}), or leave the layer alone with `ignore`."
-        ) from error
-
-
-def require_served_on_gpus(scheme: Scheme, name: str) -> None:
-    """Raise ConfigError for a scheme that has no kernel of vLLM's behind it here, and on a GPU that has none at all."""
-    problem = compat.amd_problem()
-    if problem is not None:
-        raise ConfigError(f"qtensor: {name}: {problem}.")
-    if scheme not in _SERVED_ON_GPUS:
-        served = ", ".join(s.name for s in _SERVED_ON_GPUS)
-        raise ConfigError(
-            f"qtensor: {name}: on a GPU the vLLM plugin serves {served}; {scheme.name} it serves on a CPU only. Use "
-            "one of these, or vLLM's own method of that format where it has one."
-        )
-
-
-def part_names(fmt: WeightFormat, weight: str = "weight") -> tuple[str, ...]:
-    """The parameters of a layer that hold its weight's parts, in the order of `QTensor.parts`, by vLLM's names."""
-    names = (weight, f"{weight}_scale_inv" if fmt.granularity == "block" else f"{weight}_scale")
-    return (*names, f"{weight}_global_scale") if fmt.has_global_scale else names
-
-
-def publish_parts(layer: Any, weight: QTensor, name: str = "weight") -> None:
-    """Give the layer a weight as it is, in plain Parameters."""
-    for part_name, part in zip(part_names(weight.scheme.format, name), weight.parts(), strict=True):
-        layer.register_parameter(part_name, frozen(part))
-
-
-def published_parts(layer: Any, fmt: WeightFormat, name: str = "weight") -> list[torch.Tensor]:
-    """What `publish_parts` gave it."""
-    return [layer._parameters[part_name] for part_name in part_names(fmt, name)]
-
-
-def frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 class CpuLinear:
@@ -113,14 +38,20 @@ class CpuLinear:
         publish_parts(layer, weight)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         parts = published_parts(layer, self.fmt)
-        out = torch.ops.qtensor_vllm.linear(flat, parts, self.fmt.name, self.round_activations, bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # An operator's dispatch takes 10 µs; only compilers need to see one.
+        linear = torch.ops.qtensor_vllm.linear if torch.compiler.is_compiling() else product
+        out: torch.Tensor = linear(flat, parts, self.fmt.name, self.round_activations, bias)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+    def read(self, layer: Any) -> QTensor:
+        """The weight in row-major order."""
+        parts = published_parts(layer, self.fmt)
+        return assembled(parts, self.scheme, layer.orig_dtype, layer.input_size_per_partition)
 
     def dequantize(self, layer: Any) -> torch.Tensor:
-        parts = published_parts(layer, self.fmt)
-        return assembled(parts, self.scheme, layer.orig_dtype, layer.input_size_per_partition).dequantize()
+        return self.read(layer).dequantize()
 
 
 class GpuLinear:

@@ -36,6 +36,8 @@ test-matrix: $(VLLM_VENV)/.ready $(VLLM_VERSIONS:%=.venv-vllm-%/.ready)
 bench-vllm: $(VLLM_VENV)/.ready
 	@echo "Measuring vLLM with and without the plugin; results go to bench/results/"
 	@$(VLLM_PYTHON) bench/vllm_load.py
+	@$(VLLM_PYTHON) bench/vllm_load.py --speed
+	@$(VLLM_PYTHON) bench/vllm_products.py
 	@$(VLLM_PYTHON) bench/vllm_plugin_cost.py
 
 # The torchvision, torchaudio and torchcodec that come along may be built for another torch; vLLM runs without them.

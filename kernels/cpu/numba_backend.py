@@ -16,7 +16,7 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
-from . import fused, grouped, jit, products
+from . import fused, grouped, jit, prepared, products
 from .rows import PIECE, Array, adjacent, flat_rows, share, slabs
 
 _INFINITY_BITS = 0x7F800000
@@ -73,7 +73,8 @@ class Numba(Torch):
         self, x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self._has_loops(x, parts):
-            return products.linear(x, _in_order(parts), fmt, bias)
+            few = prepared.linear(x, parts, fmt, bias)
+            return products.linear(x, _in_order(parts), fmt, bias) if few is None else few
         return super().linear(x, parts, fmt, bias)
 
     def experts(

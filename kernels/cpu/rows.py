@@ -128,11 +128,16 @@ def share(count: int, elements: int, work: Callable[[int, int], None]) -> None:
     _together(drain, min(threads, pieces), stop)
 
 
+def team() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, argument, threads, flags) of torch's threads; None where there are none to enter."""
+    return None if _forked else _openmp()
+
+
 def run_loop(loop: Any, places: Array, pieces: int, threads: int) -> None:
     """Run one of the loops of `vectors` on up to so many threads, of torch's if that can be."""
     threads = min(threads, pieces)
     address = places.ctypes.data
-    parallel = _openmp() if threads > 1 and not _forked else None
+    parallel = team() if threads > 1 else None
     if parallel is not None:
         parallel(loop.address, address, threads, 0)
         return

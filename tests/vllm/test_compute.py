@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from qtensor import quantize
 from qtensor.integrations.vllm import compat
+from qtensor.integrations.vllm.dispatch import linear_compute
 from qtensor.integrations.vllm.head import QTensorEmbeddingMethod
-from qtensor.integrations.vllm.layers import Published, Slot, process
+from qtensor.integrations.vllm.layers import Published, Slot, part_names, process
 from qtensor.integrations.vllm.options import Choice, parse
-from qtensor.integrations.vllm.products import CpuLinear, linear_compute, part_names
+from qtensor.integrations.vllm.products import CpuLinear
 from qtensor.kernels import FORMATS, upload
 from qtensor.schemes.scheme import SCHEMES
 from support.vllm.checkpoints import checkpoint

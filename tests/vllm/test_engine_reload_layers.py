@@ -21,8 +21,8 @@ from qtensor import (
     weight_checksums,
 )
 from qtensor.integrations.vllm import checksums, linear, processing
-from qtensor.integrations.vllm.layers import Published, Slot
-from qtensor.integrations.vllm.products import CpuLinear, frozen, part_names
+from qtensor.integrations.vllm.layers import Published, Slot, frozen, part_names
+from qtensor.integrations.vllm.products import CpuLinear
 from support.vllm.checkpoints import checkpoint, tensors_of, variant
 from support.vllm.engines import engine, look
 from support.vllm.oracle import fused, mistakes, unequal

@@ -17,10 +17,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 
 from qtensor.errors import ConfigError
 from qtensor.integrations.vllm.config import QTensorConfig
+from qtensor.integrations.vllm.dispatch import linear_compute
 from qtensor.integrations.vllm.layers import process
 from qtensor.integrations.vllm.moe import expert_method
 from qtensor.integrations.vllm.options import Choice, parse
-from qtensor.integrations.vllm.products import GpuLinear, linear_compute
+from qtensor.integrations.vllm.products import GpuLinear
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.tensor.qtensor import empty

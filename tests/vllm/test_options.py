@@ -13,9 +13,9 @@ import torch
 from qtensor import QTensorError, fp8_per_block, fp8_per_channel, mxfp8, nvfp4
 from qtensor.integrations.vllm import compat, register
 from qtensor.integrations.vllm.config import NAMES, QTensorConfig
+from qtensor.integrations.vllm.dispatch import linear_compute
 from qtensor.integrations.vllm.moe import expert_method
 from qtensor.integrations.vllm.options import OptionsError, parse
-from qtensor.integrations.vllm.products import linear_compute
 from qtensor.integrations.vllm.reporting import report_paths
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES

@@ -1,0 +1,193 @@
+"""Products of a few rows, laid out beforehand: the bits of those that are not, from whatever the weight holds now."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
+
+from test_cpu_products import activations, exact, quantized
+
+from qtensor.kernels import FORMATS, WeightFormat
+from qtensor.kernels.cpu import prepared, products, rows
+from qtensor.kernels.cpu.numba_backend import NUMBA
+
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+relaxed = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def activate(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@formats
+@relaxed
+@given(data=st.data())
+def test_bits_are_those_of_products(fmt: WeightFormat, data: st.DataObject) -> None:
+    height = data.draw(st.sampled_from([1, 3, 4, 5, 64, 130, 300]))
+    cols = data.draw(st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 128, 205, 1030]))
+    parts = quantized(fmt, (height, cols), height * cols)
+    x = data.draw(activations(data.draw(st.integers(1, 6)), cols))
+    bias = data.draw(st.sampled_from([None, torch.linspace(-1, 1, height)]))
+    bias = None if bias is None else bias.to(x.dtype)
+    found = prepared.linear(x, parts, fmt, bias)
+    served = x.dtype == torch.bfloat16 and x.shape[0] <= prepared.most_rows() and x.stride(1) == 1
+    assert (found is not None) == served
+    if found is not None:
+        assert torch.equal(found, products.linear(x, parts, fmt, bias))
+
+
+@formats
+def test_new_values_are_seen(fmt: WeightFormat) -> None:
+    """In every part, in place, as a reload writes them; and another weight at the same address."""
+    x = torch.randn(3, 96).bfloat16()
+    parts, other = quantized(fmt, (40, 96), 1), quantized(fmt, (40, 96), 2, size=0.3)
+    for _ in range(2):
+        for part, new in zip(parts, other, strict=True):
+            part.view(torch.uint8).copy_(new.view(torch.uint8))
+            assert torch.equal(NUMBA.linear(x, parts, fmt), products.linear(x, parts, fmt, None))
+        other = quantized(fmt, (40, 96), 3)
+
+
+def test_weights_of_all_sizes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory that they share, and with more of them than are kept."""
+    monkeypatch.setattr(prepared, "_MOST_KEPT", 3)
+    monkeypatch.setattr(prepared, "_kept", {})
+    weights = [(f, quantized(f, shape, 1)) for f in FORMATS.values() for shape in ((8, 32), (500, 1000), (33, 70))]
+    for _ in range(2):
+        for fmt, parts in weights:
+            x = torch.randn(2, parts.qdata.shape[1] * fmt.per_byte).bfloat16()
+            found = prepared.linear(x, parts, fmt, None)
+            assert found is not None
+            assert torch.equal(found, products.linear(x, parts, fmt, None))
+            assert len(prepared._kept) <= 3
+
+
+def test_numbers_of_threads_and_threads_at_once() -> None:
+    fmt = FORMATS["nvfp4"]
+    weights = [quantized(fmt, (700, 300), i) for i in range(4)]
+    xs = [torch.randn(2, 300).bfloat16() for _ in weights]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            wanted = [products.linear(x, w, fmt, None) for x, w in zip(xs, weights, strict=True)]
+            assert all(torch.equal(NUMBA.linear(x, w, fmt), y) for x, w, y in zip(xs, weights, wanted, strict=True))
+            with ThreadPoolExecutor(4) as pool:
+                for _ in range(20):
+                    found = pool.map(lambda pair: NUMBA.linear(*pair, fmt), zip(xs, weights, strict=True))
+                    assert all(map(torch.equal, found, wanted))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("without", ["fork", "openmp"])
+def test_where_there_is_no_team_to_enter(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked child has none of its parent's threads; other systems have no entry point."""
+    monkeypatch.setattr(rows, *(("_forked", True) if without == "fork" else ("_openmp", lambda: None)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    fmt = FORMATS["mxfp8"]
+    parts, x = quantized(fmt, (300, 200), 1), torch.randn(2, 200).bfloat16()
+    assert prepared.linear(x, parts, fmt, None) is None
+    assert torch.equal(NUMBA.linear(x, parts, fmt), products.linear(x, parts, fmt, None))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert prepared.linear(x, parts, fmt, None) is not None
+
+
+def test_gradients_take_the_other_way() -> None:
+    fmt = FORMATS["fp8_per_channel"]
+    parts, x = quantized(fmt, (8, 32), 1), torch.randn(2, 32).bfloat16()
+    bias = torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
+    NUMBA.linear(x, parts, fmt, bias).sum().backward()
+    assert bias.grad is not None
+    with torch.no_grad():
+        assert prepared.linear(x, parts, fmt, bias) is not None
+
+
+@formats
+@relaxed
+@given(data=st.data())
+def test_mixtures(fmt: WeightFormat, data: st.DataObject) -> None:
+    """Within fp32's rounding of the exact sum, and one rounding to bfloat16."""
+    experts, hidden, inner = data.draw(st.sampled_from([(4, 64, 32), (5, 70, 34), (9, 130, 16)]))
+    tokens, each = data.draw(st.sampled_from([1, 2, 4, 7])), data.draw(st.integers(1, 3))
+    first, second = (
+        quantized(fmt, (experts, 2 * inner, hidden), experts),
+        quantized(fmt, (experts, hidden, inner), inner),
+    )
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:each] for _ in range(tokens)]).int()
+    weights = torch.rand(tokens, each, generator=generator)
+    found = prepared.experts(x, first, second, fmt, ids, weights, inner, activate)
+    most = int(ids.flatten().bincount().max())
+    assert (found is not None) == (most <= 2 * prepared._AT_ONCE)
+    if found is None:
+        return
+    up, down = exact(first, fmt, hidden), exact(second, fmt, inner)
+    hidden_states = [[activate((x[t].double() @ up[e].T)[None])[0] for e in ids[t]] for t in range(tokens)]
+    terms = [
+        [
+            weights[t, j].double() * (h @ down[e].T)
+            for j, (e, h) in enumerate(zip(ids[t], hidden_states[t], strict=True))
+        ]
+        for t in range(tokens)
+    ]
+    wanted = torch.stack([torch.stack(own).sum(0) for own in terms])
+    size = torch.stack([torch.stack(own).abs().sum(0) for own in terms])
+    assert ((found.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 2.0**-14 * (size + size.mean())).all()
+
+
+def test_mixtures_of_other_kinds_are_declined() -> None:
+    fmt = FORMATS["int8_per_channel"]
+    first, second = quantized(fmt, (4, 64, 32), 1), quantized(fmt, (4, 32, 32), 2)
+    x, ids, weights = torch.randn(2, 32).bfloat16(), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), torch.rand(2, 2)
+
+    def mixture(**changed: torch.Tensor) -> torch.Tensor | None:
+        given = {"x": x, "ids": ids, "weights": weights} | changed
+        return prepared.experts(given["x"], first, second, fmt, given["ids"], given["weights"], 32, activate)
+
+    assert mixture() is not None
+    assert mixture(x=x.float()) is None
+    assert mixture(ids=ids.long()) is None
+    assert mixture(ids=torch.full_like(ids, -1)) is None
+    assert mixture(ids=torch.full_like(ids, 4)) is None
+    assert mixture(weights=weights.bfloat16()) is None
+    assert mixture(x=x[:0], ids=ids[:0], weights=weights[:0]) is None
+    assert mixture(x=x.repeat(9, 1), ids=ids.repeat(9, 1), weights=weights.repeat(9, 1)) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_terms_are_combined(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are not there add nothing; several threads take rows in turn."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(prepared, "_PIECE", 64)
+    terms, weights = torch.randn(50, 96).bfloat16(), torch.rand(40, 3)
+    where = torch.randint(-1, 50, (40, 3))
+    where[7] = -1
+    out = torch.full((40, 96), float("nan"), dtype=torch.bfloat16)
+    prepared.combine_into(out, terms, where, weights)
+    wanted = (terms[where.clamp_min(0)].double() * (weights.double() * (where >= 0)).unsqueeze(-1)).sum(1)
+    assert ((out.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_are_rounded(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To nearest even, NaN and infinity included, each row by its step: what torch rounds to."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(prepared, "_PIECE", 64)
+    bits = torch.randint(-(2**31), 2**31, (30, 70), dtype=torch.int64).to(torch.int32)
+    bits[0, :3] = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF])  # Two ties, and what rounds to infinity.
+    sums, steps = bits.view(torch.float32), torch.rand(30, 1) + 0.5
+    steps[0] = 1
+    for bias in (None, torch.randn(70).bfloat16()):
+        out = torch.empty(30, 70, dtype=torch.bfloat16)
+        prepared.round_into(out, sums, steps, bias)
+        wanted = sums * steps + (0 if bias is None else bias.float())
+        torch.testing.assert_close(out, wanted.bfloat16(), rtol=0 if bias is None else 2**-8, atol=0, equal_nan=True)
