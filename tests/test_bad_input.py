@@ -1,4 +1,7 @@
-"""Bad input: an error that names the weight, and nothing half-armed. After each, the same model loads again."""
+"""Bad input: an error that names the weight, and nothing half-armed. After each, the same model loads again.
+
+It is one file because files, shapes, values and dtypes are refused by the same rules, and each asks for the next load.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 Random programs of loads, casts, moves, to_empty, reset_parameters and deep copies run on a model inside the block, and
 on a plain one. Every parameter then has the plain one's dtype, device and values; the bytes of a quantized weight are
 those of `quantize(plain weight)`, or (and the report says so) of the values before a cast that came too late.
+It is one file because all in it is one machine: the programs, and those that once were wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""save_checkpoint and load_checkpoint: the same bytes there and back, in forms that other tools read."""
+"""save_checkpoint and load_checkpoint: the same bytes there and back, in forms that other tools read.
+
+It is one file because what is written and what is read are tested by each other; conversions have their own.
+"""
 
 from __future__ import annotations
 

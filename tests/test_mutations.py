@@ -1,6 +1,7 @@
 """Do the tests notice? Each mutant breaks one rule on purpose; the probe that guards the rule must fail.
 
-The probes are small deterministic loads that pass on the real code, checked first.
+The probes are small deterministic loads that pass on the real code, checked first. It is one file because probes,
+mutants and the table of who catches whom are read together.
 """
 
 from __future__ import annotations

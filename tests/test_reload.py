@@ -1,4 +1,7 @@
-"""Reload: new weights into a live quantized model, all or nothing, at the same addresses."""
+"""Reload: new weights into a live quantized model, all or nothing, at the same addresses.
+
+It is one file because its tests share the ways to reload (`MODES`) and the models that they are tried on.
+"""
 
 from __future__ import annotations
 

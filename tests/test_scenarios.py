@@ -1,7 +1,8 @@
 """The scenarios an online quantizer must survive, each taken from bugs met in the field.
 
 The issue numbers are vllm-project/vllm's unless another repository is named. Scenarios about reloading a live model
-and about engines live with those features; loaders by name are in test_loaders*.py.
+and about engines live with those features; loaders by name are in test_loaders*.py. It is one file because it is a
+list: whoever meets a bug elsewhere looks here whether it was tried.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ and strides of views, on every value read, on which calls raise, and at the end 
 
 Values are 0 and ±448·2^-j: each is a multiple of any unit's fp8 step, whatever its amax. Quantizing loses nothing, so
 that even reads of quantized elements have one right answer. Arithmetic that leaves this set ends a program; none
-compares 0 with -0, whose order is the kernel's choice.
+compares 0 with -0, whose order is the kernel's choice. It is one file because steps, what they do and who compares
+are changed together.
 """
 
 from __future__ import annotations
