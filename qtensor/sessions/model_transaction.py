@@ -230,9 +230,10 @@ class ModelTransaction(LoadHost, Transaction):
 
     def _weights_to_complete(self) -> dict[ArmedWeight, list[Owner]]:
         """The weights of the models that are being loaded. Not those of modules that a constructor made and dropped: in
-        a plain model they would be gone at once, here they are in a circle with their weights."""
-        live = self._tree.live(self)
-        if any(w.coverage.covered for w in live) and not all(w.coverage.complete for w in live):
+        a plain model they would be gone at once, here they are in a circle with their weights. What is read off a given
+        model has none of them, and a collection takes as long as a small reload's all."""
+        live, given = self._tree.live(self), self._tree.model is not None
+        if not given and any(w.coverage.covered for w in live) and not all(w.coverage.complete for w in live):
             del live
             self._tree.changed()
             gc.collect()
