@@ -24,6 +24,7 @@ from qtensor.errors import QTensorError
 
 from . import compiled, reference
 from .audit import Audit
+from .cpu.compiling import Task
 from .formats import WeightFormat
 from .parts import Parts
 
@@ -88,6 +89,14 @@ class Backend(Protocol):
         """x `[M, K]` → fp8 `[M, K]` and its scales: `[M, 1]`, `[M, ceil(K/128)]` or `[M, ceil(K/32)]` by the weight's
         format."""
 
+    def foresee(self, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
+        """A weight of so many elements will be quantized from values of this dtype: what has to be compiled for that
+        may be, meanwhile."""
+
+    def compile(self, fmt: WeightFormat, dtype: torch.dtype) -> None:
+        """Compile all that weights of this format and values of this dtype take, as far as it can be kept on disk for
+        other processes."""
+
 
 class UnsupportedBackend(QTensorError):
     """The backend asked for, or the only one made for this device, cannot run here."""
@@ -138,6 +147,21 @@ def serving(tensor: torch.Tensor, *others: torch.Tensor | None, backend: str | N
     return choose(tensor.device, backend)
 
 
+def foresee(device: torch.device, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
+    """A weight of so many elements will be quantized on a device, from values of this dtype. Returns at once.
+
+    On a CPU, what can be compiled beforehand, or read from a cache, is, so that the first write waits for less. Errors
+    are those of the write.
+    """
+    key = (fmt, dtype, numel.bit_length(), os.environ.get(VARIABLE))
+    if device.type == "cpu" and key not in _foreseen:
+        _foreseen.add(key)
+        Task(lambda: choose(device).foresee(fmt, dtype, numel)).foresee()
+
+
+_foreseen: set[tuple[WeightFormat, torch.dtype, int, str | None]] = set()
+
+
 def describe() -> list[Choice]:
     """What every device of this machine gets, and why: CPU first, then each GPU."""
     rows = [_describe(torch.device("cpu"))]
@@ -165,14 +189,18 @@ def _describe(device: torch.device) -> Choice:
 def _choose(asked: str | None, device_type: str, index: int | None) -> Backend:
     name = _name(asked, device_type, index)
     if name == "numba":
-        from .cpu.numba_backend import NUMBA
-
-        return NUMBA
+        return Task(_numba).result()
     if name == "triton":
         from .triton import TRITON
 
         return TRITON
     return reference.TORCH
+
+
+def _numba() -> Backend:
+    from .cpu.numba_backend import NUMBA
+
+    return NUMBA
 
 
 def _name(asked: str | None, device_type: str, index: int | None) -> str:
@@ -229,7 +257,7 @@ def _numba_problem() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'qtensor-online[cpu]')"
     try:
-        from .cpu import jit  # noqa: F401
+        Task(_numba).result()
     except ImportError:
         return "numba is installed but does not work here"
     return None

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from qtensor.kernels import upload
+from qtensor.kernels.cpu import compiling
 from qtensor.lazy.weight import ArmedWeight
 from qtensor.report.report import LoadReport
 from qtensor.schemes.scheme import Scheme
 from qtensor.sessions.transaction import State, Transaction
 
+from . import compat
 from .incoming import Incoming, Weights
 from .layers import Published
 from .missing import Names
@@ -76,7 +78,12 @@ class Filling(RankHost, Transaction):
     def __init__(self, served: ServedModel) -> None:
         super().__init__()
         self.served = served
+        compiling.listeners.add(self)
         self.refuse_nonfinite = served.choice.options.on_nonfinite == "error"
+
+    def compiling(self, text: str) -> None:
+        """The load waits for CPU loops."""
+        compat.logger().info("qtensor: %s", text)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         scheme: Scheme | None = weight.scheme
@@ -97,6 +104,7 @@ class Filling(RankHost, Transaction):
         self.closed = self.closed or self.why_closed[state]
         self._writing.clear()
         upload.release()
+        compiling.listeners.discard(self)
         self.served.open = None
 
 

@@ -11,14 +11,16 @@ from ..audit import Audit
 from ..formats import NonFinite, WeightFormat, ceil_div
 from ..parts import Parts
 from . import jit
-from .rows import Array, adjacent, flat_rows, share, slabs
+from .rows import ELEMENTS, Array, adjacent, flat_rows, share, slabs
 
-_KINDS = {"tensor": jit.TENSOR, "channel": jit.CHANNEL, "block": jit.BLOCKS}
-_LIKE: dict[torch.dtype, Array] = {
-    torch.bfloat16: np.empty(0, np.uint16),
-    torch.float16: np.empty(0, np.int16),
-    torch.float32: np.empty(0, np.float32),
+_LOOPS = {"tensor": jit.quantize_rows, "channel": jit.quantize_groups, "block": jit.quantize_blocks}
+_PIECES = {
+    "tensor": jit.quantize_piece_per_tensor,
+    "channel": jit.quantize_piece_per_channel,
+    "block": jit.quantize_piece_per_block,
 }
+# The loops for small matrices that have been used, and an array of the element type of each.
+_pieces: dict[tuple[str, torch.dtype], tuple[Callable[..., int], Array]] = {}
 
 
 def is_fused(fmt: WeightFormat) -> bool:
@@ -26,17 +28,33 @@ def is_fused(fmt: WeightFormat) -> bool:
     return fmt.element == "e4m3" and fmt.granularity != "group"
 
 
+def large_loop(fmt: WeightFormat) -> jit.Loop:
+    """That of a format for large matrices."""
+    return _LOOPS[fmt.granularity]
+
+
+def piece_loop(fmt: WeightFormat) -> jit.Loop:
+    """And for small ones."""
+    return _PIECES[fmt.granularity]
+
+
 def quantize_piece(source: torch.Tensor, parts: Parts, fmt: WeightFormat, origin: int) -> None:
     """A small matrix in one call: loaders that deliver a weight in many slices spend their time between the calls.
 
     All are `adjacent`, and the scales contiguous.
     """
+    key = fmt.granularity, source.dtype
+    try:
+        loop, like = _pieces[key]
+    except KeyError:
+        like = np.empty(0, ELEMENTS[source.dtype])
+        loop = piece_loop(fmt).of(like.dtype, purpose=fmt.name)
+        _pieces[key] = loop, like
     qdata, scale, (rows, cols) = parts.qdata, parts.scale, source.shape
-    bad = jit.quantize_piece(
-        _KINDS[fmt.granularity],
+    bad = loop(
         source.data_ptr(),
         source.stride(0),
-        _LIKE[source.dtype],
+        like,
         qdata.data_ptr(),
         qdata.stride(0),
         scale.data_ptr(),
@@ -61,11 +79,11 @@ def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit
     for first, slab in slabs(source, unit):
         codes = target[first : first + slab.shape[0]]
         if fmt.granularity == "tensor":
-            _run_rows(slab, codes, scales, audit)
+            _run_rows(slab, codes, scales, audit, fmt.name)
         elif fmt.granularity == "channel":
-            _run_groups(slab, codes, flat_scales[first : first + slab.shape[0]], slab.shape[1], True, audit)
+            _run_groups(slab, codes, flat_scales[first : first + slab.shape[0]], slab.shape[1], True, audit, fmt.name)
         else:
-            _run_blocks(slab, codes, flat_scales[first // unit :], audit)
+            _run_blocks(slab, codes, flat_scales[first // unit :], audit, fmt.name)
     scale.copy_(scales)
     if target is not qdata:
         qdata.copy_(target)
@@ -77,12 +95,13 @@ def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tenso
     group = fmt.block[1] if fmt.granularity == "block" else cols
     q = torch.empty((rows, cols), dtype=fmt.dtype, device="cpu")
     scale = torch.empty((rows, ceil_div(cols, group)), dtype=torch.float32, device="cpu")
-    _run_groups(x if adjacent(x) else x.contiguous(), q, scale, group, False, Audit())
+    _run_groups(x if adjacent(x) else x.contiguous(), q, scale, group, False, Audit(), fmt.name)
     return q, scale
 
 
-def _run_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit) -> None:
+def _run_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit, purpose: str) -> None:
     values, stride = flat_rows(source)
+    loop = jit.quantize_rows.of(values.dtype, purpose=purpose)
     codes, codes_stride = flat_rows(qdata)
     rows, cols = source.shape
     scales = flat_rows(scale.reshape(1, 1))[0]
@@ -90,16 +109,23 @@ def _run_rows(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, au
         rows,
         source.numel(),
         audit,
-        lambda start, stop, sums: jit.quantize_rows(
+        lambda start, stop, sums: loop(
             values, stride, codes, codes_stride, cols, scales, start, stop, audit.measure_sqnr, sums
         ),
     )
 
 
 def _run_groups(
-    source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, group: int, skip_nonfinite: bool, audit: Audit
+    source: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    group: int,
+    skip_nonfinite: bool,
+    audit: Audit,
+    purpose: str,
 ) -> None:
     values, stride = flat_rows(source)
+    loop = jit.quantize_groups.of(values.dtype, purpose=purpose)
     codes, codes_stride = flat_rows(qdata)
     rows, cols = source.shape
     scales = flat_rows(scale.contiguous().view(1, -1))[0]
@@ -107,7 +133,7 @@ def _run_groups(
         rows,
         source.numel(),
         audit,
-        lambda start, stop, sums: jit.quantize_groups(
+        lambda start, stop, sums: loop(
             values,
             stride,
             codes,
@@ -124,8 +150,9 @@ def _run_groups(
     )
 
 
-def _run_blocks(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit) -> None:
+def _run_blocks(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, audit: Audit, purpose: str) -> None:
     values, stride = flat_rows(source)
+    loop = jit.quantize_blocks.of(values.dtype, purpose=purpose)
     codes, codes_stride = flat_rows(qdata)
     rows, cols = source.shape
     scales = flat_rows(scale.contiguous().view(1, -1))[0]
@@ -133,7 +160,7 @@ def _run_blocks(source: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, 
         ceil_div(rows, jit.BLOCK),
         source.numel(),
         audit,
-        lambda start, stop, sums: jit.quantize_blocks(
+        lambda start, stop, sums: loop(
             values, stride, codes, codes_stride, rows, cols, scales, start, stop, audit.measure_sqnr, sums
         ),
     )

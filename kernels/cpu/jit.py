@@ -19,7 +19,7 @@ Fast-math is allowed only where sums may be reordered, never where it could chan
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
@@ -27,6 +27,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, extending, types  # type: ignore[attr-defined]
 
 from ..formats import E4M3_MAX
+from .compiling import Once, compiled
 
 Array = np.ndarray[Any, Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,18 +50,54 @@ _DECODE_UNIT = f32(256.0)  # See `_decode_small`.
 _REORDER = {"reassoc", "nsz", "contract"}
 
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+_INT, _BOOL = types.int64, types.boolean
+_CODES, _FLOATS, _SUMS = (
+    types.Array(numba.from_dtype(np.dtype(t)), 1, "C") for t in (np.uint8, np.float32, np.float64)
+)
+_SOURCE = object()  # an array of the source's element type
+
+
 def _jit(**options: Any) -> Callable[[F], F]:
-    """`numba.njit` with the options all loops share; without the disk cache where no folder for it can be written."""
+    """What loops are made of: compiled as part of each, and into no cache of its own."""
 
     def decorate(function: F) -> F:
-        shared = {"nogil": True, "error_model": "numpy", **options}
-        try:
-            compiled: F = numba.njit(cache=True, **shared)(function)
-        except RuntimeError:
-            compiled = numba.njit(**shared)(function)
-        return compiled
+        bare: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        found: F = numba.njit(**bare, **_OPTIONS, **options)(function)
+        return found
 
     return decorate
+
+
+class Loop:
+    """What torch's side calls: one function for each element type of the source, with the types of its arguments given,
+    so that nothing is left to compile when it is called. Other loops may call it, too."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._function, self._arguments = function, arguments
+        self._dispatchers: list[Any] = [_jit()(function)]
+        self._numba_type_ = self._dispatchers[0]._numba_type_  # for the loops that call it
+        self.of = Once(self._compile)
+        """By the element type of the source, a numpy dtype."""
+
+    if TYPE_CHECKING:  # By other loops, for numba.
+
+        def __call__(self, *arguments: Any) -> Any: ...
+
+    def _compile(self, element: np.dtype[Any]) -> Callable[..., Any]:
+        source = types.Array(numba.from_dtype(element), 1, "C")
+        signature = tuple(source if argument is _SOURCE else argument for argument in self._arguments)
+
+        def attempt(function: Callable[..., Any], cache: bool) -> Any:
+            dispatcher = numba.njit(cache=cache, **_OPTIONS)(function)
+            self._dispatchers.append(dispatcher)
+            return dispatcher.compile(signature)
+
+        return compiled(self._function, signature, attempt)  # type: ignore[no-any-return]
+
+
+def _loop(*arguments: Any) -> Callable[[Callable[..., Any]], Loop]:
+    return lambda function: Loop(function, arguments)
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:
@@ -221,7 +258,7 @@ def _add_sums(row, codes, scale, lost, sums):
     sums[1] += _sum_of_squares(lost[: row.size])
 
 
-@_jit()
+@_loop(_SOURCE, _INT, _INT, _INT)
 def first_nonfinite(source, stride, rows, cols):
     """Row-major index of the first NaN or infinity, or -1."""
     for r in range(rows):
@@ -233,7 +270,7 @@ def first_nonfinite(source, stride, rows, cols):
     return -1
 
 
-@_jit()
+@_loop(_SOURCE, _INT, _INT, _INT, _INT, _BOOL)
 def amax_rows(source, stride, cols, start, stop, skip_nonfinite):
     """The bits of the largest magnitude in rows start..stop; see `_magnitude`."""
     amax = u32(0)
@@ -246,7 +283,7 @@ def amax_rows(source, stride, cols, start, stop, skip_nonfinite):
     return amax
 
 
-@_jit()
+@_loop(_SOURCE, _INT, _CODES, _INT, _INT, _INT, _FLOATS, _INT, _INT, _BOOL, _BOOL, _SUMS)
 def quantize_groups(
     source, stride, codes, codes_stride, cols, group, scale, start, stop, skip_nonfinite, measure, sums
 ):
@@ -272,7 +309,7 @@ def quantize_groups(
                 _add_sums(row, out, amount, lost, sums)
 
 
-@_jit()
+@_loop(_SOURCE, _INT, _CODES, _INT, _INT, _INT, _FLOATS, _INT, _INT, _BOOL, _SUMS)
 def quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, start, stop, measure, sums):
     """Bands start..stop of 128 rows, one scale per 128 columns. NaN and infinity stay out of it.
 
@@ -309,7 +346,7 @@ def quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, star
                     _add_sums(part, target, band_scale[b], lost, sums)
 
 
-@_jit()
+@_loop(_SOURCE, _INT, _CODES, _INT, _INT, _FLOATS, _INT, _INT, _BOOL, _SUMS)
 def quantize_rows(source, stride, codes, codes_stride, cols, scale, start, stop, measure, sums):
     """Rows start..stop with `scale[0]` for the whole matrix."""
     factor = _inverse(scale[0])
@@ -333,32 +370,46 @@ def _pointer(context, address, like):
     return pointer(address, like), emit
 
 
-TENSOR, CHANNEL, BLOCKS = range(3)
-
-
 @_jit()
-def quantize_piece(kind, source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols):
-    """A whole matrix, from addresses: for pieces so small that making arrays takes longer than quantizing.
-
-    `like` is any array of the source's element type, `scales` the number of scales. Returns the row-major index of the
-    first NaN or infinity, with nothing stored, or -1.
-    """
+def _matrices(source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols):
+    """The arrays at these addresses. `like` is any array of the source's element type."""
     source = carray(_pointer(source_at, like), (rows - 1) * stride + cols)
     codes = carray(_pointer(codes_at, np.empty(0, np.uint8)), (rows - 1) * codes_stride + cols)
-    scale = carray(_pointer(scale_at, np.empty(0, np.float32)), scales)
+    return source, codes, carray(_pointer(scale_at, np.empty(0, np.float32)), scales)
+
+
+# A whole matrix, from addresses: for pieces so small that making arrays takes longer than quantizing. Each returns the
+# row-major index of the first NaN or infinity, with nothing stored, or -1.
+_PIECE = _INT, _INT, _SOURCE, _INT, _INT, _INT, _INT, _INT, _INT
+
+
+@_loop(*_PIECE)
+def quantize_piece_per_tensor(source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols):
+    source, codes, scale = _matrices(source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols)
     bad = first_nonfinite(source, stride, rows, cols)
-    if bad >= 0:
-        return bad
-    sums = np.empty(2)
-    if kind == CHANNEL:
-        quantize_groups(source, stride, codes, codes_stride, cols, cols, scale, 0, rows, False, False, sums)
-    elif kind == BLOCKS:
-        bands = (rows + BLOCK - 1) // BLOCK
-        quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, 0, bands, False, sums)
-    else:
+    if bad < 0:
         scale[0] = _float(amax_rows(source, stride, cols, 0, rows, False)) / _MAX
-        quantize_rows(source, stride, codes, codes_stride, cols, scale, 0, rows, False, sums)
-    return -1
+        quantize_rows(source, stride, codes, codes_stride, cols, scale, 0, rows, False, np.empty(2))
+    return bad
+
+
+@_loop(*_PIECE)
+def quantize_piece_per_channel(source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols):
+    source, codes, scale = _matrices(source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols)
+    bad = first_nonfinite(source, stride, rows, cols)
+    if bad < 0:
+        quantize_groups(source, stride, codes, codes_stride, cols, cols, scale, 0, rows, False, False, np.empty(2))
+    return bad
+
+
+@_loop(*_PIECE)
+def quantize_piece_per_block(source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols):
+    source, codes, scale = _matrices(source_at, stride, like, codes_at, codes_stride, scale_at, scales, rows, cols)
+    bad = first_nonfinite(source, stride, rows, cols)
+    if bad < 0:
+        bands = (rows + BLOCK - 1) // BLOCK
+        quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, 0, bands, False, np.empty(2))
+    return bad
 
 
 E4M3, E2M1, INT8, INT4 = range(4)
@@ -383,7 +434,7 @@ def _encode_e2m1(value):
     return np.uint8(code | u32(u32(bits >> u32(28)) & u32(8)))
 
 
-@_jit()
+@_loop(_SOURCE, _INT, _INT, _INT, _FLOATS, _INT, _INT)
 def amax_groups(source, stride, cols, group, amax, start, stop):
     """The largest magnitude of each `group` columns of rows start..stop, ceil(cols / group) values per row."""
     groups = (cols + group - 1) // group
@@ -435,38 +486,44 @@ def _pack(nibbles, codes):
         codes[i] = np.uint8(nibbles[2 * i] | np.uint8(nibbles[2 * i + 1] << np.uint8(4)))
 
 
-@_jit()
-def encode_groups(element, divides, source, stride, codes, codes_stride, cols, group, steps, start, stop):
-    """Rows start..stop of a finite source, in units of `steps`, ceil(cols / group) float32 values per row.
+def _encoder(element):
+    @_loop(_BOOL, _SOURCE, _INT, _CODES, _INT, _INT, _INT, _FLOATS, _INT, _INT)
+    def encode_groups(divides, source, stride, codes, codes_stride, cols, group, steps, start, stop):
+        """Rows start..stop of a finite source, in units of `steps`, ceil(cols / group) float32 values per row.
 
-    `divides`: by the step, and what has a step of 0 is 0; otherwise multiply by its inverse. int8 rounds the quotient
-    to the source's type. Groups of nibbles have an even number of columns.
-    """
-    groups = (cols + group - 1) // group
-    values = np.zeros(group + 1, np.float32)
-    nibbles = np.zeros(group + 1, np.uint8)
-    for r in range(start, stop):
-        for g in range(groups):
-            left, right = g * group, min(g * group + group, cols)
-            row, step = source[r * stride + left : r * stride + right], steps[r * groups + g]
-            scaled = values[: right - left]
-            if divides and step == f32(0):
-                scaled[:] = f32(0)
-            elif element == INT8:
-                _divided_in_its_type(row, step, scaled)
-            elif divides:
-                _divided(row, step, scaled)
-            else:
-                _times(row, _inverse(step), scaled)
-            if element == E4M3:
-                _to_e4m3(scaled, codes[r * codes_stride + left : r * codes_stride + right])
-            elif element == INT8:
-                _to_integers(scaled, f32(127), u32(0xFF), codes[r * codes_stride + left : r * codes_stride + right])
-            else:
-                found = nibbles[: right - left]
-                if element == E2M1:
-                    _to_e2m1(scaled, found)
+        `divides`: by the step, and what has a step of 0 is 0; otherwise multiply by its inverse. int8 rounds the
+        quotient to the source's type. Groups of nibbles have an even number of columns.
+        """
+        groups = (cols + group - 1) // group
+        values = np.zeros(group + 1, np.float32)
+        nibbles = np.zeros(group + 1, np.uint8)
+        for r in range(start, stop):
+            for g in range(groups):
+                left, right = g * group, min(g * group + group, cols)
+                row, step = source[r * stride + left : r * stride + right], steps[r * groups + g]
+                scaled = values[: right - left]
+                if divides and step == f32(0):
+                    scaled[:] = f32(0)
+                elif element == INT8:
+                    _divided_in_its_type(row, step, scaled)
+                elif divides:
+                    _divided(row, step, scaled)
                 else:
-                    _to_integers(scaled, f32(7), u32(0xF), found)
-                nibbles[right - left] = 0  # the partner of an odd last one
-                _pack(nibbles, codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2])
+                    _times(row, _inverse(step), scaled)
+                if element == E4M3:
+                    _to_e4m3(scaled, codes[r * codes_stride + left : r * codes_stride + right])
+                elif element == INT8:
+                    _to_integers(scaled, f32(127), u32(0xFF), codes[r * codes_stride + left : r * codes_stride + right])
+                else:
+                    found = nibbles[: right - left]
+                    if element == E2M1:
+                        _to_e2m1(scaled, found)
+                    else:
+                        _to_integers(scaled, f32(7), u32(0xF), found)
+                    nibbles[right - left] = 0  # the partner of an odd last one
+                    _pack(nibbles, codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2])
+
+    return encode_groups
+
+
+encode_groups = {element: _encoder(element) for element in (E4M3, E2M1, INT8, INT4)}

@@ -16,8 +16,8 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
-from . import fused, grouped, jit, prepared, products
-from .rows import PIECE, Array, adjacent, flat_rows, share, slabs
+from . import fused, grouped, jit, prepared, products, vectors
+from .rows import ELEMENTS, PIECE, Array, adjacent, flat_rows, share, slabs
 
 _INFINITY_BITS = 0x7F800000
 
@@ -49,13 +49,30 @@ class Numba(Torch):
         amax = torch.zeros(len(matrices), dtype=torch.float32, device="cpu")
         if audit.refuse_nonfinite or fmt.granularity == "tensor":
             for i, (matrix, _) in enumerate(matrices):
-                amax[i] = _amax(matrix, audit, origin)
+                amax[i] = _amax(matrix, audit, origin, fmt.name)
                 origin += matrix.numel()
         for i, (matrix, own) in enumerate(matrices):
             if is_fused:
                 fused.quantize(matrix, own, fmt, audit, amax[i])
             else:
                 grouped.quantize(matrix, own, fmt, amax[i])
+
+    def foresee(self, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
+        if dtype not in SOURCE_DTYPES:
+            return
+        small = fused.is_fused(fmt) and numel <= PIECE
+        for loop in [fused.piece_loop(fmt)] if small else _quantizing(fmt):
+            loop.of.foresee(ELEMENTS[dtype])
+
+    def compile(self, fmt: WeightFormat, dtype: torch.dtype) -> None:
+        pieces = [fused.piece_loop(fmt)] if fused.is_fused(fmt) else []
+        for loop in (*_quantizing(fmt), *pieces, jit.first_nonfinite):
+            loop.of(ELEMENTS[dtype], purpose=fmt.name)
+        vectors.decode_loop(fmt, dtype)
+        vectors.product_loop(fmt, vectors.has_quick_product(fmt))
+        if vectors.has_tiles():
+            vectors.tile_loop(fmt)
+            vectors.pack_loop(fmt)
 
     def dequantize(
         self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
@@ -103,6 +120,11 @@ class Numba(Torch):
 NUMBA = Numba()
 
 
+def _quantizing(fmt: WeightFormat) -> tuple[jit.Loop, ...]:
+    """The loops that quantize large weights of this format."""
+    return jit.amax_rows, *([fused.large_loop(fmt)] if fused.is_fused(fmt) else grouped.loops(fmt))
+
+
 def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None:
     if qdata.shape != fmt.qdata_shape(tuple(source.shape)):
         raise WeightShapeError(f"source is {list(source.shape)} but qdata is {list(qdata.shape)}")
@@ -135,18 +157,20 @@ def _matrices(source: torch.Tensor, parts: Parts, fmt: WeightFormat) -> list[tup
     return [(source[e], parts.matrix(e)) for e in range(experts)]
 
 
-def _amax(source: torch.Tensor, audit: Audit, origin: int) -> float:
+def _amax(source: torch.Tensor, audit: Audit, origin: int, purpose: str) -> float:
     """The largest finite magnitude; raises NonFinite if `audit` refuses what is not finite."""
     cols = source.shape[1]
     found: list[int] = []
+    amax_rows = jit.amax_rows.of(ELEMENTS[source.dtype], purpose=purpose)
     for first, slab in slabs(source, 1):
         values, stride = flat_rows(slab)
 
         def scan(start: int, stop: int, values: Array = values, stride: int = stride) -> None:
-            found.append(int(jit.amax_rows(values, stride, cols, start, stop, not audit.refuse_nonfinite)))
+            found.append(int(amax_rows(values, stride, cols, start, stop, not audit.refuse_nonfinite)))
 
         share(slab.shape[0], slab.numel(), scan)
         if max(found) >= _INFINITY_BITS:
-            index = int(jit.first_nonfinite(values, stride, slab.shape[0], cols))
+            first_nonfinite = jit.first_nonfinite.of(values.dtype, purpose=purpose)
+            index = int(first_nonfinite(values, stride, slab.shape[0], cols))
             raise NonFinite(origin + first * cols + index, float(slab[index // cols, index % cols]))
     return float(np.uint32(max(found)).view(np.float32))

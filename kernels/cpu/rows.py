@@ -19,6 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,15 @@ PIECE = 1 << 18  # Elements below which handing work to another thread costs mor
 _PIECES_PER_THREAD = 4  # So that a thread which lost its core for a while does not hold up the others.
 _SLAB = 1 << 22  # Elements of a source copied at a time when its columns are not adjacent in memory.
 
-# Element type → the integer type under which numba sees its bits (see `cpu_jit`).
+# Element type → the integer type under which numba sees its bits (see `jit`).
 _BITS = {
     torch.bfloat16: torch.uint16,
     torch.float16: torch.int16,
     torch.float8_e4m3fn: torch.uint8,
     torch.int8: torch.uint8,
 }
+ELEMENTS = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16), torch.float32: np.dtype(np.float32)}
+"""Of a source, as numba sees them."""
 
 
 def adjacent(matrix: torch.Tensor) -> bool:
@@ -163,13 +166,42 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 
 def _together(work: Callable[[], object], threads: int, stop: Callable[[], None] = lambda: None) -> None:
-    """Call `work` on this thread and on idle ones of the pool; never wait for one that has not begun."""
-    pool = _helpers()
-    helpers = [pool.submit(work) for _ in range(threads - 1)]
+    """Call `work` on this thread and on idle ones of the pool; never wait for one that has not begun.
+
+    However it ends, and whatever interrupts it, no thread works any more: they write to memory that the caller rolls
+    back, or frees.
+    """
+    running: list[object] = []
+    errors: list[BaseException] = []
+    ended: SimpleQueue[None] = SimpleQueue()
+    over = False
+
+    def help_out() -> None:
+        mark = object()
+        running.append(mark)
+        try:
+            if not over:
+                work()
+        except BaseException as error:
+            errors.append(error)
+        running.remove(mark)
+        ended.put(None)
+
+    late: BaseException | None = None
     try:
+        pool = _helpers()
+        for _ in range(threads - 1):
+            pool.submit(help_out)
         work()
     finally:
-        stop()
-        running = [helper for helper in helpers if not helper.cancel()]
-        for helper in running:
-            helper.result()
+        while True:
+            try:
+                over = True
+                stop()
+                while running:
+                    ended.get()
+                break
+            except BaseException as error:
+                late = error
+    if late is not None or errors:
+        raise late or errors[0]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -29,6 +28,7 @@ from numba import carray, extending, types  # type: ignore[attr-defined]
 from numba.core import cgutils, registry
 
 from ..formats import WeightFormat
+from .compiling import Once, compiled
 
 E4M3, E2M1, INT8, INT4 = range(4)
 _ELEMENTS = {"e4m3": E4M3, "e2m1": E2M1, "int8": INT8, "int4": INT4}
@@ -837,22 +837,10 @@ Loop = Any  # numba's CFunc: `.address` for other threads, `.ctypes(address of t
 
 
 def _compiled(function: Callable[..., None], places: np.dtype[Any]) -> Loop:
-    """As a C function; without the disk cache where no folder for it can be written.
-
-    Another thread compiles: a signal interrupts the main one only, and an exception in the midst of numba's own set-up
-    leaves numba broken for the rest of the process.
-    """
+    """As a C function."""
     signature = types.void(types.CPointer(numba.from_dtype(places)))
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-
-    def compile_it() -> Loop:
-        try:
-            return numba.cfunc(signature, cache=True, **options)(function)
-        except RuntimeError:
-            return numba.cfunc(signature, **options)(function)
-
-    with ThreadPoolExecutor(1, "qtensor-compile") as pool:
-        return pool.submit(compile_it).result()
+    return compiled(function, (), lambda named, cache: numba.cfunc(signature, cache=cache, **options)(named))
 
 
 def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
@@ -866,7 +854,7 @@ def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
 def product_loop(fmt: WeightFormat, quick: bool = False) -> Loop:
     """out = x times the dequantized rows of some weights, transposed: sums in fp32, each weight decoded once for up to
     4 rows of x. `quick`: see `has_quick_product`."""
-    return _product_loop(*_kind(fmt), quick)
+    return _product_loop(*_kind(fmt), quick, purpose=fmt.name)
 
 
 def has_quick_product(fmt: WeightFormat) -> bool:
@@ -875,8 +863,9 @@ def has_quick_product(fmt: WeightFormat) -> bool:
     return _kind(fmt)[:2] == (E4M3, PER_ROW) and "+avx512vbmi" in chip_features()
 
 
+@Once
 def chip_features() -> list[str]:
-    """Of the chip that numba compiles for."""
+    """Of the chip that numba compiles for. It sets numba up."""
     features: str = registry.cpu_target.target_context.codegen().magic_tuple()[2]
     return features.split(",")
 
@@ -884,12 +873,12 @@ def chip_features() -> list[str]:
 def tile_loop(fmt: WeightFormat) -> Loop:
     """As `product_loop` with the tile unit, for x as `pack_loop` leaves it and out in bfloat16; jobs count tiles of x,
     their biases end with 16 values more, and `block_rows` is a multiple of 32."""
-    return _tile_loop(*_kind(fmt))
+    return _tile_loop(*_kind(fmt), purpose=fmt.name)
 
 
 def pack_loop(fmt: WeightFormat) -> Loop:
     """Rows of x in bfloat16 as `[tiles, chunks, 16, 16, 2]` for `tile_loop`, a piece for each tile."""
-    return _pack_loop(_ELEMENTS[fmt.element])
+    return _pack_loop(_ELEMENTS[fmt.element], purpose=fmt.name)
 
 
 @functools.cache
@@ -901,10 +890,10 @@ def has_tiles() -> bool:
 
 def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
     """The dequantized rows of a weight, rounded once to `dtype`."""
-    return _decode_loop(*_kind(fmt), _DTYPES[dtype])
+    return _decode_loop(*_kind(fmt), _DTYPES[dtype], purpose=fmt.name)
 
 
-@functools.cache
+@Once
 def _product_loop(element: int, scale: int, group: int, quick: bool) -> Loop:
     def loop(pointer):
         p = carray(pointer, 1)[0]
@@ -932,7 +921,7 @@ def _product_loop(element: int, scale: int, group: int, quick: bool) -> Loop:
     return _compiled(loop, PRODUCT)
 
 
-@functools.cache
+@Once
 def _tile_loop(element: int, scale: int, group: int) -> Loop:
     quick = is_quick(element, scale, group)
     unit = np.float32(1.0 if quick else _UNITS[element])
@@ -1004,7 +993,7 @@ def _tile_loop(element: int, scale: int, group: int) -> Loop:
     return _compiled(loop, PRODUCT)
 
 
-@functools.cache
+@Once
 def _pack_loop(element: int) -> Loop:
     def loop(pointer):
         p = carray(pointer, 1)[0]
@@ -1018,7 +1007,7 @@ def _pack_loop(element: int) -> Loop:
     return _compiled(loop, PACK)
 
 
-@functools.cache
+@Once
 def _decode_loop(element: int, scale: int, group: int, dtype: int) -> Loop:
     def loop(pointer):
         p = carray(pointer, 1)[0]

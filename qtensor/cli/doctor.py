@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import kernels
+from ..kernels.cpu import compiling
 from ..report.progress import Progress
 from ..schemes.scheme import SCHEMES, Scheme
 from ..sessions.online import online_quant
@@ -42,6 +44,37 @@ def examine() -> dict[str, Any]:
         "checks": checks,
         "ok": all(choice.backend for choice in choices) and not any(check["problem"] for check in checks),
     }
+
+
+def compile_loops(schemes: list[Scheme]) -> dict[str, Any]:
+    """Compile what CPU weights of these schemes take, into the cache that later processes read. Ready for JSON; `ok` is
+    False where nothing could be kept for them."""
+    choice, started = kernels.describe()[0], time.perf_counter()
+    pairs = [(scheme.format, dtype) for scheme in schemes for dtype in kernels.SOURCE_DTYPES]
+    if choice.backend is None:
+        pairs = []
+    with Progress(description="compiling", total=len(pairs), unit="format") as progress:
+        for fmt, dtype in pairs:
+            kernels.choose(torch.device("cpu")).compile(fmt, dtype)
+            progress.advance()
+    return {
+        "backend": choice.backend,
+        "reason": choice.reason,
+        "schemes": [str(scheme) for scheme in schemes],
+        "seconds": time.perf_counter() - started,
+        "not_kept": compiling.not_kept,
+        "ok": choice.backend == "numba" and not compiling.not_kept,
+    }
+
+
+def describe_compiled(done: dict[str, Any]) -> str:
+    """What `compile_loops` did, for a person."""
+    if done["backend"] != "numba":
+        return f"Nothing to compile: CPU weights are served by {done['backend']} ({done['reason']})."
+    if done["not_kept"]:
+        reason = next(iter(done["not_kept"].values()))
+        return f"Compiled, but {len(done['not_kept'])} loops could not be kept for other processes: {reason}"
+    return f"The CPU loops of {', '.join(done['schemes'])} are compiled; that took {done['seconds']:.1f} s."
 
 
 def describe(findings: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, QTensorError
+from ..errors import ConfigError, MissingExtraError, QTensorError
 from ..extras import require
+from ..schemes.scheme import SCHEMES, Scheme, as_scheme
 from ..version import __version__
 from . import checkpoint as checkpoint_commands
 from .output import OutputLost, complain, standard_output
@@ -49,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what is installed, which kernels run here, and do they work")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.add_argument(
+        "--compile",
+        nargs="*",
+        type=_scheme,
+        metavar="SCHEME",
+        help="instead, compile the CPU loops of these schemes (of all, if none is named) for every process to come",
+    )
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser(
@@ -76,6 +84,13 @@ class _PrintCompletion(argparse.Action):
         parser.exit()
 
 
+def _scheme(text: str) -> Scheme:
+    try:
+        return as_scheme(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _megabytes(text: str) -> float:
     try:
         value = float(text)
@@ -89,6 +104,10 @@ def _megabytes(text: str) -> float:
 def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
+    if args.compile is not None:
+        done = doctor.compile_loops(args.compile or list(dict.fromkeys(SCHEMES.values())))
+        print(json.dumps(done, indent=2) if args.json else doctor.describe_compiled(done))
+        return 0 if done["ok"] else 1
     findings = doctor.examine()
     print(json.dumps(findings, indent=2, allow_nan=False) if args.json else doctor.describe(findings))
     return 0 if findings["ok"] else 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .. import kernels
 from ..checkpoint.files import LIST_BYTES, read_json
 from ..checkpoint.layouts import (
     COMPRESSED_TENSORS,
@@ -55,6 +57,7 @@ from ..schemes.selection import DEFAULT_IGNORE, ignoring
 from .streaming import OnBytes, TensorTask, copy, quantize
 
 _ATTEMPT = "attempt-"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequen
         kind = f" ({tensor.scheme})" if tensor.scheme is not None else ""
         for name in _specs_of(tensor, format):
             names.claim(name, tensor.stored.name + kind)
+        if tensor.scheme is not None:
+            kernels.foresee(_CPU, tensor.scheme.format, tensor.stored.dtype, math.prod(tensor.stored.shape))
     return Conversion(checkpoint, schemes, format, tasks, report)
 
 

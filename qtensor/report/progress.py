@@ -1,7 +1,8 @@
 """Progress of long work, in weights or bytes: a tqdm bar on a terminal, or a call per step for engines.
 
 Every session and command takes `progress=`: True shows a bar, False nothing, None a bar only on a terminal, and a
-callable gets each `ProgressEvent` instead. Without tqdm there is no bar.
+callable gets each `ProgressEvent` instead. Without tqdm there is no bar. What the work has to wait for before it can
+begin, a compilation, is said in the same way.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError
+from ..kernels.cpu import compiling
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class ProgressEvent:
     """What has been done so far.
 
     Attributes:
-        description: What is being done, such as "quantizing".
+        description: What is being done, such as "quantizing", or what is waited for: "compiling CPU loops for
+            fp8_per_channel (once per machine)".
         done: How many of `unit`.
         total: How many there are of `unit`; it grows as a load turns up more weights.
         bytes: Of the weights that are done, as they are kept; where the unit is bytes, these.
@@ -52,6 +55,9 @@ class Progress:
         self._done = self._total = self._bytes = 0
         self._bar: Any = None
         self._lock = threading.RLock()
+        self._said: set[str] = set()
+        if self._call or self._bar_wanted:
+            compiling.listeners.add(self)
         self.expect(total)
 
     def __enter__(self) -> Progress:
@@ -91,7 +97,21 @@ class Progress:
                 self._bar.set_postfix_str(f"{self._bytes / 1e9:.2f} GB", refresh=False)
             self._bar.update(step)
 
+    def compiling(self, text: str) -> None:
+        """The work waits for loops to be compiled (see `kernels.cpu.compiling`)."""
+        with self._lock:
+            if text in self._said:
+                return
+            self._said.add(text)
+            if self._call:
+                self._call(replace(self._event(), description=text))
+            elif self._bar is not None:
+                self._bar.write(f"{text} …", file=sys.stderr)
+            else:
+                print(f"{text} …", file=sys.stderr)
+
     def close(self) -> None:
+        compiling.listeners.discard(self)
         if self._bar is not None:
             self._bar.close()
             self._bar = None

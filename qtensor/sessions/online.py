@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .. import kernels
 from ..callers import builds_adapter, initialising, is_constructing
 from ..errors import ConfigError, QTensorError
 from ..lazy.lazy_tensor import (
@@ -257,6 +258,9 @@ class Load(ModelTransaction):
         values = param.detach().contiguous() if has_values else None
         if quantizable is None:
             quantizable = self._selection.candidate(module, name, param)
+            likely = self._selection.likely_scheme(module) if quantizable else None
+            if likely is not None:
+                kernels.foresee(target, likely.format, param.dtype, param.numel())
         if not quantizable:
             weight.scheme = None
             if values is not None:
@@ -290,6 +294,7 @@ class Load(ModelTransaction):
     def _decide(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
         scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
+            kernels.foresee(weight.device, scheme.format, weight.dtype, weight.coverage.numel)
             self._progress.expect(1)
             if self._agreements.share(weight, owners, param, scheme.format) and self.min_sqnr is not None:
                 raise ConfigError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")

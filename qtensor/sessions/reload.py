@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .. import kernels
 from ..errors import QTensorError, WeightShapeError
 from ..interrupts import without_grad
 from ..lazy.lazy_tensor import LAZY, LazyWeight, Swap, arm, attributes_of, close, parameter
@@ -176,6 +177,7 @@ class Reload(ModelTransaction):
 
     def _arm_quantized(self, param: QTensor, owners: list[Owner], held: torch.Tensor) -> None:
         weight = self._weight(param, owners[0])
+        kernels.foresee(param.device, param.scheme.format, param.dtype, param.numel())
         self._agreements.share(weight, owners, held, param.scheme.format)
         self._open(weight, param)
         self._arming[weight] = arming = _ArmedQuantized(param, weight)

@@ -9,12 +9,13 @@ import torch
 from qtensor.kernels import SOURCE_DTYPES, Backend, Parts, WeightFormat
 from qtensor.kernels.reference import TORCH
 
-OPERATIONS = tuple(name for name in vars(Backend) if inspect.isfunction(vars(Backend)[name]) and name[0] != "_")
+METHODS = tuple(name for name in vars(Backend) if inspect.isfunction(vars(Backend)[name]) and name[0] != "_")
+OPERATIONS = tuple(name for name in METHODS if name not in ("foresee", "compile"))  # what gives bytes
 
 
 def assert_has_the_operations(backend: Backend) -> None:
     """All of them with the Protocol's arguments, and `own` names those that are written for this backend."""
-    for name in OPERATIONS:
+    for name in METHODS:
         asked = list(inspect.signature(vars(Backend)[name]).parameters.values())[1:]
         found = list(inspect.signature(getattr(backend, name)).parameters.values())
         assert found == asked, f"{backend.name}.{name}"
