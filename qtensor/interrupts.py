@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from threading import RLock
 from typing import TypeVar
 
 import torch
@@ -28,6 +30,43 @@ def in_spite_of_interrupts(action: Callable[[], object]) -> None:
         ) from late
     if late is not None:
         raise late
+
+
+def in_turn(lock: RLock, action: Callable[[], _T]) -> _T:
+    """Do what is repeated until it is through, in one thread at a time. The lock is for this alone, and not nested.
+
+    Python looks for signals, and a tracer comes, where a lock may just have been taken and its `with` block not begun:
+    that leaves it held, by a thread that does not know. So this lets go of it however often this thread has it.
+    """
+    try:
+        with lock:
+            return action()
+    finally:
+        _let_go(lock)
+
+
+def _let_go(lock: RLock) -> None:
+    with suppress(RuntimeError):
+        while True:
+            lock.release()
+
+
+def unless_taken(lock: RLock, action: Callable[[], object]) -> None:
+    """Do it in this thread's turn, if it is nobody else's.
+
+    `if lock.acquire(blocking=False)` before a `try` leaves it held where an interrupt comes in between.
+    """
+    taken = True
+    try:
+        taken = lock.acquire(blocking=False)
+        if taken:
+            action()
+    finally:
+        if taken:  # or perhaps not: an interrupt came before the answer
+            try:  # noqa: SIM105 (the first call of the block: Python looks for signals after it, not before)
+                lock.release()
+            except RuntimeError:
+                pass
 
 
 def without_grad(action: Callable[[], _T]) -> _T:

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtensor import QTensorError, WeightShapeError, fp8_per_channel, online_quant, online_reload
-from qtensor.interrupts import without_grad
+from qtensor import QTensorError, WeightShapeError, fp8_per_channel, online_quant, online_reload, quantize
+from qtensor.interrupts import in_turn, unless_taken, without_grad
 from support.interrupts import (
     KINDS,
     NEW,
@@ -27,6 +27,7 @@ from support.interrupts import (
     TARGETS,
     AtLine,
     Net,
+    ThenAtLine,
     at_every_line,
     held,
     hooks_left,
@@ -35,7 +36,9 @@ from support.interrupts import (
     loaded,
     random_moments,
     timer,
+    twice,
 )
+from support.processes import ROOT
 
 ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
 ENDS = ("sessions/transaction.py", "sessions/session.py", "sessions/reload.py", "sessions/snapshot.py")
@@ -167,6 +170,115 @@ def test_a_write_that_was_cut_short_and_swallowed_is_no_write(name: str, reloads
         for n in {1, times}:
             stopped_at(line, n)
     assert any("a write to it was cut short by TimeoutError" in message for message in refused)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.w13 = nn.Parameter(torch.zeros(3, 8, 16))
+
+
+def test_a_write_that_was_cut_short_is_no_write_even_if_a_second_interrupt_cuts_short_its_end() -> None:
+    """Three experts, of which one or two were written when the first came: at lines that each of them runs, and then at
+    every line that is run because of it."""
+    old, new = (torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    whole = [quantize(values, fp8_per_channel).qdata.view(torch.uint8) for values in (old, new)]
+    refused = 0
+
+    def stopped_at(line: str, later: str) -> ThenAtLine:
+        nonlocal refused
+        net = Experts()
+        session = online_quant({"experts.w13": fp8_per_channel}, net)
+        net.experts.w13.data.copy_(old)
+        with suppress(TimeoutError), ThenAtLine(line, 2, TimeoutError, later) as tracer:
+            net.experts.w13.data.copy_(new)
+        try:
+            session.finish()
+        except QTensorError as error:
+            refused += "a write to it was cut short by" in str(error)
+        else:
+            held = net.experts.w13.qdata.view(torch.uint8)  # type: ignore[union-attr]
+            assert any(torch.equal(held, values) for values in whole), (line, later)
+        return tracer
+
+    lines = [line for line, times in stopped_at("", "").seen.items() if times > 1]
+    for line in lines[:: 1 if ENDURANCE else 8]:
+        for later in stopped_at(line, "").after:
+            stopped_at(line, later)
+    assert refused > 20
+
+
+@pytest.mark.parametrize("kind", KINDS if ENDURANCE else ["reload in place, host"])
+def test_an_interrupt_at_every_line_that_is_run_because_of_another(kind: str) -> None:
+    """The first comes at some lines of a write, of the end, and of the commit; at many more in `make endurance`."""
+    assert isolated(twice, kind, KeyboardInterrupt, *((20, 1) if ENDURANCE else (400, 4))) == []
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+
+def left_held(run: Callable[[Any], object], tries: int) -> int:
+    """How often a timer's exception left a lock held."""
+    found = 0
+    for i in range(tries):
+        lock = threading.RLock()
+        with suppress(KeyboardInterrupt), timer(2e-5 + 1e-7 * (i % 997), KeyboardInterrupt):
+            while True:
+                run(lock)
+        found += in_another_thread(lambda lock=lock: not lock.acquire(blocking=False))
+    return found
+
+
+def in_another_thread(question: Callable[[], bool]) -> bool:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(question).result()
+
+
+def by_with(lock: Any) -> None:
+    with lock:
+        pass
+
+
+def by_acquire(lock: Any) -> None:
+    lock.acquire()
+    try:
+        pass
+    finally:
+        lock.release()
+
+
+def test_no_interrupt_leaves_a_lock_held() -> None:
+    """It can where `acquire` comes before a `try`, which shows that this test would notice. A `with` is safe on the
+    Pythons that are supported today; if this fails on a later one, the locks of qtensor need another look."""
+    assert left_held(by_with, 300) == 0
+    assert left_held(lambda lock: in_turn(lock, int), 300) == 0
+    assert left_held(lambda lock: unless_taken(lock, int), 300) == 0
+    assert left_held(by_acquire, 300) > 0
+
+
+def test_what_is_done_in_turn_lets_go_of_what_an_interrupt_left_held() -> None:
+    lock = threading.RLock()
+    lock.acquire()
+    assert in_turn(lock, lambda: 7) == 7
+    assert in_another_thread(lambda: lock.acquire(blocking=False))
+
+
+def test_what_is_done_unless_taken() -> None:
+    lock, done = threading.RLock(), []
+    unless_taken(lock, lambda: done.append("free"))
+    with lock:
+        in_another_thread(lambda: unless_taken(lock, lambda: done.append("taken")) is None)
+    assert done == ["free"]
+
+
+def test_locks_are_taken_by_with() -> None:
+    """Except where it is said why not (see docs/design.md)."""
+    own = {"interrupts.py", "compiling.py"}
+    files = [f for folder in ("qtensor", "kernels", "integrations") for f in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    found = [f for f in files if f.name not in own and ".acquire(" in f.read_text(encoding="utf-8")]
+    assert found == []
 
 
 # Threads --------------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ class ArmedWeight:
         self.initial, self.on_meta = Initial(shape, dtype, device), False
         self.was: torch.dtype | None = None
         self._errors = WriteErrors(shape)
+        self._cut_short: str | None = None  # by what, or perhaps by what: a write is under way, or was and did not end
         self.settled = self.was_settled = self.copied = self._sealed = False
         self.shared: bool | Literal["closed"] | None = False
         self.lossy_reads = self.writes = 0
@@ -160,8 +161,11 @@ class ArmedWeight:
 
     def _take(self, source: torch.Tensor, where: View | torch.Tensor) -> None:
         """Let the store take a write to a view or a mask, and remember an error until its elements are written."""
+        if self._cut_short is not None:
+            self._end_cut_short()
         store = self._open_store()
         self.writes += 1
+        self._cut_short = "an interrupt"
         try:
             if isinstance(store, QuantStore) and not is_high_precision(source):
                 raise WeightDtypeError(unusable_source(self.name, source))
@@ -169,16 +173,19 @@ class ArmedWeight:
                 store.write(where, source)
             else:
                 store.write_masked(source, where)
-        except NonFinite as error:
-            self.fail(NonFiniteWeightError(nonfinite_message(self.name, self.shape, error)), where)
         except QTensorError as error:
-            self.fail(error, where)
+            if isinstance(error, NonFinite):
+                error = NonFiniteWeightError(nonfinite_message(self.name, self.shape, error))
+            self._errors.add(error, where)
+            self._cut_short = None
+            raise error from None
         except BaseException as error:
-            self._start_over(error)
+            self._cut_short = type(error).__name__
             raise
         else:
             if self._errors.first is not None:
                 self._errors.forgive(where)
+            self._cut_short = None
         finally:
             self._after_write()
 
@@ -188,9 +195,15 @@ class ArmedWeight:
         self.host.touch(self)
         with self.lock:
             self._require_open()
+            self._end_cut_short()
             store, view = self._open_store(), view or whole(self.shape)
             found = as_box(self.shape, *view)
-            if found is None or source.shape != view.size or not store.accept(source, found.box):
+            if found is None or source.shape != view.size:
+                return False
+            self._cut_short = "an interrupt"
+            taken = store.accept(source, found.box)
+            self._cut_short = None
+            if not taken:
                 return False
             self.writes += 1
             self._after_write()
@@ -236,13 +249,20 @@ class ArmedWeight:
         self._errors.add(error, where)
         raise error from None
 
-    def _start_over(self, error: BaseException) -> None:
-        """A write was cut short, nobody knows where: nothing of this weight counts any more."""
-        message = f"a write to it was cut short by {type(error).__name__}; all of it has to be written again"
+    def _end_cut_short(self) -> None:
+        """If a write was cut short, nobody knows where: nothing of this weight counts any more.
+
+        `_cut_short` is set before a write begins, and taken back when this or the write is through. So this may be
+        stopped anywhere, too, and is done by whoever looks at the weight next.
+        """
+        if self._cut_short is None:
+            return
+        message = f"a write to it was cut short by {self._cut_short}; all of it has to be written again"
         self._errors.start_over(QTensorError(f"{self.name}: {message}"))
         self.coverage.clear()
         if self.store is not None:
             self.store.rollback()
+        self._cut_short = None
 
     def _open_store(self) -> Store:
         if self.store is not None:
@@ -260,6 +280,8 @@ class ArmedWeight:
         return store
 
     def _after_write(self) -> None:
+        if self._cut_short is not None:
+            self._end_cut_short()
         if self.settled and not self.coverage.complete:
             self.settled = False
             self.host.reopened(self)
@@ -288,15 +310,22 @@ class ArmedWeight:
             return self.store.amax()
 
     def agree(self, amax: torch.Tensor) -> None:
-        """All ranks have this amax: quantize with it."""
+        """All ranks have this amax: quantize with it. May be repeated."""
         with self.lock:
+            self._end_cut_short()
+            if self.error is not None:
+                raise self.error
             assert isinstance(self.store, QuantStore)
-            self.store.quantize_shared(amax)
-            self.shared = None
+            if self.shared is not None:
+                self._cut_short = "an interrupt"
+                self.store.quantize_shared(amax)
+                self.shared = None
+                self._cut_short = None
             self.settle()
 
     def _judge(self, store: QuantStore) -> None:
         """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
+        self._cut_short = "an interrupt"
         try:
             values = store.quantize_whole()
             limit, found = self.host.min_sqnr, store.audit.sqnr
@@ -304,8 +333,10 @@ class ArmedWeight:
                 self._refused_sqnr = found
                 store.rollback()
                 self.scheme, self.store = None, PlainStore(values, self.coverage)
+            self._cut_short = None
         except BaseException as error:
-            self._start_over(error)
+            self._cut_short = type(error).__name__
+            self._end_cut_short()
             raise
 
     # Reads
@@ -317,6 +348,7 @@ class ArmedWeight:
         its initial values, or none where it is on the meta device.
         """
         with self.lock:
+            self._end_cut_short()
             if not self.coverage.covered and (found := self._before_load(view)) is not None:
                 return found
             if self.store is None and 0 not in view.size:
@@ -364,6 +396,7 @@ class ArmedWeight:
         """For the end of a session: an interrupt may have come between the last element and this, and to a weight
         without elements nothing was written."""
         with self.lock:
+            self._end_cut_short()
             if not self.coverage.numel and not self.settled:
                 self._open_store().take_nothing()
             if self.coverage.complete:
@@ -372,6 +405,7 @@ class ArmedWeight:
     def seal(self) -> None:
         """The session is ending: what has arrived is what will be verified. A write under way is waited for."""
         with self.lock:
+            self._end_cut_short()
             self._sealed = True
 
     def fill_missing(self, policy: str) -> bool:
@@ -391,6 +425,10 @@ class ArmedWeight:
 
     def verify(self) -> None:
         """Raise what a device's kernels found and could not say while loading."""
+        if self._cut_short is not None:
+            self._end_cut_short()
+            assert self.error is not None
+            raise self.error
         if self.store is not None:
             try:
                 self.store.verify()
@@ -400,6 +438,7 @@ class ArmedWeight:
     def release(self) -> None:
         """The writer moved on: what was retained for rereading goes."""
         with self.lock:
+            self._end_cut_short()
             if self.store is not None:
                 self.store.release()
 

@@ -25,8 +25,9 @@ class WriteErrors:
         cover(self._wrong, where if isinstance(where, View) else whole(self._wrong.shape))
 
     def start_over(self, error: QTensorError) -> None:
-        """Nothing of the weight counts any more, for this reason."""
+        """Nothing of the weight counts any more, for this reason. May be repeated."""
         self.first = error
+        self._wrong.clear()  # It may have been left half changed.
         self.add(error, None)
 
     def forgive(self, where: View | torch.Tensor) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import QTensorError
+from ..interrupts import unless_taken
 from ..kernels import WeightFormat
 from ..kernels.formats import ceil_div
 from ..lazy.quant_store import QuantStore
@@ -117,7 +118,7 @@ class Agreement:
         self._rank, self._leads = self.vote.rank, self.vote.rank == self._ranks[0]
         self._keys: Any = None
         self._gloo: Any = None
-        self._lock = threading.RLock()  # The thread that an interrupt took it from can take it again.
+        self._lock = threading.RLock()
         self._complete: dict[str, ArmedWeight] = {}
         self._waiting: list[str] = []  # the leader's next bucket
         self._waiting_bytes = 0
@@ -157,17 +158,16 @@ class Agreement:
 
     def advance(self) -> None:
         """Do what can be done without waiting: publish or join buckets, quantize what has been agreed on."""
-        if not (self._waiting or self._flying) or not self._lock.acquire(blocking=False):
-            return
-        try:
-            if self._leads:
-                if self._waiting_bytes >= BUCKET_BYTES:
-                    self._publish()
-            else:
-                self._join()
-            self._land()
-        finally:
-            self._lock.release()
+        if self._waiting or self._flying:
+            unless_taken(self._lock, self._advance)
+
+    def _advance(self) -> None:
+        if self._leads:
+            if self._waiting_bytes >= BUCKET_BYTES:
+                self._publish()
+        else:
+            self._join()
+        self._land()
 
     def finish(self) -> None:
         """Agree on all scales. Raises QTensorError naming the rank that did not."""
@@ -181,6 +181,10 @@ class Agreement:
                 self.vote.wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
             for weight in self._complete.values():
                 weight.verify()
+                if weight.shared is not None:
+                    raise weight.error or QTensorError(
+                        f"{weight.name}: an interrupt kept its scales from being agreed on; load it in a new session"
+                    )
 
     def settle(self) -> None:
         """Agree on having succeeded, unless that is the session's to say. Raises QTensorError naming the rank that has
@@ -239,7 +243,7 @@ class Agreement:
 
     def _land(self) -> None:
         while self._flying and self._flying[0][0].is_completed():
-            work, amax, weights = self._flying.pop(0)
+            work, amax, weights = self._flying[0]
             try:
                 work.wait()
             except RuntimeError as error:
@@ -250,6 +254,7 @@ class Agreement:
                 size = weight.store.shared_units
                 weight.agree(amax[at : at + size])
                 at += size
+            self._flying.pop(0)  # after all, which may be repeated
 
     def _pending(self) -> str:
         names = [weights[0].name for _, _, weights in self._flying] or ["the next bucket of rank 0"]
@@ -267,7 +272,7 @@ class Agreements:
         sharding = process_group if isinstance(process_group, Sharding | None) else Sharding(process_group)
         self._sharding, self._vote = sharding, vote
         self._by_ranks: dict[tuple[int, ...], Agreement] = {}
-        self._lock = threading.RLock()  # as an agreement's
+        self._lock = threading.RLock()
         self.weights: dict[ArmedWeight, Agreement] = {}
 
     def open(self) -> None:

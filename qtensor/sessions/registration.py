@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..callers import is_constructing, puts_placeholder
+from ..interrupts import in_turn
 from ..lazy import uninitialised
 from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, wrap
 from ..modules import local_tensor
@@ -34,7 +36,7 @@ class Listener(Protocol):
 # What else is in place while any session is open: functions that put it there and take it away, which may be repeated.
 PATCHES: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
-_lock = threading.RLock()
+_turn = threading.RLock()
 _open: WeakSet[Any] = WeakSet()
 _listening: dict[int, Listener] = {}
 
@@ -57,27 +59,33 @@ def unlisten(listener: object) -> None:
 
 def install(session: object) -> None:
     """A session is open; with the first one the hooks come. May be repeated."""
-    with _lock:
-        _open.add(session)
-        for hooks, own, register in _HOOKS:
-            if own not in hooks.values():
-                register(own)
-        for start, _ in PATCHES:
-            start()
+    in_turn(_turn, partial(_install, session))
+
+
+def _install(session: object) -> None:
+    _open.add(session)
+    for hooks, own, register in _HOOKS:
+        if own not in hooks.values():
+            register(own)
+    for start, _ in PATCHES:
+        start()
 
 
 def uninstall(session: object) -> None:
     """A session is not open any more; with the last one the hooks go. May be repeated."""
-    with _lock:
-        _open.discard(session)
-        if _open:
-            return
-        for hooks, own, _ in _HOOKS:
-            for key in [key for key, hook in hooks.items() if hook is own]:
-                del hooks[key]
-        for _, stop in PATCHES:
-            stop()
-        uninitialised.forget()
+    in_turn(_turn, partial(_uninstall, session))
+
+
+def _uninstall(session: object) -> None:
+    _open.discard(session)
+    if _open:
+        return
+    for hooks, own, _ in _HOOKS:
+        for key in [key for key, hook in hooks.items() if hook is own]:
+            hooks.pop(key, None)
+    for _, stop in PATCHES:
+        stop()
+    uninitialised.forget()
 
 
 def installed() -> bool:

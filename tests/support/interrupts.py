@@ -10,13 +10,13 @@ import functools
 import gc
 import logging
 import random
-import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtensor
 from qtensor import QTensor, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload, quantize
+from support.first_use import timer
 
 STOPS: tuple[type[BaseException], ...] = (KeyboardInterrupt, TimeoutError, SystemExit, MemoryError)
 SCHEMES = {"up.weight": fp8_per_channel, "down.weight": fp8_per_tensor, "wide.weight": fp8_per_block}
@@ -160,6 +161,8 @@ class Subject:
                 return "a Parameter knows its session still"
             if left := hooks_left():
                 return f"hooks are left: {left}"
+            if not opens_in_another_thread():
+                return "another thread waits for ever for its session to open"
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -175,6 +178,18 @@ def hooks_left() -> list[str]:
 
     tables = [v for k, v in vars(module).items() if k.startswith("_global_") and k.endswith("hooks")]
     return [repr(h) for table in tables for h in table.values() if h.__module__.startswith("qtensor")]
+
+
+def opens_in_another_thread() -> bool:
+    def use() -> None:
+        session = online_quant(fp8_per_channel)
+        session.__enter__()
+        session.abort()
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
 
 
 KINDS = [
@@ -207,25 +222,6 @@ def attempt(subject: Subject, around: Callable[[], Any]) -> BaseException | None
             subject.gradients = torch.is_grad_enabled()
             torch.set_grad_enabled(True)
     return None
-
-
-@contextmanager
-def timer(seconds: float, stop: type[BaseException]) -> Iterator[None]:
-    """`stop` is raised from a signal handler after so much time, unless all is over by then."""
-
-    def handler(*_: object) -> None:
-        raise stop("from a timer")
-
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
-        yield
-    finally:
-        while True:
-            with suppress(*STOPS):
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, before)
-                break
 
 
 def duration(kind: str) -> float:
@@ -281,6 +277,45 @@ class AtLine:
         return self._on_line
 
 
+class ThenAtLine(AtLine):
+    """As AtLine, and again at another line ("": at none) that is run after that; notes the lines in between.
+
+    Python takes a tracer away that raises: a profiler brings it back at the next call.
+    """
+
+    def __init__(self, line: str, n: int, stop: type[BaseException], later: str) -> None:
+        super().__init__(line, n, stop)
+        self._later, self.stopped = later, 0
+        self.after: dict[str, None] = {}
+
+    def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line" and self.stopped:
+            where = f"{_file(frame.f_code)}:{frame.f_lineno}"
+            self.after[where] = None
+            if where == self._later and self.stopped == 1:
+                self.stopped = 2
+                raise self._stop("again")
+            return self._on_line
+        try:
+            return super()._on_line(frame, event, arg)
+        except self._stop:
+            self.stopped = 1
+            sys.setprofile(self._come_back)
+            raise
+
+    def _come_back(self, frame: FrameType | None, event: str, arg: Any) -> None:
+        sys.setprofile(None)
+        while frame is not None:
+            if _file(frame.f_code):
+                frame.f_trace = self._on_line
+            frame = frame.f_back
+        sys.settrace(self._on_call)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        super().__exit__()
+
+
 PACKAGE = str(Path(qtensor.__file__).parent)
 
 
@@ -311,6 +346,31 @@ def at_every_line(kind: str, stop: type[BaseException], where: Callable[[str], b
             problem = subject.problem()
             if problem is not None:
                 wrong.append(f"{kind}, {stop.__name__} at {line} ({n}): {problem}")
+    return wrong
+
+
+def twice(kind: str, stop: type[BaseException], step: int, later: int) -> list[str]:
+    """The subject stopped at one in `step` of its lines, and once more at one in `later` of those that are run because
+    of that. What went wrong, one line each."""
+    wrong, runs = [], 0
+    gc.freeze()
+    with AtLine("", -1, stop) as lines, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject = Subject(kind)
+        before = set(lines.seen)
+        with suppress(_Enough):
+            subject.run()
+    for first in [line for line in lines.seen if line not in before][step // 2 :: step]:
+        tracer = ThenAtLine(first, 1, stop, "")
+        attempt(Subject(kind), lambda tracer=tracer: tracer)  # type: ignore[misc]
+        runs += len(tracer.after)
+        for second in list(tracer.after)[::later]:
+            subject, tracer = Subject(kind), ThenAtLine(first, 1, stop, second)
+            attempt(subject, lambda tracer=tracer: tracer)  # type: ignore[misc]
+            problem = subject.problem()
+            if problem is not None:
+                wrong.append(f"{kind}, {stop.__name__} at {first} and at {second}: {problem}")
+    assert runs
     return wrong
 
 
