@@ -34,7 +34,7 @@ demo: $(VENV)/.demo
 	@HF_HUB_OFFLINE=1 $(BIN)/qtensor demo $(DEMO_ARGS)
 
 # What is independent is made, and run, side by side, in parts of about the same length. vllm.mk adds to both lists.
-TEST_NEEDS = lint $(VENV)/.browser
+TEST_NEEDS = lint $(VENV)/.browser $(VENV)/.compiled
 KERNELS = $(wildcard tests/test_backend.py tests/test_cpu_*.py tests/test_number_*.py tests/gpu)
 PROCESSES = $(wildcard $(addprefix tests/test_,conversion.py dtensor.py fsdp.py interrupts.py league.py \
 	loaders_distributed.py quantize_many.py rank_failures.py sharding.py))
@@ -128,6 +128,10 @@ $(VENV)/.browser: $(VENV)/.dev
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 || \
 		echo "No browser here: the tests of the report page say that they are skipped"
 	@touch $@
+
+$(VENV)/.compiled: $(VENV)/.dev $(wildcard kernels/cpu/*.py)
+	@echo "Compiling the CPU loops, which every suite would compile otherwise"
+	@$(BIN)/qtensor doctor --compile > $@
 
 $(MATRIX)/oldest/.ready: MATRIX_PYTHON = $(OLDEST_PYTHON)
 $(MATRIX)/oldest/.ready: VERSIONS = torch==2.11.0 transformers==5.0.0 numpy==1.26.4
