@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ pytest.importorskip("numba", reason="the numba kernels need the optional extra '
 
 from qtensor.kernels import FORMATS, FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Backend, NonFinite, Parts
 from qtensor.kernels.audit import Audit
+from qtensor.kernels.cpu import rows
 from qtensor.kernels.cpu.fused import is_fused
 from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.formats import SOURCE_DTYPES, WeightFormat
 from qtensor.kernels.reference import TORCH
+from support.first_use import timer
 
 LOOPS = [fmt for fmt in FORMATS.values() if is_fused(fmt)]
 formats = pytest.mark.parametrize("fmt", LOOPS, ids=lambda f: f.name)
@@ -314,3 +317,30 @@ def test_without_a_folder_for_the_compiled_code(tmp_path: Path) -> None:
         "assert (q.float() == 448).all()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+
+
+def test_no_thread_works_on_when_a_call_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever interrupts it, and then its wait for the others: what they write would come after a rollback."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    caller, helped, stopped = threading.get_ident(), 0, 0
+    working: list[object] = []
+
+    def work(start: int, stop: int) -> None:
+        nonlocal helped
+        if threading.get_ident() == caller:
+            time.sleep(1e-4)
+            return
+        working.append(start)
+        time.sleep(5e-4)
+        working.remove(start)
+        helped += 1
+
+    for i in range(200):
+        try:
+            with timer(1e-4 * (i % 20), TimeoutError, again=2e-4):
+                rows.share(16, 16 * rows.PIECE, work)
+        except TimeoutError:
+            stopped += 1
+        assert working == []
+    assert helped > 100
+    assert stopped > 50

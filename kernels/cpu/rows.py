@@ -203,5 +203,7 @@ def _together(work: Callable[[], object], threads: int, stop: Callable[[], None]
                 break
             except BaseException as error:
                 late = error
-    if late is not None or errors:
-        raise late or errors[0]
+        if late is not None:
+            raise late
+    if errors:
+        raise errors[0]

@@ -19,15 +19,16 @@ from qtensor.report.progress import ProgressEvent
 
 
 @contextmanager
-def timer(seconds: float, stop: type[BaseException]) -> Iterator[None]:
-    """`stop` is raised from a signal handler after so much time, unless all is over by then."""
+def timer(seconds: float, stop: type[BaseException], again: float = 0) -> Iterator[None]:
+    """`stop` is raised from a signal handler after so much time, and every `again` seconds from then on (0: no more),
+    until all is over."""
 
     def handler(*_: object) -> None:
         raise stop("from a timer")
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), again)
         yield
     finally:
         while True:
