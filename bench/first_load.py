@@ -52,12 +52,20 @@ def one_load(file: str, layers: int, rows: int, cols: int, scheme: str, ahead: b
     }
 
 
+def package(tree: Path, folder: Path) -> Path:
+    """A folder to import that checkout's qtensor from, whatever is installed."""
+    (folder / "qtensor").mkdir(parents=True)
+    for part in (*(tree / "qtensor").iterdir(), tree / "kernels", tree / "integrations"):
+        if not (folder / "qtensor" / part.name).exists():
+            (folder / "qtensor" / part.name).symlink_to(part)
+    return folder
+
+
 def run(tree: Path, cache: Path, file: Path, size: str, scheme: str, ahead: bool) -> dict[str, float]:
     arguments = [str(file), *map(str, SHAPES[size]), scheme, str(int(ahead))]
     environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(tree)}
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", *arguments], env=environment, check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, __file__, "--one", *arguments]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
@@ -81,6 +89,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {}
+        trees = {name: package(tree, Path(folder) / name) for name, tree in trees.items()}
         for size, (layers, rows, cols) in SHAPES.items():
             files[size] = Path(folder) / f"{rows}.safetensors"
             value = torch.randn(rows, cols, dtype=torch.bfloat16)

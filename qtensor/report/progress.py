@@ -107,7 +107,7 @@ class Progress:
                 self._call(replace(self._event(), description=text))
             elif self._bar is not None:
                 self._bar.write(f"{text} …", file=sys.stderr)
-            else:
+            elif sys.stderr:
                 print(f"{text} …", file=sys.stderr)
 
     def close(self) -> None:
