@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from qtensor import kernels
 from qtensor.kernels import Parts, WeightFormat
+from qtensor.kernels.cpu.compiling import Task
 
-try:
-    from qtensor.kernels.cpu import prepared
-except ImportError:
-    prepared = None  # type: ignore[assignment]
+
+def _import() -> Any:
+    try:
+        from qtensor.kernels.cpu import prepared
+    except ImportError:
+        return None
+    return prepared
+
+
+prepared = Task(_import).result()
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ class Numba(Torch):
             loop.of(ELEMENTS[dtype], purpose=fmt.name)
         vectors.decode_loop(fmt, dtype)
         vectors.product_loop(fmt, vectors.has_quick_product(fmt))
+        prepared.compile_loops()
         if vectors.has_tiles():
             vectors.tile_loop(fmt)
             vectors.pack_loop(fmt)

@@ -29,8 +29,10 @@ from numba import carray, extending, types  # type: ignore[attr-defined]
 from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
 from . import products, rows, vectors
+from .compiling import Once
 
 _MOST_KEPT = 4096  # Weights.
+_PURPOSE = "products"
 _IN_ORDER, _EVEN_FIRST, _STRIPED = range(3)  # See `products._arranged` and `_striped`.
 _JOB = vectors.JOB
 _WIDTHS = {_IN_ORDER: vectors.CHUNK, _EVEN_FIRST: vectors.CHUNK, _STRIPED: vectors.STRIPE}
@@ -236,6 +238,7 @@ class _FewRows:
         # What changes with each call, as flat arrays: an element of a structure takes three times as long to set.
         self._now, self._after = self._lay_out.view(np.int64), self._round.view(np.int64)
         self._addresses = self._lay_out.ctypes.data, self._round.ctypes.data
+        self._loops = _lay_out(purpose=_PURPOSE), _round(purpose=_PURPOSE)
 
     def run(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor | None:
         threads = torch.get_num_threads()
@@ -250,10 +253,10 @@ class _FewRows:
         now[0], now[1], now[2] = x.data_ptr(), 2 * x.stride(0), count
         if len(parts) == 3:
             now[9] = parts[2].data_ptr()
-        _lay_out()(self._addresses[0])
+        self._loops[0](self._addresses[0])
         product.run(team, product.pieces)
         after[2], after[4], after[5] = count, 0 if bias is None else bias.data_ptr(), out.data_ptr()
-        _round()(self._addresses[1])
+        self._loops[1](self._addresses[1])
         return out
 
     def _place(self, threads: int) -> None:
@@ -313,7 +316,7 @@ class _Mixture:
         route[0], route[1], route[7], route[8], route[9] = x.data_ptr(), 2 * x.stride(0), ids.data_ptr(), pairs, each
         if gains:
             route[_GAINS[0]], route[_GAINS[1]] = gains[0].data_ptr(), gains[1].data_ptr()
-        _route()(route.ctypes.data)
+        _route(purpose=_PURPOSE)(route.ctypes.data)
         jobs = int(self._found[0])
         if not jobs:
             return None
@@ -321,11 +324,11 @@ class _Mixture:
         assert self._sums is not None
         hidden = activate(self._sums[:pairs])
         between[0], between[1], between[2] = hidden.data_ptr(), 4 * hidden.stride(0), pairs
-        _lay_out_sums()(between.ctypes.data)
+        _lay_out_sums(purpose=_PURPOSE)(between.ctypes.data)
         two.run_jobs(team, jobs)
         out = torch.empty((tokens, two.rows), dtype=torch.bfloat16, device="cpu")
         combine[3], combine[4], combine[5], combine[7] = weights.data_ptr(), each, tokens, out.data_ptr()
-        _combine()(combine.ctypes.data)
+        _combine(purpose=_PURPOSE)(combine.ctypes.data)
         return out
 
     def _place(self, pairs: int, threads: int) -> None:
@@ -367,9 +370,9 @@ def combine_into(out: torch.Tensor, terms: torch.Tensor, where: torch.Tensor, we
         places[0] = (first, first + 8, *tensors, where.shape[1], *out.shape, out.data_ptr())
         team = rows.team() if threads > 1 else None
         if team is None:
-            _combine_rows()(places.ctypes.data)
+            _combine_rows(purpose=_PURPOSE)(places.ctypes.data)
         else:
-            team(_combine_rows().address, places.ctypes.data, threads, 0)
+            team(_combine_rows(purpose=_PURPOSE).address, places.ctypes.data, threads, 0)
 
 
 kept_memory = products._scratch
@@ -448,7 +451,7 @@ def _lay_row(x, cols, whole, order, out):
             out[k] = _widened(x[k])
 
 
-@functools.cache
+@Once
 def _lay_out() -> Any:
     """Rows of x by `_lay_row`; the table of scales times the global one; and the loop's counters at their beginning."""
 
@@ -466,7 +469,7 @@ def _lay_out() -> Any:
     return _compiled(loop, _LAY_OUT)
 
 
-@functools.cache
+@Once
 def _route() -> Any:
     """Sorts pairs of a token and an expert by expert, makes a job of each expert that has some, and lays x out for it.
     found: how many; none if one of them has more rows than `most`."""
@@ -515,7 +518,7 @@ def _route() -> Any:
     return _compiled(loop, _ROUTE)
 
 
-@functools.cache
+@Once
 def _lay_out_sums() -> Any:
     """As `_lay_row`, for rows of float32."""
 
@@ -540,7 +543,7 @@ def _lay_out_sums() -> Any:
     return _compiled(loop, _LAY_OUT_SUMS)
 
 
-@functools.cache
+@Once
 def _combine() -> Any:
     """Of each token, the sum over its experts of weight times sums, as bfloat16."""
 
@@ -572,7 +575,7 @@ def _with_gain(values, gain, table):
         table[i] = values[i] * gain
 
 
-@functools.cache
+@Once
 def _combine_rows() -> Any:
     """See `combine_into`; a row of `sums` is each thread's own."""
 
@@ -602,7 +605,7 @@ def _combine_rows() -> Any:
     return _compiled(loop, _COMBINE_ROWS)
 
 
-@functools.cache
+@Once
 def _round() -> Any:
     """Sums, each row times its step if it has one, plus bias, as bfloat16, rounded to nearest even."""
 
@@ -640,12 +643,18 @@ def round_into(out: torch.Tensor, sums: torch.Tensor, steps: torch.Tensor, bias:
         steps.data_ptr(),
         counter.ctypes.data,
     )
-    loop, threads = _round(), min(torch.get_num_threads(), ceil_div(sums.numel(), _PIECE))
+    loop, threads = _round(purpose=_PURPOSE), min(torch.get_num_threads(), ceil_div(sums.numel(), _PIECE))
     parallel = rows.team() if threads > 1 else None
     if parallel is None:
         loop(places.ctypes.data)
     else:
         parallel(loop.address, places.ctypes.data, threads, 0)
+
+
+def compile_loops() -> None:
+    """For all processes to come."""
+    for loop in (_lay_out, _route, _lay_out_sums, _combine, _combine_rows, _round):
+        loop(purpose=_PURPOSE)
 
 
 def _compiled(loop: Any, places: np.dtype[Any]) -> Any:
