@@ -4,6 +4,7 @@ per_channel, per_block, per_tensor,  weights, quantized in one launch (per_tenso
 per_group
 activation                           dynamic activations, per token or per token and group of 128
 dequant                              back to bf16, fp16 or fp32
+product                              of a few rows with a weight, decoded on the way
 encode, findings, launch             what they share: number formats, fused checks, launch geometry
 
 All equal kernels/reference.py byte for byte. None of them waits for the device, except that a call without an audit
@@ -20,16 +21,20 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
-from . import activation, dequant, per_block, per_channel, per_group, per_tensor
+from . import activation, dequant, per_block, per_channel, per_group, per_tensor, product
 
 __all__ = ["TRITON", "Triton"]
 
 
 class Triton(Torch):
-    """The backend "triton". Its products are the reference's, on weights that its own kernel dequantizes."""
+    """The backend "triton". Its products of many rows are the reference's, on weights that its own kernel dequantizes.
+
+    band_elements: 64 MiB of bf16, so that most weights are dequantized in one launch.
+    """
 
     name = "triton"
-    own: tuple[str, ...] = ("quantize_into", "dequantize", "quantize_activation")
+    own: tuple[str, ...] = ("quantize_into", "dequantize", "linear", "experts", "quantize_activation")
+    band_elements = 32 << 20
 
     def quantize_into(
         self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit | None = None, origin: int = 0
@@ -78,6 +83,26 @@ class Triton(Torch):
             (per_group if fmt.granularity == "group" else dequant).dequantize(parts, fmt, out)
         return out
 
+    def linear(
+        self, x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if x.shape[0] > product.MOST_ROWS or not _multiplies(x, parts, fmt):
+            return super().linear(x, parts, fmt, bias)
+        return product.product(x.resolve_neg(), parts, fmt, bias)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        parts: Parts,
+        fmt: WeightFormat,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Few rows for each matrix on average: one launch, which waits for nothing."""
+        if x.shape[0] > product.MOST_ROWS * parts.qdata.shape[0] or not _multiplies(x, parts, fmt):
+            return super().experts(x, parts, fmt, offsets, bias)
+        return product.product(x.resolve_neg(), parts, fmt, bias, offsets)
+
     def quantize_activation(self, x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
         _check(x.dtype, fmt)
         if fmt.granularity == "group":
@@ -86,6 +111,12 @@ class Triton(Torch):
 
 
 TRITON = Triton()
+
+
+def _multiplies(x: torch.Tensor, parts: Parts, fmt: WeightFormat) -> bool:
+    """Whether the product kernel takes these. A gradient comes by the operations of the reference."""
+    gradient = x.requires_grad and torch.is_grad_enabled()
+    return x.dtype in SOURCE_DTYPES and fmt.dtype != torch.float8_e5m2 and x.shape[1] > 0 and not gradient
 
 
 def _check(dtype: torch.dtype, fmt: WeightFormat) -> None:

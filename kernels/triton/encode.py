@@ -125,9 +125,12 @@ def reciprocal_or_zero(scale):
 
 
 @triton.jit
-def divide_or_zero(x, y):
-    """x / y rounded to nearest even; 0 where y is 0."""
-    return tl.where(y == 0.0, 0.0, tl.math.div_rn(x, y))
+def divide_or_zero(x, y, FUSED: tl.constexpr):
+    """As `divide`, for any y >= 0 that is finite: 0 where y is 0."""
+    # The reciprocal of a tiny y is infinite, and remainders of it are not exact. A power of two changes no quotient.
+    larger = tl.where(y < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)  # 2^-64, 2^64
+    quotient = divide(x * larger, tl.where(y == 0.0, 1.0, y * larger), FUSED)
+    return tl.where(y == 0.0, 0.0, quotient)
 
 
 @triton.jit

@@ -39,6 +39,14 @@ def row_tile(cols: int) -> tuple[int, int, int]:
     return max(1, TILE // 2 // block), block, min(512, max(128, block // 32))
 
 
+def split(cols: int) -> tuple[int, int]:
+    """Two powers of two for the columns of a row, the second 0 if one does: 1408 is 1024 + 384, of which 1024 + 512
+    leave a twelfth idle, and 2048 a third."""
+    whole = max(16, triton.next_power_of_2(cols))
+    tail = max(128, triton.next_power_of_2(cols - whole // 2))
+    return (whole // 2, tail) if whole >= 1024 and tail < whole // 2 else (whole, 0)
+
+
 def loop_tile(cols: int) -> tuple[int, int, int]:
     """(rows, columns, threads) of a tile of TILE elements that walks along its rows."""
     block = min(TILE, max(16, triton.next_power_of_2(cols)))

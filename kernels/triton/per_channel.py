@@ -34,11 +34,11 @@ def channel_scale(amax, dtype: tl.constexpr, ELEMENT: tl.constexpr, CAST: tl.con
 def scaled_codes(raw, dirty, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr):
     """Source elements → (in units of their scale, as fp32; their codes, as uint8)."""
     value = widen(raw)
-    if ELEMENT == "int8":
-        scaled = divide_or_zero(value, scale)
-        return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), 127.0)
     if dirty:
         value = bring_within(value, scale)
+    if ELEMENT == "int8":
+        scaled = divide_or_zero(value, scale, FUSED)
+        return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), 127.0)
     scaled = divide(value, scale, FUSED)
     return scaled, encode(scaled, CAST)
 
@@ -56,10 +56,10 @@ def add_all_sums(sums, raw, scaled, code, scale, ELEMENT: tl.constexpr, CAST: tl
 def one_pass(
     x, q, s, found, sums, rows, cols, origin,
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
     ELEMENT: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, e): ROWS rows of matrix e, each whole in BLOCK >= cols columns."""
+    """Program (i, e): ROWS rows of matrix e, each whole in BLOCK + TAIL >= cols columns: see `launch.split`."""
     expert = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :].to(tl.int64)
@@ -67,13 +67,27 @@ def one_pass(
     x += expert * x_e + row * x_n
     raw = tl.load(x + col * x_k, mask=inside, other=0.0)
     first = origin + (expert * rows + row) * cols
-    amax, dirty = finite_amax(raw, x, x_k, 0, cols, first, tl.where(row < rows, cols, 0), found, CHECK)
+    row_stop = tl.where(row < rows, cols, 0)
+    amax, dirty = finite_amax(raw, x, x_k, 0, tl.minimum(BLOCK, cols), first, row_stop, found, CHECK)
+    if TAIL:
+        rest = BLOCK + tl.arange(0, TAIL)[None, :].to(tl.int64)
+        rest_inside = (row < rows) & (rest < cols)
+        rest_raw = tl.load(x + rest * x_k, mask=rest_inside, other=0.0)
+        rest_amax, rest_dirty = finite_amax(rest_raw, x, x_k, BLOCK, cols, first, row_stop, found, CHECK)
+        amax = tl.maximum(amax, rest_amax)
+        dirty = dirty | rest_dirty
     scale = channel_scale(amax, raw.dtype, ELEMENT, CAST)
     tl.store(s + expert * s_e + row * s_n, scale, mask=row < rows)
+    q += expert * q_e + row * q_n
     scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED)
-    tl.store(q + expert * q_e + row * q_n + col * q_k, code, mask=inside)
+    tl.store(q + col * q_k, code, mask=inside)
     if MEASURE:
         add_all_sums(sums, raw, scaled, code, scale, ELEMENT, CAST)
+    if TAIL:
+        scaled, code = scaled_codes(rest_raw, dirty, scale, ELEMENT, CAST, FUSED)
+        tl.store(q + rest * q_k, code, mask=rest_inside)
+        if MEASURE:
+            add_all_sums(sums, rest_raw, scaled, code, scale, ELEMENT, CAST)
 
 
 @triton.jit(do_not_specialize=["rows", "origin"])
@@ -129,7 +143,8 @@ def quantize(
         if cols > one_pass_cols:
             two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=launch.warps(256), **flags)
         else:
-            tile_rows, block, threads = launch.row_tile(cols)
+            tile_rows, _, threads = launch.row_tile(cols)
+            block, tail = launch.split(cols)
             one_pass[(triton.cdiv(rows, tile_rows), experts)](
-                *args, ROWS=tile_rows, BLOCK=block, num_warps=launch.warps(threads), **flags
+                *args, ROWS=tile_rows, BLOCK=block, TAIL=tail, num_warps=launch.warps(threads), **flags
             )

@@ -21,6 +21,7 @@ from ..formats import WeightFormat
 from ..parts import Parts
 from . import launch, per_tensor
 from .encode import (
+    bring_within,
     decode,
     decode_element,
     divide_or_zero,
@@ -50,6 +51,20 @@ def unpack(byte):
 
 
 @triton.jit
+def place(cols, TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr):
+    """(row `[T, 1]`, number of the group in it `[T, 1]`, column `[T, G]`) of a program's groups, in 64 bits each.
+
+    The division is done in INDEX, 32 bits wherever those suffice: in 64 it takes a hundred instructions, by every
+    thread.
+    """
+    across = tl.cdiv(cols, GROUP)
+    index = tl.program_id(0).to(INDEX) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)[:, None]
+    strip = index % across
+    col = strip.to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :]
+    return (index // across).to(tl.int64), strip.to(tl.int64), col
+
+
+@triton.jit
 def mx_exponent(amax, ELEMENT: tl.constexpr):
     """fp32 amax → biased exponent of its group's scale, as int32."""
     if ELEMENT == "e2m1":
@@ -62,21 +77,18 @@ def mx_exponent(amax, ELEMENT: tl.constexpr):
 def quantize_kernel(
     x, q, s, gain, found, sums, rows, cols, q_cols, origin,
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n, s_k,
-    TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr,
-    CAST: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr,
+    CAST: tl.constexpr, FUSED: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): TILE_GROUPS groups, in row-major order, of matrix e. `gain`: fp32, one per matrix, for nvfp4."""
     expert = tl.program_id(1).to(tl.int64)
-    across = tl.cdiv(cols, GROUP)
-    index = tl.program_id(0).to(tl.int64) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)[:, None]
-    row, strip = index // across, index % across
-    col = strip * GROUP + tl.arange(0, GROUP)[None, :]
+    row, strip, col = place(cols, TILE_GROUPS, GROUP, INDEX)
     inside = (row < rows) & (col < cols)
     x += expert * x_e + row * x_n
     raw = tl.load(x + col * x_k, mask=inside, other=0.0)
     first = origin + (expert * rows + row) * cols + strip * GROUP
     row_stop = tl.where(row < rows, cols - strip * GROUP, 0)
-    amax, _ = finite_amax(raw, x + strip * GROUP * x_k, x_k, 0, GROUP, first, row_stop, found, CHECK)
+    amax, dirty = finite_amax(raw, x + strip * GROUP * x_k, x_k, 0, GROUP, first, row_stop, found, CHECK)
     s += expert * s_e + row * s_n + strip * s_k
     value = widen(raw)
     if SCALE == "e8m0":
@@ -93,7 +105,10 @@ def quantize_kernel(
     else:
         step = tl.math.div_rn(amax, 7.0)
         tl.store(s, step, mask=row < rows)
-        scaled = divide_or_zero(value, step)
+        bounded = value
+        if dirty:
+            bounded = bring_within(value, step)
+        scaled = divide_or_zero(bounded, step, FUSED)
     code = encode_element(scaled, ELEMENT, CAST)
     q += expert * q_e + row * q_n
     if ELEMENT == "e4m3":
@@ -109,14 +124,12 @@ def quantize_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def dequantize_kernel(
     q, s, g, out, rows, cols, q_cols, q_e, q_n, q_k, s_e, s_n, s_k, o_e, o_n, o_k,
-    TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr, CAST: tl.constexpr,
+    TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr,
+    CAST: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): TILE_GROUPS groups, in row-major order, of matrix e. `g`: global scales, for nvfp4."""
     expert = tl.program_id(1).to(tl.int64)
-    across = tl.cdiv(cols, GROUP)
-    index = tl.program_id(0).to(tl.int64) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)[:, None]
-    row, strip = index // across, index % across
-    col = strip * GROUP + tl.arange(0, GROUP)[None, :]
+    row, strip, col = place(cols, TILE_GROUPS, GROUP, INDEX)
     inside = (row < rows) & (col < cols)
     scale = tl.load(s + expert * s_e + row * s_n + strip * s_k, mask=row < rows, other=0)
     if SCALE == "e8m0":
@@ -146,6 +159,11 @@ def _grid(fmt: WeightFormat, experts: int, rows: int, cols: int) -> tuple[int, i
     return triton.cdiv(rows * triton.cdiv(cols, fmt.block[1]), TILE // fmt.block[1]), experts
 
 
+def _index(fmt: WeightFormat, rows: int, cols: int) -> Any:
+    """The dtype for the numbers of all groups of a matrix, and those of the last program that there are none of."""
+    return tl.int32 if rows * triton.cdiv(cols, fmt.block[1]) + TILE < 1 << 31 else tl.int64
+
+
 def quantize(
     source: torch.Tensor,
     parts: Parts,
@@ -171,8 +189,8 @@ def quantize(
         quantize_kernel[_grid(fmt, experts, rows, cols)](
             source, launch.codes(qdata), launch.scales(scale), gain, found, sums, rows, cols, qdata.shape[-1],
             origin, *strides,
-            **constants(fmt), CAST=launch.target(qdata.device)["CAST"], CHECK=audit.refuse_nonfinite,
-            MEASURE=audit.measure_sqnr, num_warps=launch.warps(128),
+            **constants(fmt), INDEX=_index(fmt, rows, cols), **launch.target(qdata.device),
+            CHECK=audit.refuse_nonfinite, MEASURE=audit.measure_sqnr, num_warps=launch.warps(128),
         )  # fmt: skip
 
 
@@ -186,5 +204,6 @@ def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
     with launch.on(qdata.device):
         dequantize_kernel[_grid(fmt, experts, rows, cols)](
             launch.codes(qdata), launch.scales(scale), per_matrix, out, rows, cols, qdata.shape[-1], *strides,
-            **constants(fmt), CAST=launch.target(qdata.device)["CAST"], num_warps=launch.warps(128),
+            **constants(fmt), INDEX=_index(fmt, rows, cols), CAST=launch.target(qdata.device)["CAST"],
+            num_warps=launch.warps(128),
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,12 @@ def decode_kernel(code, out, CAST: tl.constexpr):
 def divide_kernel(x, y, out, N: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + at, encode.divide(tl.load(x + at), tl.load(y + at), True))
+
+
+@triton.jit
+def divide_or_zero_kernel(x, y, out, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out + at, encode.divide_or_zero(tl.load(x + at), tl.load(y + at), True))
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
@@ -79,10 +86,10 @@ def test_decode_every_code(cast: str) -> None:
         assert_equal(out, codes.view(torch.float8_e4m3fn).to(dtype))
 
 
-def divided(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def divided(x: torch.Tensor, y: torch.Tensor, kernel: Any = divide_kernel) -> torch.Tensor:
     out = torch.empty_like(x)
     with simulated_gpu(90):
-        divide_kernel[(len(x) // N,)](x, y, out, N=N)
+        kernel[(len(x) // N,)](x, y, out, N=N)
     return out
 
 
@@ -100,6 +107,20 @@ def test_divide_rounds_as_ieee_does() -> None:
     normal = expected.abs() >= 2.0**-30  # Anything smaller encodes to zero.
     assert_equal(out[normal], expected[normal])
     assert (out[~normal].abs() < 2.0**-29).all()
+
+
+def test_divide_by_any_scale() -> None:
+    """Down to the smallest subnormal number and up to the largest scale of int4, and by none."""
+    generator = torch.Generator().manual_seed(1)
+    exponent = torch.randint(-149, 125, (32 * N,), generator=generator).float()
+    y = (torch.rand(32 * N, generator=generator) + 1) * 2.0**exponent
+    x = y * (torch.randn(32 * N, generator=generator) * 3).clamp(-7, 7)
+    y[::100] = 0.0
+    expected = torch.from_numpy(np.where(y.numpy() == 0, np.float32(0), np.divide(x.numpy(), np.where(y == 0, 1, y))))
+    found = divided(x, y, divide_or_zero_kernel)
+    visible = expected.abs() > 2.0**-20  # Smaller ones round to zero.
+    assert_equal(found[visible], expected[visible])
+    assert (found[~visible].abs() < 2.0**-19).all()
 
 
 def test_divide_by_infinity_and_nan() -> None:

@@ -151,7 +151,7 @@ def test_what_ptxas_may_fuse() -> None:
 
 def test_every_operation_is_tried() -> None:
     text = " ".join(row[0] for row in ROWS)
-    elsewhere = {"st", "ldmatrix", "stmatrix", "contract"}
+    elsewhere = {"st", "ldmatrix", "stmatrix", "contract", "cp", "mma"}
     assert {op for op in OPERATIONS if f"{op}." not in text} == elsewhere
 
 
@@ -227,6 +227,52 @@ def test_vectors_and_shared_memory() -> None:
     out = torch.zeros_like(given)
     launch(program(body), [given, out], (2, 1, 1), threads=64, shared=1024, schedule=3)
     assert torch.equal(out.view(2, 64, 4), given.view(2, 64, 4).flip(1))
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_asynchronous_copies_arrive_when_they_are_waited_for(left: int) -> None:
+    """And no sooner: shared memory is read after a wait that leaves the newest group under way, or none."""
+    body = f"""
+        mov.b32 %r7, global_smem;
+        cp.async.ca.shared.global [%r7 + 0], [%rd1 + 0], 0x8, 4; cp.async.commit_group;
+        cp.async.ca.shared.global [%r7 + 0], [%rd1 + 8], 0x4; cp.async.commit_group;
+        cp.async.wait_group {left};
+        ld.shared.v2.b32 {{%r1, %r2}}, [%r7]; st.global.v2.b32 [%rd2], {{%r1, %r2}};
+    """
+    out = torch.full((2,), -1, dtype=torch.int32)
+    launch(program(body), [torch.tensor([7, 8, 9], dtype=torch.int32), out], shared=64)
+    assert out.tolist() == [9 if left == 0 else 7, 0]  # Only 4 of its 8 bytes are there; the others are zero.
+
+
+def test_matrix_units() -> None:
+    """16 × 16 times 16 × 8, by the PTX ISA's figures of which thread holds what."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(shape, generator=generator) for shape in ((16, 16), (16, 8), (16, 8)))
+    a, b = a.bfloat16(), b.bfloat16()
+    held = torch.zeros(32, 6, 2, dtype=torch.bfloat16)
+    sums = torch.zeros(32, 4)
+    for thread in range(32):
+        row, pair = thread // 4, thread % 4 * 2
+        for half in range(2):
+            held[thread, 0, half], held[thread, 1, half] = a[row, pair + half], a[row + 8, pair + half]
+            held[thread, 2, half], held[thread, 3, half] = a[row, pair + 8 + half], a[row + 8, pair + 8 + half]
+            held[thread, 4, half], held[thread, 5, half] = b[pair + half, row], b[pair + 8 + half, row]
+            sums[thread, half], sums[thread, 2 + half] = c[row, pair + half], c[row + 8, pair + half]
+    words = torch.cat([held.flatten(1).view(torch.int32), sums.view(torch.int32)], 1).contiguous()
+    names = [f"%r{n}" for n in range(1, 11)]
+    load = "".join(f"ld.global.b32 {name}, [%rd3+{4 * n}];" for n, name in enumerate(names))
+    code = program(f"""
+        mad.wide.u32 %rd3, %r0, 40, %rd1; mad.wide.u32 %rd4, %r0, 16, %rd2; {load}
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{%r7, %r8, %r9, %r10}}, {{%r1, %r2, %r3, %r4}},
+            {{%r5, %r6}}, {{%r7, %r8, %r9, %r10}};
+        st.global.v4.b32 [%rd4], {{%r7, %r8, %r9, %r10}};
+    """)
+    out, expected = torch.zeros(32, 4), a.double() @ b.double() + c.double()
+    launch(code, [words, out])
+    for thread in range(32):
+        row, pair = thread // 4, thread % 4 * 2
+        found = torch.cat([expected[row, pair : pair + 2], expected[row + 8, pair : pair + 2]])
+        torch.testing.assert_close(out[thread], found.float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])

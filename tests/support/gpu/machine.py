@@ -15,7 +15,7 @@ import ctypes
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class Machine:
         self.cta = np.repeat(np.arange(len(ctas)), of.threads)
         self.shared_bytes = -(-max(of.shared, 16) // 16) * 16
         self.shared = np.full(len(ctas) * self.shared_bytes, 0xCD, np.uint8)
+        self.copies: list[list[Callable[[], None]]] = [[]]  # under way, a list for each group of them
         self.registers: dict[str, np.ndarray] = {}
         self.alive = np.ones(self.lanes, bool)
         self.executed: Counter[str] = Counter()
@@ -144,10 +145,16 @@ class Machine:
     # Memory
 
     def locate(
-        self, operand: Operand, nbytes: int, word: int, instruction: Instruction, mask: np.ndarray | None
+        self,
+        operand: Operand,
+        nbytes: int,
+        word: int,
+        instruction: Instruction,
+        mask: np.ndarray | None,
+        shared: bool | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(words, index of the first one, for the active threads) of an access of so many bytes."""
-        in_shared = any(m.startswith("shared") for m in instruction.modifiers)
+        in_shared = any(m.startswith("shared") for m in instruction.modifiers) if shared is None else shared
         base = Operand("register" if operand.name in self.program.widths else "symbol", operand.name)
         address = np.broadcast_to(self.read(base, "u32" if in_shared else "u64").astype(np.int64), (self.lanes,))
         address = address + operand.value

@@ -350,6 +350,37 @@ def _write_active(m: Machine, register: Operand, value: np.ndarray, mask: Mask) 
     m.write(register, value, mask)
 
 
+@_operation("cp")
+def _copy_async(m: Machine, i: Instruction, mask: Mask) -> None:
+    """From global to shared memory, at the last moment that `wait_group` allows; bytes beyond the source size are 0."""
+    if i.modifiers[1] == "commit_group":
+        m.copies.append([])
+    elif i.modifiers[1] == "wait_group":
+        while len(m.copies) > i.operands[0].value + 1:
+            for arrive in m.copies.pop(0):
+                arrive()
+    else:
+        to, source, size, *given = i.operands
+        nbytes = size.value
+        valid = np.broadcast_to(m.read(given[0], "u32") if given else np.uint32(nbytes), (m.lanes,))
+        active = np.ones(m.lanes, bool) if mask is None else mask
+        if (valid[active] % 4).any():
+            raise Fault(f"not modelled: {i.text}")
+        data = np.zeros((m.lanes, nbytes // 4), np.uint32)
+        for word in range(nbytes // 4):
+            reads = active & (valid >= 4 * (word + 1))
+            if reads.any():
+                words, first = m.locate(source, nbytes, 4, i, reads, shared=False)
+                data[reads, word] = words[first + word]
+        words, first = m.locate(to, nbytes, 4, i, mask, shared=True)
+
+        def arrive(values: np.ndarray = data[active]) -> None:
+            for word in range(nbytes // 4):
+                words[first + word] = values[:, word]
+
+        m.copies[-1].append(arrive)
+
+
 @_operation("atom", "red")
 def _atomic(m: Machine, i: Instruction, mask: Mask) -> None:
     """Thread by thread, in an order that the chip does not promise either."""
@@ -397,6 +428,36 @@ def _reduce(m: Machine, i: Instruction, mask: Mask) -> None:
     m.write(i.operands[0], np.repeat(function.reduce(value, axis=1), WARP), mask)
 
 
+@_operation("mma")
+def _multiply_matrices(m: Machine, i: Instruction, mask: Mask) -> None:
+    """16 × 16 times 16 × 8, spread over a warp as the PTX ISA draws it, summed in fp64 and rounded to fp32."""
+    _whole_warps(m, i, mask)
+    if i.modifiers[:5] != ("sync", "aligned", "m16n8k16", "row", "col") or i.modifiers[5] != "f32":
+        raise Fault(f"not modelled: {i.text}")
+    kind, warps = i.modifiers[6], m.lanes // WARP
+    group, within = np.divmod(np.arange(WARP), 4)
+
+    def pairs(register: Operand) -> np.ndarray:
+        value = np.broadcast_to(m.read(register, "u32"), (m.lanes,)).reshape(warps, WARP)
+        halves = np.stack([value & np.uint32(0xFFFF), value >> np.uint32(16)], -1)
+        if kind == "bf16":
+            return (halves << np.uint32(16)).view(np.float32)
+        return halves.astype(np.uint16).view(np.float16).astype(np.float32)
+
+    a, b, c = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8)), np.zeros((warps, 16, 8))
+    two = 2 * within[:, None] + np.arange(2)
+    for n, register in enumerate(i.operands[1].parts):
+        a[:, group[:, None] + n % 2 * 8, two + n // 2 * 8] = pairs(register)
+    for n, register in enumerate(i.operands[2].parts):
+        b[:, two + n * 8, group[:, None]] = pairs(register)
+    spots = [(group + n // 2 * 8, 2 * within + n % 2) for n in range(4)]
+    for spot, register in zip(spots, i.operands[3].parts, strict=True):
+        c[:, spot[0], spot[1]] = np.broadcast_to(m.read(register, "f32"), (m.lanes,)).reshape(warps, WARP)
+    total = (a @ b + c).astype(np.float32)
+    for spot, register in zip(spots, i.operands[0].parts, strict=True):
+        m.write(register, np.ascontiguousarray(total[:, spot[0], spot[1]]).reshape(-1), mask)
+
+
 @_operation("ldmatrix", "stmatrix")
 def _matrices(m: Machine, i: Instruction, mask: Mask) -> None:
     """8 × 8 matrices of 2 bytes: thread 8 j + r of a warp points at row r of matrix j, and thread t holds two elements
@@ -404,7 +465,10 @@ def _matrices(m: Machine, i: Instruction, mask: Mask) -> None:
     _whole_warps(m, i, mask)
     address, registers = i.operands[::-1] if i.op == "ldmatrix" else i.operands
     parts, lane = registers.parts or (registers,), np.arange(m.lanes) % WARP
-    words, rows = m.locate(address, 16, 2, i, None)
+    pointing = (lane < 8 * len(parts)) & (True if mask is None else mask)
+    words, found = m.locate(address, 16, 2, i, pointing)
+    rows = np.zeros(m.lanes, np.int64)
+    rows[pointing] = found
     for j, register in enumerate(parts):
         base = np.arange(m.lanes) - lane + 8 * j
         places = []
