@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gpu
 import torch
 
 import qtensor.kernels as kernels
-from qtensor.kernels import FORMATS, Audit, Parts, WeightFormat
+from qtensor.kernels import FORMATS, Audit, Backend, Parts, WeightFormat
 from qtensor.kernels.reference import TORCH
 
 SHAPES = {
@@ -82,17 +83,18 @@ def torchao(fmt: WeightFormat) -> Callable[[torch.Tensor], Any] | None:
 
 def contestants(fmt: WeightFormat, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
     """Each way to quantize `x`, as a call without arguments. Ours writes into memory it is given, as when loading."""
-    qdata = torch.empty(x.shape, dtype=fmt.dtype, device=x.device)
-    scale = torch.empty(fmt.scale_shape(x.shape), device=x.device)
-    formula = FORMULAS[fmt.name]
-    compiled = torch.compile(formula, dynamic=False)
+    parts = Parts.of(tuple(x.shape), fmt, x.device)
     plain, checked = Audit(refuse_nonfinite=False), Audit(measure_sqnr=True)
+    fast = kernels.choose(x.device)
     found: dict[str, Callable[[], Any]] = {
-        "qtensor": lambda: kernels.quantize_into(x, qdata, scale, fmt, plain),
-        "qtensor, checks and SQNR": lambda: kernels.quantize_into(x, qdata, scale, fmt, checked),
-        "torch.compile": lambda: compiled(x),
-        "eager torch": lambda: formula(x),
+        "qtensor": lambda: fast.quantize_into(x, parts, fmt, plain),
+        "qtensor, checks and SQNR": lambda: fast.quantize_into(x, parts, fmt, checked),
     }
+    formula = FORMULAS.get(fmt.name)
+    if formula is None:
+        return found
+    compiled = torch.compile(formula, dynamic=False)
+    found |= {"torch.compile": lambda: compiled(x), "eager torch": lambda: formula(x)}
     if fmt.granularity == "block":
         found["transformers' formula"] = lambda: transformers_per_block(x)
     ao = torchao(fmt)
@@ -102,10 +104,9 @@ def contestants(fmt: WeightFormat, x: torch.Tensor) -> dict[str, Callable[[], An
 
 
 def quantized_bytes(fmt: WeightFormat, x: torch.Tensor) -> int:
-    """What must cross the memory bus: the source, the data and the scale, once each. per_tensor reads twice."""
-    reads = 2 if fmt.granularity == "tensor" else 1
-    scales = torch.Size(fmt.scale_shape(x.shape)).numel() * 4
-    return x.numel() * (reads * x.element_size() + 1) + scales
+    """What must cross the memory bus: the source, codes and scales, once each. What has one scale reads twice."""
+    reads = 2 if fmt.needs_whole_matrix else 1
+    return reads * x.nbytes + Parts.of(tuple(x.shape), fmt, "meta").nbytes
 
 
 def milliseconds(work: Callable[[], Any], quick: bool) -> float:
@@ -123,37 +124,59 @@ def copy_bandwidth(device: torch.device, quick: bool) -> float:
     return 2 * a.numel() / (milliseconds(lambda: b.copy_(a), quick) * 1e-3)
 
 
-def same_bytes(fmt: WeightFormat, x: torch.Tensor) -> bool:
-    """Whether the kernels on this device give the bytes of the CPU reference."""
+def same_bytes(fast: Backend, fmt: WeightFormat, x: torch.Tensor) -> bool:
+    """Whether the kernels on this device give the bytes of the CPU reference, and restore its values."""
     wanted, found = (Parts.of(tuple(x.shape), fmt, device) for device in ("cpu", x.device))
     TORCH.quantize_into(x.cpu(), wanted, fmt, Audit(refuse_nonfinite=False))
-    fast = kernels.choose(x.device)
-    fast.quantize_into(x, found, fmt, Audit(refuse_nonfinite=False))
-    expected, actual = (parts.qdata.cpu().view(torch.uint8) for parts in (wanted, found))
-    nan = (expected & 0x7F == 0x7F) & (actual & 0x7F == 0x7F)
-    same = bool(((expected == actual) | nan).all()) and torch.equal(wanted.scale, found.scale.cpu())
-    for dtype in kernels.SOURCE_DTYPES:
-        back = fast.dequantize(found, fmt, dtype).cpu()
-        same &= torch.equal(back.nan_to_num(), TORCH.dequantize(wanted, fmt, dtype).nan_to_num())
-    return same
+    fast.quantize_into(x, found, fmt, Audit())  # A GPU stores what it will refuse.
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    back, expected = fast.dequantize(found, fmt, x.dtype, out), TORCH.dequantize(wanted, fmt, x.dtype, out.cpu())
+    pairs = zip(wanted, (part.cpu() for part in found), strict=True)
+    return all(_same(a, b) for a, b in pairs) and torch.equal(back.cpu().nan_to_num(), expected.nan_to_num())
 
 
-def check(device: torch.device) -> list[str]:
-    """Compare with the reference: odd shapes, strides, dtypes, non-finite values, and every bf16 up to 448."""
-    failures = []
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bytes, but for the sign of NaN in e4m3."""
+    nan = torch.zeros(a.shape, dtype=torch.bool)
+    a8, b8 = a.view(torch.uint8), b.view(torch.uint8)
+    if a.dtype == torch.float8_e4m3fn:
+        nan = (a8 & 0x7F == 0x7F) & (b8 & 0x7F == 0x7F)
+        return bool(((a8 == b8) | nan).all())
+    return torch.equal(a8, b8)
+
+
+SOURCES: list[tuple[tuple[int, ...], torch.dtype, str, tuple[str, ...]]] = [
+    ((64, 1024), torch.bfloat16, "contiguous", tuple(FORMATS)),
+    ((130, 257), torch.float32, "column slice", tuple(FORMATS)),
+    ((300, 48), torch.float16, "transposed", ("fp8_per_block", "int8_per_channel")),
+    ((2, 130, 1408), torch.bfloat16, "contiguous", ("fp8_per_channel", "nvfp4")),
+    ((3, 20000), torch.bfloat16, "contiguous", ("fp8_per_channel",)),
+]
+"""What is compared with the reference: what a kernel is compiled for, each once or twice. Compiling is what takes time:
+these take fewer than 60 kernels, a minute or so."""
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values, reached by other strides."""
+    if layout == "column slice":
+        return torch.nn.functional.pad(x, (3, 5))[..., 3:-5]
+    return x.mT.contiguous().mT if layout == "transposed" else x
+
+
+def check(device: torch.device, fast: Backend | None = None) -> list[str]:
+    """What differs from the reference: quantized bytes and restored values of every format, finite and not, encoders,
+    activations, refusals and products."""
+    fast = fast or kernels.choose(device)
     generator = torch.Generator().manual_seed(0)
-    for fmt in FORMATS.values():
-        for shape in [(1, 1), (3, 1), (1, 257), (130, 257), (256, 4096), (5, 20000), (2, 130, 384), (300, 1408)]:
-            for dtype in kernels.SOURCE_DTYPES:
-                x = torch.randn(shape, generator=generator).to(device, dtype)
-                wide = torch.randn(*shape[:-1], shape[-1] + 8, generator=generator).to(device, dtype)
-                poisoned = x.clone()
-                poisoned.view(-1)[:: max(1, x.numel() // 3)] = float("inf")
-                poisoned.view(-1)[-1] = float("nan")
-                sources = {"": x, "column slice": wide[..., 3:-5], "transposed": x.mT, "non-finite": poisoned}
-                for layout, source in sources.items():
-                    if not same_bytes(fmt, source):
-                        failures.append(f"{fmt.name} {tuple(source.shape)} {dtype} {layout}")
+    failures = []
+    for shape, dtype, layout, names in SOURCES:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        poisoned = x.clone()
+        poisoned[..., -1, -1], poisoned[..., 1, 7], poisoned[..., 0, 0] = float("nan"), float("inf"), -float("inf")
+        for name in names:
+            for kind, values in {"": x, " small": x * 1e-5, " with inf and NaN": poisoned}.items():
+                if not same_bytes(fast, FORMATS[name], laid_out(values.to(device), layout)):
+                    failures.append(f"{name} {tuple(shape)} {dtype} {layout}{kind}")
     # With amax 448 the scale is 1, and the data are the encoder's own answers.
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     dense = torch.arange(0, 2**32, 4099, dtype=torch.int64).to(torch.int32).view(torch.float32)
@@ -161,27 +184,50 @@ def check(device: torch.device) -> list[str]:
         kept = values[(values.abs() <= F) | ~values.isfinite()]
         x = torch.cat([kept, torch.full((-len(kept) % 256,), F, dtype=values.dtype)]).view(-1, 256)
         x[0, 0] = F
-        if not same_bytes(kernels.FP8_PER_TENSOR, x.to(device)):
+        if not same_bytes(fast, kernels.FP8_PER_TENSOR, x.to(device)):
             failures.append(f"encoder, {values.dtype}")
     for fmt in (kernels.FP8_PER_CHANNEL, kernels.FP8_PER_BLOCK):
         x = torch.randn(77, 1408, generator=generator).to(torch.bfloat16)
-        expected, actual = TORCH.quantize_activation(x, fmt), kernels.quantize_activation(x.to(device), fmt)
-        pairs = zip(expected, actual, strict=True)
-        if not all(torch.equal(a.contiguous().view(torch.uint8), b.cpu().view(torch.uint8)) for a, b in pairs):
+        expected, actual = TORCH.quantize_activation(x, fmt), fast.quantize_activation(x.to(device), fmt)
+        if not all(_same(a.contiguous(), b.cpu()) for a, b in zip(expected, actual, strict=True)):
             failures.append(f"activation, {fmt.name}")
-    x = torch.zeros(9, 300, dtype=torch.bfloat16, device=device)
+    return failures + refusals(device, fast) + products(device, fast)
+
+
+def refusals(device: torch.device, fast: Backend) -> list[str]:
+    """What is not refused as it should be: infinity, by its index."""
+    failures = []
+    x = torch.zeros(64, 1024, dtype=torch.bfloat16, device=device)
     x[4, 7], x[6, 1] = float("inf"), float("nan")
-    for fmt in FORMATS.values():
-        q, s = (
-            torch.empty(x.shape, dtype=fmt.dtype, device=device),
-            torch.empty(fmt.scale_shape(x.shape), device=device),
-        )
+    for name, fmt in FORMATS.items():
         try:
-            kernels.quantize_into(x, q, s, fmt)
-            failures.append(f"{fmt.name} accepted infinity")
+            fast.quantize_into(x, Parts.of((64, 1024), fmt, device), fmt)
+            failures.append(f"{name} accepted infinity")
         except kernels.NonFinite as refused:
-            if refused.index != 4 * 300 + 7:
-                failures.append(f"{fmt.name} named element {refused.index}")
+            if refused.index != 4 * 1024 + 7:
+                failures.append(f"{name} named element {refused.index}")
+    return failures
+
+
+def products(device: torch.device, fast: Backend) -> list[str]:
+    """Products of few and of many rows that are further from the reference's than rounding."""
+    failures = []
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(3, 160, 1024, generator=generator).to(torch.bfloat16)
+    for name in ("fp8_per_channel", "nvfp4"):
+        fmt = FORMATS[name]
+        parts = Parts.of((3, 160, 1024), fmt)
+        TORCH.quantize_into(weight, parts, fmt)
+        there = parts.map(lambda part: part.to(device))
+        for rows in (1, 7, 100):
+            x = torch.randn(rows, 1024, generator=generator).to(torch.bfloat16)
+            expected = TORCH.linear(x, parts.matrix(1), fmt)
+            if not torch.allclose(fast.linear(x.to(device), there.matrix(1), fmt).cpu(), expected, 0.02, 0.5):
+                failures.append(f"product, {name}, {rows} rows")
+        x, ends = torch.randn(9, 1024, generator=generator).to(torch.bfloat16), torch.tensor([4, 4, 9])
+        found = fast.experts(x.to(device), there, fmt, ends.to(device)).cpu()
+        if not torch.allclose(found, TORCH.experts(x, parts, fmt, ends), 0.02, 0.5):
+            failures.append(f"product of experts, {name}")
     return failures
 
 
@@ -189,16 +235,27 @@ def measure(device: torch.device, bandwidth: float, quick: bool) -> list[dict[st
     rows: list[dict[str, Any]] = []
     for label, shape in list(SHAPES.items())[: 2 if quick else None]:
         x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        fast = kernels.choose(device)
         for fmt in FORMATS.values():
             moved = quantized_bytes(fmt, x)
             for name, work in contestants(fmt, x).items():
                 rows.append(row(label, fmt.name, name, moved, milliseconds(work, quick), bandwidth, x.numel()))
-            q = torch.empty(shape, dtype=fmt.dtype, device=device)
-            s = torch.empty(fmt.scale_shape(shape), device=device)
-            kernels.quantize_into(x, q, s, fmt, Audit(refuse_nonfinite=False))
+            parts = Parts.of(shape, fmt, device)
+            fast.quantize_into(x, parts, fmt, Audit(refuse_nonfinite=False))
             out = torch.empty_like(x)
-            took = milliseconds(lambda q=q, s=s, f=fmt, o=out: kernels.dequantize(q, s, f, o.dtype, o), quick)
-            rows.append(row(label, f"dequantize {fmt.name}", "qtensor", 3 * x.numel(), took, bandwidth, x.numel()))
+            took = milliseconds(partial(fast.dequantize, parts, fmt, x.dtype, out), quick)
+            moved = parts.nbytes + x.nbytes
+            rows.append(row(label, f"dequantize {fmt.name}", "qtensor", moved, took, bandwidth, x.numel()))
+            if len(shape) == 2:
+                few = torch.randn(1, shape[1], device=device, dtype=torch.bfloat16)
+                ways = {
+                    "qtensor": partial(fast.linear, few, parts, fmt),
+                    "bf16 F.linear": partial(torch.nn.functional.linear, few, x),
+                }
+                for name, work in ways.items():
+                    moved = parts.nbytes if name == "qtensor" else x.nbytes
+                    took = milliseconds(work, quick)
+                    rows.append(row(label, f"one row times {fmt.name}", name, moved, took, bandwidth, x.numel()))
         torch.compiler.reset()
     for tokens, width in ((1, 4096), (16, 8192), (8192, 4096), (8192, 28672)):
         x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
