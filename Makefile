@@ -6,6 +6,7 @@
 #   make endurance   the tests of threads, growth, four ranks and random programs in full length (minutes)
 #   make test-matrix  the tests on the oldest and newest versions that are supported (most of an hour); writes docs/compatibility.md
 #   make test-libraries  the tests with peft, diffusers, timm and others, in an environment of their own
+#   make gpu-first-run   correctness and speed on a GPU, in ten minutes, with a report to send us
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
 # TORCH        the torch to install. TORCH_INDEX: a package index to take it from, for example one with CPU builds.
@@ -26,7 +27,7 @@ FRESH := build/fresh
 MATRIX := build/matrix
 LIBRARIES := .venv-libraries
 
-.PHONY: demo test ready-to-test lint docs wheel endurance test-matrix test-libraries audit clean
+.PHONY: demo test ready-to-test lint gpu-first-run docs wheel endurance test-matrix test-libraries audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -75,6 +76,10 @@ test-libraries: $(LIBRARIES)/.ready
 audit: $(VENV)/.audit
 	@echo "Looking up known vulnerabilities of what is installed (pip-audit)"
 	@$(BIN)/python -m pip_audit --local --skip-editable --progress-spinner off
+
+gpu-first-run: $(VENV)/.demo
+	@echo "Trying qtensor on this machine's GPU: ten minutes at most; the report is gpu-first-run.md"
+	@$(BIN)/python bench/gpu_first_run.py
 
 docs: $(VENV)/.docs
 	@echo "Building the documentation into site/"

@@ -1,11 +1,12 @@
-"""bench/kernels.py --check-only on a simulated GPU: what the first person with a real one runs."""
+"""What the first person with a GPU runs: bench/kernels.py --check-only, here on a simulated one, and its report."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,18 +26,15 @@ at_length = pytest.mark.skipif(not os.environ.get("QTENSOR_ENDURANCE"), reason="
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench/kernels.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules.pop("gpu", None)
-    return module
+    yield importlib.import_module
+    for name in ("gpu", "kernels", "gpu_first_run"):
+        sys.modules.pop(name, None)
 
 
-def test_it_compiles_fewer_than_60_kernels(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles_fewer_than_60_kernels(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And goes through every format. Nothing is compiled or launched here, so no values are what they should be."""
     compiled: list[str] = []
 
@@ -50,13 +48,43 @@ def test_it_compiles_fewer_than_60_kernels(bench: ModuleType, monkeypatch: pytes
     with simulated_gpu(89) as gpu:
         monkeypatch.setattr(gpu, "arch", 1089)  # A device of its own: what others compiled does not count.
         monkeypatch.setattr(gpu, "get_current_target", lambda: SimpleNamespace(backend="cuda", arch=89, warp_size=32))
-        failures = bench.check(torch.device("cpu"), TRITON)
+        failures = bench("kernels").check(torch.device("cpu"), TRITON)
     assert {name for name in FORMATS if any(name in failure for failure in failures)} == set(FORMATS)
     assert 30 < len(compiled) < 60
 
 
 @at_length
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_nothing_differs(bench: ModuleType, arch: int) -> None:
+def test_nothing_differs(bench: Any, arch: int) -> None:
     with simulated_gpu(arch):
-        assert bench.check(torch.device("cpu"), TRITON) == []
+        assert bench("kernels").check(torch.device("cpu"), TRITON) == []
+
+
+def test_without_a_gpu_the_first_run_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(sys, "argv", ["gpu_first_run.py"])
+        bench("gpu_first_run").main()
+    assert left.value.code == 2
+    assert "no GPU found" in capsys.readouterr().err
+
+
+def test_steps_of_the_first_run(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a CPU can do, which finds nothing wrong; and one that is wrong."""
+    monkeypatch.setenv("QTENSOR_KERNELS", "torch")  # numba would compile for seconds.
+    first, device = bench("gpu_first_run"), torch.device("cpu")
+    results = {name: getattr(first, name)(device, 192) | {"seconds": 1.5} for name in ("upload", "products")}
+    assert [result["failures"] for result in results.values()] == [[], []]
+    quantize = first.quantize
+    monkeypatch.setattr(first, "quantize", lambda weight, name: quantize(weight * 2, name))
+    results["products"] = first.products(device, 192) | {"seconds": 1.5}
+    assert len(results["products"]["failures"]) == 3 * len(FORMATS)
+    text = first.report(results)
+    assert "| upload | right | 1.5 |" in text
+    assert f"| products | **{3 * len(FORMATS)} wrong** | 1.5 |" in text
+    assert sum(limit for _, limit in first.STEPS.values()) < 600
+
+
+@at_length
+def test_a_step_that_crashes_is_a_line_of_the_report(bench: Any) -> None:
+    result = bench("gpu_first_run").run("here", 60)
+    assert "no GPU found" in result["failures"][0]
