@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import inspect
 import re
 import sys
 import tomllib
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torch import nn
 
 import qtensor
 from qtensor import (
+    ConfigError,
     Coverage,
     LoadReport,
     MissingExtraError,
@@ -109,3 +114,60 @@ def test_the_command_says_what_its_completion_needs(monkeypatch, capsys):
 def test_a_bad_argument_is_a_qtensor_error(act):
     with pytest.raises(QTensorError):
         act()
+
+
+# Options of every function --------------------------------------------------------------------------------------------
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8))
+
+
+def loaded() -> nn.Module:
+    model = small()
+    with online_quant("fp8", model):
+        model.load_state_dict(small().state_dict())
+    return model
+
+
+FUNCTIONS: dict[Callable[..., Any], Callable[[Path], tuple[Any, ...]]] = {
+    qtensor.online_quant: lambda folder: ("fp8", small()),
+    qtensor.online_reload: lambda folder: (loaded(),),
+    qtensor.quantize: lambda folder: (torch.ones(8, 8), "fp8"),
+    qtensor.load_checkpoint: lambda folder: (small(), save_checkpoint(small(), folder / "source")),
+    qtensor.save_checkpoint: lambda folder: (small(), folder / "saved"),
+    qtensor.verify_checkpoint: lambda folder: (save_checkpoint(small(), folder / "source"),),
+    qtensor.quantize_checkpoint: lambda folder: (
+        save_checkpoint(small(), folder / "source"),
+        folder / "converted",
+        "fp8",
+    ),
+    qtensor.QTensorConfig: lambda folder: (),
+}
+"""And the arguments that have no default: they are the business of other tests."""
+WRONG = (object(), -1.5, 0, "nonsense", [object()], {"a": object()}, {3: 4}, b"bytes")
+
+
+def options() -> list[tuple[Callable[..., Any], str]]:
+    return [
+        (function, name)
+        for function in FUNCTIONS
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty and name != "model"
+    ]
+
+
+@pytest.mark.parametrize(("function", "option"), options(), ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_an_option_that_cannot_be_is_a_config_error(tmp_path, function, option):
+    """`object()` can be none; of the others some are good for something."""
+    for i, value in enumerate(WRONG):
+        arguments = FUNCTIONS[function](tmp_path / str(i))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                made, said = function(*arguments, **{option: value}), ""
+            except ConfigError as error:
+                made, said = None, str(error)
+        assert option in said or repr(value) in said if said else i > 0, f"{option}={value!r}: {said}"
+        if hasattr(made, "abort"):
+            made.abort()

@@ -214,11 +214,14 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
 }
 
 
-def layout_of(scheme: Scheme, format: str, name: str) -> Layout:
-    """The row for a scheme. Raises CheckpointError that says which rows there are, and ConfigError for an unknown
-    format."""
-    if format not in LAYOUTS:
+def require_format(format: str) -> None:
+    """Raises ConfigError for an unknown format."""
+    if not isinstance(format, str) or format not in LAYOUTS:
         raise ConfigError(f"unknown checkpoint format {format!r}: use one of {', '.join(LAYOUTS)}")
+
+
+def layout_of(scheme: Scheme, format: str, name: str) -> Layout:
+    """The row for a scheme. Raises CheckpointError that says which rows there are."""
     rows = LAYOUTS[format]
     if scheme.name not in rows:
         others = [f for f, table in LAYOUTS.items() if scheme.name in table]

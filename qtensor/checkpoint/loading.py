@@ -47,9 +47,11 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: The checkpoint is damaged, unsafe, or has what the model lacks.
+        ConfigError: An option has a value it cannot have.
         IncompleteLoadError: The model has what the checkpoint lacks.
     """
-    checkpoint = Checkpoint(folder)
+    options = LoadOptions(device=device, on_nonfinite="keep", progress=progress)  # type: ignore[arg-type]
+    place, checkpoint = options.device, Checkpoint(folder)
     weights, plain = weights_of(checkpoint)
     parts = parts_of(model, tensors_of(model))
     places = _matrices(parts)
@@ -64,12 +66,10 @@ def load_checkpoint(
         if tuple(shape) != tuple(part.view.size):
             raise CheckpointError(f"{name}: is {list(shape)}, and {part.name} needs {list(part.view.size)}")
     schemes = {places[module].name: weight.layout.scheme for module, weight in weights.items()}
-    place = torch.device(device) if device is not None else None
     # A model whose weights wait for a loader already belongs to an `online_quant` block, which ends its load.
     outer = next(
         (t._armed.host for t in tensors_of(model).values() if isinstance(t, LAZY) and not t._armed.host.closed), None
     )
-    options = LoadOptions(device=place, on_nonfinite="keep", progress=progress)
     session: Any = outer or open_load(_ByName(schemes), model, options)
 
     def fill() -> None:

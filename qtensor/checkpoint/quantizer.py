@@ -9,7 +9,7 @@ only when somebody asks for `qtensor.QTensorConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,9 +75,11 @@ class QTensorConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ConfigError(f"QTensorConfig: quant_method is {METHOD!r}, not {quant_method!r}")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.scheme, self.targets = _written(scheme), None if targets is None else _written_targets(targets)
-        self.ignore = list(ignore) if not isinstance(ignore, str) else ignore
+        self.ignore = _written_list(ignore)
         self.on_missing, self.on_nonfinite, self.strict_reads = on_missing, on_nonfinite, strict_reads
         self.min_sqnr, self.measure_sqnr = min_sqnr, measure_sqnr
+        if not (stored is None or isinstance(stored, Mapping)):
+            raise ConfigError(f"QTensorConfig: stored is what a config.json says, not {stored!r}")
         self.stored = dict(stored) if stored is not None else None
         self.selection(), self.options()  # They raise for what cannot be.
 
@@ -129,7 +131,12 @@ def _written(scheme: Any) -> Any:
 
 
 def _written_targets(targets: Targets) -> Any:
-    return _written(targets) if isinstance(targets, Mapping) else targets if isinstance(targets, str) else list(targets)
+    return _written(targets) if isinstance(targets, Mapping) else _written_list(targets)
+
+
+def _written_list(patterns: Any) -> Any:
+    """A list of what is one; all else is refused when it is read."""
+    return list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else patterns
 
 
 def _read(written: Any) -> Any:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..extras import require
 from ..lazy.lazy_tensor import LAZY
 from ..modules import module_of
@@ -30,6 +30,7 @@ from .layouts import (
     quantization_config,
     refuse_misaligned,
     refuse_short_groups,
+    require_format,
 )
 from .mapping import Part, is_transformers, matrix, parts_of, tensors_of
 from .reading import CONFIG, DTYPE_NAMES, SINGLE
@@ -70,14 +71,18 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: The format cannot express a weight, which is named; the folder is another's; the disk is full.
+        ConfigError: The format or the size of shards is none.
     """
+    require_format(format)
+    hub = require("huggingface_hub", "checkpoint", "save_checkpoint")
     contents, config = checkpoint_tensors(model, format)
+    shards = _shards(hub, contents, max_shard_size)
     staging = Staging(folder)
     with staging.building() as path:
         staging.require_space(sum(tensor.nbytes for tensor in contents.values()))
         _write_side_files(model, path, config)
         records: Records = {}
-        for file, names in _shards(contents, max_shard_size).items():
+        for file, names in shards.items():
             writer = ShardWriter(path / file, {name: contents[name].spec for name in names})
             with writer.open() as handle:
                 for name in names:
@@ -213,16 +218,21 @@ def _warn_of_scales(contents: dict[str, Stored], schemes: dict[str, Scheme], for
         )
 
 
-def _shards(contents: dict[str, Stored], max_shard_size: int | str) -> dict[str, list[str]]:
-    hub = require("huggingface_hub", "checkpoint", "save_checkpoint")
+def _shards(hub: Any, contents: dict[str, Stored], max_shard_size: int | str) -> dict[str, list[str]]:
     if not contents:
         raise CheckpointError("the model has no tensors to save")
-    split = hub.split_state_dict_into_shards_factory(
-        contents,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern=SINGLE.replace(".", "{suffix}.", 1),
-        max_shard_size=max_shard_size,
-    )
+    size, whole = max_shard_size, isinstance(max_shard_size, int) and not isinstance(max_shard_size, bool)
+    try:
+        if not ((whole and cast(int, size) > 0) or isinstance(size, str)):
+            raise ValueError("neither a whole number nor a text")
+        split = hub.split_state_dict_into_shards_factory(
+            contents,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern=SINGLE.replace(".", "{suffix}.", 1),
+            max_shard_size=size,
+        )
+    except ValueError as error:
+        raise ConfigError(f'max_shard_size is a number of bytes or a text as "5GB", not {size!r}: {error}') from None
     return split.filename_to_tensors
 
 

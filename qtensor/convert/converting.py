@@ -32,6 +32,7 @@ from ..checkpoint.layouts import (
     quantization_config,
     refuse_misaligned,
     refuse_short_groups,
+    require_format,
 )
 from ..checkpoint.reading import CONFIG, Checkpoint, Stored
 from ..checkpoint.verify import require_workers, verify_checkpoint
@@ -52,8 +53,10 @@ from ..errors import CheckpointError
 from ..kernels import SOURCE_DTYPES
 from ..modules import module_of, weight_of
 from ..report.progress import Progress, ProgressLike, from_bytes
+from ..schemes.config import pattern_list
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE, ignoring
+from ..sessions.options import functions
 from .streaming import OnBytes, TensorTask, copy, quantize
 
 _ATTEMPT = "attempt-"
@@ -175,6 +178,7 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     require_workers(workers)
+    functions(share=share, on_bytes=on_bytes)
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists; nothing is overwritten. Give a new folder.")
@@ -213,7 +217,8 @@ def quantize_checkpoint(
 
 def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequence[str], format: str) -> Conversion:
     """What there is to do, from the headers alone; nothing is written. Raises CheckpointError."""
-    scheme, checkpoint = as_scheme(scheme), Checkpoint(source)
+    require_format(format)
+    scheme, ignore, checkpoint = as_scheme(scheme), pattern_list("ignore", ignore), Checkpoint(source)
     for path in (*checkpoint.files, checkpoint.folder / CONFIG, *side_files(checkpoint.folder)):
         if leads_out(path):
             raise CheckpointError(f"{path} is a link out of its folder, and is not published; put the file there")

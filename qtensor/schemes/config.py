@@ -100,6 +100,13 @@ def read_scheme(key: str, value: Any) -> Scheme | None:
         raise ConfigError(f"qtensor: {key}={value!r} is no scheme; use one of {known}, or none") from None
 
 
+def pattern_list(key: str, value: Any) -> tuple[str, ...]:
+    """Patterns as a caller gives them: in a list, so that none is taken for its characters."""
+    if isinstance(value, str):
+        raise ConfigError(f"{key} is a list of patterns; put the single pattern in a list")
+    return read_patterns(key, value)
+
+
 def read_patterns(key: str, value: Any) -> tuple[str, ...]:
     """Patterns, as a list or separated by commas; each "re:..." is one that `re` can compile."""
     patterns = split_patterns(key, value)

@@ -8,15 +8,14 @@ everything below that module.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError
 from ..modules import Owner, full_name
-from .config import SchemeSpec, read_config, read_patterns
+from .config import SchemeSpec, pattern_list, read_config
 from .scheme import Scheme, Targets
 
 ROUTERS = r"re:(.*\.)?(\w*router|gate|wg|shared_expert_gate)$"
@@ -48,10 +47,10 @@ class Selection:
     """The rule of one session, from what says which schemes (see config.py), `ignore` and `targets`."""
 
     def __init__(self, scheme: SchemeSpec, ignore: Sequence[str], targets: Targets | None) -> None:
-        if isinstance(ignore, str) or isinstance(targets, str):
-            raise ConfigError("ignore and targets are lists of patterns; put the single pattern in a list")
+        if targets is not None and not isinstance(targets, Mapping):
+            targets = pattern_list("targets", targets)
         self.config = read_config(scheme, targets)
-        self.ignore = (*read_patterns("ignore", ignore), *self.config.ignore)
+        self.ignore = (*pattern_list("ignore", ignore), *self.config.ignore)
         self.targets = self.config.targets
         self._unused = {*self.ignore, *(self.targets or ())} - set(DEFAULT_IGNORE)
 

@@ -84,6 +84,13 @@ def one_of(name: str, value: object, *allowed: str) -> None:
         raise ConfigError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
+def functions(**given: object) -> None:
+    """Raises ConfigError unless these options are functions, or None."""
+    for name, value in given.items():
+        if not (value is None or callable(value)):
+            raise ConfigError(f"{name} is a function or None, not {value!r}")
+
+
 def flags(options: Any, *names: str) -> None:
     """Raises ConfigError unless these options are True or False."""
     assert {f.name for f in fields(options)} >= set(names)

@@ -18,7 +18,7 @@ import torch
 
 from .. import kernels
 from ..callers import copies_to_train, replaced_by_module
-from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
+from ..errors import ConfigError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, Parts
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from .table import OpTable
@@ -268,8 +268,11 @@ def quantize(weight: torch.Tensor, scheme: SchemeLike, *, on_nonfinite: str = "e
         WeightShapeError: It is neither a matrix nor a stack of them.
         WeightDtypeError: Its dtype is none of those.
         NonFiniteWeightError: An element is not finite; the message has the index of the first.
+        ConfigError: The scheme is unknown, or `on_nonfinite` is neither.
     """
     scheme = as_scheme(scheme)
+    if on_nonfinite not in ("error", "keep"):
+        raise ConfigError(f"on_nonfinite is 'error' or 'keep', not {on_nonfinite!r}")
     if weight.dim() not in (2, 3):
         raise WeightShapeError(f"quantize: a weight is [N, K] or [E, N, K], not {list(weight.shape)}")
     if weight.dtype not in SOURCE_DTYPES:
