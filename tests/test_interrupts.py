@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 import warnings
@@ -38,7 +37,7 @@ from support.interrupts import (
     timer,
     twice,
 )
-from support.processes import ROOT
+from support.processes import ROOT, elsewhere
 
 ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
 ENDS = ("sessions/transaction.py", "sessions/session.py", "sessions/reload.py", "sessions/snapshot.py")
@@ -46,13 +45,14 @@ ENDS = ("sessions/transaction.py", "sessions/session.py", "sessions/reload.py", 
 
 def isolated(search: Callable[..., list[str]], *args: Any) -> list[str]:
     """In a process of its own: what a stopped library leaves behind (a lock, a setting) must not reach other tests."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=elsewhere) as pool:
         return pool.submit(search, *args).result()
 
 
-def test_an_exception_at_a_random_moment() -> None:
-    """10,000 in `make endurance`."""
-    assert isolated(random_moments, 10_000 if ENDURANCE else 500, 0) == []
+@pytest.mark.parametrize("seed", range(10 if ENDURANCE else 1))
+def test_an_exception_at_a_random_moment(seed: int) -> None:
+    """10,000 in `make endurance`, a thousand from each seed."""
+    assert isolated(random_moments, 1000 if ENDURANCE else 500, seed) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ elsewhere.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
         "huggingface_hub",
         "qtensor.checkpoint",
+        "qtensor.kernels.cpu.numba_backend",
     ]
 )
 _forks = multiprocessing.get_context("fork")
@@ -37,7 +40,7 @@ _forks = multiprocessing.get_context("fork")
 def in_forks(function: Callable[[Any], Any], arguments: Iterable[Any], imported: tuple[str, ...]) -> list[Any]:
     """What function returns for each argument, each time in a process of its own that has imported no more than that
     and the function's module."""
-    return _server(imported).submit(_each_in_a_fork, function, list(arguments)).result()
+    return _server(imported).submit(each_alone, _forks, function, list(arguments)).result()
 
 
 @functools.cache
@@ -46,20 +49,29 @@ def _server(imported: tuple[str, ...]) -> ProcessPoolExecutor:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    whole = list(sys.path)
-    # Others would take a folder of this repository for the package that has its name.
-    sys.path[:] = [entry for entry in whole if Path(entry).resolve() != ROOT]
-    for module in modules:
-        importlib.import_module(module)
-    sys.path[:] = whole
+    with without_this_folder():
+        for module in modules:
+            importlib.import_module(module)
     gc.freeze()  # Nor do the forks' collections walk it.
 
 
-def _each_in_a_fork(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
+@contextlib.contextmanager
+def without_this_folder() -> Iterator[None]:
+    """Else others would take a folder of this repository for the package that has its name (kernels)."""
+    whole = list(sys.path)
+    sys.path[:] = [entry for entry in whole if Path(entry).resolve() != ROOT]
+    try:
+        yield
+    finally:
+        sys.path[:] = whole
+
+
+def each_alone(context: BaseContext, function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
+    """What function returns for each argument, each time in a process of its own, one after the other."""
     results = []
     for argument in arguments:
-        reader, writer = _forks.Pipe(duplex=False)
-        process = _forks.Process(target=_send, args=(writer, function, argument))
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_send, args=(writer, function, argument))
         process.start()
         writer.close()
         try:
