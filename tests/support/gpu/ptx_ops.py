@@ -1,4 +1,7 @@
-"""What PTX instructions compute, by name of the operation. See machine.py; PTX ISA, "Instruction Set"."""
+"""What PTX instructions compute, by name of the operation. See machine.py; PTX ISA, "Instruction Set".
+
+It is one file because all of it is one table, from names to a few lines each.
+"""
 
 from __future__ import annotations
 
