@@ -31,7 +31,6 @@ elsewhere.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
         "huggingface_hub",
         "qtensor.checkpoint",
-        "qtensor.kernels.cpu.numba_backend",
     ]
 )
 _forks = multiprocessing.get_context("fork")
