@@ -2,19 +2,13 @@
 And what holds for every test: no session and no hook outlives it."""
 
 import gc
-import importlib.metadata
-import importlib.util
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # Before PyTorch: two suites share the cores, and none spins.
-if importlib.util.find_spec("numba"):  # Of two versions that share a folder, each throws away what the other compiled.
-    cache = Path(__file__).parents[1] / "build" / f"numba-{importlib.metadata.version('numba')}"
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache))
 
 from hypothesis import settings
 
