@@ -21,7 +21,6 @@ from .errors import (
     WeightDtypeError,
     WeightShapeError,
 )
-from .extras import require
 from .lazy import ops as lazy_ops
 from .lazy.counter import CopyCounter
 from .lazy.lazy_tensor import LazyWeight
@@ -51,7 +50,7 @@ from .tensor.qtensor import QTensor, quantize
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .checkpoint.quantizer import QTensorConfig as QTensorConfig
+    from .checkpoint.quantization_config import QTensorConfig as QTensorConfig
     from .convert import quantize_checkpoint
 
 __all__ = [
@@ -109,9 +108,7 @@ def __getattr__(name: str) -> Any:
 
         return quantize_checkpoint
     if name == "QTensorConfig":
-        require("transformers", "demo", name)
-        from .checkpoint import quantizer
+        from .checkpoint import registering
 
-        quantizer.register()
-        return quantizer.QTensorConfig
+        return registering.config_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

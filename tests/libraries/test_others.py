@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtensor import QTensor, QTensorError, online_quant, quantize
+from qtensor import QTensor, online_quant, quantize
 
 
 def assert_quantized(model: nn.Module, plain: nn.Module, session: Any, dtype: torch.dtype) -> None:
@@ -44,8 +44,6 @@ def test_diffusers(dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path) 
     with online_quant("fp8") as session:
         model = type(plain).from_pretrained(tmp_path, torch_dtype=dtype, low_cpu_mem_usage=low_cpu_mem_usage)
     assert_quantized(model, plain, session, dtype)
-    with pytest.raises(QTensorError, match="save_checkpoint"):
-        model.save_pretrained(tmp_path / "again")
 
 
 def timm_model(path: Path, pretrained: bool) -> nn.Module:
