@@ -22,6 +22,7 @@ _TRANSFORMING_MODULES = (
     "torch.nn.utils.spectral_norm",
 )
 _INIT_FUNCTIONS = ("reset_parameters", "_reset_parameters", "_init_weights", "init_weights")
+_COMPARE_ADDRESSES = ("accelerate", "transformers", "diffusers", "peft", "huggingface_hub")
 _ALL = sys.maxsize
 """As many frames as there are: a module's `__init__` may be any number of calls away from what it constructs."""
 
@@ -116,6 +117,16 @@ def puts_placeholder() -> bool:
     return any(frame.f_code.co_name == "_move_missing_keys_from_meta_to_device" for frame in _callers(5))
 
 
+def compares_addresses() -> bool:
+    """Does a library that looks for ties ask for a tensor's address? It reads no memory there, as a kernel would."""
+    return _nearest().partition(".")[0] in _COMPARE_ADDRESSES
+
+
+def writes_to_disk() -> bool:
+    """Is accelerate writing a tensor into its offload folder?"""
+    return _nearest() == "accelerate.utils.offload"
+
+
 def distributing() -> bool:
     """Is torch.distributed.tensor splitting a tensor for `distribute_tensor`? The clone it makes of its piece is the
     shard of the weight, not a copy of values."""
@@ -125,6 +136,12 @@ def distributing() -> bool:
 def asked_by_fsdp() -> bool:
     """Is FSDP calling the operation whose handler asks? What it does to pad a shard has a meaning of its own."""
     return any((frame.f_globals.get("__name__") or "").startswith(FSDP) for frame in _callers(3))
+
+
+def _nearest() -> str:
+    """The module that called qtensor."""
+    frame = _caller()
+    return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
 
 def _caller() -> FrameType | None:

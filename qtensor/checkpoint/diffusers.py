@@ -20,6 +20,7 @@ from ..modules import weight_of
 from ..report.report import LoadReport
 from ..tensor.qtensor import QTensor
 from .layouts import LAYOUTS, Layout, reader
+from .offload import refuse_offload
 from .quantization_config import METHOD, ConfiguredLoad, QTensorConfig, also_ours, dequantized
 from .save_pretrained import equip
 
@@ -91,6 +92,10 @@ def quantizer() -> Any:
         def report(self) -> LoadReport | None:
             """The report of the load, of a model that was quantized as it was loaded."""
             return self._load.report
+
+        def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+            with self._load.ends_if_it_fails():
+                refuse_offload(device_map, stored=self.pre_quantized)
 
         def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
             self._dtype = torch_dtype or self._dtype

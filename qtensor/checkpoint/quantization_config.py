@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -185,6 +185,16 @@ class ConfiguredLoad:
         if self._session is not None:
             session, self._session = self._session, None
             self.report = session.finish()
+
+    @contextlib.contextmanager
+    def ends_if_it_fails(self) -> Iterator[None]:
+        """Around what may find that the load cannot go on."""
+        try:
+            yield
+        except BaseException:
+            if self._session is not None:
+                self._session.abort()
+            raise
 
     def becomes(self, model: nn.Module, name: str, param: torch.Tensor) -> QTensor | None:
         """What a weight of the model is going to be, without values; None where it stays as it is."""

@@ -15,6 +15,7 @@ from transformers.quantizers import auto
 from ..errors import CheckpointError
 from ..report.report import LoadReport
 from .layouts import LAYOUTS, reader
+from .offload import refuse_offload
 from .quantization_config import METHOD, ConfiguredLoad, QTensorConfig, also_ours, dequantized
 from .save_pretrained import equip
 from .transformers import quantizer, transformers_asks
@@ -39,7 +40,9 @@ class QTensorQuantizer(quantizer()):  # type: ignore[misc]
         """The report of the load, of a model that was quantized as it was loaded."""
         return self._load.report
 
-    def validate_environment(self, *_: Any, **__: Any) -> None:
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        with self._load.ends_if_it_fails():
+            refuse_offload(device_map, stored=self.pre_quantized)
         if self.pre_quantized and not transformers_asks():
             raise CheckpointError(
                 "from_pretrained of a quantized folder needs transformers 5.21 or newer: older ones cast its values as "

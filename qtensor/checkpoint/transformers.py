@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..sessions import registration
 from ..tensor.qtensor import QTensor
 from .layouts import LAYOUTS, Layout, reader
+from .offload import refuse_offload
 
 _SUFFIXES = {m: list(dict.fromkeys(s for row in rows.values() for s in row.entries)) for m, rows in LAYOUTS.items()}
 """What the tensors of a quantized weight may be called, by method; "weight", which all have, is the first."""
@@ -145,6 +146,9 @@ def _classes() -> tuple[Any, Any]:
             """`Pair` casts what has no scales; before it nothing may be cast."""
             paired = any(isinstance(op, Pair) for op in getattr(converter, "operations", ()))
             return None if paired else dtype
+
+        def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+            refuse_offload(device_map, stored=True)
 
         def preprocess_model(self, model: Any, dtype: Any = None, **_: Any) -> None:
             pass

@@ -224,7 +224,8 @@ class ModelTransaction(LoadHost, Transaction):
             if on_meta:
                 advice = (
                     "No loader gave these a value in memory. A device_map that puts layers on the disk, or offloads "
-                    "them, leaves nothing to quantize: keep all layers on devices."
+                    "them, leaves nothing to quantize: keep all layers on devices, or on the CPU, and offload the "
+                    "quantized model with accelerate's cpu_offload or dispatch_model."
                 )
             raise IncompleteLoadError(_bullets(missing) + f" {advice}", boxes)
 

@@ -13,11 +13,11 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .. import kernels
-from ..callers import initialising, replaced_by_module
+from ..callers import initialising, replaced_by_module, writes_to_disk
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..interrupts import without_grad
 from ..kernels import SOURCE_DTYPES, NonFinite
-from .qtensor import QTensor, nonfinite_message, quantize, refuse_mutation
+from .qtensor import QTensor, nonfinite_message, quantize, refuse_disk, refuse_mutation
 from .table import OpTable
 
 aten = torch.ops.aten
@@ -181,6 +181,14 @@ def _refuse_part(dst: QTensor) -> NoReturn:
         f"QTensor slice {list(dst.shape)}: these elements share a {dst.scheme.name} scale with others, and it is not "
         "known of what weight. Write to a slice of the weight itself, whole rows, or all of it."
     )
+
+
+@OPS.implements(aten.view.dtype)
+def _view_dtype(func: Any, w: QTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of the dequantized values; numpy has no bf16, so who writes arrays asks for them."""
+    if writes_to_disk():
+        refuse_disk(w)
+    return func(w.dequantize(), dtype)
 
 
 @OPS.implements(aten.empty_like.default)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import kernels
-from ..callers import copies_to_train, replaced_by_module
+from ..callers import compares_addresses, copies_to_train, replaced_by_module, writes_to_disk
 from ..errors import ConfigError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, Parts
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
@@ -162,7 +162,14 @@ class QTensor(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         OPS.dispatch(torch.Tensor.__setitem__, (self, index, value), None)
 
+    def data_ptr(self) -> int:
+        """For libraries that tell tied weights by their addresses: that of the values. No other code may read it, since
+        there are no elements of the logical dtype: it gets 0, as of any tensor without storage."""
+        return self.qdata.data_ptr() if compares_addresses() else super().data_ptr()
+
     def numpy(self, *, force: bool = False) -> Any:
+        if writes_to_disk():
+            refuse_disk(self)
         return self.detach().dequantize().numpy(force=force)
 
     def tolist(self) -> Any:
@@ -347,6 +354,14 @@ def refuse_mutation(func: Any, weight: QTensor) -> NoReturn:
     raise QTensorError(
         f"{func} would modify a quantized weight {list(weight.shape)} in place. Assign new values with copy_, "
         "or work on .dequantize()."
+    )
+
+
+def refuse_disk(weight: QTensor) -> NoReturn:
+    raise QTensorError(
+        f"QTensor {list(weight.shape)} ({weight.scheme}): accelerate's offload folder holds plain values and no "
+        'scales, so a quantized weight cannot be offloaded to the disk. Keep it on the CPU ("cpu" in the device_map, '
+        "or cpu_offload), where it takes its quantized bytes."
     )
 
 
