@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from qtensor import (
+    LoadReport,
     QTensor,
     QTensorError,
+    Scheme,
     fp8_per_block,
     fp8_per_channel,
     fp8_per_tensor,
@@ -172,6 +175,8 @@ def from_pretrained_with_a_plan(folder: str, rank: int, world: int) -> None:
     """transformers splits the model it has built, on the meta device, and assigns each rank's part."""
     import transformers
 
+    from qtensor import QTensorConfig
+
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
@@ -180,10 +185,23 @@ def from_pretrained_with_a_plan(folder: str, rank: int, world: int) -> None:
     if rank == 0:
         whole.save_pretrained(folder)
     dist.barrier()
-    for scheme in (fp8_per_channel, fp8_per_tensor):
-        with online_quant(scheme.weight_only()) as session:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype="bfloat16")
-        assert len(session.report().layers) == 14
+
+    def load(**options: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", **options)
+
+    def in_a_block(scheme: Scheme) -> tuple[Any, LoadReport]:
+        with online_quant(scheme) as session:
+            model = load(tp_plan="auto")
+        return model, session.report()
+
+    def with_a_config(scheme: Scheme) -> tuple[Any, LoadReport]:
+        model = load(tp_plan="auto", quantization_config=QTensorConfig(scheme))
+        return model, model.hf_quantizer.report
+
+    ways = (in_a_block, with_a_config)
+    for scheme, way in itertools.product((fp8_per_channel, fp8_per_tensor), ways):
+        model, report = way(scheme.weight_only())
+        assert len(report.layers) == 14
         for name, full in whole.state_dict().items():
             if "proj" not in name:
                 continue
@@ -193,7 +211,7 @@ def from_pretrained_with_a_plan(folder: str, rank: int, world: int) -> None:
             shard = expected.qdata.view(torch.uint8).chunk(world, dim)[rank]
             assert same_bytes(param._local_tensor.qdata.view(torch.uint8), shard), name
         with online_quant(scheme.weight_only()):
-            unsharded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+            unsharded = load()
         with torch.no_grad():
             ids = torch.arange(5)[None]
             torch.testing.assert_close(model(ids).logits, unsharded(ids).logits, rtol=0.05, atol=0.02)

@@ -8,7 +8,6 @@ library has built. The quantizers are in `quantizer` (transformers) and `diffuse
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -128,7 +127,8 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: what config.json says of a folder that was read, or the arguments."""
         found = vars(self) if self.stored is None else self.stored
-        return copy.deepcopy({key: value for key, value in found.items() if key != "stored"})
+        written: dict[str, Any] = json.loads(json.dumps({k: v for k, v in found.items() if k != "stored"}))
+        return written
 
     to_diff_dict = to_dict
 
