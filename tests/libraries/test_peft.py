@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from qtensor import QTensor, online_quant, quantize
+from qtensor import QTensor, online_quant, quantize, weight_checksums
 from qtensor.schemes.scheme import SCHEMES
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -28,8 +28,17 @@ CONFIGS: dict[str, Any] = {
     "VeRA": peft.VeraConfig(r=4, target_modules=["q_proj"]),
     "OFT": peft.OFTConfig(oft_block_size=8, r=0, target_modules=ALL),
     "AdaLoRA": peft.AdaLoraConfig(target_modules=ALL, total_step=10, init_r=4, target_r=2),
+    "RS-LoRA": peft.LoraConfig(r=4, target_modules=ALL, use_rslora=True, init_lora_weights=False),
+    "FourierFT": peft.FourierFTConfig(n_frequency=10, target_modules=ALL, init_weights=False),
+    "HRA": peft.HRAConfig(r=4, target_modules=ALL, init_weights=False),
+    "VBLoRA": peft.VBLoRAConfig(num_vectors=8, vector_length=2, target_modules=ALL),
+    "MiSS": peft.MissConfig(r=4, target_modules=ALL, init_weights=False),
+    "RandLoRA": peft.RandLoraConfig(r=4, target_modules=ALL, init_weights=False),
+    "SHiRA": peft.ShiraConfig(r=4, target_modules=ALL, init_weights=False),
+    "C3A": peft.C3AConfig(block_size=8, target_modules=ALL, init_weights=False),
 }
 PROMPTS: dict[str, Any] = {
+    "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=32),
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True),
 }
@@ -167,9 +176,15 @@ def test_a_trained_model_saves_its_adapters_alone(folder: Path, tmp_path: Path) 
         model = adapted(CONFIGS["LoRA"], base(folder))
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    model.eval()
     again = peft.PeftModel.from_pretrained(quantized(folder), tmp_path)
     with torch.no_grad():
-        assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    # With gradients a product decodes the weight and multiplies then; without, it decodes while it multiplies. The two
+    # sum in another order, and what needs gradients is the adapters' own: here the loaded ones do not.
+    trainable = peft.PeftModel.from_pretrained(quantized(folder), tmp_path, is_trainable=True)
+    assert torch.equal(trainable(IDS).logits, model(IDS).logits)
+    assert (again(IDS).logits - model(IDS).logits).abs().max() < 2**-6
 
 
 def test_prepare_model_for_kbit_training(folder: Path) -> None:
@@ -182,3 +197,85 @@ def test_prepare_model_for_kbit_training(folder: Path) -> None:
         if n in before:
             assert torch.equal(p.qdata.view(torch.uint8), before[n].view(torch.uint8))
     adapted(CONFIGS["LoRA"], prepared)(IDS, labels=IDS).loss.backward()
+
+
+def dequantized(model: Any, folder: Path) -> Any:
+    """The plain model with the values of a quantized one."""
+    plain = base(folder)
+    with torch.no_grad():
+        for param, weight in zip(plain.parameters(), model.parameters(), strict=True):
+            param.copy_(values(weight))
+    return plain
+
+
+def test_all_linear_means_the_layers_that_it_means_in_a_plain_model(folder: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, plain = adapted(config, quantized(folder)), adapted(config, base(folder))
+    assert model.targeted_module_names == plain.targeted_module_names
+    assert len(model.targeted_module_names) == 14
+    assert kinds(model) == kinds(plain)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "gaussian"])
+def test_initialisations_that_read_the_weight(init: Any, folder: Path) -> None:
+    """PiSSA and OLoRA take the adapter's part out of the weight; what is left is quantized anew."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    with torch.no_grad():
+        plain = adapted(config, dequantized(quantized(folder), folder))
+        model = adapted(config, quantized(folder))
+        for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if isinstance(param, QTensor) and "q_proj" in name:
+                assert torch.equal(values(param), values(quantize(other, "fp8"))), name
+            else:
+                assert torch.allclose(values(param), values(other), atol=1e-3), name
+
+
+def test_several_adapters_on_one_model(folder: Path, tmp_path: Path) -> None:
+    model = adapted(CONFIGS["LoRA"], quantized(folder))
+    plain = adapted(CONFIGS["LoRA"], dequantized(quantized(folder), folder))
+    bytes_before = weight_checksums(model.get_base_model())
+    for each in (model, plain):
+        torch.manual_seed(2)
+        each.add_adapter("second", copy.deepcopy(CONFIGS["LoRA"]))
+        each.add_weighted_adapter(["default", "second"], [0.5, 0.25], "sum", combination_type="cat")
+        each.eval()
+    outputs = {}
+    with torch.no_grad():
+        for name in ("default", "second", "sum"):
+            for each in (model, plain):
+                each.set_adapter(name)
+            outputs[name] = model(IDS).logits
+            torch.testing.assert_close(outputs[name], plain(IDS).logits, rtol=0.05, atol=0.05)
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, quantized(folder)(IDS).logits)
+        assert not torch.equal(outputs["default"], outputs["second"])
+        mixed = model(IDS.expand(3, -1), adapter_names=["default", "second", "__base__"]).logits
+        torch.testing.assert_close(mixed[0], outputs["default"][0], rtol=0.05, atol=0.05)
+        model.save_pretrained(tmp_path)
+        model.delete_adapter("sum")
+        again = peft.PeftModel.from_pretrained(quantized(folder), tmp_path)
+        again.load_adapter(tmp_path / "second", "second")
+        again.set_adapter("second")
+        assert torch.equal(again.eval()(IDS).logits, outputs["second"])
+    assert weight_checksums(model.get_base_model()) == bytes_before
+
+
+def test_unloading_without_a_merge_leaves_the_bytes(folder: Path) -> None:
+    wanted = weight_checksums(quantized(folder))
+    assert weight_checksums(adapted(CONFIGS["DoRA"], quantized(folder)).unload()) == wanted
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merges_of_several_adapters_and_safe_ones(safe_merge: bool, folder: Path) -> None:
+    """peft adds one adapter after the other, and a safe merge assigns what it has checked: each is quantized once."""
+    model, plain = (adapted(CONFIGS["LoRA"], m) for m in (quantized(folder), dequantized(quantized(folder), folder)))
+    for each in (model, plain):
+        torch.manual_seed(2)
+        each.add_adapter("second", copy.deepcopy(CONFIGS["LoRA"]))
+        each.merge_adapter(["default"], safe_merge=safe_merge)
+    weights = {n: p for n, p in model.named_parameters() if isinstance(p, QTensor) and ".base_layer" in n}
+    assert len(weights) == 8
+    for name, weight in weights.items():
+        assert torch.equal(values(weight), values(quantize(plain.get_parameter(name), "fp8"))), name
+    merged = model.merge_and_unload(adapter_names=["second"], safe_merge=safe_merge)
+    assert sum(isinstance(p, QTensor) for p in merged.parameters()) == 14
