@@ -1,6 +1,9 @@
 """Every architecture of the installed transformers, built inside online_quant and compared with a plain one.
 
-    python bench/architectures.py [--only NAME ...] [--out results.json]
+    python bench/architectures.py [--only NAME ...] [--part I/N --out FILE]
+    python bench/architectures.py --join FILE ...
+
+In one go, or in N parts that are joined; parts of different code do not join.
 
 Each configuration class is shrunk until its model has at most 20 million parameters. A plain model is built, its state
 dict loaded into one that is built inside the block (with its constructors reading and transforming their own weights as
@@ -24,9 +27,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
+import qtensor
 from qtensor import QTensor, fp8, online_quant, quantize
+from qtensor.tensor.qtensor import digest_of
 
 MOST = 20_000_000
 SMALLER: list[tuple[str, int]] = [
@@ -139,7 +145,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th architecture from the i-th")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--join", nargs="*", type=Path, help="what the parts wrote")
     args = parser.parse_args()
+    code = digest_of(Path(qtensor.__file__).parent, Path(qtensor.kernels.__file__).parent)
+    if args.join:
+        parts = [json.loads(path.read_text()) for path in args.join]
+        assert {part["code"] for part in parts} == {code}, "the parts are of other code than this"
+        finish(sorted((row for part in parts for row in part["rows"]), key=lambda row: row["architecture"]))
+        return
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     transformers.logging.set_verbosity_error()
@@ -174,13 +187,18 @@ def main() -> None:
         results.append(row)
         if row["result"] in ("failed", "different"):
             print(kind, row["result"], row["why"], flush=True)
-    counts = collections.Counter(row["result"] for row in results)
-    print(
-        f"transformers {transformers.__version__}, torch {torch.__version__}: "
-        f"{len(results)} architectures; {dict(counts)}"
-    )
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        args.out.write_text(json.dumps({"code": code, "rows": results}, indent=1) + "\n")
+        print(f"part {args.part}: {dict(collections.Counter(row['result'] for row in results))}")
+    else:
+        finish(results)
+
+
+def finish(rows: list[dict[str, Any]]) -> None:
+    counts = collections.Counter(row["result"] for row in rows)
+    facts = machine.facts("transformers", "torch", "numba")
+    print(f"{facts['versions']}: {len(rows)} architectures; {dict(counts)}")
+    machine.save("architectures", {**facts, "counts": dict(counts), "architectures": rows})
 
 
 if __name__ == "__main__":
