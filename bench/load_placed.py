@@ -60,14 +60,14 @@ def main() -> None:
                 path = str(Path(folder, way.partition("-")[0]))
                 found.append(measure([sys.executable, __file__, "--child", way, path]))
     rows = {way: summarize(found) for way, found in runs.items()}
-    print("| way of loading | model MB | cast MB | peak MB | final MB | peak / final | seconds |")
+    print("| way of loading | model MB | cast MB | peak MB | final MB | peak / model | seconds |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for way, row in rows.items():
         model, peak, final = (row[key] / 1e6 for key in ("model_bytes", "peak_bytes", "final_bytes"))
         cast = runs[way][0].result["cast_bytes"] / 1e6
         row["cast_bytes"] = runs[way][0].result["cast_bytes"]
         print(
-            f"| {WAYS[way]} | {model:.0f} | {cast:.1f} | {peak:.0f} | {final:.0f} | {peak / final:.3f} "
+            f"| {WAYS[way]} | {model:.0f} | {cast:.1f} | {peak:.0f} | {final:.0f} | {peak / model:.3f} "
             f"| {row['seconds']:.2f} |"
         )
     packages = ("torch", "safetensors", *{way.partition("-")[0] for way in ways})

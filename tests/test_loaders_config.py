@@ -291,5 +291,6 @@ def test_dequantize_gives_the_plain_model(folders: Any, config: Any, tmp_path: P
 def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """That `import qtensor` brings no transformers along is in test_public_names."""
     monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingExtraError, match="QTensorConfig needs transformers: pip install"):
         _ = qtensor.QTensorConfig

@@ -1,4 +1,4 @@
-"""The Python of docs/adapters.md runs as typed, with peft."""
+"""The Python of pages that need these libraries runs as typed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 from test_docs import ROOT, blocks
 
 
-def test_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["adapters.md", "diffusers.md"])
+def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
-    for _, source in blocks(ROOT / "docs" / "adapters.md", "python"):
+    for _, source in blocks(ROOT / "docs" / page, "python"):
         exec(source, namespace)
