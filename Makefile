@@ -158,7 +158,9 @@ $(LIBRARIES)/.ready: pyproject.toml
 	@$(PIP) --upgrade pip "setuptools>=77,<82" wheel
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation "$(TORCH)" torchvision \
 		--editable ".[demo,checkpoint]" pytest hypothesis peft diffusers timm open_clip_torch sentence-transformers \
-		lightning bitsandbytes cloudpickle
+		lightning bitsandbytes cloudpickle jsonargparse
+	@# It asks for an older huggingface_hub than the others take; its models and loaders work with theirs.
+	@$(PIP) --no-deps litgpt
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

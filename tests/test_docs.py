@@ -24,7 +24,8 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     return [(page.read_text()[: m.start(1)].count("\n"), m[1]) for m in found]
 
 
-# These run where vLLM is: tests/vllm/test_page.py and test_reload.py; and with peft, diffusers: tests/libraries/test_pages.py.
+# These run where vLLM is: tests/vllm/test_page.py and test_reload.py; where peft and diffusers are: test_pages.py in
+# tests/libraries.
 ELSEWHERE = ("vllm.md", "rl_refit.md", "adapters.md", "diffusers.md")
 RUNNABLE = [p for p in PAGES if blocks(p, "python") and p.name not in ELSEWHERE]
 
