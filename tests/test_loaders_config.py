@@ -169,6 +169,15 @@ def test_automatic_device_maps_count_quantized_bytes(folders: Any, config: Any) 
         assert seen[name] == (param.nbytes / param.numel() if isinstance(param, QTensor) else param.element_size())
 
 
+@pytest.mark.parametrize("name", ["tied llama", "bert"])
+def test_a_footprint_is_what_is_held(name: str, folders: Any, config: Any) -> None:
+    for model in (load(folders[name], quantization_config=config("mxfp4")), _in_block(folders[name], "mxfp4", load)):
+        held = sum(param.nbytes for param in model.parameters())
+        assert model.get_memory_footprint(return_buffers=False) == held
+        assert model.get_memory_footprint() == held + sum(buffer.nbytes for buffer in model.buffers())
+        assert held < 0.6 * load(folders[name]).get_memory_footprint(return_buffers=False)
+
+
 def test_a_weight_goes_where_the_loader_puts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """device_map="cuda" assigns values on the GPU to a model that was built on meta. There may be no GPU here, so the
     write is looked at and not done."""
@@ -213,9 +222,9 @@ def test_a_load_that_fails_leaves_no_hook(folders: Any, config: Any, tmp_path: P
     assert_same(load_lm(folders["llama"], quantization_config=config("fp8")), _in_block(folders["llama"]))
 
 
-def _in_block(folder: Path, scheme: str = "fp8") -> Any:
+def _in_block(folder: Path, scheme: str = "fp8", loads: Callable[..., Any] = load_lm) -> Any:
     with online_quant(scheme):
-        return load_lm(folder)
+        return loads(folder)
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 import transformers
@@ -21,6 +23,7 @@ from qtensor import (
     QTensor,
     load_checkpoint,
     online_quant,
+    quantize,
     save_checkpoint,
     weight_checksums,
 )
@@ -162,6 +165,30 @@ def test_dequantize_gives_a_plain_model(folder: Path, config: Any) -> None:
     wanted = {n: p.dequantize() if isinstance(p, QTensor) else p.clone() for n, p in model.named_parameters()}
     model.dequantize()
     assert all(type(p) is torch.nn.Parameter and torch.equal(p, wanted[n]) for n, p in model.named_parameters())
+
+
+def test_its_adapters(folder: Path, config: Any, tmp_path: Path) -> None:
+    """Trainable and in high precision, as on a plain model of the same values; fused, they are quantized."""
+    lora = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    model, plain = load(folder, quantization_config=config("fp8")), load(folder, quantization_config=config("fp8"))
+    plain.dequantize()
+    for each in (model, plain):
+        torch.manual_seed(1)
+        each.add_adapter(copy.deepcopy(lora))
+    kinds = [{n: (p.dtype, p.requires_grad) for n, p in m.named_parameters() if "lora" in n} for m in (model, plain)]
+    assert kinds[0] == kinds[1]
+    assert len(kinds[0]) == 8
+    before = forward(model)
+    model.save_lora_adapter(tmp_path)
+    again = load(folder, quantization_config=config("fp8"))
+    again.load_lora_adapter(tmp_path, prefix=None)
+    assert torch.equal(forward(again), before)
+    for each in (model, plain):
+        each.fuse_lora()
+    fused = {n: p for n, p in model.named_parameters() if n.endswith("base_layer.weight")}
+    assert len(fused) == 4
+    for name, param in fused.items():
+        assert torch.equal(param.dequantize(), quantize(plain.get_parameter(name), "fp8").dequantize()), name
 
 
 def test_a_single_file(folder: Path, config: Any, tmp_path: Path) -> None:
