@@ -97,6 +97,12 @@ def builds_adapter() -> bool:
     return _library().startswith("peft.")
 
 
+def changes_base() -> bool:
+    """Is peft's own code, rather than an initialiser that it calls, changing a weight of the model? OLoRA takes the
+    adapter's part out of it while the adapter is being made."""
+    return _nearest().startswith("peft.")
+
+
 def copies_to_train() -> bool:
     """Is peft copying a module of the model, to train the copy (`modules_to_save`)?"""
     return _library() == "peft.utils.other"
@@ -131,6 +137,14 @@ def distributing() -> bool:
     """Is torch.distributed.tensor splitting a tensor for `distribute_tensor`? The clone it makes of its piece is the
     shard of the weight, not a copy of values."""
     return any(frame.f_globals.get("__name__") == "torch.distributed.tensor.placement_types" for frame in _callers(8))
+
+
+def scatters() -> bool:
+    """Is it doing so on one rank, to send each rank its piece? With `src_data_rank=None` each takes its own."""
+    return any(
+        frame.f_code.co_name == "_shard_tensor" and frame.f_locals.get("src_data_rank") is not None
+        for frame in _callers(8)
+    )
 
 
 def asked_by_fsdp() -> bool:

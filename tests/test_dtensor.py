@@ -54,10 +54,17 @@ def state(seed: int = 0) -> dict[str, torch.Tensor]:
     return Mlp().bfloat16().state_dict()
 
 
-def parallel(mesh: DeviceMesh, *, meta: bool = False) -> nn.Module:
+def made(meta: bool) -> nn.Module:
     with torch.device("meta" if meta else "cpu"):
-        model = Mlp().bfloat16()
-    return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return Mlp().bfloat16()
+
+
+def split(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+    return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}, **options)
+
+
+def parallel(mesh: DeviceMesh, *, meta: bool = False) -> nn.Module:
+    return split(made(meta), mesh)
 
 
 def assert_unsharded_bytes(model: nn.Module, scheme: Any) -> None:
@@ -78,8 +85,8 @@ def assert_unsharded_bytes(model: nn.Module, scheme: Any) -> None:
         dist.all_gather_object(parts, (local.qdata.view(torch.uint8), local.scale))
         assert dim is not None
         assert same_bytes(torch.cat([p[0] for p in parts], dim), expected.qdata.view(torch.uint8)), name
-        split = local.scale.shape != expected.scale.shape
-        scale = torch.cat([p[1] for p in parts], dim) if split else local.scale
+        apart = local.scale.shape != expected.scale.shape
+        scale = torch.cat([p[1] for p in parts], dim) if apart else local.scale
         assert same_bytes(scale, expected.scale), name
 
 
@@ -135,6 +142,18 @@ def tensor_parallel_models_load_to_the_unsharded_bytes(rank: int, world: int) ->
             copy_distributed(model, state())
         with torch.no_grad():
             torch.testing.assert_close(model(x), unsharded(x), rtol=0.05, atol=0.02)
+
+
+def a_model_that_is_split_while_a_session_is_open_gives_them_too(rank: int, world: int) -> None:
+    """As transformers does after it has asked its quantizer."""
+    mesh = init_device_mesh("cpu", (world,))
+    for scheme in SCHEMES:
+        model = made(meta=True)
+        with online_quant(scheme, model):
+            with pytest.raises(QTensorError, match="src_data_rank=None"):
+                split(model, mesh)
+            load_state_dict(split(model, mesh, src_data_rank=None), state())
+        assert_unsharded_bytes(model, scheme)
 
 
 def reloads_give_the_unsharded_bytes_on_all_ranks_or_none(rank: int, world: int) -> None:
@@ -237,6 +256,7 @@ def test_two_ranks() -> None:
     spawn(
         2,
         tensor_parallel_models_load_to_the_unsharded_bytes,
+        a_model_that_is_split_while_a_session_is_open_gives_them_too,
         reloads_give_the_unsharded_bytes_on_all_ranks_or_none,
         scales_split_between_ranks_that_no_rank_can_hold_are_refused,
     )

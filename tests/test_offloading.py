@@ -23,20 +23,20 @@ NAMES = sorted({scheme.name for scheme in SCHEMES.values()})
 class Net(nn.Module):
     """`c` has the weight of `a`; `b` has one of the same shape, which must not be taken for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
+        self.a, self.b, self.c = (nn.Linear(32, 32, bias=bias) for _ in range(3))
         self.c.weight = self.a.weight
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
 
 
-def net(scheme: str = "fp8", dtype: torch.dtype = torch.bfloat16) -> Net:
+def net(scheme: str = "fp8", dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> Net:
     torch.manual_seed(0)
-    state = Net().to(dtype).state_dict()
+    state = Net(bias).to(dtype).state_dict()
     with online_quant(scheme):
-        model = Net().to(dtype)
+        model = Net(bias).to(dtype)
         model.load_state_dict(state)
     return model
 
@@ -48,7 +48,7 @@ def run(model: nn.Module, device: Any = "cpu", dtype: torch.dtype = torch.bfloat
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    return {name: type(param).__name__ for name, param in model.named_parameters()}
+    return {name: type(param).__name__ for name, param in model.named_parameters(remove_duplicate=False)}
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["its own weights", "a state dict"])
@@ -92,13 +92,13 @@ def _on_another_device(connection: Any) -> None:
     there = fake_device.install()
     found: list[Any] = []
     for device_map in ({"a": there, "b": "cpu", "c": there}, {"": there}, {"a": there, "b": there, "c": there}):
-        model = net("int8_per_channel")
+        model = net("int8_per_channel", bias=False)  # The stand-in has no Parameters of its own.
         wanted = run(model)
         accelerate.dispatch_model(model, device_map, main_device=there)
         where = {name: param.device.type for name, param in model.named_parameters()}
         got = [run(model, there if device_map == {"": there} else "cpu") for _ in range(2)]
         found.append((where, all(torch.allclose(g, wanted, atol=0.01) for g in got), kinds(model)))
-    model = net()
+    model = net(bias=False)
     model, hook = accelerate.cpu_offload_with_hook(model, there)
     run(model, there)
     on = {param.device.type for param in model.parameters()}

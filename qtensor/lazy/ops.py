@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..callers import asked_by_fsdp, copied_by_init, distributing, initialising, replaced_by_module
+from ..callers import asked_by_fsdp, copied_by_init, distributing, initialising, replaced_by_module, scatters
 from ..errors import QTensorError, WeightDtypeError, WeightShapeError
 from ..regions.views import View, whole
 from ..tensor import ops_products
@@ -320,6 +320,11 @@ def _like(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 def _empty(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """Memory without values. `module.to_empty()` puts it in the weight's place, whose values are given up."""
     armed = lazy._armed
+    if not armed.coverage.covered and not armed.in_place and scatters():
+        raise QTensorError(
+            f"{armed.name}: distribute_tensor would send pieces of it to other ranks, and it is not loaded yet. Pass "
+            "src_data_rank=None, which parallelize_module takes too: each rank takes its own piece"
+        )
     if func is aten.empty_like.default and view_of(lazy) == whole(armed.shape) and replaced_by_module():
         vacate(armed, torch.device(kwargs.get("device") or lazy.device))
         return recast(lazy)

@@ -477,11 +477,12 @@ class ArmedWeight:
 
     def retyped(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] | None = None) -> ArmedWeight:
         """For `.to(dtype)`, `.to(device)` and sharding before the first write: the same weight as another type, or a
-        part of it (whose initial values are then unknown)."""
+        part of it (whose initial values are then unknown, and whether its scales are split)."""
         other = ArmedWeight(self.host, shape or self.shape, dtype, device, self.owner)
-        other.scheme = self.scheme
         if shape is not None:
+            other.scheme = UNDECIDED if self.scheme else self.scheme
             return other
+        other.scheme = self.scheme
         other.initial, other.on_meta = self.initial.copy(), self.on_meta
         other.initial.cast(dtype, device)
         if isinstance(self.store, PlainStore):

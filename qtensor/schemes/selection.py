@@ -25,6 +25,7 @@ MOST_EXPERTS = 1024
 DEFAULT_IGNORE: tuple[str, ...] = (
     "lm_head",
     "*.lm_head",
+    "*.lm_head.*",  # What wraps it, for an adapter's sake or a head's own.
     r"re:(.*\.)?(wte|wpe|\w*embed(ding)?s?(_tokens|_in|_out)?)$",
     r"re:(.*\.)?\w*(norm|ln)(_?\w)?$",
     ROUTERS,

@@ -129,6 +129,7 @@ class Load(ModelTransaction):
         self._agreements = Agreements()
         self._selection = selection
         self._arming: Replacement | None = None
+        self._expected: set[tuple[int, str]] = set()
         self._unseen: list[tuple[torch.Tensor, list[Owner]]] = []
         self._steps: list[Callable[[], object]] = []
 
@@ -295,7 +296,9 @@ class Load(ModelTransaction):
         scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
             kernels.foresee(weight.device, scheme.format, weight.dtype, weight.coverage.numel)
-            self._progress.expect(1)
+            _, module, name = owners[0]
+            self._progress.expect(int((id(module), name) not in self._expected))  # Of a shard, its weight was.
+            self._expected.add((id(module), name))
             if self._agreements.share(weight, owners, param, scheme.format) and self.min_sqnr is not None:
                 raise ConfigError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
         return scheme

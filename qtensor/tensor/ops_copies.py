@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .. import kernels
-from ..callers import initialising, replaced_by_module, writes_to_disk
+from ..callers import changes_base, initialising, replaced_by_module, writes_to_disk
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..interrupts import without_grad
 from ..kernels import SOURCE_DTYPES, NonFinite
@@ -94,7 +94,7 @@ def _arithmetic(func: Any, dst: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = tree_map_only(QTensor, lambda w: w.dequantize(), (args, kwargs))
     if not isinstance(dst, QTensor):
         return func(dst, *args, **kwargs)
-    if initialising():
+    if initialising() and not changes_base():
         refuse_mutation(func, dst)
     if dst.requires_grad:
         raise QTensorError(

@@ -50,7 +50,7 @@ def test_a_checkpoint_of_the_trainer(checkpoint: Any, tmp_path: Path) -> None:
     assert_quantized(model, plain, session, torch.float32)
     before = weight_checksums(model.net)
     fit = trainer(tmp_path)
-    fit.fit(model, torch.randn(8, 16).split(2))
+    fit.fit(model, torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=2))  # type: ignore[arg-type]
     after = weight_checksums(model.net)
     assert {n: after[n] for n in after if n.endswith("weight")} == {
         n: before[n] for n in before if n.endswith("weight")

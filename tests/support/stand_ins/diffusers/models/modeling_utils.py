@@ -39,8 +39,11 @@ class ModelMixin(torch.nn.Module):
             torch_dtype = quantizer.update_torch_dtype(torch_dtype)
             assert quantizer.quantization_config.quant_method.value
             json.dumps(quantizer.quantization_config.to_dict(), sort_keys=True)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch_dtype or default)
         with accelerate.init_empty_weights():
             model = cls()
+        torch.set_default_dtype(default)
         model.register_to_config(**config)
         files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
         keys = [key for file in files for key in file]
