@@ -167,26 +167,42 @@ def test_dequantize_gives_a_plain_model(folder: Path, config: Any) -> None:
     assert all(type(p) is torch.nn.Parameter and torch.equal(p, wanted[n]) for n, p in model.named_parameters())
 
 
-def test_its_adapters(folder: Path, config: Any, tmp_path: Path) -> None:
+def test_its_adapters(config: Any, tmp_path: Path) -> None:
     """Trainable and in high precision, as on a plain model of the same values; fused, they are quantized."""
+    kind = diffusers.SD3Transformer2DModel
+    sizes = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4, "caption_projection_dim": 64}
+    dims = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "sample_size": 8, "pos_embed_max_size": 8}
+    kind(in_channels=4, patch_size=2, **sizes, **dims).save_pretrained(tmp_path / "base")
     lora = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    model, plain = load(folder, quantization_config=config("fp8")), load(folder, quantization_config=config("fp8"))
+
+    def load_base() -> Any:
+        return kind.from_pretrained(tmp_path / "base", quantization_config=config("fp8"))
+
+    def run(model: Any) -> torch.Tensor:
+        torch.manual_seed(2)
+        text, pooled = torch.randn(1, 3, 32), torch.randn(1, 32)
+        with torch.no_grad():
+            out: torch.Tensor = model(torch.randn(1, 4, 8, 8), text, pooled, torch.tensor([1])).sample
+        return out
+
+    with online_quant("fp8"):  # Of a model with a quantization config diffusers refuses to save an adapter: it casts.
+        model = kind.from_pretrained(tmp_path / "base")
+    plain, again = load_base(), load_base()
     plain.dequantize()
     for each in (model, plain):
         torch.manual_seed(1)
         each.add_adapter(copy.deepcopy(lora))
     kinds = [{n: (p.dtype, p.requires_grad) for n, p in m.named_parameters() if "lora" in n} for m in (model, plain)]
     assert kinds[0] == kinds[1]
-    assert len(kinds[0]) == 8
-    before = forward(model)
-    model.save_lora_adapter(tmp_path)
-    again = load(folder, quantization_config=config("fp8"))
-    again.load_lora_adapter(tmp_path, prefix=None)
-    assert torch.equal(forward(again), before)
+    assert len(kinds[0]) == 4
+    before = run(model)
+    model.save_lora_adapter(tmp_path / "lora")
+    again.load_lora_adapter(tmp_path / "lora", prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    assert torch.equal(run(again), before)
     for each in (model, plain):
         each.fuse_lora()
     fused = {n: p for n, p in model.named_parameters() if n.endswith("base_layer.weight")}
-    assert len(fused) == 4
+    assert len(fused) == 2
     for name, param in fused.items():
         assert torch.equal(param.dequantize(), quantize(plain.get_parameter(name), "fp8").dequantize()), name
 
