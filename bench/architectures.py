@@ -22,6 +22,7 @@ import contextlib
 import io
 import json
 import logging
+import sysconfig
 import time
 import warnings
 from pathlib import Path
@@ -175,7 +176,8 @@ def main() -> None:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            row |= {"result": "not built", "why": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
+            why = f"{type(error).__name__}: {error}".replace(sysconfig.get_path("purelib"), "").splitlines()[0]
+            row |= {"result": "not built", "why": why[:160]}
         else:
             try:
                 difference = (compare if real else compare_on_meta)(config, model_class)
