@@ -17,7 +17,7 @@ from support.gpu.driver import simulated_gpu
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
 at_length = pytest.mark.skipif(not ENDURANCE, reason="every format and dtype on both chips: make endurance")
-USUAL = {("fp8_per_channel", "gfx942"), ("fp8_per_channel", "gfx950"), ("fp8_per_block", "gfx942"), ("nvfp4", "gfx942")}
+USUAL = {("fp8_per_channel", "gfx942"), ("fp8_per_channel", "gfx950"), ("nvfp4", "gfx942")}
 
 
 @pytest.mark.parametrize(
