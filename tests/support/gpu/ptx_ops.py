@@ -62,9 +62,11 @@ def _arithmetic(m: Machine, i: Instruction, mask: Mask) -> None:
     if kind == "f32x2":
         halves = [np.broadcast_to(v, (m.lanes,)).copy().view(np.float32).reshape(-1, 2) for v in _inputs(m, i, "b64")]
         m.write(out, np.ascontiguousarray(_exact(i.op, *halves)).view(np.uint64)[:, 0], mask)
-    elif kind[0] == "f":
+    elif kind.endswith("16x2") and i.op in ("add", "sub", "mul") and kind[0] != "b":
+        m.write(out, _unpaired(_exact(i.op, *_pairs(m, i)), kind), mask)
+    elif kind in ("f32", "f64"):
         m.write(out, _exact(i.op, *_inputs(m, i)), mask)
-    elif kind[0] == "b":
+    elif kind[0] in "bf":
         raise Fault(f"not modelled: {i.text}")
     elif "wide" in i.modifiers:
         wide = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * _bits(kind)]
