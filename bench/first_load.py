@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -94,17 +93,15 @@ def main() -> None:
             files[size] = Path(folder) / f"{rows}.safetensors"
             value = torch.randn(rows, cols, dtype=torch.bfloat16)
             save_file({f"{i}.weight": value.clone() for i in range(layers)}, files[size])
-        for name, tree in trees.items():
-            for size in SHAPES:
-                run(tree, Path(folder) / f"full {name}", files[size], size, args.scheme, True)
-        for _ in range(args.runs):
+        for turn in range(args.runs):
             for size in SHAPES:
                 for name, tree in trees.items():
                     for state in STATES if name == "this" else (STATES[0], STATES[2]):
-                        cache = Path(folder) / (f"full {name}" if state == STATES[2] else "empty")
-                        found = run(tree, cache, files[size], size, args.scheme, state != STATES[1])
+                        ahead = state != STATES[1]
+                        cache = Path(folder) / f"cache {turn} {size} {name} {ahead}"
+                        found = run(tree, cache, files[size], size, args.scheme, ahead)
                         results.setdefault(f"{size}, {name}, {state}", []).append(found)
-                        shutil.rmtree(Path(folder) / "empty", ignore_errors=True)
+                        print(f"{size}, {name}, {state}: {found}", flush=True)
     rows: dict[str, Any] = {
         key: {what: statistics.median(r[what] for r in runs) for what in runs[0]} for key, runs in results.items()
     }
