@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm import SamplingParams
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Int8
 
@@ -210,3 +211,36 @@ def test_tied_heads_and_experts(architecture: str) -> None:
     assert 0 < seen.distance(plain) < 0.12
     dense = [layer["name"] for layer in seen.report["layers"] if ".experts." not in layer["name"]]
     assert {name: sums[name] for name in dense} == {name: _oracle(checkpoint(architecture), name) for name in dense}
+
+
+@pytest.mark.slow
+@needs_operator
+def test_compiled_and_reloaded() -> None:
+    """A compiled model finds the weight that oneDNN keeps at each call: the new one, after a reload."""
+    with engine(other("llama"), NAME, **INT8) as llm:
+        expected = look(llm)
+    with engine(checkpoint("llama"), NAME, enforce_eager=False, enable_prefix_caching=False, **INT8) as llm:
+        first = look(llm)
+        reload(llm, other("llama"))
+        assert look(llm).distance(expected) < 0.02
+        reload(llm, checkpoint("llama"))
+        assert look(llm).distance(first) == 0
+
+
+@pytest.mark.slow
+@needs_operator
+def test_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank rounds the columns of x that it has; its bytes are those of its part, before and after a reload."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    with engine(checkpoint("llama"), NAME, tensor_parallel_size=2, enable_prefix_caching=False, **INT8) as llm:
+        for folder in (checkpoint("llama"), other("llama")):
+            if folder != checkpoint("llama"):
+                reload(llm, folder)
+            sums = llm.collective_rpc("qtensor_checksums")
+            for rank, found in enumerate(sums):
+                whole = quantize(fused(tensors_of(folder), QKV, rank, 2), "int8_per_channel")
+                assert found[QKV] == weight_checksums({QKV: whole})[QKV]
+        prompt = {"prompt_token_ids": [3, 4, 5, 6]}
+        settings = SamplingParams(max_tokens=4, min_tokens=4, temperature=0, detokenize=False, ignore_eos=True)
+        assert len(llm.generate([prompt], settings, use_tqdm=False)[0].outputs[0].token_ids) == 4
