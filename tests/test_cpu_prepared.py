@@ -14,7 +14,7 @@ pytest.importorskip("numba", reason="the numba kernels need the optional extra '
 from test_cpu_products import activations, exact, quantized
 
 from qtensor.kernels import FORMATS, WeightFormat
-from qtensor.kernels.cpu import prepared, products, rows
+from qtensor.kernels.cpu import prepared, products, rows, vectors
 from qtensor.kernels.cpu.numba_backend import NUMBA
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
@@ -33,11 +33,13 @@ def test_bits_are_those_of_products(fmt: WeightFormat, data: st.DataObject) -> N
     height = data.draw(st.sampled_from([1, 3, 4, 5, 64, 130, 300]))
     cols = data.draw(st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 128, 205, 1030]))
     parts = quantized(fmt, (height, cols), height * cols)
-    x = data.draw(activations(data.draw(st.integers(1, 6)), cols))
+    count = data.draw(st.sampled_from([1, 2, 3, 4, 5, 6, 16, 17, 33, 49, 64, 65]))
+    x = data.draw(activations(count, cols))
     bias = data.draw(st.sampled_from([None, torch.linspace(-1, 1, height)]))
     bias = None if bias is None else bias.to(x.dtype)
     found = prepared.linear(x, parts, fmt, bias)
-    served = x.dtype == torch.bfloat16 and x.shape[0] <= prepared.most_rows() and x.stride(1) == 1
+    few = count <= prepared.most_rows() or (bias is None and vectors.has_tiles() and count <= prepared._MOST_IN_TILES)
+    served = x.dtype == torch.bfloat16 and x.stride(1) == 1 and few
     assert (found is not None) == served
     if found is not None:
         assert torch.equal(found, products.linear(x, parts, fmt, bias))
@@ -46,12 +48,13 @@ def test_bits_are_those_of_products(fmt: WeightFormat, data: st.DataObject) -> N
 @formats
 def test_new_values_are_seen(fmt: WeightFormat) -> None:
     """In every part, in place, as a reload writes them; and another weight at the same address."""
-    x = torch.randn(3, 96).bfloat16()
+    xs = [torch.randn(count, 96).bfloat16() for count in (3, 20)]
     parts, other = quantized(fmt, (40, 96), 1), quantized(fmt, (40, 96), 2, size=0.3)
     for _ in range(2):
         for part, new in zip(parts, other, strict=True):
             part.view(torch.uint8).copy_(new.view(torch.uint8))
-            assert torch.equal(NUMBA.linear(x, parts, fmt), products.linear(x, parts, fmt, None))
+            for x in xs:
+                assert torch.equal(NUMBA.linear(x, parts, fmt), products.linear(x, parts, fmt, None))
         other = quantized(fmt, (40, 96), 3)
 
 
@@ -62,17 +65,18 @@ def test_weights_of_all_sizes_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     weights = [(f, quantized(f, shape, 1)) for f in FORMATS.values() for shape in ((8, 32), (500, 1000), (33, 70))]
     for _ in range(2):
         for fmt, parts in weights:
-            x = torch.randn(2, parts.qdata.shape[1] * fmt.per_byte).bfloat16()
-            found = prepared.linear(x, parts, fmt, None)
-            assert found is not None
-            assert torch.equal(found, products.linear(x, parts, fmt, None))
+            for count in (2, 16, 40) if vectors.has_tiles() else (2,):
+                x = torch.randn(count, parts.qdata.shape[1] * fmt.per_byte).bfloat16()
+                found = prepared.linear(x, parts, fmt, None)
+                assert found is not None
+                assert torch.equal(found, products.linear(x, parts, fmt, None))
             assert len(prepared._kept) <= 3
 
 
 def test_numbers_of_threads_and_threads_at_once() -> None:
     fmt = FORMATS["nvfp4"]
     weights = [quantized(fmt, (700, 300), i) for i in range(4)]
-    xs = [torch.randn(2, 300).bfloat16() for _ in weights]
+    xs = [torch.randn(count, 300).bfloat16() for count in (2, 3, 16, 50)]
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):

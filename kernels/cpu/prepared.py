@@ -2,8 +2,8 @@
 
 An engine's step goes over all weights of a model, which leaves nothing of the interpreter's own memory in the caches: a
 call that takes 70 µs in a loop takes several times as long there, as long as reading some megabytes. So what
-`products` works out for each call is kept here for each weight, by its address, and a call is three C functions: one
-lays x out, the loop of `vectors` multiplies, one rounds. They read the weight where it is stored. Nothing of it is
+`products` works out for each call is kept here for each weight, by its address, and a call is two or three C functions:
+one lays x out, the loop of `vectors` multiplies, one rounds. They read the weight where it is stored. Nothing of it is
 copied or kept alive, and new values are seen.
 
 This is one file because numba's cache notices a change only in the file that defines a function.
@@ -64,30 +64,33 @@ _COMBINE_ROWS = np.dtype(
 )
 _MOST_PAIRS = 256  # Of a token and an expert; of one expert, two times what is decoded for at once.
 _AT_ONCE = 4  # Rows of x that a weight is decoded for.
+_MOST_IN_TILES = 64  # Rows of x; for more, what a call costs is little beside them.
 _PIECE = 1 << 16  # Elements to round that are worth another thread.
 
 
 def linear(x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None) -> torch.Tensor | None:
     """As `Backend.linear`, for an x whose gradient nobody wants; None for calls that are not of the kind."""
     qdata, scale = parts[0], parts[1]
+    in_tiles = x.shape[0] > most_rows()
     if (
-        not 0 < x.shape[0] <= most_rows()
+        not 0 < x.shape[0] <= (_MOST_IN_TILES if vectors.has_tiles() else most_rows())
         or x.dtype is not torch.bfloat16
         or x.stride(1) != 1
         or x.is_neg()
-        or (bias is not None and not _is_plain(bias))
+        or (bias is not None and (in_tiles or not _is_plain(bias)))
         or not _lock.acquire(blocking=False)
     ):
         return None
     try:
-        key = (qdata.data_ptr(), scale.data_ptr(), qdata.shape, scale.shape, qdata.stride(0), scale.stride(0), fmt.name)
+        places = qdata.data_ptr(), scale.data_ptr(), qdata.shape, scale.shape, qdata.stride(0), scale.stride(0)
+        key = (*places, fmt.name, in_tiles)
         product = _kept.get(key)
         if product is None or product.cols != x.shape[1]:
             if qdata.stride(1) != 1 or (scale.stride(-1) != 1 and scale.shape[-1] != 1) or not qdata.numel():
                 return None
             if len(_kept) == _MOST_KEPT:
                 _kept.clear()
-            product = _kept[key] = _FewRows(parts, fmt, x.shape[1])
+            product = _kept[key] = (_FewTiles if in_tiles else _FewRows)(parts, fmt, x.shape[1])
         return product.run(x, parts, bias)
     finally:
         _lock.release()
@@ -268,6 +271,90 @@ class _FewRows:
         self._lay_out["out"], self._round["sums"] = start, start + x_bytes
 
 
+class _FewTiles:
+    """Products with one weight `[N, K]` by the tile unit; see `products._in_tiles`."""
+
+    def __init__(self, parts: Parts, fmt: WeightFormat, cols: int) -> None:
+        qdata, scale = parts.qdata, parts.scale
+        self.cols, self._rows = cols, qdata.shape[0]
+        self._per_tile = ceil_div(cols, vectors.STRIPE) * vectors.STRIPE * vectors.TILE * 2
+        self._counters, self._packed = np.zeros(2, np.int64), np.zeros(1, np.int64)
+        self._where = np.zeros((_MOST_IN_TILES // vectors.TILE, 2), np.int64)
+        self._job = np.zeros(vectors.JOB, np.int64)
+        self._job[:2] = qdata.data_ptr(), scale.data_ptr()
+        self._values = products._values(fmt) if fmt.scale_dtype.itemsize == 1 else None
+        self._table: np.ndarray[Any, Any] | None = None
+        if self._values is not None:
+            self._job[2] = self._values.data_ptr()
+            if parts.global_scale is not None:
+                self._table = np.zeros(self._values.numel(), np.float32)
+                self._job[2] = self._table.ctypes.data
+        self._pack, self._multiply = np.zeros(1, vectors.PACK), np.zeros(1, vectors.PRODUCT)
+        pack = {"counter": self._packed.ctypes.data, "cols": cols, "tiles": self._where.ctypes.data}
+        _set(self._pack, pack | {"out_stride": self._per_tile})
+        multiply = {
+            "counter": self._counters.ctypes.data,
+            "rows": self._rows,
+            "cols": cols,
+            "codes_stride": qdata.stride(0) * qdata.itemsize,
+            "scale_stride": 0 if fmt.granularity == "tensor" else scale.stride(0) * scale.itemsize,
+            "down": fmt.block[0],
+            "x_stride": self._per_tile,
+            "out_stride": self._rows * 2,
+            "jobs": self._job.ctypes.data,
+        }
+        _set(self._multiply, multiply)
+        loops = vectors.pack_loop(fmt), vectors.tile_loop(fmt)
+        self._loops = [(loop.address, _function(loop.address)) for loop in loops]
+        self._addresses = self._pack.ctypes.data, self._multiply.ctypes.data
+        names = vectors.PACK.names, vectors.PRODUCT.names
+        self._x, self._x_stride = (list(names[0] or ()).index(name) for name in ("x", "x_stride"))
+        self._out = list(names[1] or ()).index("out")
+        self._now, self._after = self._pack.view(np.int64), self._multiply.view(np.int64)
+        self._room: torch.Tensor | None = None
+        self._threads = self._count = 0
+
+    def run(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor | None:
+        threads = torch.get_num_threads()
+        team = rows.team() if threads > 1 else None
+        if threads > 1 and team is None:
+            return None
+        count = x.shape[0]
+        if threads != self._threads or self._room is not _room or count != self._count:
+            self._place(count, threads)
+        if self._table is not None and self._values is not None:
+            np.multiply(self._values.numpy(), np.float32(parts[2].item()), out=self._table)
+        out = torch.empty((count, self._rows), dtype=torch.bfloat16, device="cpu")
+        self._counters[0] = self._counters[1] = self._packed[0] = 0
+        self._now[self._x], self._now[self._x_stride] = x.data_ptr(), 2 * x.stride(0)
+        self._after[self._out] = out.data_ptr()
+        for (address, alone), places, pieces in zip(self._loops, self._addresses, self._pieces, strict=True):
+            if team is None or pieces == 1:
+                alone(places)
+            else:
+                team(address, places, min(threads, pieces), 0)
+        return out
+
+    def _place(self, count: int, threads: int) -> None:
+        tile = vectors.TILE
+        tiles = ceil_div(count, tile)
+        self._where[:tiles] = [(row, min(tile, count - row)) for row in range(0, count, tile)]
+        block = vectors.BLOCK_FOR_FEW if tiles <= 2 else vectors.BLOCK_FOR_MANY
+        per_thread = ceil_div(vectors.TILE_SCRATCH + block[0] * tiles * tile * 4, 64) * 64
+        room, packed = _roomy(tiles * self._per_tile + threads * per_thread)
+        step = products._step(self._rows, self.cols, block[0])
+        pieces = ceil_div(self._rows, step)
+        multiply = {"x": packed, "pieces": pieces, "pieces_per_job": pieces, "step": step}
+        multiply |= {"block_rows": block[0], "block_cols": block[1]}
+        multiply |= {"scratch": packed + tiles * self._per_tile, "scratch_stride": per_thread}
+        _set(self._multiply, multiply)
+        _set(self._pack, {"out": packed, "pieces": tiles})
+        self._offsets = _zeros(self._rows + tile)
+        self._job[3:] = 0, tiles, self._offsets.data_ptr(), 0, count
+        self._pieces = tiles, pieces
+        self._room, self._threads, self._count = room, threads, count
+
+
 class _Mixture:
     """A mixture of experts: stacks `[E, I', H]` and `[E, H, I]`, and what is between them."""
 
@@ -348,6 +435,18 @@ class _Mixture:
 def _set(places: np.ndarray[Any, Any], values: dict[str, int]) -> None:
     for name, value in values.items():
         places[name] = value
+
+
+_nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+
+
+def _zeros(count: int) -> torch.Tensor:
+    """The bias of a weight without one."""
+    global _nothing
+    if _nothing.numel() < count:
+        with torch.inference_mode(False):
+            _nothing = torch.zeros(count, dtype=torch.float32, device="cpu")
+    return _nothing
 
 
 def _roomy(nbytes: int) -> tuple[torch.Tensor, int]:
