@@ -103,6 +103,8 @@ ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
     ("setp.ne.f32 %p1, %r1, %r1; selp.b32 %r9, 1, 2, %p1;", (NAN,), 2),
     ("setp.neu.f32 %p1, %r1, %r1; selp.b32 %r9, 1, 2, %p1;", (NAN,), 1),
     ("setp.nan.f32 %p1, %r1, %r1; selp.b32 %r9, 1, 2, %p1;", (NAN,), 1),
+    ("setp.eq.f16x2 %p1|%p2, %r1, %r2; selp.b32 %r3, 1, 2, %p1; selp.b32 %r9, %r3, 4, %p2;", (0x3C00, 0x3C00_3C00), 4),
+    ("setp.eq.f16x2 %p1|%p2, %r1, %r2; selp.b32 %r3, 1, 2, %p1; selp.b32 %r9, %r3, 4, %p2;", (0x8000_7E00, 0x7E00), 2),
     ("setp.eq.s32 %p1, %r1, 5; setp.gt.and.s32 %p2, %r2, 0, %p1; selp.b32 %r9, 1, 2, %p2;", (5, 0), 2),
     ("setp.eq.s32 %p1, %r1, 5; not.pred %p2, %p1; and.pred %p3, %p1, %p2; selp.b32 %r9, 1, 2, %p3;", (5,), 2),
     ("mov.b32 %r9, 1; setp.eq.s32 %p1, %r1, 5; @!%p1 mov.b32 %r9, 2; @%p1 add.s32 %r9, %r9, 7;", (5,), 8),

@@ -118,7 +118,9 @@ class Program:
             name, _, offset = text[1:-1].partition("+")
             return Operand("address", name.strip(), int(offset or "0", 0))
         negated, text = text.startswith("!"), text.lstrip("!")
-        if text in self.widths or "|" in text:
+        if "|" in text:
+            return Operand("vector", parts=tuple(self._operand(t.strip()) for t in text.split("|")))
+        if text in self.widths:
             return Operand("register", text, negated=negated)
         if text.startswith("%"):
             return Operand("special", text[1:])

@@ -231,7 +231,8 @@ def _move(m: Machine, i: Instruction, mask: Mask) -> None:
 @_operation("setp")
 def _compare(m: Machine, i: Instruction, mask: Mask) -> None:
     kind, relation = i.type, i.modifiers[0]
-    a, b = (m.read(operand, kind) for operand in i.operands[1:3])
+    pair = kind.endswith("16x2")
+    a, b = _pairs(m, i) if pair else (m.read(operand, kind) for operand in i.operands[1:3])
     functions = {
         "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
         "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
@@ -249,9 +250,13 @@ def _compare(m: Machine, i: Instruction, mask: Mask) -> None:
     if len(i.operands) == 4:
         other = m.read(i.operands[3], "pred")
         out = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[i.modifiers[1]](out, other)
-    if "|" in i.operands[0].name:
+    if pair and i.operands[0].parts:  # one predicate for each half
+        for half, register in enumerate(i.operands[0].parts):
+            m.write(register, out.reshape(-1, 2)[:, half], mask)
+    elif pair or i.operands[0].parts:
         raise Fault(f"not modelled: {i.text}")
-    m.write(i.operands[0], out, mask)
+    else:
+        m.write(i.operands[0], out, mask)
 
 
 @_operation("selp")
