@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -60,7 +59,6 @@ from ..sessions.options import functions
 from .streaming import OnBytes, TensorTask, copy, quantize
 
 _ATTEMPT = "attempt-"
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,8 @@ def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequen
         for name in _specs_of(tensor, format):
             names.claim(name, tensor.stored.name + kind)
         if tensor.scheme is not None:
-            kernels.foresee(_CPU, tensor.scheme.format, tensor.stored.dtype, math.prod(tensor.stored.shape))
+            size = tensor.stored.nbytes // tensor.stored.dtype.itemsize
+            kernels.foresee(torch.device("cpu"), tensor.scheme.format, tensor.stored.dtype, size)
     return Conversion(checkpoint, schemes, format, tasks, report)
 
 
