@@ -1,11 +1,14 @@
 """CPU kernels beside what people do without them: quantize and dequantize, one run, one table. Products: products.py.
 
-    python bench/kernels_cpu.py [--quick] [--grouped] [--shapes 4096x4096 ...] [--out bench/results/kernels_cpu.json]
+    python bench/kernels_cpu.py [--quick] [--formats] [--own-time] [--shapes 4096x4096 ...]
+                                [--out bench/results/kernels_cpu.json]
 
 GB/s counts bytes of the high-precision side: read when quantizing, written when dequantizing. "of memcpy" sets the time
 beside that of a torch copy which reads and writes as many bytes as the kernel must move at least, 3 per bf16 element.
 All figures are the best of many repetitions, the copy and all candidates taken in turns, so that a busy moment of the
 machine hits them alike. Even so they mean something on an idle machine only: the load average is recorded with them.
+On one that others use, `--own-time` measures what one thread takes of a core. `--formats` has all eight formats beside
+the reference in plain torch, and leaves out what others do.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ MAX = 448.0
 
 Call = Callable[[], object]
 
+clock = time.perf_counter
+
 
 def best_of(calls: dict[str, Call], budget: float) -> dict[str, float]:
     """Seconds of the fastest run of each call. They take turns for about `budget` seconds, each at least once."""
@@ -57,9 +62,9 @@ def best_of(calls: dict[str, Call], budget: float) -> dict[str, float]:
                 call()  # Warm up; what takes long is run once, without.
             elif best[name] > budget / 10:
                 continue
-            start = time.perf_counter()
+            start = clock()
             call()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
         if time.perf_counter() > end:
             return best
 
@@ -147,11 +152,11 @@ def dequantize_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any
     return table
 
 
-def grouped_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
-    """The formats that are not fused, both ways."""
+def format_rows(shape: tuple[int, int], budget: float, formats: list[WeightFormat]) -> list[dict[str, Any]]:
+    """Formats both ways, beside the reference."""
     table = []
     weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
-    for fmt in (fmt for fmt in FORMATS.values() if fmt not in FUSED):
+    for fmt in formats:
         parts, out = Parts.of(shape, fmt), torch.empty_like(weight)
         backends = {"qtensor numba": numba(), "qtensor torch reference": TORCH}
         quantize: dict[str, Call] = {name: partial(b.quantize_into, weight, parts, fmt) for name, b in backends.items()}
@@ -239,24 +244,29 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=8.0, help="seconds per group of candidates")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="weights to quantize")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--grouped", action="store_true", help="only the formats of groups and integers")
+    parser.add_argument("--formats", action="store_true", help="all eight formats, beside the reference only")
+    parser.add_argument("--own-time", action="store_true", help="one thread, and the time it has a core")
     args = parser.parse_args()
+    if args.own_time:
+        global clock
+        clock, args.threads = time.thread_time, 1
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     budget = 0.5 if args.quick else args.budget
     load_before = os.getloadavg()[0]
-    first_call = warm_up()
+    first_call = {} if args.formats else warm_up()
     table: list[dict[str, Any]] = []
     shapes = args.shapes or (QUICK_SHAPES if args.quick else SHAPES)
-    if not args.grouped:
+    if not args.formats:
         for shape in shapes:
             table += quantize_rows(shape, budget) + dequantize_rows(shape, budget)
-    table += grouped_rows(shapes[0], budget)
+    table += format_rows(shapes[0], budget, [fmt for fmt in FORMATS.values() if args.formats or fmt not in FUSED])
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "clock": "own time of one thread" if args.own_time else "wall",
         "load_before_and_after": [load_before, os.getloadavg()[0]],
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "numba", "llvmlite", "numpy", "torchao")},
@@ -265,7 +275,8 @@ def main() -> None:
     }
     print(f"{result['cpu']}, {result['threads']} threads, torch {torch.__version__}, numba {version('numba')}")
     print("load average before and after: {:.1f} {:.1f}".format(*result["load_before_and_after"]))
-    print("first calls, compilation included: " + ", ".join(f"{k} {v:.1f} s" for k, v in first_call.items()))
+    if first_call:
+        print("first calls, compilation included: " + ", ".join(f"{k} {v:.1f} s" for k, v in first_call.items()))
     print_table(table)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,5 @@
-"""The numba loops that quantize on a CPU. Those that read quantized weights are in `vectors`.
-
-Per tensor, channel and block of fp8 have loops that do everything in one pass. The other formats have two that do the
-work on elements (`amax_groups`, `encode_groups`); their scales are few, and the format's own formula gives them in
-between.
+"""The numba loops that quantize to fp8 per tensor, channel and block, each in one pass. Those of the other formats, and
+those that read quantized weights, are in `vectors`.
 
 Nothing here knows torch. Arrays are flat and contiguous, a matrix is a flat array plus the distance between its rows,
 and the element type of an array says what its bits mean: uint16 is bfloat16, int16 is float16, uint8 is e4m3fn. Each
@@ -125,14 +122,6 @@ def _half_to_float(context, bits):
     return types.float32(types.int16), emit
 
 
-@_intrinsic
-def _float_to_half(context, value):
-    def emit(_context, llvm, _signature, args):
-        return llvm.bitcast(llvm.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), emit
-
-
 def _widen(value):
     """A source element as float32."""
     raise NotImplementedError
@@ -145,27 +134,6 @@ def _widen_overload(value):
     if value == types.int16:
         return lambda value: _half_to_float(value)
     return lambda value: value
-
-
-def _narrow(value, like):
-    """A float32 rounded to nearest even in the type that elements of the array `like` stand for."""
-    raise NotImplementedError
-
-
-@extending.overload(_narrow)
-def _narrow_overload(value, like):
-    def bfloat16(value, like):
-        bits = _bits(value)
-        odd = u32(u32(bits >> u32(16)) & u32(1))
-        rounded = u32(u32(u32(bits + u32(0x7FFF)) + odd) >> u32(16))
-        nan = u32(bits & u32(0x7FFFFFFF)) > _INFINITY
-        return np.uint16(u32(0x7FC0) if nan else rounded)
-
-    if like.dtype == types.uint16:
-        return bfloat16
-    if like.dtype == types.int16:
-        return lambda value, like: _float_to_half(value)
-    return lambda value, like: value
 
 
 @_jit()
@@ -410,120 +378,3 @@ def quantize_piece_per_block(source_at, stride, like, codes_at, codes_stride, sc
         bands = (rows + BLOCK - 1) // BLOCK
         quantize_blocks(source, stride, codes, codes_stride, rows, cols, scale, 0, bands, False, np.empty(2))
     return bad
-
-
-E4M3, E2M1, INT8, INT4 = range(4)
-_ROUND = f32(1.5 * 2.0**23)  # The low bits of a float32 added to this are the integer nearest to it, half to even.
-
-
-@_jit()
-def _rounded(value):
-    """The integer nearest to a float32 below 2^22, half to even, in the low bits of a uint32 (two's complement)."""
-    return _bits(value + _ROUND)
-
-
-@_jit()
-def _encode_e2m1(value):
-    """float32 → e2m1 code: clamp to ±6, round to nearest even. Codes count steps of 0.5 below 2, of 1 below 4, of 2."""
-    bits = _bits(value)
-    m = min(_float(u32(bits & u32(0x7FFFFFFF))), f32(6))
-    low = u32(_rounded(m * f32(2)) & u32(7))
-    middle = u32(u32(_rounded(m) & u32(7)) + u32(2))
-    high = u32(u32(_rounded(m * f32(0.5)) & u32(7)) + u32(4))
-    code = low if m < f32(2) else (middle if m < f32(4) else high)
-    return np.uint8(code | u32(u32(bits >> u32(28)) & u32(8)))
-
-
-@_loop(_SOURCE, _INT, _INT, _INT, _FLOATS, _INT, _INT)
-def amax_groups(source, stride, cols, group, amax, start, stop):
-    """The largest magnitude of each `group` columns of rows start..stop, ceil(cols / group) values per row."""
-    groups = (cols + group - 1) // group
-    for r in range(start, stop):
-        for g in range(groups):
-            left, right = g * group, min(g * group + group, cols)
-            amax[r * groups + g] = _float(_amax(source[r * stride + left : r * stride + right]))
-
-
-@_jit()
-def _divided(row, step, out):
-    for i in range(row.size):
-        out[i] = _widen(row[i]) / step
-
-
-@_jit()
-def _divided_in_its_type(row, step, out):
-    for i in range(row.size):
-        out[i] = _widen(_narrow(_widen(row[i]) / step, row))
-
-
-@_jit()
-def _times(row, factor, out):
-    for i in range(row.size):
-        out[i] = _widen(row[i]) * factor
-
-
-@_jit()
-def _to_e4m3(values, codes):
-    for i in range(values.size):
-        codes[i] = _encode(values[i])
-
-
-@_jit()
-def _to_e2m1(values, codes):
-    for i in range(values.size):
-        codes[i] = _encode_e2m1(values[i])
-
-
-@_jit()
-def _to_integers(values, largest, mask, codes):
-    for i in range(values.size):
-        codes[i] = np.uint8(u32(_rounded(min(max(values[i], -largest), largest)) & mask))
-
-
-@_jit()
-def _pack(nibbles, codes):
-    for i in range(codes.size):
-        codes[i] = np.uint8(nibbles[2 * i] | np.uint8(nibbles[2 * i + 1] << np.uint8(4)))
-
-
-def _encoder(element):
-    @_loop(_BOOL, _SOURCE, _INT, _CODES, _INT, _INT, _INT, _FLOATS, _INT, _INT)
-    def encode_groups(divides, source, stride, codes, codes_stride, cols, group, steps, start, stop):
-        """Rows start..stop of a finite source, in units of `steps`, ceil(cols / group) float32 values per row.
-
-        `divides`: by the step, and what has a step of 0 is 0; otherwise multiply by its inverse. int8 rounds the
-        quotient to the source's type. Groups of nibbles have an even number of columns.
-        """
-        groups = (cols + group - 1) // group
-        values = np.zeros(group + 1, np.float32)
-        nibbles = np.zeros(group + 1, np.uint8)
-        for r in range(start, stop):
-            for g in range(groups):
-                left, right = g * group, min(g * group + group, cols)
-                row, step = source[r * stride + left : r * stride + right], steps[r * groups + g]
-                scaled = values[: right - left]
-                if divides and step == f32(0):
-                    scaled[:] = f32(0)
-                elif element == INT8:
-                    _divided_in_its_type(row, step, scaled)
-                elif divides:
-                    _divided(row, step, scaled)
-                else:
-                    _times(row, _inverse(step), scaled)
-                if element == E4M3:
-                    _to_e4m3(scaled, codes[r * codes_stride + left : r * codes_stride + right])
-                elif element == INT8:
-                    _to_integers(scaled, f32(127), u32(0xFF), codes[r * codes_stride + left : r * codes_stride + right])
-                else:
-                    found = nibbles[: right - left]
-                    if element == E2M1:
-                        _to_e2m1(scaled, found)
-                    else:
-                        _to_integers(scaled, f32(7), u32(0xF), found)
-                    nibbles[right - left] = 0  # the partner of an odd last one
-                    _pack(nibbles, codes[r * codes_stride + left // 2 : r * codes_stride + (right + 1) // 2])
-
-    return encode_groups
-
-
-encode_groups = {element: _encoder(element) for element in (E4M3, E2M1, INT8, INT4)}

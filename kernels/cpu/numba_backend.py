@@ -1,8 +1,8 @@
 """The backend for CPUs: the bytes of the reference, by loops that numba compiles.
 
-Quantizing fp8 per tensor, channel and block is one loop that does everything (`fused`); the other formats' loops leave
-the scales to the reference (`grouped`); both are in `jit`. What reads stored weights is the same for all: `products`,
-with the loops in `vectors`. `rows` shares a matrix out among threads.
+Quantizing is one loop that does everything: `fused` for fp8 per tensor, channel and block, with loops in `jit`, and
+`grouped` for the other formats, with loops in `vectors`. What reads stored weights is the same for all: `products`,
+with loops in `vectors`, too. `rows` shares a matrix out among threads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
 from . import fused, grouped, jit, prepared, products, vectors
-from .rows import ELEMENTS, PIECE, Array, adjacent, flat_rows, share, slabs
+from .rows import ELEMENTS, PIECE, adjacent, flat_rows, share, slabs
 
 _INFINITY_BITS = 0x7F800000
 
@@ -60,14 +60,23 @@ class Numba(Torch):
     def foresee(self, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
         if dtype not in SOURCE_DTYPES:
             return
-        small = fused.is_fused(fmt) and numel <= PIECE
-        for loop in [fused.piece_loop(fmt)] if small else _quantizing(fmt):
-            loop.of.foresee(ELEMENTS[dtype])
+        is_fused = fused.is_fused(fmt)
+        if is_fused and numel <= PIECE:
+            fused.piece_loop(fmt).of.foresee(ELEMENTS[dtype])
+            return
+        if is_fused:
+            vectors.foresee_amax(dtype)
+            fused.large_loop(fmt).of.foresee(ELEMENTS[dtype])
+        else:
+            vectors.foresee_quantizing(fmt, dtype)
 
     def compile(self, fmt: WeightFormat, dtype: torch.dtype) -> None:
-        pieces = [fused.piece_loop(fmt)] if fused.is_fused(fmt) else []
-        for loop in (*_quantizing(fmt), *pieces, jit.first_nonfinite):
+        is_fused = fused.is_fused(fmt)
+        for loop in (*([fused.large_loop(fmt), fused.piece_loop(fmt)] if is_fused else []), jit.first_nonfinite):
             loop.of(ELEMENTS[dtype], purpose=fmt.name)
+        vectors.amax_loop(dtype, fmt.name)
+        if not is_fused:
+            vectors.quantize_loop(fmt, dtype)
         vectors.decode_loop(fmt, dtype)
         vectors.product_loop(fmt, vectors.has_quick_product(fmt))
         prepared.compile_loops()
@@ -121,11 +130,6 @@ class Numba(Torch):
 NUMBA = Numba()
 
 
-def _quantizing(fmt: WeightFormat) -> tuple[jit.Loop, ...]:
-    """The loops that quantize large weights of this format."""
-    return jit.amax_rows, *([fused.large_loop(fmt)] if fused.is_fused(fmt) else grouped.loops(fmt))
-
-
 def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None:
     if qdata.shape != fmt.qdata_shape(tuple(source.shape)):
         raise WeightShapeError(f"source is {list(source.shape)} but qdata is {list(qdata.shape)}")
@@ -162,15 +166,20 @@ def _amax(source: torch.Tensor, audit: Audit, origin: int, purpose: str) -> floa
     """The largest finite magnitude; raises NonFinite if `audit` refuses what is not finite."""
     cols = source.shape[1]
     found: list[int] = []
-    amax_rows = jit.amax_rows.of(ELEMENTS[source.dtype], purpose=purpose)
+    loop = vectors.amax_loop(source.dtype, purpose)
+    finite_amax = None if audit.refuse_nonfinite else jit.amax_rows.of(ELEMENTS[source.dtype], purpose=purpose)
     for first, slab in slabs(source, 1):
-        values, stride = flat_rows(slab)
 
-        def scan(start: int, stop: int, values: Array = values, stride: int = stride) -> None:
-            found.append(int(amax_rows(values, stride, cols, start, stop, not audit.refuse_nonfinite)))
+        def scan(start: int, stop: int, slab: torch.Tensor = slab) -> None:
+            bits = grouped.largest(loop, slab, start, stop)
+            if bits >= _INFINITY_BITS and finite_amax is not None:
+                values, stride = flat_rows(slab)
+                bits = int(finite_amax(values, stride, cols, start, stop, True))
+            found.append(bits)
 
         share(slab.shape[0], slab.numel(), scan)
         if max(found) >= _INFINITY_BITS:
+            values, stride = flat_rows(slab)
             first_nonfinite = jit.first_nonfinite.of(values.dtype, purpose=purpose)
             index = int(first_nonfinite(values, stride, slab.shape[0], cols))
             raise NonFinite(origin + first * cols + index, float(slab[index // cols, index % cols]))

@@ -30,12 +30,15 @@ from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
 from . import products, rows, vectors
 from .compiling import Once
+from .decoders import STRIPE, interleaved
+from .instructions import CHUNK, take
+from .tiles import BLOCK_FOR_FEW, BLOCK_FOR_MANY, TILE, TILE_SCRATCH
 
 _MOST_KEPT = 4096  # Weights.
 _PURPOSE = "products"
 _IN_ORDER, _EVEN_FIRST, _STRIPED = range(3)  # See `products._arranged` and `_striped`.
 _JOB = vectors.JOB
-_WIDTHS = {_IN_ORDER: vectors.CHUNK, _EVEN_FIRST: vectors.CHUNK, _STRIPED: vectors.STRIPE}
+_WIDTHS = {_IN_ORDER: CHUNK, _EVEN_FIRST: CHUNK, _STRIPED: STRIPE}
 
 _LAY_OUT = np.dtype(
     [(name, np.int64) for name in ("x", "x_stride", "rows", "cols", "order", "out", "out_stride", "whole")]
@@ -169,7 +172,7 @@ class _Multiplication:
         count = qdata.shape[0] if qdata.dim() == 3 else 1
         self.rows, self.cols = qdata.shape[-2], cols
         quick = vectors.has_quick_product(fmt)
-        self.order = _STRIPED if quick else _EVEN_FIRST if vectors.interleaved(fmt) else _IN_ORDER
+        self.order = _STRIPED if quick else _EVEN_FIRST if interleaved(fmt) else _IN_ORDER
         self.whole = ceil_div(cols, _WIDTHS[self.order]) * _WIDTHS[self.order]
         self.x_stride, self.sums_stride = 4 * (self.whole + products._X_PADDING), 4 * self.rows
         self.jobs, self.counters = np.zeros((count, vectors.JOB), np.int64), np.zeros(2, np.int64)
@@ -277,9 +280,9 @@ class _FewTiles:
     def __init__(self, parts: Parts, fmt: WeightFormat, cols: int) -> None:
         qdata, scale = parts.qdata, parts.scale
         self.cols, self._rows = cols, qdata.shape[0]
-        self._per_tile = ceil_div(cols, vectors.STRIPE) * vectors.STRIPE * vectors.TILE * 2
+        self._per_tile = ceil_div(cols, STRIPE) * STRIPE * TILE * 2
         self._counters, self._packed = np.zeros(2, np.int64), np.zeros(1, np.int64)
-        self._where = np.zeros((_MOST_IN_TILES // vectors.TILE, 2), np.int64)
+        self._where = np.zeros((_MOST_IN_TILES // TILE, 2), np.int64)
         self._job = np.zeros(vectors.JOB, np.int64)
         self._job[:2] = qdata.data_ptr(), scale.data_ptr()
         self._values = products._values(fmt) if fmt.scale_dtype.itemsize == 1 else None
@@ -336,11 +339,11 @@ class _FewTiles:
         return out
 
     def _place(self, count: int, threads: int) -> None:
-        tile = vectors.TILE
+        tile = TILE
         tiles = ceil_div(count, tile)
         self._where[:tiles] = [(row, min(tile, count - row)) for row in range(0, count, tile)]
-        block = vectors.BLOCK_FOR_FEW if tiles <= 2 else vectors.BLOCK_FOR_MANY
-        per_thread = ceil_div(vectors.TILE_SCRATCH + block[0] * tiles * tile * 4, 64) * 64
+        block = BLOCK_FOR_FEW if tiles <= 2 else BLOCK_FOR_MANY
+        per_thread = ceil_div(TILE_SCRATCH + block[0] * tiles * tile * 4, 64) * 64
         room, packed = _roomy(tiles * self._per_tile + threads * per_thread)
         step = products._step(self._rows, self.cols, block[0])
         pieces = ceil_div(self._rows, step)
@@ -682,11 +685,11 @@ def _combine_rows() -> Any:
         p = carray(pointer, 1)[0]
         mine = -1
         while True:
-            t = vectors._take(p.counter)
+            t = take(p.counter)
             if t >= p.rows:
                 return
             if mine < 0:
-                mine = vectors._take(p.users)
+                mine = take(p.users)
             where, weights = carray(_int64s(p.where + 8 * t * p.each), p.each), p.weights + 4 * t * p.each
             total = carray(_float32s(p.sums + mine * p.cols * 4), p.cols)
             for n in range(p.cols):
@@ -711,7 +714,7 @@ def _round() -> Any:
     def loop(pointer):
         p = carray(pointer, 1)[0]
         while True:
-            m = vectors._take(p.counter)
+            m = take(p.counter)
             if m >= p.rows:
                 return
             sums = carray(_float32s(p.sums + m * p.sums_stride), p.cols)

@@ -17,8 +17,10 @@ import torch
 
 from ..formats import WeightFormat, ceil_div, e8m0_to_float
 from ..parts import Parts
-from . import vectors
+from . import decoders, vectors
+from .instructions import CHUNK
 from .rows import run_loop
+from .tiles import BLOCK_FOR_FEW, BLOCK_FOR_MANY, TILE, TILE_SCRATCH
 
 FEW = 8  # Rows of x that are decoded for in registers, four at a time, where there are no tiles;
 FEW_BESIDE_TILES = 4  # and where there are.
@@ -128,22 +130,22 @@ def _in_tiles(
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    tile, rows, cols = vectors.TILE, parts.qdata.shape[1], x.shape[1]
+    rows, cols = parts.qdata.shape[1], x.shape[1]
     x = x.detach() if x.stride(1) == 1 else x.detach().contiguous()
     tiles: list[tuple[int, int]] = []
     jobs = []
-    offsets = torch.zeros((1 if bias is None else bias.shape[0], rows + tile), dtype=torch.float32, device="cpu")
+    offsets = torch.zeros((1 if bias is None else bias.shape[0], rows + TILE), dtype=torch.float32, device="cpu")
     if bias is not None:
         offsets[:, :rows] = bias.detach()
     for e, start, stop in spans:
         first = len(tiles)
-        tiles += [(row, min(tile, stop - row)) for row in range(start, stop, tile)]
+        tiles += [(row, min(TILE, stop - row)) for row in range(start, stop, TILE)]
         offset = offsets.data_ptr() + (0 if bias is None else e * offsets.stride(0) * 4)
         jobs.append((e, first, len(tiles), offset, start, stop - start))
     most = max(end - first for _, first, end, *_ in jobs)
-    block = vectors.BLOCK_FOR_FEW if most <= 2 else vectors.BLOCK_FOR_MANY
-    per_tile = ceil_div(cols, vectors.STRIPE) * vectors.STRIPE * tile * 2
-    per_thread = vectors.TILE_SCRATCH + block[0] * most * tile * 4
+    block = BLOCK_FOR_FEW if most <= 2 else BLOCK_FOR_MANY
+    per_tile = ceil_div(cols, decoders.STRIPE) * decoders.STRIPE * TILE * 2
+    per_thread = TILE_SCRATCH + block[0] * most * TILE * 4
     threads = torch.get_num_threads()
     with _scratch(len(tiles) * per_tile + threads * per_thread + 64) as room:
         packed = ceil_div(room.data_ptr(), 64) * 64
@@ -236,14 +238,14 @@ def _step(rows: int, cols: int, unit: int) -> int:
 def _arranged(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """x in fp32, zeros up to whole chunks, in the order in which a chunk of the weight is decoded."""
     rows, cols = x.shape
-    chunks = ceil_div(cols, vectors.CHUNK)
-    whole = chunks * vectors.CHUNK
+    chunks = ceil_div(cols, CHUNK)
+    whole = chunks * CHUNK
     out = torch.empty((rows, whole + _X_PADDING), dtype=torch.float32, device="cpu")
     if whole != cols:
         x = torch.nn.functional.pad(x, (0, whole - cols))
-    if vectors.interleaved(fmt):
-        halves = out[:, :whole].view(rows, chunks, 2, vectors.CHUNK // 2)
-        halves.copy_(x.reshape(rows, chunks, vectors.CHUNK // 2, 2).mT)
+    if decoders.interleaved(fmt):
+        halves = out[:, :whole].view(rows, chunks, 2, CHUNK // 2)
+        halves.copy_(x.reshape(rows, chunks, CHUNK // 2, 2).mT)
     else:
         out[:, :whole] = x
     return out
@@ -253,8 +255,8 @@ def _striped(x: torch.Tensor) -> torch.Tensor:
     """As `_arranged`, for `vectors.has_quick_product`: of each stripe the first halves of its 16s before the second,
     and of either the even columns before the odd."""
     rows, cols = x.shape
-    stripes = ceil_div(cols, vectors.STRIPE)
-    whole = stripes * vectors.STRIPE
+    stripes = ceil_div(cols, decoders.STRIPE)
+    whole = stripes * decoders.STRIPE
     out = torch.empty((rows, whole + _X_PADDING), dtype=torch.float32, device="cpu")
     if whole != cols:
         x = torch.nn.functional.pad(x, (0, whole - cols))
@@ -283,7 +285,7 @@ def _values(fmt: WeightFormat) -> torch.Tensor:
         if fmt.scale_dtype != torch.uint8:
             return codes.view(fmt.scale_dtype).float()
         values = e8m0_to_float(codes)
-        return torch.cat([values, vectors.subtrahends(fmt)])
+        return torch.cat([values, decoders.subtrahends(fmt)])
 
 
 _kept: list[torch.Tensor] = []

@@ -136,6 +136,12 @@ def team() -> Callable[[int, int, int, int], None] | None:
     return None if _forked else _openmp()
 
 
+def with_places(loop: Any, kind: np.dtype[Any], *places: int) -> None:
+    """Run one of the loops of `vectors` on this thread."""
+    argument = np.array([places], kind)
+    loop.ctypes(ctypes.cast(argument.ctypes.data, loop.ctypes.argtypes[0]))
+
+
 def run_loop(loop: Any, places: Array, pieces: int, threads: int) -> None:
     """Run one of the loops of `vectors` on up to so many threads, of torch's if that can be."""
     threads = min(threads, pieces)

@@ -1,0 +1,454 @@
+"""Stored weights as vectors of 16 floats: what decodes them, and what multiplies them with a few rows of x.
+
+32 columns at a time are decoded in registers, for up to four rows of x, and summed in fp32. AVX-512's table look-ups in
+registers are a chip's own, and used where there are any.
+
+This is one file because what decodes and what uses it are instructions of the same loops, in the same registers.
+"""
+
+# The loops carry no annotations: numba compiles each for the types it is called with.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types  # type: ignore[attr-defined]
+from numba.core import cgutils
+
+from ..formats import WeightFormat
+from .instructions import (
+    BF16,
+    CHUNK,
+    E2M1,
+    E4M3,
+    ELEMENTS,
+    FLOAT,
+    FP16,
+    FP32,
+    HALF,
+    I8,
+    I16,
+    I32,
+    I64,
+    INT4,
+    INT8,
+    LANES,
+    Instructions,
+    chip_features,
+    int64,
+    intrinsic,
+    splat,
+    vector,
+)
+
+PER_ROW, FLOATS, BYTES = range(3)
+
+STRIPE = 64  # Columns that are decoded together for the tile unit.
+AHEAD = 4  # Rows that are fetched beforehand; chips do so by themselves within a page of memory only.
+
+# What a decoded element is to be multiplied with: a code's bits, shifted into a float16, are this much too small.
+UNITS = {E4M3: 2.0**8, E2M1: 2.0**14, INT8: 1.0, INT4: 1.0}
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_TABLES = {
+    E2M1: [sign * value / UNITS[E2M1] for sign in (1.0, -1.0) for value in _E2M1_VALUES],
+    INT4: [float(value) for value in (*range(8), *range(-8, 0))],
+}
+
+# Stored powers of two up to these are scales that `quick_row` can subtract; see `_bfloat_bits`.
+QUICK_SCALES = {E4M3: 245, E2M1: 252}
+
+
+def _bfloat_bits(element: int, scaled: bool) -> list[int]:
+    """The bits of bfloat16 of each code; of its magnitude only, for e4m3 and with a scale. `scaled`: times a power of
+    two so large that scales need only divide, by a subtraction in which zero stays zero."""
+    if element == E2M1:
+        values = [value for _ in range(2) for value in _E2M1_VALUES]
+    else:
+        values = [(m & 7) * 2.0**-9 if m < 8 else (8 + (m & 7)) * 2.0 ** ((m >> 3) - 10) for m in range(127)] + [0.0]
+    if scaled:
+        values = [value * 2.0 ** (QUICK_SCALES[element] - 127) for value in values]
+    bits = [int(np.float32(value).view(np.uint32)) >> 16 for value in values]
+    return bits if element == E2M1 else [*bits[:127], 0x7FC0]
+
+
+def is_quick(element: int, scale: int, group: int) -> bool:
+    """Whether `quick_row` can decode rows for the tile unit."""
+    return element in (E4M3, E2M1) and (group == CHUNK or (element == E4M3 and scale == PER_ROW))
+
+
+def subtrahends(fmt: WeightFormat) -> torch.Tensor:
+    """For each code of e8m0, what `quick_row` takes from the bits of a bfloat16, twice: int32, seen as float32."""
+    less = (QUICK_SCALES[ELEMENTS[fmt.element]] - torch.arange(256, dtype=torch.int32, device="cpu")).clamp_min(0) << 7
+    return (less | less << 16).view(torch.float32)
+
+
+def interleaved(fmt: WeightFormat) -> bool:
+    """Whether a decoded chunk comes as its even columns, then its odd ones: two elements share a byte."""
+    return fmt.per_byte == 2
+
+
+def has_quick_product(element: int, scale: int) -> bool:
+    """Whether e4m3 is decoded by table, to bfloat16 that is then widened: that takes half the instructions. Only where
+    a row has one scale; x is fp32 in the order of `quick_values`, of each vector the even columns first."""
+    return (element, scale) == (E4M3, PER_ROW) and "+avx512vbmi" in chip_features()
+
+
+HALVES = [[16 * q + 8 * half + i for q in range(4) for i in range(8)] for half in range(2)]  # of the 16s of a stripe
+
+
+class Decoder(Instructions):
+    """Writes vector instructions for weights of one element format and one kind of scale."""
+
+    def __init__(self, context: Any, builder: Any, element: int, scale: int, group: int) -> None:
+        super().__init__(context, builder)
+        self.element, self.scale, self.group = element, scale, group
+        self.per_byte = 1 if element in (E4M3, INT8) else 2
+        self.looks_up = self.per_byte == 2 and "+avx512f" in chip_features()
+        self.bytes = CHUNK // self.per_byte
+
+    def codes(self, address: Any) -> Any:
+        """The stored elements of a chunk."""
+        return self.load(address, vector(I8, self.bytes))
+
+    def decode(self, codes: Any, factors: Any = None) -> list[Any]:
+        """The two vectors of a chunk, in units of `UNITS`, times a factor (the same in all lanes); NaN codes of e4m3
+        give ±480. See `interleaved`."""
+        if factors is not None and not self.looks_up:
+            return [self.b.fmul(value, factors) for value in self.decode(codes)]
+        b = self.b
+        if self.element in (E4M3, INT8):
+            halves = [self.shuffle(codes, codes, list(range(at, at + LANES))) for at in (0, LANES)]
+            if self.element == INT8:
+                return [b.sitofp(b.sext(half, vector(I32)), vector(FLOAT)) for half in halves]
+            # The seven magnitude bits are a float16's with a smaller exponent bias. The shift of the sign-extended
+            # code puts the sign where it belongs and a copy of it in bit 14, which the mask clears.
+            wide = [b.shl(b.sext(half, vector(I16)), splat(I16, 7)) for half in halves]
+            return [self.from_half(b.and_(bits, splat(I16, 0xBF80 - 0x10000))) for bits in wide]
+        if self.looks_up:
+            wide = b.zext(codes, vector(I32))
+            both = [wide, b.lshr(wide, splat(I32, 4))]
+            table = ir.Constant(vector(FLOAT), _TABLES[self.element])
+            if factors is not None:  # One product of the table instead of two of what it has.
+                table = b.fmul(table, factors)
+            # Reads the low four bits of each index.
+            return [self.call("llvm.x86.avx512.permvar.sf.512", vector(FLOAT), table, index) for index in both]
+        if self.element == INT4:
+            wide = b.zext(codes, vector(I32))
+            top = [b.shl(wide, splat(I32, shift)) for shift in (28, 24)]
+            return [b.sitofp(b.ashr(bits, splat(I32, 28)), vector(FLOAT)) for bits in top]
+        wide = b.zext(codes, vector(I16))
+        found = []
+        for sign, magnitude in ((12, 9), (8, 5)):
+            bits = b.and_(b.shl(wide, splat(I16, magnitude)), splat(I16, 0x0E00))
+            negative = b.and_(b.shl(wide, splat(I16, sign)), splat(I16, -0x8000))
+            found.append(self.from_half(b.or_(bits, negative)))
+        return found
+
+    def factors(self, row: Any, table: Any, chunk: Any, last: Any) -> Any:
+        """The scales of a chunk's vectors (both have the same), from the scales of its row, of which `last` is the
+        last."""
+        b = self.b
+
+        def up_to_last(index: Any) -> Any:
+            return b.select(b.icmp_signed("<", index, last), index, last)
+
+        if self.group == LANES:  # Even and odd columns alike: 8 of the first group, 8 of the second.
+            first = b.mul(chunk, int64(2))
+            both = [up_to_last(first), up_to_last(b.add(first, int64(1)))]
+            return self.shuffle(*(self.broadcast(self.factor(row, table, i)) for i in both), [0] * 8 + [LANES] * 8)
+        index = b.lshr(chunk, int64((self.group // CHUNK).bit_length() - 1))
+        return self.broadcast(self.factor(row, table, up_to_last(index)))
+
+    def factor(self, row: Any, table: Any, index: Any) -> Any:
+        if self.scale == FLOATS:
+            return self.load(self.at(row, index, 4), FLOAT, 4)
+        code = self.b.zext(self.load(self.b.add(row, index), I8), I64)
+        return self.load(self.at(table, code, 4), FLOAT, 4)
+
+    def chunks(
+        self, cols: Any, codes: list[Any], step: Callable[[Any, list[Any], Any], None], width: int = CHUNK
+    ) -> None:
+        """step(chunk, addresses of its codes, None) for whole chunks of rows that begin at `codes`, then for what is
+        left of them, copied to where zeros follow, with the number of its columns."""
+        b, size = self.b, width // self.per_byte
+        whole = b.udiv(cols, int64(width))
+        with cgutils.for_range(b, whole) as loop:
+            step(loop.index, [self.at(row, loop.index, size) for row in codes], None)
+        left = b.urem(cols, int64(width))
+        with b.if_then(b.icmp_signed(">", left, int64(0)), likely=False):
+            count = b.udiv(b.add(left, int64(self.per_byte - 1)), int64(self.per_byte))
+            copies = []
+            for row in codes:
+                copy = cgutils.alloca_once(b, vector(I8, size))
+                b.store(splat(I8, 0, size), copy)
+                target = b.ptrtoint(copy, I64)
+                with cgutils.for_range(b, count) as loop:
+                    source = b.add(self.at(row, whole, size), loop.index)
+                    self.store(self.load(source, I8), b.add(target, loop.index))
+                copies.append(target)
+            step(whole, copies, left)
+
+    def last_group(self, cols: Any) -> Any:
+        return self.b.sdiv(self.b.sub(cols, int64(1)), int64(max(self.group, 1)))
+
+    def dots(self, rows: int, batch: int, codes: Any, scales: Any, table: Any, xs: Any, cols: Any, out: Any) -> None:
+        """out[m][r] = Σ_k weight[r][k] * x[m][k], fp32, for weight rows at `codes` and rows of x at `xs`."""
+        b = self.b
+        # Few sums would wait for one another: two each hide the latency of an addition.
+        split = 2 if rows * batch <= 8 else 1
+        zero = splat(FLOAT, 0.0)
+        sums = [[[cgutils.alloca_once(b, zero.type) for _ in range(split)] for _ in range(batch)] for _ in range(rows)]
+        for pointer in (p for row in sums for of_x in row for p in of_x):
+            b.store(zero, pointer)
+        seen = [cgutils.alloca_once(b, vector(I8, self.bytes)) for _ in range(rows if self.element == E4M3 else 0)]
+        for pointer in seen:
+            b.store(splat(I8, 0, self.bytes), pointer)
+        last = self.last_group(cols)
+        ahead = b.mul(b.sub(codes[1], codes[0]), int64(AHEAD))
+
+        def step(chunk: Any, addresses: list[Any], left: Any) -> None:
+            weights = []
+            for r in range(rows):
+                raw = self.codes(addresses[r])
+                if left is None:
+                    self.prefetch(b.add(addresses[r], ahead))
+                if seen:
+                    self.see(raw, seen[r])
+                if self.scale == PER_ROW:
+                    weights.append(self.decode(raw))
+                    continue
+                factors = self.factors(scales[r], table, chunk, last)
+                if self.group == LANES:
+                    weights.append([b.fmul(value, factors) for value in self.decode(raw)])
+                else:
+                    weights.append(self.decode(raw, factors))
+            for m in range(batch):
+                for v in range(2):
+                    x = self.load(b.add(self.at(xs[m], chunk, 4 * CHUNK), int64(4 * LANES * v)), zero.type, 4)
+                    for r in range(rows):
+                        pointer = sums[r][m][v % split]
+                        name = f"llvm.fmuladd.v{LANES}f32"
+                        b.store(self.call(name, zero.type, weights[r][v], x, b.load(pointer)), pointer)
+
+        self.chunks(cols, codes, step)
+        unit = ir.Constant(FLOAT, UNITS[self.element])
+        for r in range(rows):
+            factor = self.b.fmul(self.load(scales[r], FLOAT, 4), unit) if self.scale == PER_ROW else unit
+            if seen:  # A NaN code decodes to a number above, and NaN times anything is NaN.
+                factor = b.select(self.has_nan(seen[r]), ir.Constant(FLOAT, float("nan")), factor)
+            self.store_totals(sums[r], factor, [out[m][r] for m in range(batch)])
+
+    def decoded(self, dtype: int, codes: Any, scales: Any, table: Any, cols: Any, out: Any) -> None:
+        """The values of one row times their scales, rounded once to the type of `out`."""
+        b = self.b
+        last = self.last_group(cols)
+        size = 4 if dtype == FP32 else 2
+        narrow = vector(I32 if dtype == FP32 else I16, CHUNK)
+        buffer = cgutils.alloca_once(b, narrow)
+        row_factor = self.broadcast(self.load(scales, FLOAT, 4)) if self.scale == PER_ROW else None
+        unit = splat(FLOAT, UNITS[self.element])
+
+        def step(chunk: Any, addresses: list[Any], left: Any) -> None:
+            raw = self.codes(addresses[0])
+            values = self.decode(raw)
+            if self.element == E4M3:
+                magnitude = b.and_(raw, splat(I8, 0x7F, self.bytes))
+                is_nan = b.icmp_unsigned("==", magnitude, splat(I8, 0x7F, self.bytes))
+                for v in range(2):
+                    here = self.shuffle(is_nan, is_nan, list(range(v * LANES, v * LANES + LANES)))
+                    values[v] = b.select(here, splat(FLOAT, float("nan")), values[v])
+            factors = self.factors(scales, table, chunk, last) if row_factor is None else row_factor
+            values = [b.fmul(b.fmul(value, unit), factors) for value in values]
+            packed = self.packed([self.restored(value, dtype) for value in values], dtype)
+            target = self.at(out, chunk, size * CHUNK)
+            if left is None:
+                self.store(packed, target, size)
+                return
+            b.store(packed, buffer)
+            source = b.ptrtoint(buffer, I64)
+            with cgutils.for_range(b, left) as loop:
+                kind = narrow.element
+                self.store(self.load(self.at(source, loop.index, size), kind), self.at(target, loop.index, size))
+
+        self.chunks(cols, [codes], step)
+
+    def quick_values(self, address: Any, scales: Any, table: Any, stripe: Any, last: Any, seen: Any) -> list[Any]:
+        """The two vectors of a stripe; see `quick_row`."""
+        b, wide = self.b, vector(I16, STRIPE // 2)
+        scaled = self.scale == BYTES
+        bits = _bfloat_bits(self.element, scaled)
+        raw = self.load(address, vector(I8, STRIPE // self.per_byte))
+        if self.element == E4M3:
+            if scaled:
+                self.see(raw, seen)
+            low, high = (self.bytes_of(raw, [value >> shift & 0xFF for value in bits]) for shift in (0, 8))
+            if not scaled:
+                high = b.or_(high, b.and_(raw, splat(I8, -128, STRIPE)))
+            values = self.unpacked(low, high)
+            signs = [b.and_(v, splat(I16, -0x8000, 32)) for v in self.unpacked(raw, raw)] if scaled else []
+        else:
+            codes = b.zext(raw, wide)
+            both = [codes, b.lshr(codes, splat(I16, 4, 32))]
+            entries = ir.Constant(wide, [value - (value >> 15 << 16) for value in bits * 2])
+            # Reads the low five bits of each index; the table repeats after sixteen.
+            values = [self.call("llvm.x86.avx512.permvar.hi.512", wide, entries, index) for index in both]
+            signs = [b.and_(b.shl(codes, splat(I16, by, 32)), splat(I16, -0x8000, 32)) for by in (12, 8)]
+        if not scaled:
+            return values
+        first = b.mul(stripe, int64(2))
+        second = b.add(first, int64(1))
+        both = []
+        for index in (first, b.select(b.icmp_signed("<", second, last), second, last)):
+            code = b.zext(self.load(b.add(scales, index), I8), I64)
+            one = self.load(self.at(table, code, 4), I32, 4)
+            lane = b.insert_element(ir.Constant(vector(I32), ir.Undefined), one, ir.Constant(I32, 0))
+            both.append(self.shuffle(lane, lane, [0] * LANES))
+        less = b.bitcast(self.shuffle(*both, [0] * 8 + [LANES] * 8), wide)
+        values = [self.call("llvm.usub.sat.v32i16", wide, value, less) for value in values]
+        return [b.or_(value, sign) for value, sign in zip(values, signs, strict=True)]
+
+    def quick_dots(
+        self, rows: int, batch: int, codes: Any, scales: Any, table: Any, xs: Any, cols: Any, out: Any
+    ) -> None:
+        """As `dots`, where there is `has_quick_product`."""
+        b = self.b
+        zero = splat(FLOAT, 0.0)
+        sums = [[[cgutils.alloca_once(b, zero.type) for _ in range(2)] for _ in range(batch)] for _ in range(rows)]
+        for pointer in (p for row in sums for of_x in row for p in of_x):
+            b.store(zero, pointer)
+        ahead = b.mul(b.sub(codes[1], codes[0]), int64(AHEAD))
+
+        def step(stripe: Any, addresses: list[Any], left: Any) -> None:
+            weights = []
+            for r in range(rows):
+                if left is None:
+                    self.prefetch(b.add(addresses[r], ahead))
+                values = []
+                for pairs in self.quick_values(addresses[r], scales[r], table, stripe, None, None):
+                    both = b.bitcast(pairs, vector(I32))
+                    upper = b.and_(both, splat(I32, -0x10000))
+                    values += [b.bitcast(half, zero.type) for half in (b.shl(both, splat(I32, 16)), upper)]
+                weights.append(values)
+            for m in range(batch):
+                for v in range(4):
+                    x = self.load(b.add(self.at(xs[m], stripe, 4 * STRIPE), int64(64 * v)), zero.type, 4)
+                    for r in range(rows):
+                        pointer = sums[r][m][v % 2 if rows * batch <= 8 else 0]
+                        name = f"llvm.fmuladd.v{LANES}f32"
+                        b.store(self.call(name, zero.type, weights[r][v], x, b.load(pointer)), pointer)
+
+        self.chunks(cols, codes, step, STRIPE)
+        for r in range(rows):
+            self.store_totals(sums[r], self.load(scales[r], FLOAT, 4), [out[m][r] for m in range(batch)])
+
+    def store_totals(self, sums: Any, factor: Any, out: Any) -> None:
+        """The sum of each vector (or two) of sums, times a factor."""
+        for pointers, address in zip(sums, out, strict=True):
+            total = self.b.load(pointers[0])
+            for pointer in pointers[1:]:
+                total = self.b.fadd(total, self.b.load(pointer))
+            name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+            total = self.call(name, FLOAT, ir.Constant(FLOAT, 0.0), total, fastmath=("reassoc",))
+            self.store(self.b.fmul(total, factor), address, 4)
+
+    def bytes_of(self, index: Any, entries: list[int]) -> Any:
+        """A byte per index, of 128; the indices' upper bit does not count."""
+        low, high = (
+            ir.Constant(vector(I8, STRIPE), [e - (e >> 7 << 8) for e in half]) for half in (entries[:64], entries[64:])
+        )
+        return self.call("llvm.x86.avx512.vpermi2var.qi.512", low.type, low, index, high)
+
+    def unpacked(self, low: Any, high: Any) -> list[Any]:
+        """Bytes side by side: of the first halves of each 16, and of the second."""
+        pairs = [[at for lane in half for at in (lane, STRIPE + lane)] for half in HALVES]
+        return [self.b.bitcast(self.shuffle(low, high, pair), vector(I16, STRIPE // 2)) for pair in pairs]
+
+    def see(self, raw: Any, seen: Any) -> None:
+        """Keep the largest magnitudes among codes of e4m3."""
+        lanes = raw.type.count
+        magnitude = self.b.and_(raw, splat(I8, 0x7F, lanes))
+        self.b.store(self.call(f"llvm.umax.v{lanes}i8", raw.type, self.b.load(seen), magnitude), seen)
+
+    def has_nan(self, seen: Any) -> Any:
+        value = self.b.load(seen)
+        largest = self.call(f"llvm.vector.reduce.umax.v{value.type.count}i8", I8, value)
+        return self.b.icmp_unsigned("==", largest, ir.Constant(I8, 0x7F))
+
+    def restored(self, value: Any, dtype: int) -> Any:
+        """Within the type's range: rounding up near its end would make infinity of a finite weight. NaN stays."""
+        b = self.b
+        largest = {BF16: 0x7F7F0000, FP16: 0x477FE000, FP32: 0x7F7FFFFF}[dtype]
+        limit = b.bitcast(splat(I32, largest), value.type)
+        value = b.select(b.fcmp_ordered(">", value, limit), limit, value)
+        limit = b.bitcast(splat(I32, largest - 2**31), value.type)
+        return b.select(b.fcmp_ordered("<", value, limit), limit, value)
+
+    def packed(self, values: list[Any], dtype: int) -> Any:
+        """Two vectors of fp32, rounded to nearest even, as a chunk in the order of its columns."""
+        b = self.b
+        pairs = [lane + source for lane in range(LANES) for source in (0, LANES)]
+        order = list(range(CHUNK)) if self.bytes == CHUNK else pairs
+        if dtype == FP32:
+            return self.shuffle(*(b.bitcast(value, vector(I32)) for value in values), order)
+        if dtype == FP16:
+            halves = (b.bitcast(b.fptrunc(value, vector(HALF)), vector(I16)) for value in values)
+            return self.shuffle(*halves, order)
+        upper = []
+        for value in values:
+            bits = b.bitcast(value, vector(I32))
+            odd = b.and_(b.lshr(bits, splat(I32, 16)), splat(I32, 1))
+            rounded = b.add(b.add(bits, splat(I32, 0x7FFF)), odd)
+            nan = b.fcmp_unordered("uno", value, value)
+            upper.append(b.bitcast(b.select(nan, splat(I32, 0x7FC00000), rounded), vector(I16, CHUNK)))
+        return self.shuffle(*upper, [2 * lane + 1 for lane in order])  # bfloat16 is the upper half of float32
+
+
+@intrinsic(prefer_literal=True)
+def dots(
+    typing_context, element, scale, group, rows, batch, quick, codes, codes_stride, last, scales, scale_stride, down,
+    table, x, x_stride, last_x, cols, out, out_stride, n, m
+):  # fmt: skip
+    """The product of `rows` weight rows from n and `batch` rows of x from m; beyond `last` and `last_x` those again.
+    `quick`: by `Decoder.quick_dots`."""
+    numbers = [kind.literal_value for kind in (element, scale, group)]
+    tile = rows.literal_value, batch.literal_value
+    way = quick.literal_value
+
+    def emit(context, b, signature, args):
+        codes, codes_stride, last, scales, scale_stride, down, table, x, x_stride, last_x, cols, out, out_stride, n, m = args[6:]  # fmt: skip  # noqa: E501
+
+        def up_to(first, count, end):
+            found = [b.add(first, int64(i)) for i in range(count)]
+            return [b.select(b.icmp_signed("<", i, end), i, end) for i in found]
+
+        at_rows, at_x = up_to(n, tile[0], last), up_to(m, tile[1], last_x)
+        vectors = Decoder(context, b, *numbers)
+        (vectors.quick_dots if way else vectors.dots)(
+            *tile,
+            [b.add(codes, b.mul(r, codes_stride)) for r in at_rows],
+            [b.add(scales, b.mul(b.sdiv(r, down), scale_stride)) for r in at_rows],
+            table,
+            [b.add(x, b.mul(i, x_stride)) for i in at_x],
+            cols,
+            [[b.add(b.add(out, b.mul(i, out_stride)), b.mul(r, int64(4))) for r in at_rows] for i in at_x],
+        )
+        return context.get_dummy_value()
+
+    return types.void(element, scale, group, rows, batch, quick, *[types.int64] * 15), emit
+
+
+@intrinsic(prefer_literal=True)
+def decode_row(typing_context, element, scale, group, dtype, codes, scales, table, cols, out):
+    """One row of `cols` columns into `out`."""
+    numbers, to = [kind.literal_value for kind in (element, scale, group)], dtype.literal_value
+
+    def emit(context, builder, signature, args):
+        Decoder(context, builder, *numbers).decoded(to, *args[4:])
+        return context.get_dummy_value()
+
+    return types.void(element, scale, group, dtype, *[types.int64] * 5), emit

@@ -1,0 +1,271 @@
+"""The tile unit of newer Xeons (AMX), which multiplies bfloat16: weights decoded for it, x packed for it, its sums.
+
+It has eight registers of 16 rows of 64 bytes. 32 columns of 16 rows of a weight are one operand; 32 columns of 16 rows
+of x, two adjacent columns side by side, the other; 16 x 16 fp32 sums the result. Four sums are kept at a time: 32 rows
+of the weight by 32 of x.
+"""
+
+# The loops carry no annotations: numba compiles each for the types it is called with.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types  # type: ignore[attr-defined]
+from numba.core import cgutils
+
+from .decoders import BYTES, HALVES, PER_ROW, STRIPE, UNITS, Decoder, is_quick
+from .instructions import CHUNK, E4M3, FLOAT, I8, I16, I32, I64, int64, intrinsic, splat, vector
+
+TILE = 16
+TILE_ROWS = 2 * TILE
+# (rows, columns) decoded at a time: columns so that memory is read in long stretches; for more than 32 rows of x more
+# of the weight's, as all of x is read for each block.
+BLOCK_FOR_FEW = 32, 2048
+BLOCK_FOR_MANY = 128, 2048
+ROW_PADDING = 64  # Bytes; keeps rows from falling on the same cache sets.
+TILE_SCRATCH = max(rows * (2 * cols + ROW_PADDING) for rows, cols in (BLOCK_FOR_FEW, BLOCK_FOR_MANY))
+
+
+class TileDecoder(Decoder):
+    """Writes what decodes weights of one format for the tile unit, and what packs x alike."""
+
+    def is_quick(self) -> bool:
+        return is_quick(self.element, self.scale, self.group)
+
+    def tile_row(self, codes: Any, scales: Any, table: Any, cols: Any, ahead: Any, out: Any) -> Any:
+        """A row for the tile unit: bfloat16, of each stripe the even columns first where two elements share a byte and
+        the halves of its 16s for e4m3; zeros up to a whole stripe; without a scale per row. Returns whether a code is
+        NaN."""
+        b = self.b
+        # As `quick_row` gives them, or in units of `UNITS`, where there is none.
+        unit = splat(FLOAT, UNITS[self.element]) if self.is_quick() else None
+        last = self.last_group(cols)
+        seen = cgutils.alloca_once(b, vector(I8, self.bytes))
+        b.store(splat(I8, 0, self.bytes), seen)
+
+        def step(stripe: Any, addresses: list[Any], left: Any) -> None:
+            halves = []
+            self.prefetch(b.add(addresses[0], ahead))
+            for half in range(2):
+                raw = self.codes(b.add(addresses[0], int64(half * self.bytes)))
+                values = self.decode(raw)
+                if self.element == E4M3:
+                    self.see(raw, seen)
+                if self.scale != PER_ROW:
+                    chunk = b.add(b.mul(stripe, int64(2)), int64(half))
+                    factors = self.factors(scales, table, chunk, last)
+                    values = [value if unit is None else b.fmul(value, unit) for value in values]
+                    values = [b.fmul(value, factors) for value in values]
+                halves.append(values)
+            if self.per_byte == 2:  # Even columns of both halves, then odd ones.
+                halves = [[halves[0][v], halves[1][v]] for v in range(2)]
+            packed = [self.to_bfloat(*values) for values in halves]
+            if self.element == E4M3:
+                packed = [self.shuffle(*packed, lanes) for lanes in HALVES]
+            self.store_stripe(packed, out, stripe)
+
+        self.chunks(cols, [codes], step, STRIPE)
+        return self.has_nan(seen)
+
+    def quick_row(self, codes: Any, scales: Any, table: Any, cols: Any, ahead: Any, out: Any) -> Any:
+        """As `tile_row`, by look-ups in tables and integers: for e4m3 without a scale or with a power of two, and e2m1
+        with one. `table` has, for each code of e8m0, how much it is to be subtracted from the bits of bfloat16, twice.
+        """
+        b = self.b
+        seen = cgutils.alloca_once(b, vector(I8, STRIPE // self.per_byte))
+        b.store(splat(I8, 0, STRIPE // self.per_byte), seen)
+        last = self.last_group(cols)
+
+        def step(stripe: Any, addresses: list[Any], left: Any) -> None:
+            self.prefetch(b.add(addresses[0], ahead))
+            values = self.quick_values(addresses[0], scales, table, stripe, last, seen)
+            self.store_stripe(values, out, stripe)
+
+        self.chunks(cols, [codes], step, STRIPE)
+        return self.quick_nan(seen)
+
+    def quick_nan(self, seen: Any) -> Any:
+        """Whether a code that `quick_values` saw is NaN and its value is not."""
+        if self.element == E4M3 and self.scale == BYTES:
+            return self.has_nan(seen)
+        return ir.Constant(ir.IntType(1), 0)
+
+    def store_stripe(self, packed: list[Any], out: Any, stripe: Any) -> None:
+        for part in range(2):
+            self.store(packed[part], self.b.add(self.at(out, stripe, 2 * STRIPE), int64(64 * part)), 64)
+
+    def store_sums(
+        self, sums: Any, stride: Any, factors: Any, bias: Any, out: Any, out_stride: Any, across: Any, down: Any
+    ) -> None:
+        """A tile of sums `[16 rows of the weight, 16 of x]` times factors, plus bias, as bfloat16 into out the other
+        way round: `down` rows, `across` columns."""
+        b = self.b
+        rows = []
+        for r in range(TILE):
+            row = self.load(b.add(sums, b.mul(stride, int64(r))), vector(FLOAT), 4)
+            rows.append(b.fmul(row, self.broadcast(self.load(b.add(factors, int64(4 * r)), FLOAT, 4))))
+        offset = self.load(bias, vector(FLOAT), 4)
+        rows = [b.fadd(row, offset) for row in self.transposed(rows)]
+        whole = b.icmp_signed(">=", across, int64(TILE))
+        buffer = cgutils.alloca_once(b, vector(I16, TILE))
+        for pair in range(TILE // 2):
+            packed = self.to_bfloat(rows[2 * pair], rows[2 * pair + 1])
+            for m in (2 * pair, 2 * pair + 1):
+                half = self.shuffle(packed, packed, list(range(TILE * (m % 2), TILE * (m % 2) + TILE)))
+                target = b.add(out, b.mul(out_stride, int64(m)))
+                with b.if_then(b.icmp_signed("<", int64(m), down)), b.if_else(whole) as (then, otherwise):
+                    with then:
+                        self.store(half, target, 2)
+                    with otherwise:
+                        b.store(half, buffer)
+                        source = b.ptrtoint(buffer, I64)
+                        with cgutils.for_range(b, across) as loop:
+                            value = self.load(self.at(source, loop.index, 2), I16, 2)
+                            self.store(value, self.at(target, loop.index, 2), 2)
+
+    def pack(self, rows: list[Any], cols: Any, out: Any) -> None:
+        """Sixteen rows of x in bfloat16 as tiles, one after the other, in the order of `tile_row`."""
+        b = self.b
+        lanes = list(range(STRIPE))
+        if self.per_byte == 2:
+            order = [lanes[0::2], lanes[1::2]]
+        elif self.element == E4M3:
+            order = HALVES
+        else:
+            order = [lanes[:CHUNK], lanes[CHUNK:]]
+
+        def step(stripe: Any, addresses: list[Any], left: Any) -> None:
+            halves: list[list[Any]] = [[], []]
+            for address in addresses:
+                whole = [self.load(b.add(address, int64(at)), vector(I16, CHUNK)) for at in (0, 2 * CHUNK)]
+                for half in range(2):
+                    halves[half].append(b.bitcast(self.shuffle(*whole, order[half]), vector(I32)))
+            for half in range(2):
+                for q, row in enumerate(self.transposed(halves[half])):
+                    place = b.add(self.at(out, stripe, 2048), int64(1024 * half + 64 * q))
+                    self.store(row, place, 64)
+
+        # Elements of two bytes are codes of as many columns as two bytes of one.
+        outer, self.per_byte = self.per_byte, 1
+        self.chunks(b.mul(cols, int64(2)), rows, step, 2 * STRIPE)
+        self.per_byte = outer
+
+
+@intrinsic()
+def configure_tiles(typing_context):
+    """All eight registers at their full size, for this thread."""
+
+    def emit(context, b, signature, args):
+        config = cgutils.alloca_once(b, ir.ArrayType(I8, 64))
+        content = [1, 0] + [0] * 14 + [64, 0] * 8 + [0] * 16 + [TILE] * 8 + [0] * 8
+        b.store(ir.Constant(ir.ArrayType(I8, 64), content), config)
+        pointer = b.bitcast(config, I8.as_pointer())
+        function = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(ir.VoidType(), [I8.as_pointer()]), "llvm.x86.ldtilecfg"
+        )
+        b.call(function, [pointer])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic()
+def release_tiles(typing_context):
+    def emit(context, b, signature, args):
+        function = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.tilerelease")
+        b.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tiles(typing_context, across, weights, stride, x, x_stride, chunks, out, out_stride, adds):
+    """out `[32, 16 * across]` = weights `[32, 32 * chunks]` times x, or plus it if `adds`; `x_stride` is that between
+    the tiles of 16 rows of x."""
+    wide = across.literal_value
+
+    def emit(context, b, signature, args):
+        weights, stride, x, x_stride, chunks, out, out_stride, adds = args[1:]
+
+        def call(name, *operands):
+            kinds = [operand.type for operand in operands]
+            function = cgutils.get_or_insert_function(
+                b.module, ir.FunctionType(ir.VoidType(), kinds), f"llvm.x86.{name}"
+            )
+            b.call(function, operands)
+
+        def tile(number):
+            return ir.Constant(I8, number)
+
+        def pointer(address):
+            return b.inttoptr(address, I8.as_pointer())
+
+        def down(address, step, times):
+            return b.add(address, b.mul(step, int64(times)))
+
+        sums = [(tile(2 * i + j), i, j) for i in range(2) for j in range(wide)]
+        places = [b.add(down(out, out_stride, TILE * i), int64(64 * j)) for _, i, j in sums]
+        with b.if_else(b.icmp_signed("!=", adds, int64(0))) as (then, otherwise):
+            with then:
+                for (number, _, _), place in zip(sums, places, strict=True):
+                    call("tileloadd64", number, pointer(place), out_stride)
+            with otherwise:
+                for number, _, _ in sums:
+                    call("tilezero", number)
+        with cgutils.for_range(b, chunks) as loop:
+            for i in range(2):
+                place = b.add(down(weights, stride, TILE * i), b.mul(loop.index, int64(64)))
+                call("tileloadd64", tile(4 + i), pointer(place), stride)
+            for j in range(wide):
+                place = b.add(down(x, x_stride, j), b.mul(loop.index, int64(1024)))
+                call("tileloadd64", tile(6 + j), pointer(place), int64(64))
+            for number, i, j in sums:
+                call("tdpbf16ps", number, tile(4 + i), tile(6 + j))
+        for (number, _, _), place in zip(sums, places, strict=True):
+            call("tilestored64", number, pointer(place), out_stride)
+        return context.get_dummy_value()
+
+    return types.void(across, *[types.int64] * 8), emit
+
+
+@intrinsic(prefer_literal=True)
+def tile_row(typing_context, element, scale, group, quick, codes, scales, table, cols, ahead, out):
+    """See `TileDecoder.tile_row` and `quick_row`."""
+    numbers, by_table = [kind.literal_value for kind in (element, scale, group)], quick.literal_value
+
+    def emit(context, builder, signature, args):
+        vectors = TileDecoder(context, builder, *numbers)
+        return (vectors.quick_row if by_table else vectors.tile_row)(*args[4:])
+
+    return types.boolean(element, scale, group, quick, *[types.int64] * 6), emit
+
+
+@intrinsic()
+def store_sums(typing_context, sums, stride, factors, bias, out, out_stride, across, down):
+    """See `TileDecoder.store_sums`."""
+
+    def emit(context, builder, signature, args):
+        TileDecoder(context, builder, E4M3, PER_ROW, 0).store_sums(*args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), emit
+
+
+@intrinsic(prefer_literal=True)
+def pack(typing_context, element, x, stride, first, count, cols, out):
+    """See `TileDecoder.pack`: `count` rows of x from `first`, and the last of them again."""
+    kind = element.literal_value
+
+    def emit(context, b, signature, args):
+        x, stride, first, count, cols, out = args[1:]
+        last = b.sub(count, int64(1))
+        rows = [b.select(b.icmp_signed("<", int64(i), last), int64(i), last) for i in range(TILE)]
+        addresses = [b.add(x, b.mul(b.add(first, r), stride)) for r in rows]
+        TileDecoder(context, b, kind, PER_ROW, 0).pack(addresses, cols, out)
+        return context.get_dummy_value()
+
+    return types.void(element, *[types.int64] * 6), emit
