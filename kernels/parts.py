@@ -57,11 +57,11 @@ class Parts(tuple[torch.Tensor, ...]):
 
     def matrix(self, e: SupportsIndex) -> Parts:
         """Of a stack: matrix e."""
-        return self.map(lambda part: part[e])
+        return tuple.__new__(Parts, [part[e] for part in self])
 
     def rows(self, start: int, stop: int, fmt: WeightFormat) -> Parts:
         """Of a matrix: rows start to stop, where `start` begins a block of `fmt` and `stop` ends one, or the matrix."""
         if stop - start == self[0].shape[0]:
             return self
         scale = self[1] if fmt.granularity == "tensor" else self[1][fmt.scale_rows(start, stop)]
-        return tuple.__new__(Parts, (self[0].narrow(0, start, stop - start), scale, *self[2:]))
+        return tuple.__new__(Parts, (self[0][start:stop], scale, *self[2:]))

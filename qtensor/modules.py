@@ -19,9 +19,28 @@ Split = tuple[int, "dist.ProcessGroup"]
 """A dimension of a weight, and the ranks it is split over."""
 
 
+def named_modules(root: nn.Module, distinct: bool = False) -> list[tuple[str, nn.Module]]:
+    """A module and all below it, under every name they have, or (`distinct`) the first. As `root.named_modules()`,
+    whose generators hand each module up through every level above it."""
+    found: list[tuple[str, nn.Module]] = []
+    _collect("", root, found, set() if distinct else None)
+    return found
+
+
+def _collect(name: str, module: nn.Module, found: list[tuple[str, nn.Module]], seen: set[nn.Module] | None) -> None:
+    if seen is not None:
+        if module in seen:
+            return
+        seen.add(module)
+    found.append((name, module))
+    for child, below in module._modules.items():
+        if below is not None:
+            _collect(f"{name}.{child}" if name else child, below, found, seen)
+
+
 def parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
     """Every parameter below a module, under every name it has: module name, module, name, parameter."""
-    for module_name, module in root.named_modules(remove_duplicate=False):
+    for module_name, module in named_modules(root):
         for name, param in list(module._parameters.items()):
             if param is not None:
                 yield module_name, module, name, param

@@ -55,7 +55,13 @@ class _Handle:
         return self.device.type == "meta"
 
     def narrow(self, dim: int, start: Any, length: Any) -> LazyWeight:
-        return wrap(self._armed, self._meta.narrow(dim, start, length))
+        meta = self._meta
+        if type(dim) is type(start) is type(length) is int and 0 <= dim <= 1 and dim < meta.dim():
+            stop = start + length
+            if 0 <= start <= stop <= meta.shape[dim]:
+                # The slice that narrow ends in, without narrow's way there: half the time.
+                return wrap(self._armed, meta[:, start:stop] if dim else meta[start:stop])
+        return wrap(self._armed, meta.narrow(dim, start, length))
 
     def select(self, dim: int, index: Any) -> LazyWeight:
         return wrap(self._armed, self._meta.select(dim, index))
@@ -298,13 +304,16 @@ def wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:
         # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
         with torch.inference_mode(False):
             return wrap(armed, meta)
+    # Strides, offset, memory format, dtype, layout, device: by position, as names take a third longer.
     lazy = torch.Tensor._make_wrapper_subclass(
         LazyWeight,
         meta.size(),
-        strides=meta.stride(),
-        storage_offset=meta.storage_offset(),
-        dtype=armed.dtype,
-        device=armed.device,
+        meta.stride(),
+        meta.storage_offset(),
+        None,
+        armed.dtype,
+        torch.strided,
+        armed.device,
     )
     lazy._armed, lazy._meta = armed, meta
     return lazy
@@ -356,7 +365,7 @@ def recast(lazy: Any) -> Any:
 
 def view_of(lazy: Any) -> View:
     meta = lazy._meta
-    return View(meta.size(), meta.stride(), meta.storage_offset())
+    return tuple.__new__(View, (meta.size(), meta.stride(), meta.storage_offset()))
 
 
 def _is_basic(index: Any) -> bool:

@@ -228,7 +228,7 @@ class QuantStore:
         for first, last, staged in self._staging.opened(e, lo, hi):
             self._open_units(e, first, last, staged)
             a, b = max(first, rows[0]), min(last, rows[1])
-            target = _rows_of(staged, a - first, b - first).narrow(1, cols[0], cols[1] - cols[0])
+            target = staged[a - first : b - first, cols[0] : cols[1]]
             part = _rows_of(source, a - rows[0], b - rows[0])
             if touched is None:
                 self._copy(part, target)
@@ -250,7 +250,8 @@ class QuantStore:
         """Units first:last were sent so many columns more. `_settle`, if that can have completed one of them."""
         received = self._units.received[e, first:last]
         received += columns
-        if not self._staging.whole and received.max() >= self._k:
+        # argmax: a third of the time that max takes for so few
+        if not self._staging.whole and received.item(received.argmax()) >= self._k:
             self._settle(e, first * self._unit, min(last * self._unit, self._n))
 
     def _open_units(self, e: int, start: int, stop: int, staged: torch.Tensor) -> None:
@@ -260,6 +261,8 @@ class QuantStore:
             self._accepted.remove(e)
             self.coverage.discard(self._units.box(e, (0, self._n), (0, self._k)))
         units = self._units.of(e, start, stop)
+        if (states := units.tobytes()).count(STAGED | OPEN) == len(states):
+            return  # Most often all of them are open already, and bytes tell so in a tenth of numpy's time.
         if (finished := (units & (QUANTIZED | STAGED)) == QUANTIZED).any():
             for u in (np.flatnonzero(finished) + start // self._unit).tolist():
                 a, b = u * self._unit, min((u + 1) * self._unit, self._n)

@@ -44,7 +44,7 @@ class Staging:
             group = self._new_group(key) if group is None else group
             self.retained.pop(key, None)
             border = key[1] * self._group_rows
-            spans.append((a, b, group if b - a == len(group) else group[a - border : b - border]))
+            spans.append((a, b, group if b - a == group.shape[0] else group[a - border : b - border]))
         return spans
 
     def held(self, e: int, start: int, stop: int) -> Iterator[Span]:

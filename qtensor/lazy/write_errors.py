@@ -17,12 +17,14 @@ class WriteErrors:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.first: QTensorError | None = None
-        self._wrong = Coverage(shape)
+        self._shape = shape
+        self._wrong: Coverage | None = None
 
     def add(self, error: QTensorError, where: View | torch.Tensor | None) -> None:
         """An error kept a view (of anything else, all elements) from being written."""
         self.first = self.first or error
-        cover(self._wrong, where if isinstance(where, View) else whole(self._wrong.shape))
+        self._wrong = self._wrong or Coverage(self._shape)
+        cover(self._wrong, where if isinstance(where, View) else whole(self._shape))
 
     def start_over(self, error: QTensorError) -> None:
         """Nothing of the weight counts any more, for this reason. May be repeated."""
@@ -32,6 +34,7 @@ class WriteErrors:
 
     def forgive(self, where: View | torch.Tensor) -> None:
         """The view, or the elements where a mask is true, have been written."""
-        uncover(self._wrong, where if isinstance(where, View) else where.cpu().numpy())
-        if not self._wrong.covered:
+        if self._wrong is not None:
+            uncover(self._wrong, where if isinstance(where, View) else where.cpu().numpy())
+        if self._wrong is None or not self._wrong.covered:
             self.first = None

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..lazy.plain_store import PlainStore
 from ..lazy.weight import ArmedWeight
-from ..modules import parameters
+from ..modules import named_modules, parameters
 
 ADAPTER = "part of an adapter"
 """Why such a parameter is not quantized, for the report."""
@@ -23,8 +23,12 @@ _NAMES = re.compile(r"(.*\.)?(lora_\w+|\w*adapters?(_\w+)?|gating_factor)(\.|$)"
 def adapter_parameters(root: nn.Module) -> set[int]:
     """The ids of the parameters that adapters have added to a model."""
     found = {id(param) for *_, name, param in parameters(root) if is_low_rank(name)}
-    for layer in root.modules():
-        if any(kind.__module__.startswith("peft.") for kind in type(layer).__mro__):
+    layers = [layer for _, layer in named_modules(root, distinct=True)]
+    of_peft = {
+        kind: any(base.__module__.startswith("peft.") for base in kind.__mro__) for kind in set(map(type, layers))
+    }
+    for layer in layers:
+        if of_peft[type(layer)]:
             wrapped = [child for name in _WRAPPED if (child := layer._modules.get(name)) is not None]
             found |= {id(p) for p in layer.parameters()} - {id(p) for child in wrapped for p in child.parameters()}
     return found

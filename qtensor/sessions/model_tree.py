@@ -15,7 +15,7 @@ from torch import nn
 
 from ..lazy.lazy_tensor import LAZY, LazyWeight
 from ..lazy.weight import ArmedWeight
-from ..modules import Owner, local_tensor, parameters
+from ..modules import Owner, full_name, local_tensor, named_modules, parameters
 
 
 class ModuleTree:
@@ -67,16 +67,19 @@ class ModuleTree:
 
     def lazy_buffers(self) -> Iterator[tuple[str, nn.Module, str, LazyWeight]]:
         for model in self.models():
-            for module_name, module in model.named_modules():
+            for module_name, module in named_modules(model, distinct=True):
                 for name, buffer in module._buffers.items():
                     if isinstance(buffer, LazyWeight):
                         yield module_name, module, name, buffer
 
     def plain_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         for model in self.models():
-            for name, buffer in model.named_buffers():
-                if not isinstance(buffer, LazyWeight):
-                    yield name, buffer
+            seen: set[int] = set()
+            for module_name, module in named_modules(model, distinct=True):
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and id(buffer) not in seen and not isinstance(buffer, LazyWeight):
+                        seen.add(id(buffer))
+                        yield full_name((module_name, module, name)), buffer
 
     def live(self, host: object) -> dict[ArmedWeight, list[Owner]]:
         """The weights armed by `host` that are part of a model now; others were replaced or dropped."""

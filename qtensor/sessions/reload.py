@@ -146,15 +146,16 @@ class Reload(ModelTransaction):
             raise
 
     def _refuse_what_cannot_be_reloaded(self, model: nn.Module) -> None:
-        for param in local_parameters(model):
+        for module_name, module, name, held in parameters(model):
+            param: Any = local_tensor(held)
             if isinstance(param, LAZY):
                 waits_for_its_end(param)
-        for module_name, module, name, held in parameters(model):
-            param, full = local_tensor(held), full_name((module_name, module, name))
             if isinstance(param, LAZY):
                 state = "another session that is still open" if not param._armed.host.closed else "an aborted load"
+                full = full_name((module_name, module, name))
                 raise QTensorError(f"{full} is armed by {state}; finish it, or load the model with online_quant first")
             if isinstance(param, QTensor) and (param.transposed or not param.whole_units):
+                full = full_name((module_name, module, name))
                 raise QTensorError(f"{full} is a view of a quantized weight; it cannot be reloaded on its own")
 
     def _arm_all(self, model: nn.Module) -> None:
@@ -196,7 +197,9 @@ class Reload(ModelTransaction):
 
     def _open(self, weight: ReloadedWeight, param: torch.Tensor) -> None:
         shadow = self.options.shadow if self.options.atomic else "device"
-        weight.open_on(param.detach(), self.second_copy, shadow, early=not self.options.atomic)
+        # Of a quantized one not `detach`, which looks for its caller.
+        live = param.with_parts(*param.parts()) if isinstance(param, QTensor) else param.detach()
+        weight.open_on(live, self.second_copy, shadow, early=not self.options.atomic)
 
     # What armed weights ask (lazy.weight.Host)
 
@@ -345,7 +348,8 @@ class _ArmedQuantized:
     put it back where `torch.utils.swap_tensors` has made something else of it."""
 
     def __init__(self, param: QTensor, weight: ArmedWeight) -> None:
-        self.param, self.live, self._weight = param, cast(QTensor, param.detach()), weight
+        self.param, self._weight = param, weight
+        self.live = cast(QTensor, self.final)
         self._attributes = attributes_of(param)
 
     def do(self) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import QTensorError
 from ..interrupts import without_grad
 from ..lazy.lazy_tensor import attributes_of
-from ..modules import Owner, full_name, local_parameters, local_tensor
+from ..modules import Owner, full_name, local_tensor, named_modules
 from ..tensor.qtensor import QTensor
 
 
@@ -25,7 +25,7 @@ class Snapshot:
         self._entries: list[tuple[Owner, torch.Tensor]] = []
         self._attributes: dict[int, tuple[torch.Tensor, dict[str, Any], tuple[int, ...]]] = {}
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for module_name, module in model.named_modules():
+        for module_name, module in named_modules(model, distinct=True):
             for entries in (module._parameters, module._buffers):
                 for name, tensor in entries.items():
                     if tensor is not None:
@@ -34,9 +34,10 @@ class Snapshot:
             for buffer in module._buffers.values():
                 if buffer is not None:
                     self.watch(buffer)
-        for param in local_parameters(model):
-            if not isinstance(param, QTensor) and not param.is_floating_point():
-                self.watch(param)
+            for param in module._parameters.values():
+                local = local_tensor(param)
+                if local is not None and not isinstance(local, QTensor) and not local.is_floating_point():
+                    self.watch(local)
 
     def watch(self, tensor: torch.Tensor) -> None:
         """Nobody else looks after this one's values."""
