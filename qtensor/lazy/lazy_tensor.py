@@ -60,15 +60,15 @@ class _Handle:
             stop = start + length
             if 0 <= start <= stop <= meta.shape[dim]:
                 # The slice that narrow ends in, without narrow's way there: half the time.
-                return wrap(self._armed, meta[:, start:stop] if dim else meta[start:stop])
-        return wrap(self._armed, meta.narrow(dim, start, length))
+                return wrap(self._armed, meta[:, start:stop] if dim else meta[start:stop], self._live)
+        return wrap(self._armed, meta.narrow(dim, start, length), self._live)
 
     def select(self, dim: int, index: Any) -> LazyWeight:
-        return wrap(self._armed, self._meta.select(dim, index))
+        return wrap(self._armed, self._meta.select(dim, index), self._live)
 
     def __getitem__(self, index: Any) -> Any:
         if _is_basic(index):
-            return wrap(self._armed, self._meta[index])
+            return wrap(self._armed, self._meta[index], self._live)
         return torch.Tensor.__getitem__(self, index)  # type: ignore[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -299,11 +299,12 @@ def set_data(param: Any, value: torch.Tensor) -> None:
     Swap(param, new).do()
 
 
-def wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:
+def wrap(armed: ArmedWeight, meta: torch.Tensor, live: bool = False) -> LazyWeight:
+    """A handle on what `meta` shows of a weight. live: see `answers_live`."""
     if torch.is_inference_mode_enabled():
         # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
         with torch.inference_mode(False):
-            return wrap(armed, meta)
+            return wrap(armed, meta, live)
     # Strides, offset, memory format, dtype, layout, device: by position, as names take a third longer.
     lazy = torch.Tensor._make_wrapper_subclass(
         LazyWeight,
@@ -316,6 +317,8 @@ def wrap(armed: ArmedWeight, meta: torch.Tensor) -> LazyWeight:
         armed.device,
     )
     lazy._armed, lazy._meta = armed, meta
+    if live:
+        lazy._live = True
     return lazy
 
 

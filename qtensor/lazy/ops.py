@@ -36,6 +36,7 @@ from .lazy_tensor import (
     LAZY,
     LIVE_OPS,
     OPS,
+    LiveQTensor,
     answers_live,
     assign,
     materialize,
@@ -56,10 +57,8 @@ ENTRIES = OpTable()
 
 def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     armed, out = lazy._armed, func(lazy._meta, *args, **kwargs)
-    views = [wrap(armed, m) for m in (out if isinstance(out, (list, tuple)) else [out])]
-    if armed.in_place and answers_live(lazy):
-        for view in views:
-            view._live = True
+    live = armed.in_place and answers_live(lazy)
+    views = [wrap(armed, m, live) for m in (out if isinstance(out, (list, tuple)) else [out])]
     return views if isinstance(out, (list, tuple)) else views[0]
 
 
@@ -389,7 +388,18 @@ def _done() -> Any:
 # The tables ---------------------------------------------------------------------------------------------------------
 
 
+def _transpose_live(func: Any, live: Any, *dims: int) -> Any:
+    """For products a quantized matrix, for writes the weight: what is written to it goes the way of all writes."""
+    view, turned = _view(func, live, *dims), ops_products.transpose(func, live, *dims)
+    if not isinstance(turned, QTensor):
+        return view
+    turned.__class__ = LiveQTensor
+    turned.__dict__.update(view.__dict__)
+    return turned
+
+
 def install() -> None:
     """A quantized weight whose session is open answers products as any QTensor, and all else as a lazy weight."""
     OPS.fill(ENTRIES, otherwise=_classify)
     LIVE_OPS.fill(ops_products.OPS, otherwise=OPS.handler)
+    LIVE_OPS.add(_transpose_live, aten.t.default, aten.transpose.int, replaces=ops_products.transpose)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import ops_copies, ops_fsdp, ops_joins, ops_products, ops_slices
+from .dequantized_view import is_view, view_of_values
 from .qtensor import OPS, on_dequantized
 from .table import Handler
 
@@ -17,4 +18,4 @@ def install() -> None:
 
 
 def _dequantize_first(op: Any) -> Handler:
-    return on_dequantized
+    return view_of_values if is_view(op) else on_dequantized

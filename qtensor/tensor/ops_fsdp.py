@@ -12,9 +12,10 @@ import torch
 
 from ..callers import asked_by_fsdp
 from ..errors import QTensorError
+from .dequantized_view import view_of_values
 from .ops_copies import alias, like
 from .ops_slices import take_slice
-from .qtensor import QTensor, empty, on_dequantized
+from .qtensor import QTensor, empty
 from .table import OpTable
 
 aten = torch.ops.aten
@@ -56,7 +57,7 @@ def _view(func: Any, w: QTensor, size: Any) -> Any:
     """FSDP keeps a flat view of a shard's memory, which it does not use where there are extensions."""
     if tuple(size) == (-1,) and asked_by_fsdp():
         return alias(aten.alias.default, w)
-    return on_dequantized(func, w, size)
+    return view_of_values(func, w, size)
 
 
 @OPS.implements(aten.as_strided.default)
@@ -65,7 +66,7 @@ def _as_strided(func: Any, w: QTensor, size: Any, stride: Any, offset: int | Non
     size = tuple(size)
     in_rows = torch.empty(size, dtype=w.dtype, device="meta").stride()
     if w.transposed or size[1:] != w.shape[1:] or size[0] > w.shape[0] or tuple(stride) != in_rows or offset:
-        return on_dequantized(func, w, size, stride, offset)
+        return view_of_values(func, w, size, stride, offset)
     rows = take_slice(w, 0, slice(0, size[0], 1))
     return rows.with_parts(*rows.parts(), whole_units=w.whole_units)
 

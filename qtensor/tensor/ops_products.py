@@ -14,7 +14,8 @@ import torch
 from .. import kernels
 from ..kernels import compiled
 from ..kernels.backend import multiplies_e4m3fn
-from .ops_slices import index_rows
+from .dequantized_view import view_of_values
+from .ops_slices import index_rows, select
 from .qtensor import QTensor, on_dequantized
 from .table import OpTable
 
@@ -23,10 +24,15 @@ OPS = OpTable()
 
 
 @OPS.implements(aten.t.default, aten.transpose.int)
-def _transpose(func: Any, w: QTensor, d0: int = 0, d1: int = 1) -> Any:
+def transpose(func: Any, w: QTensor, d0: int = 0, d1: int = 1) -> Any:
     if {d0 % w.dim(), d1 % w.dim()} != {w.dim() - 2, w.dim() - 1}:
-        return func(w.dequantize(), d0, d1)
-    return w.with_parts(*w.parts(), transposed=not w.transposed)
+        return view_of_values(func, w, d0, d1)
+    turned = w.with_parts(*w.parts(), transposed=not w.transposed)
+    if w._part_of is not None:
+        whole, dim, part = w._part_of
+        other = {w.dim() - 2: w.dim() - 1, w.dim() - 1: w.dim() - 2}
+        turned._part_of = (transpose(func, whole, d0, d1), other.get(dim, dim), part)
+    return turned
 
 
 @OPS.implements(aten.linear.default)
@@ -54,7 +60,7 @@ def _addmm(func: Any, bias: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 
 @OPS.implements(aten.bmm.default)
 def _bmm(func: Any, x: Any, w: Any) -> torch.Tensor:
     if isinstance(w, QTensor) and w.transposed and not isinstance(x, QTensor):
-        return torch.stack([_mm(aten.mm.default, x[e], w[e]) for e in range(w.shape[0])])
+        return torch.stack([_mm(aten.mm.default, x[e], select(aten.select.int, w, 0, e)) for e in range(w.shape[0])])
     return on_dequantized(func, x, w)
 
 

@@ -1,6 +1,6 @@
 """Slices of quantized weights: parts that take whole scale groups stay quantized, and alias the weight.
 
-A part that cuts through a scale group is a slice of the dequantized values.
+A part that cuts through a scale group is a slice of the dequantized values (`DequantizedView`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..kernels.formats import ceil_div
+from .dequantized_view import view_of_values
 from .qtensor import QTensor
 from .table import OpTable
 
@@ -19,10 +20,10 @@ OPS = OpTable()
 
 
 @OPS.implements(aten.select.int)
-def _select(func: Any, w: QTensor, dim: int, index: int) -> Any:
+def select(func: Any, w: QTensor, dim: int, index: int) -> Any:
     if w.dim() == 3 and dim % 3 == 0:
         return w.with_parts(*(part[index] for part in w.parts()))
-    return func(w.dequantize(), dim, index)
+    return view_of_values(func, w, dim, index)
 
 
 @OPS.implements(aten.slice.Tensor)
@@ -33,7 +34,7 @@ def _slice(func: Any, w: QTensor, dim: int = 0, start: Any = None, end: Any = No
         shard = rows.with_parts(*rows.parts(), whole_units=True)
         shard._padded = w
         return shard
-    return take_slice(w, dim, part) if _sliceable(w, dim, part) else func(w.dequantize(), dim, start, end, step)
+    return take_slice(w, dim, part) if _sliceable(w, dim, part) else view_of_values(func, w, dim, start, end, step)
 
 
 @OPS.implements(aten.split.Tensor, aten.unsafe_split.Tensor)
@@ -53,7 +54,7 @@ def _split_with_sizes(func: Any, w: QTensor, sizes: Sequence[int], dim: int = 0)
 
 @OPS.implements(aten.unbind.int)
 def _unbind(func: Any, w: QTensor, dim: int = 0) -> Any:
-    return [_select(aten.select.int, w, dim, i) for i in range(w.shape[dim])]
+    return [select(aten.select.int, w, dim, i) for i in range(w.shape[dim])]
 
 
 @OPS.implements(aten.index.Tensor)

@@ -365,12 +365,19 @@ def refuse_disk(weight: QTensor) -> NoReturn:
     )
 
 
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """What an operation writes to, among its arguments."""
+    found = []
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is not None and spec.alias_info.is_write:
+            found += torch.utils._pytree.tree_leaves(args[i] if i < len(args) else kwargs.get(spec.name))
+    return found
+
+
 def on_dequantized(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other operation, on the dequantized values. A mutation of the weight is refused: it would be lost."""
-    for value, spec in zip(args, func._schema.arguments, strict=False):
-        if spec.alias_info is not None and spec.alias_info.is_write:
-            for weight in torch.utils._pytree.tree_leaves(value):
-                if isinstance(weight, QTensor):
-                    refuse_mutation(func, weight)
+    for weight in written_by(func, args, kwargs):
+        if isinstance(weight, QTensor):
+            refuse_mutation(func, weight)
     args, kwargs = torch.utils._pytree.tree_map_only(QTensor, lambda w: w.dequantize(), (args, kwargs))
     return func(*args, **kwargs)
