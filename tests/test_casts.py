@@ -351,3 +351,27 @@ def test_a_reload_moves_nothing() -> None:
             model.to("meta")
         model.to_empty(device="cpu")  # what is in use stays until there are other values
     assert_oracle(model.up.weight, old["up.weight"], fp8_per_channel)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_weight_that_was_moved_to_meta_says_so_until_it_has_values(loaded: bool, swap: bool) -> None:
+    """As a plain one does, to everyone."""
+    state = state_of(Net())
+    plain = Net()
+    with online_quant(fp8_per_channel), swapping(swap):
+        model = Net()
+        if loaded:
+            model.load_state_dict(state)
+        for m in (model, plain):
+            m.to("meta")
+        for name, param in model.named_parameters():
+            assert (param.device, param.is_meta) == (plain.get_parameter(name).device, True)
+            assert param.data[1:].device.type == param.half().device.type == (param + 1).device.type == "meta"
+        model.up.to_empty(device="cpu")
+        assert {p.device.type for p in model.up.parameters()} == {"cpu"}
+        model.load_state_dict(state, assign=True)
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert_oracle(model.up.weight, state["up.weight"], fp8_per_channel)
+    model.to("meta")
+    assert all(p.is_meta and p.device.type == "meta" for p in model.parameters())

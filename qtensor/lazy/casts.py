@@ -18,12 +18,13 @@ def cast(weight: ArmedWeight, dtype: torch.dtype, device: torch.device) -> None:
     """From now on the weight has this dtype, and is on this device.
 
     What is staged is cast now. What is quantized and no longer staged keeps its bytes: `weight.cast_from` has its dtype
-    where the cast rounds. The meta device takes the values; the weight goes on saying where they will be.
+    where the cast rounds. The meta device takes the values; until there are others, the weight says that it is there.
     """
     with weight.lock:
         if device.type == "meta":
             if not weight.is_still_meta():
                 vacate(weight, device)
+                weight.on_meta = "moved"
             device = weight.device
         if isinstance(weight.store, QuantStore) and dtype not in SOURCE_DTYPES:
             raise WeightDtypeError(

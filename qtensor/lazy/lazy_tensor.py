@@ -24,6 +24,7 @@ from ..tensor.qtensor import QTensor
 from ..tensor.table import OpTable
 from .casts import cast, vacate
 from .quant_store import QuantStore
+from .storage import Storage
 from .uninitialised import is_untouched
 from .weight import ArmedWeight
 
@@ -94,10 +95,10 @@ class _Handle:
         return _module_load(self, other)
 
     def storage(self) -> Any:
-        return _Storage(self)
+        return Storage(self)
 
     def untyped_storage(self) -> Any:
-        return _Storage(self)
+        return Storage(self)
 
     def data_ptr(self) -> int:
         return self._armed.address + int(self._meta.storage_offset()) * self._meta.itemsize
@@ -320,21 +321,6 @@ def wrap(armed: ArmedWeight, meta: torch.Tensor, live: bool = False) -> LazyWeig
     if live:
         lazy._live = True
     return lazy
-
-
-class _Storage:
-    """What stands for the storage of a lazy weight. Tools that look for tied weights compare addresses and sizes; this
-    address is the weight's own, and no memory has it."""
-
-    def __init__(self, lazy: Any) -> None:
-        self._address = lazy._armed.address
-        self._meta = lazy._meta.untyped_storage()
-
-    def data_ptr(self) -> int:
-        return self._address
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._meta, name)
 
 
 def _module_load(lazy: Any, other: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,8 @@ class ArmedWeight:
     initial: what it holds before anyone loads it: for constructors that read it, and to fall back to when elements stay
         unwritten (on_missing "keep" or "init").
     writes: how often something was written.
-    on_meta: it was made on the meta device, and nobody has given it memory or values since.
+    on_meta: it was made on the meta device, or moved there by `.to("meta")`, and nobody has given it memory or values
+        since.
     was: its dtype when something was written, if it was cast since.
     copied: it was deep-copied. assigned: the Parameter last assigned in its place, if someone else holds it still.
     in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`).
@@ -86,7 +87,8 @@ class ArmedWeight:
         self.params: list[torch.Tensor] = []
         self.scheme: Any = UNDECIDED
         self.store: Store | None = None
-        self.initial, self.on_meta = Initial(shape, dtype, device), False
+        self.initial = Initial(shape, dtype, device)
+        self.on_meta: bool | Literal["moved"] = False
         self.was: torch.dtype | None = None
         self._errors = WriteErrors(shape)
         self._cut_short: str | None = None  # by what, or perhaps by what: a write is under way, or was and did not end
@@ -372,8 +374,8 @@ class ArmedWeight:
 
     def is_still_meta(self) -> bool:
         """Is it on the meta device for whoever asks? For those who make the model there, until it has memory or values.
-        To loaders it is on the device where its values will be."""
-        return self.on_meta and not self.coverage.covered and initialising()
+        To loaders it is on the device where its values will be, unless somebody has moved it."""
+        return bool(self.on_meta) and not self.coverage.covered and (self.on_meta == "moved" or initialising())
 
     def is_constructed(self) -> bool:
         """Does it hold what it was constructed with, and nothing of a loader? Arithmetic on that is initialisation."""

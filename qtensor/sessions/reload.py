@@ -152,11 +152,12 @@ class Reload(ModelTransaction):
                 waits_for_its_end(param)
             if isinstance(param, LAZY):
                 state = "another session that is still open" if not param._armed.host.closed else "an aborted load"
-                full = full_name((module_name, module, name))
-                raise QTensorError(f"{full} is armed by {state}; finish it, or load the model with online_quant first")
-            if isinstance(param, QTensor) and (param.transposed or not param.whole_units):
-                full = full_name((module_name, module, name))
-                raise QTensorError(f"{full} is a view of a quantized weight; it cannot be reloaded on its own")
+                why = f"is armed by {state}; finish it, or load the model with online_quant first"
+            elif isinstance(param, QTensor) and (param.transposed or not param.whole_units):
+                why = "is a view of a quantized weight; it cannot be reloaded on its own"
+            else:
+                continue
+            raise QTensorError(f"{full_name((module_name, module, name))} {why}")
 
     def _arm_all(self, model: nn.Module) -> None:
         seen: dict[int, tuple[torch.Tensor, list[Owner]]] = {}
@@ -180,14 +181,14 @@ class Reload(ModelTransaction):
         weight = self._weight(param, owners[0])
         kernels.foresee(param.device, param.scheme.format, param.dtype, param.numel())
         self._agreements.share(weight, owners, held, param.scheme.format)
-        self._open(weight, param)
+        self._open(weight, param.with_parts(*param.parts()))
         self._arming[weight] = arming = _ArmedQuantized(param, weight)
         arming.do()
         self._progress.expect(1)
 
     def _arm_plain(self, param: torch.Tensor, owners: list[Owner]) -> None:
         weight = self._weight(param, owners[0])
-        self._open(weight, param)
+        self._open(weight, param.detach())
         arming = _ArmedPlain(param, weight)
         self._arming[weight] = arming
         if not arming.do():
@@ -195,10 +196,8 @@ class Reload(ModelTransaction):
             self._before.watch(param)
             del self._arming[weight]
 
-    def _open(self, weight: ReloadedWeight, param: torch.Tensor) -> None:
+    def _open(self, weight: ReloadedWeight, live: torch.Tensor) -> None:
         shadow = self.options.shadow if self.options.atomic else "device"
-        # Of a quantized one not `detach`, which looks for its caller.
-        live = param.with_parts(*param.parts()) if isinstance(param, QTensor) else param.detach()
         weight.open_on(live, self.second_copy, shadow, early=not self.options.atomic)
 
     # What armed weights ask (lazy.weight.Host)
@@ -348,9 +347,8 @@ class _ArmedQuantized:
     put it back where `torch.utils.swap_tensors` has made something else of it."""
 
     def __init__(self, param: QTensor, weight: ArmedWeight) -> None:
-        self.param, self._weight = param, weight
+        self.param, self._weight, self._attributes = param, weight, attributes_of(param)
         self.live = cast(QTensor, self.final)
-        self._attributes = attributes_of(param)
 
     def do(self) -> bool:
         self._put_back()
