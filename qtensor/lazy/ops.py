@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 from ..callers import asked_by_fsdp, copied_by_init, distributing, initialising, replaced_by_module, scatters
 from ..errors import QTensorError, WeightDtypeError, WeightShapeError
 from ..regions.views import View, whole
-from ..tensor import ops_products
 from ..tensor.qtensor import QTensor
 from ..tensor.table import Handler, OpTable
+from . import ops_live
 from .casts import cast, vacate
 from .effects import (
     INDEXED,
@@ -36,7 +36,6 @@ from .lazy_tensor import (
     LAZY,
     LIVE_OPS,
     OPS,
-    LiveQTensor,
     answers_live,
     assign,
     materialize,
@@ -388,18 +387,7 @@ def _done() -> Any:
 # The tables ---------------------------------------------------------------------------------------------------------
 
 
-def _transpose_live(func: Any, live: Any, *dims: int) -> Any:
-    """For products a quantized matrix, for writes the weight: what is written to it goes the way of all writes."""
-    view, turned = _view(func, live, *dims), ops_products.transpose(func, live, *dims)
-    if not isinstance(turned, QTensor):
-        return view
-    turned.__class__ = LiveQTensor
-    turned.__dict__.update(view.__dict__)
-    return turned
-
-
 def install() -> None:
     """A quantized weight whose session is open answers products as any QTensor, and all else as a lazy weight."""
     OPS.fill(ENTRIES, otherwise=_classify)
-    LIVE_OPS.fill(ops_products.OPS, otherwise=OPS.handler)
-    LIVE_OPS.add(_transpose_live, aten.t.default, aten.transpose.int, replaces=ops_products.transpose)
+    LIVE_OPS.fill(ops_live.OPS, otherwise=OPS.handler)
