@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +125,27 @@ def test_what_a_constructor_drops_need_not_be_loaded() -> None:
         model = Drops()
         model.load_state_dict(state)
     assert_oracle(model.body[0].weight, state["body.0.weight"], fp8_per_channel)
+
+
+def test_a_module_that_is_dropped_is_gone_at_once() -> None:
+    """As in a plain model, without a collection of garbage; what its Parameters still take stays in high precision."""
+    gc.collect()
+    gc.disable()
+    try:
+        with online_quant(fp8_per_channel):
+            dropped, kept = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), nn.Linear(8, 8)
+            weight = dropped[0].weight
+            assert repr(weight).startswith("LazyWeight(0.weight:")
+            gone = [weakref.ref(module) for module in dropped.modules()]
+            del dropped
+            assert [module() for module in gone] == [None] * 3
+            kept.load_state_dict({"weight": torch.ones(8, 8), "bias": torch.ones(8)})
+            weight.data.fill_(2)
+            assert "not quantized, 64 of 64 elements written" in repr(weight)
+    finally:
+        gc.enable()
+    assert type(kept.weight) is QTensor
+    assert torch.equal(weight, torch.full((8, 8), 2.0))
 
 
 def test_what_a_constructor_reads_is_what_its_initialisers_left() -> None:

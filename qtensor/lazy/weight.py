@@ -63,7 +63,8 @@ class ArmedWeight:
     """A weight that quantizes itself while it is written.
 
     params: the Parameter objects that stand for it (one, unless a library re-wrapped it).
-    owner: the module and attribute name it was registered under first.
+    owner: the module it was registered in first (None once that is gone: a module that a constructor drops is gone as
+        it is in a plain model, not when garbage is collected), and its name there.
     scheme: what it becomes; None keeps it in high precision; UNDECIDED until its full name is known.
     initial: what it holds before anyone loads it: for constructors that read it, and to fall back to when elements stay
         unwritten (on_missing "keep" or "init").
@@ -81,7 +82,8 @@ class ArmedWeight:
     def __init__(
         self, host: Host, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: tuple[Any, str]
     ) -> None:
-        self.host, self.shape, self.dtype, self.device, self.owner = host, shape, dtype, device, owner
+        self.host, self.shape, self.dtype, self.device = host, shape, dtype, device
+        self._module, self._attribute = None if owner[0] is None else weakref.ref(owner[0]), owner[1]
         self.coverage = Coverage(shape)
         self.lock = threading.RLock()
         self.params: list[torch.Tensor] = []
@@ -102,6 +104,10 @@ class ArmedWeight:
         # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
         self.address = (1 << 62) + (next(_serial) << 42)
         host.enroll(self)
+
+    @property
+    def owner(self) -> tuple[Any, str]:
+        return None if self._module is None else self._module(), self._attribute
 
     @property
     def name(self) -> str:

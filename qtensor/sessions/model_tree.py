@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ class ModuleTree:
         self._model = model
         self._modules: WeakSet[nn.Module] = WeakSet()
         self._parents: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
-        self._names: dict[ArmedWeight, list[Owner]] = {}
+        self._names: dict[ArmedWeight, list[tuple[str, ref[nn.Module], str]]] = {}
         self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._stale = True
 
@@ -43,7 +43,7 @@ class ModuleTree:
             self._parents.setdefault(module, WeakSet()).add(parent)
 
     def changed(self) -> None:
-        """Names that were read off the tree may be wrong by now. They hold modules."""
+        """Names that were read off the tree may be wrong by now."""
         self._stale, self._names = True, {}
 
     def forget(self) -> None:
@@ -52,11 +52,14 @@ class ModuleTree:
         self._modules.clear()
 
     def owners(self, weight: ArmedWeight) -> list[Owner]:
-        """The names of a weight; tied weights have several."""
+        """The names of a weight; tied weights have several. Of one in no module any more the module is None."""
         if self._stale:
             self._read_names()
+        known = [(prefix, module(), name) for prefix, module, name in self._names.get(weight, ())]
+        if found := [(prefix, module, name) for prefix, module, name in known if module is not None]:
+            return found
         module, name = weight.owner
-        return self._names.get(weight) or [(self._module_names.get(module, ""), module, name)]
+        return [("" if module is None else self._module_names.get(module, ""), module, name)]
 
     def parameters(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
         """Every parameter of every model, under every name it has: module name, module, name, parameter (of a DTensor,
@@ -108,7 +111,7 @@ class ModuleTree:
 
     def _read_names(self) -> None:
         self._stale = False
-        names: dict[ArmedWeight, list[Owner]] = {}
+        names: dict[ArmedWeight, list[tuple[str, ref[nn.Module], str]]] = {}
         self._module_names = WeakKeyDictionary()
         for root in self._roots():
             for module_name, module, name, whole in parameters(root):
@@ -116,7 +119,7 @@ class ModuleTree:
                 self._module_names.setdefault(module, module_name)
                 if isinstance(param, LAZY):
                     param._armed.adopt(param)
-                    names.setdefault(param._armed, []).append((module_name, module, name))
+                    names.setdefault(param._armed, []).append((module_name, ref(module), name))
         self._names = names
 
 

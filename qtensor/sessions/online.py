@@ -289,6 +289,8 @@ class Load(ModelTransaction):
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         owners = self._tree.owners(weight)
         _, module, name = owners[0]
+        if module is None:  # Somebody writes to a Parameter of a module that is gone.
+            return None
         held = module._parameters.get(name)
         return self._decide(weight, owners, held if is_dtensor(held) and held is not None else weight.params[0])
 
