@@ -63,7 +63,7 @@ endurance: $(VENV)/.dev
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_endurance.py tests/test_differential.py \
 		tests/test_conversion.py tests/test_quantize_many.py tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py \
 		tests/test_rank_failures.py tests/test_interrupts.py tests/test_reload_machine.py tests/test_casts.py \
-		tests/test_views.py tests/gpu
+		tests/test_views.py tests/test_transforms.py tests/gpu
 
 # vllm.mk adds environments with vLLM to these.
 test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready

@@ -20,7 +20,7 @@ def must_trace(*tensors: torch.Tensor | None) -> bool:
     A kernel's writes are in no graph that make_fx records, and what is allocated inside a torch.func transform is no
     memory but a wrapper; neither shows in the tensors' types.
     """
-    if torch.compiler.is_compiling() or _transforming() is not None or _is_recording():
+    if torch.compiler.is_compiling() or _transforming() is not None or is_recording():
         return True
     return any(t is not None and (t.is_meta or type(t) not in (torch.Tensor, torch.nn.Parameter)) for t in tensors)
 
@@ -29,7 +29,7 @@ _transforming = torch._C._functorch.peek_interpreter_stack
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
-def _is_recording() -> bool:
+def is_recording() -> bool:
     """Is make_fx at work, before or after dispatch?"""
     found = torch._C._get_dispatch_mode(_PROXY) or torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)
     return found is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,17 @@ def test_make_fx(model: Net, mode: str) -> None:
     assert close(graph(x), model(x) + (x @ model.up.weight.dequantize().T)[:, :64])
 
 
+def test_make_fx_while_a_session_is_open() -> None:
+    """The values of weights that are being loaded are constants of the program."""
+    state = Net().state_dict()
+    with online_quant(fp8_per_channel):
+        model = Net()
+        model.load_state_dict(state)
+        graph = make_fx(lambda x: model(x), _allow_non_fake_inputs=True)(X)
+        assert close(graph(X), model(X))
+    assert close(graph(X), model(X))
+
+
 def plain_of(model: Net) -> Callable[[torch.Tensor], torch.Tensor]:
     """The same model on dequantized weights."""
     plain = Net()
@@ -94,6 +107,22 @@ def test_export_with_a_dynamic_batch(strict: bool) -> None:
     shapes = {"x": {0: torch.export.Dim("batch")}}
     program = torch.export.export(model, (X,), strict=strict, dynamic_shapes=shapes)
     assert close(program.module()(OTHER), model(OTHER))
+
+
+@pytest.mark.skipif(not os.environ.get("QTENSOR_ENDURANCE"), reason="half a minute of g++: make endurance")
+def test_aot_inductor(tmp_path: Path) -> None:
+    model = loaded(fp8_per_channel)
+    program = torch.export.export(model, (X,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for x in (X, OTHER):
+        assert close(compiled(x), model(x))
+
+
+def test_make_fx_before_dispatch_is_refused_by_pytorch(model: Net) -> None:
+    """It asks no tensor subclass. docs/errors.md has this message, and what to do."""
+    with pytest.raises(RuntimeError, match="Unable to cast NotImplemented to Tensor"):
+        make_fx(lambda x: model(x), pre_dispatch=True, _allow_non_fake_inputs=True)(X)
 
 
 def test_compile_with_dynamic_shapes() -> None:

@@ -17,7 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qtensor import NonFiniteWeightError, QTensor, QTensorError, fp8_per_block, online_quant, online_reload, quantize
+from qtensor import (
+    NonFiniteWeightError,
+    QTensor,
+    QTensorError,
+    Scheme,
+    fp8_per_block,
+    fp8_per_channel,
+    online_quant,
+    online_reload,
+    quantize,
+)
 from qtensor.lazy.lazy_tensor import LiveQTensor
 from qtensor.schemes.scheme import SCHEMES
 from support.helpers import assert_oracle, holder, same_bytes
@@ -245,3 +255,20 @@ def test_a_parameter_made_of_a_part_has_values_of_its_own() -> None:
     torch.optim.SGD([param], lr=0.1).step()
     assert torch.equal(weight.dequantize(), before)
     assert torch.allclose(param, before[:, 3:7] * 0.8)
+
+
+def test_a_model_computes_in_a_session_as_it_does_after_it() -> None:
+    """A linear layer's product has its bias first, which is lazy, too."""
+    torch.manual_seed(0)
+    x, scheme = torch.randn(3, 64), Scheme(fp8_per_channel.format, "dynamic")
+    state = nn.Linear(64, 48).state_dict()
+    with online_quant(scheme):
+        model = nn.Linear(64, 48)
+        model.load_state_dict(state)
+        loading = model(x)
+    with online_reload(model):
+        model.weight.data[:, :8].zero_()
+        reloading = model(x)
+        model.load_state_dict(state)
+    assert torch.equal(loading, model(x))
+    assert torch.equal(reloading, model(x))

@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..callers import called_by_init, copies_to_train, makes_parameter
 from ..errors import QTensorError, WeightShapeError
 from ..interrupts import without_grad
+from ..kernels.compiled import is_recording
 from ..regions.views import View
 from ..tensor.qtensor import QTensor
 from ..tensor.table import OpTable
@@ -365,7 +367,10 @@ def _is_basic(index: Any) -> bool:
 
 
 def materialize(lazy: Any) -> torch.Tensor:
-    """The values of a lazy tensor, for whoever reads it."""
+    """The values of a lazy tensor, for whoever reads it. A program that make_fx records has them as a constant."""
+    if is_recording():
+        with _disable_current_modes():
+            return materialize(lazy)
     armed = lazy._armed
     return armed.live_values(view_of(lazy)) if answers_live(lazy) else written(lazy)
 

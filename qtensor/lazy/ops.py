@@ -252,7 +252,7 @@ def _regeometry(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _read(func: Any, *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = tree_map_only(LAZY, materialize, (args, kwargs))
+    args, kwargs = tree_map_only(LAZY, ops_live.operand, (args, kwargs))
     return func(*args, **kwargs)
 
 

@@ -16,6 +16,14 @@ OPS = OpTable()
 OPS.fill(ops_products.OPS, otherwise=lazy_tensor.OPS.handler)
 
 
+def operand(lazy: Any) -> torch.Tensor:
+    """What takes a lazy tensor's place in an operation that reads it: the transpose of a live weight as it is, for
+    products, of all else the values."""
+    if isinstance(lazy, lazy_tensor.LiveQTensor) and lazy.transposed:
+        return lazy.with_parts(*lazy.parts())
+    return lazy_tensor.materialize(lazy)
+
+
 @OPS.implements(aten.t.default, aten.transpose.int, replaces=ops_products.transpose)
 def _transpose(func: Any, live: Any, *dims: int) -> Any:
     """For products a quantized matrix, for writes the weight: what is written to it goes the way of all writes."""
