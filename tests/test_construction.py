@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -274,3 +275,13 @@ def test_what_the_initialisers_left_goes_with_the_memory() -> None:
         model.reset_parameters()
         model.to_empty(device="cpu")
     assert set(error.value.missing) == {"weight", "bias"}
+
+
+def test_a_copy_whose_original_is_gone_and_that_is_wrapped_anew() -> None:
+    """As `copy.deepcopy(model).to(device)` is: no hook tells of the copy, and its Parameters are other objects."""
+    state = nn.Linear(8, 8).state_dict()
+    with online_quant(fp8_per_channel):
+        model = copy.deepcopy(nn.Linear(8, 8))
+        model.weight = nn.Parameter(model.weight)
+        model.load_state_dict(state)
+    assert_oracle(model.weight, state["weight"], fp8_per_channel)

@@ -272,3 +272,13 @@ def test_a_model_computes_in_a_session_as_it_does_after_it() -> None:
         model.load_state_dict(state)
     assert torch.equal(loading, model(x))
     assert torch.equal(reloading, model(x))
+
+
+@pytest.mark.parametrize("index", [[0, 2], torch.tensor([2, 0]), torch.tensor([True, False, True])])
+def test_matrices_of_a_stack_by_index(index: Any) -> None:
+    """What an index selects is a copy, also of whole matrices."""
+    weight, values = quantize(torch.randn(3, 5, 34), "fp8_per_tensor"), torch.randn(2, 5, 34)
+    plain = weight.dequantize()
+    for t in (weight, plain):
+        t[index] = values
+    assert torch.equal(weight.dequantize(), quantize(plain, "fp8_per_tensor").dequantize())

@@ -91,7 +91,7 @@ class _Handle:
 
     def detach(self) -> Any:
         """`nn.Parameter(weight)` is another Parameter of the weight, in the state that this one is in."""
-        return twin(self) if makes_parameter() else wrap(self._armed, self._meta)
+        return self._armed.adopt(twin(self)) if makes_parameter() else wrap(self._armed, self._meta)
 
     def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
         return _module_load(self, other)

@@ -84,6 +84,7 @@ class ArmedWeight:
     ) -> None:
         self.host, self.shape, self.dtype, self.device = host, shape, dtype, device
         self._module, self._attribute = None if owner[0] is None else weakref.ref(owner[0]), owner[1]
+        self._copied_from: Any = None
         self.coverage = Coverage(shape)
         self.lock = threading.RLock()
         self.params: list[torch.Tensor] = []
@@ -135,12 +136,12 @@ class ArmedWeight:
         """The dtype in which some of it was quantized, of which a cast since then would have rounded the values."""
         return self.was if isinstance(self.store, QuantStore) and self.store.was_cast() else None
 
-    def adopt(self, param: torch.Tensor) -> None:
+    def adopt(self, param: torch.Tensor) -> torch.Tensor:
         """Another Parameter of all of the weight. (One of a part of it becomes no quantized weight.)"""
-        if View(tuple(param.shape), param.stride(), int(param.storage_offset())) != whole(self.shape):
-            return
-        if not any(known is param for known in self.params):
+        is_whole = View(tuple(param.shape), param.stride(), int(param.storage_offset())) == whole(self.shape)
+        if is_whole and not any(known is param for known in self.params):
             self.params.append(param)
+        return param
 
     def live_values(self, view: View) -> torch.Tensor:
         """The elements of a view as the model computes with them, of a weight that is `in_place`."""
@@ -478,6 +479,9 @@ class ArmedWeight:
         with self.lock:
             other = ArmedWeight(self.host, self.shape, self.dtype, self.device, self.owner)
             self.copied = True
+            other._copied_from = self.owner[
+                0
+            ]  # Nobody tells which module the copy is in; this one says what it is for.
             other.scheme, other.initial, other.on_meta = self.scheme, self.initial.copy(), self.on_meta
             other.coverage, other.settled, other.was = self.coverage.copy(), self.settled, self.was
             other.store = self.store.copy(other.coverage) if self.store is not None else None

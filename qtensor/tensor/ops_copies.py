@@ -112,7 +112,7 @@ def _set_item(func: Any, dst: QTensor, index: Any, value: Any) -> None:
 
     def write() -> None:
         part = dst[index]
-        if isinstance(part, QTensor):
+        if isinstance(part, QTensor) and part.qdata.untyped_storage()._cdata == dst.qdata.untyped_storage()._cdata:
             part.copy_(torch.as_tensor(value, dtype=dst.dtype, device=dst.device))
             return
         values = dst.dequantize()

@@ -27,6 +27,16 @@ class _Far(torch.Tensor):
         far.host = host
         return far
 
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        """PyTorch exchanges what is behind the Python object, of which `host` is a part."""
+        torch.Tensor.data.__set__(self, value)
+        self.host = value.host
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         names = [spec.name for spec in func._schema.arguments]
@@ -55,6 +65,11 @@ def install() -> torch.device:
     def empty(size: Any, dtype: Any = None, **_: Any) -> torch.Tensor:
         return _Far(torch.empty(size, dtype=dtype or torch.get_default_dtype(), device="cpu"))
 
+    def copy_from(source: Any, target: Any, non_blocking: bool = False) -> torch.Tensor:
+        getattr(target, "host", target).copy_(getattr(source, "host", source))
+        return target
+
+    library.impl("_copy_from", copy_from, "PrivateUse1")
     library.impl("empty_strided", empty_strided, "PrivateUse1")
     library.impl("empty.memory_format", empty, "PrivateUse1")
     install.library = library  # type: ignore[attr-defined]

@@ -160,6 +160,8 @@ def pieces(draw: Any, covered: torch.Tensor) -> list[tuple[slice, ...]]:
     return [(slice(0, rows), *every[1:-1], slice(first, None))[-covered.dim() :]]
 
 
+WHOLE_MERGES = ("add_", "sub_", "mul_", "data +=")
+"""Those that a session takes for nothing else: a part that is written opens what shares its scale again."""
 LOADING = ("write", "write", "load", "cast", "cast", "empty", "meta", "reset", "copy", "move", "merge")
 RELOADING = ("write", "load", "cast", "merge")
 FINISHED = ("cast", "move", "merge", "save", "copy", "reload", "reload")
@@ -173,7 +175,7 @@ class Life:
         self.plain, self.values = Plain(Net()), torch.Generator().manual_seed(draw(st.integers(0, 1000)))
         self.model: Model = self.plain.model
         self.late: set[str] = set()
-        self.is_copy = self.no_session = False
+        self.is_copy = self.no_session = self.in_place = False
 
     def run(self, constructed: bool) -> None:
         outside = None if constructed else copy.deepcopy(self.plain.model)
@@ -200,7 +202,7 @@ class Life:
         self.late = set(self.plain.covered) if self.is_copy and outside is None else late
         assert_as_plain(self.model, self.plain, self.late)
         for _ in range(self.draw(st.integers(0, 4))):
-            self.no_session = True
+            self.no_session, self.in_place = True, False
             self.step(FINISHED)
             assert_as_plain(self.model, self.plain, self.late)
 
@@ -238,7 +240,9 @@ class Life:
             self.model.load_state_dict(state, strict=False)
 
     def cast(self, module: str) -> None:
-        self.becomes(module, CASTS[self.draw(st.sampled_from(sorted(CASTS)))])
+        stays = {name: cast for name, cast in CASTS.items() if "cpu" not in name and "device" not in name}
+        casts = stays if self.in_place else CASTS
+        self.becomes(module, casts[self.draw(st.sampled_from(sorted(casts)))])
 
     def move(self, module: str) -> None:
         if self.there is not None:
@@ -280,7 +284,7 @@ class Life:
         held = ours.data.to("cpu", copy=True)
         held = held.dequantize() if isinstance(held, QTensor) else held
         delta = torch.randn(held.shape, generator=self.values).to(held.dtype) / 8
-        how = MERGES[self.draw(st.sampled_from(sorted(MERGES)))]
+        how = MERGES[self.draw(st.sampled_from(sorted(MERGES) if self.no_session else WHOLE_MERGES))]
         with torch.no_grad():
             how(held, delta)
             how(ours, delta.to(ours.device))
@@ -309,7 +313,7 @@ class Life:
         self.model = fresh
 
     def reload(self, module: str) -> None:
-        self.no_session = False
+        self.no_session, self.in_place = False, True
         with online_reload(self.model, atomic=self.draw(st.booleans())) as session:
             if self.there is not None and self.draw(st.booleans()):
                 here = next(self.model.parameters()).device
