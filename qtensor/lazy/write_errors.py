@@ -29,7 +29,7 @@ class WriteErrors:
     def start_over(self, error: QTensorError) -> None:
         """Nothing of the weight counts any more, for this reason. May be repeated."""
         self.first = error
-        self._wrong.clear()  # It may have been left half changed.
+        self._wrong = None  # It may have been left half changed.
         self.add(error, None)
 
     def forgive(self, where: View | torch.Tensor) -> None:

@@ -189,8 +189,7 @@ class Reload(ModelTransaction):
     def _arm_plain(self, param: torch.Tensor, owners: list[Owner]) -> None:
         weight = self._weight(param, owners[0])
         self._open(weight, param.detach())
-        arming = _ArmedPlain(param, weight)
-        self._arming[weight] = arming
+        self._arming[weight] = arming = _ArmedPlain(param, weight)
         if not arming.do():
             # C++ holds a weak reference: it stays as it is, and a loader writes to it directly.
             self._before.watch(param)
@@ -332,9 +331,8 @@ class Reload(ModelTransaction):
                     logger.warning(printable(problem), exc_info=True)
 
     def _settings(self) -> dict[str, str]:
-        options = self.options
-        told = {"atomic": options.atomic, "shadow": options.shadow, "assert_identity": options.assert_identity}
-        return super()._settings() | {key: str(value) for key, value in told.items()}
+        told = {key: str(getattr(self.options, key)) for key in ("atomic", "shadow", "assert_identity")}
+        return super()._settings() | told
 
     def _summary(self, state: str) -> LoadReport:
         report = super()._summary(state)
