@@ -1,4 +1,7 @@
-"""Whatever stops a load or a reload, and when: the model is old or new as a whole, and the next load works."""
+"""Whatever stops a load or a reload, and when: the model is old or new as a whole, and the next load works.
+
+It is one file because every test in it is one subject of `support.interrupts`, interrupted in another way.
+"""
 
 from __future__ import annotations
 

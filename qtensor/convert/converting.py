@@ -3,7 +3,8 @@
 A plan says what becomes of each tensor. Its shards are independent tasks: `convert_shard` reads one file, writes one
 file, and needs nothing but its task, so that any number of processes or machines can share them; the index, config.json
 and the list of checksums are written once, at the end. Within a shard, threads take one tensor each (streaming.py):
-memory is a few chunks per thread, whatever the size of the checkpoint.
+memory is a few chunks per thread, whatever the size of the checkpoint. It is one file because the plan, the tasks and
+the end have to agree on every name and number that a folder holds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Exceptions at any moment: from a timer's signal handler, at a given line of qtensor, or in a given torch operation.
 
 A subject is a small model and something that is done to it. Afterwards the model must be all old or all new, compute,
-and take the next load; and nothing may be left behind. Nothing here knows how qtensor does it.
+and take the next load; and nothing may be left behind. Nothing here knows how qtensor does it. It is one file because
+subjects, ways to interrupt them and the judgement afterwards are of no use without one another.
 """
 
 from __future__ import annotations
