@@ -287,8 +287,7 @@ class Load(ModelTransaction):
         self._agreements.submit(weight)
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
-        owners = self._tree.owners(weight)
-        _, module, name = owners[0]
+        _, module, name = (owners := self._tree.owners(weight))[0]
         if module is None:  # Somebody writes to a Parameter of a module that is gone.
             return None
         held = module._parameters.get(name)
@@ -392,8 +391,7 @@ class Load(ModelTransaction):
 
     def _warn(self) -> None:
         assert self._report is not None
-        unused = self._selection.unused_patterns()
-        if unused:
+        if unused := self._selection.unused_patterns():
             self._warnings.append(f"patterns that matched no weight: {', '.join(unused)}")
         if not self._report.layers:
             self._warnings.append(
