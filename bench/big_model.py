@@ -27,9 +27,10 @@ import torch
 from load_memory import from_pretrained, held_bytes
 from safetensors.torch import save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtensor import online_quant
-from qtensor.cli.demo import build, write_checkpoint
+from qtensor.cli.demo import write_checkpoint
 from qtensor.report.memory import Child, measure
 from qtensor.schemes.scheme import SCHEMES
 
@@ -86,7 +87,8 @@ def generate(folder: Path, gigabytes: float) -> None:
     """Random weights, one layer to a shard."""
     shape = config(gigabytes)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in build(shape).state_dict().items()}
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     needed = 2 * sum(size.numel() for size in shapes.values())
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
