@@ -152,6 +152,12 @@ def foresee(device: torch.device, fmt: WeightFormat, dtype: torch.dtype, numel: 
 
     On a CPU, what can be compiled beforehand, or read from a cache, is, so that the first write waits for less. Errors
     are those of the write.
+
+    Args:
+        device: Where the weight will be.
+        fmt: The format that it will have.
+        dtype: Of the values that will be written.
+        numel: Elements of the weight.
     """
     key = (fmt, dtype, numel.bit_length(), os.environ.get(VARIABLE))
     if device.type == "cpu" and key not in _foreseen:
