@@ -1,0 +1,1 @@
+"""Sources: the quantized formats in which checkpoints arrive, decoded unit by unit."""

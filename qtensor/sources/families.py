@@ -1,0 +1,23 @@
+"""Every family of sources, and which of them a weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import fp8
+from .source import Family, Source, Specs
+
+FAMILIES: tuple[Family, ...] = (fp8.FAMILY,)
+
+
+def recognise(specs: Specs, config: Mapping[str, Any]) -> Source | None:
+    """The source of a weight with those parts; None if there is none, or they do not tell yet.
+
+    specs, config: as `Recognise` takes them. Families that config.json's method names are asked first. Raises Unusable.
+    """
+    method = config.get("quant_method")
+    for family in sorted(FAMILIES, key=lambda family: method not in family.methods):
+        if (found := family.recognise(specs, config)) is not None:
+            return found
+    return None

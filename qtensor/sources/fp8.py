@@ -1,0 +1,144 @@
+"""fp8 values with scales per tensor, per channel or per block, in fp32, bf16, fp16 or powers of two (e8m0): mxfp8 too.
+
+Owners: transformers' `Fp8Dequantize` (DeepSeek-V3's blocks, "weight_scale_inv"), compressed-tensors' `dequantize`
+("weight_scale"), ModelOpt's FP8. All of them multiply code by scale and round once to the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .. import kernels
+from ..kernels import FORMATS, Parts, WeightFormat
+from ..kernels.formats import ceil_div
+from .scales import as_exponents, finite_scales, in_fp32, overflows
+from .source import UNNEEDED, Family, Matrix, PartSpec, Source, Span, Specs, Unusable
+
+VALUES = "*"
+SCALES = ("*_scale_inv", "*_scale")
+UNUSED = ("input_scale", "input_scale_inv", "activation_scale")
+_WIDE = (torch.float32, torch.bfloat16, torch.float16)
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True)
+class Fp8(Source):
+    """e4m3 values `[N, K]`, with a scale for each `block` of rows and columns; None in its place means all of them.
+
+    Attributes:
+        block: (None, None) per tensor, (1, None) per channel, (128, 128) DeepSeek's blocks, (1, 32) mxfp8.
+        scale: The name of the part that holds the scales.
+        dims: Dimensions of that tensor: per tensor 0, 1 or 2, per channel 1 or 2.
+    """
+
+    block: tuple[int | None, int | None]
+    scale: str = "*_scale"
+    dims: int = 2
+
+    @property
+    def name(self) -> str:
+        rows, cols = self.block
+        if cols is None:
+            return "fp8 (per tensor)" if rows is None else "fp8 (per channel)"
+        return "mxfp8" if self.block == (1, 32) else f"fp8 (blocks of {rows} × {cols})"
+
+    def shape(self, specs: Specs) -> Matrix:
+        found = specs[VALUES].shape if VALUES in specs else ()
+        if len(found) != 2:
+            raise Unusable(f"its values are {list(found)}, and should be a matrix")
+        return found[0], found[1]
+
+    def parts(self, shape: Matrix) -> dict[str, PartSpec]:
+        rows, cols = self.block
+        grid = (ceil_div(shape[0], rows or shape[0] or 1), ceil_div(shape[1], cols or shape[1] or 1))
+        scales = PartSpec(grid[: self.dims], (*_WIDE, *_EXPONENTS), Span(None) if rows is None else Span(0, 1, rows))
+        return {VALUES: PartSpec(shape, (torch.float8_e4m3fn,)), self.scale: scales, **dict.fromkeys(UNUSED, UNNEEDED)}
+
+    def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
+        finite_scales(parts[self.scale])
+
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        values, scales = parts[VALUES], self._grid(parts)
+        values = values if values.stride(-1) == 1 else values.contiguous()
+        fmt = next((fmt for fmt in FORMATS.values() if _block_of(fmt) == self.block), None)
+        if fmt is not None and not overflows(scales, fmt.max, dtype):
+            held = as_exponents(scales) if fmt.has_e8m0_scale else in_fp32(scales)
+            if held is not None:
+                return kernels.dequantize(values, held.reshape(fmt.scale_shape(shape)).contiguous(), fmt, dtype)
+        return _times(values, in_fp32(scales), self.block).to(dtype)
+
+    def moves(self, fmt: WeightFormat) -> Literal["unit"] | None:
+        """Into what has e4m3 values and scales of blocks that the ones here are made up of."""
+        block = _block_of(fmt)
+        if block is None or any(b is not None and (a is None or b % a) for a, b in zip(block, self.block, strict=True)):
+            return None
+        return "unit"
+
+    def move(self, parts: Mapping[str, torch.Tensor], shape: Matrix, fmt: WeightFormat) -> Parts | None:
+        scales: torch.Tensor | None = self._grid(parts)
+        assert scales is not None
+        if fmt.granularity != "tensor":
+            wanted, given = fmt.scale_shape(shape), self.block
+            for dim, (size, ours, theirs) in enumerate(zip(shape, _block_of(fmt) or (), given, strict=True)):
+                step, held = ours or size, theirs or size
+                index = torch.arange(wanted[dim], device=scales.device) * step // max(held, 1)
+                scales = scales.index_select(dim, index)
+        scales = as_exponents(scales) if fmt.has_e8m0_scale else in_fp32(scales)
+        return None if scales is None else Parts(parts[VALUES], scales.reshape(fmt.scale_shape(shape)))
+
+    def _grid(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The scales as `[bands of rows, bands of columns]`."""
+        scales = parts[self.scale]
+        return scales.reshape(scales.shape[0] if self.block[0] is not None else 1, -1)
+
+
+def _block_of(fmt: WeightFormat) -> tuple[int | None, int | None] | None:
+    """How much one scale of a format is for, as `Fp8.block`; None for formats of other values."""
+    if fmt.element != "e4m3":
+        return None
+    return {"tensor": (None, None), "channel": (1, None)}.get(fmt.granularity, fmt.block)
+
+
+def _times(values: torch.Tensor, scales: torch.Tensor, block: tuple[int | None, int | None]) -> torch.Tensor:
+    """Values times the scale of their block, in fp32."""
+    rows, cols = (size or whole for size, whole in zip(block, values.shape, strict=True))
+    wide = scales.repeat_interleave(rows, 0)[: values.shape[0]].repeat_interleave(cols, 1)[:, : values.shape[1]]
+    return values.float().mul_(wide)
+
+
+def recognise(specs: Specs, config: Mapping[str, Any]) -> Fp8 | None:
+    """By dtype of the values, and by the shape of the scales."""
+    values, name = specs.get(VALUES), next((name for name in SCALES if name in specs), None)
+    if values is None or name is None or values.dtype.itemsize != 1 or not values.dtype.is_floating_point:
+        return None
+    if values.dtype != torch.float8_e4m3fn:
+        raise Unusable(f"its values are {values.dtype}; of 8-bit floats only torch.float8_e4m3fn can be decoded")
+    scale = specs[name]
+    if scale.dtype not in (*_WIDE, *_EXPONENTS):
+        raise Unusable(f"its scales are {scale.dtype}; they can be fp32, bf16, fp16 or e8m0 (uint8)")
+    *lead, rows, cols = values.shape
+    for dims in (0, 1, 2):
+        for block in _blocks((rows, cols), scale.shape, config):
+            source = Fp8(block, name, dims)
+            if (*lead, *source.parts((rows, cols))[name].shape) == scale.shape:
+                return source
+    raise Unusable(f"its scales are {list(scale.shape)}, which fits no blocks of its values {list(values.shape)}")
+
+
+def _blocks(shape: Matrix, grid: tuple[int, ...], config: Mapping[str, Any]) -> list[tuple[int | None, int | None]]:
+    """The blocks that scales of that shape may be of, the likeliest first."""
+    found: list[tuple[int | None, int | None]] = [(None, None), (1, None)]
+    told = config.get("weight_block_size")
+    if isinstance(told, (list, tuple)) and len(told) == 2 and all(type(n) is int and n > 0 for n in told):
+        found.append((told[0], told[1]))
+    found += [(128, 128), (1, 32)]
+    if len(grid) >= 2 and all(n and not size % n for size, n in zip(shape, grid[-2:], strict=True)):
+        found.append((shape[0] // grid[-2], shape[1] // grid[-1]))  # As transformers finds them.
+    return found
+
+
+FAMILY = Family(("fp8", "compressed-tensors", "modelopt", "fbgemm_fp8"), (VALUES, *SCALES, *UNUSED), recognise)
