@@ -16,7 +16,6 @@ import torch
 from ..regions.coverage import Box
 from ..text import joined, printable
 from ..version import __version__
-from .page import page
 from .plot import plot_load
 from .timeline import MemoryPoint
 
@@ -116,6 +115,8 @@ class LoadReport:
         Memory over time, a table of all weights to sort and filter, a histogram of SQNR where it was measured, what
         was missing, and the settings. Names come from checkpoints, and are shown as text whatever they hold.
         """
+        from .page import page  # here, because it takes time to import and is needed only now
+
         data = _shown(json.loads(self.to_json()))
         for layer, found in zip(data["layers"], self.layers, strict=True):
             layer["lossless"] = found.sqnr == math.inf
