@@ -54,7 +54,9 @@ def _products(
     few = [span for span in spans if span[2] - span[1] <= most]
     many = [span for span in spans if span[2] - span[1] > most]
     out = torch.empty((x.shape[0], parts.qdata.shape[1]), dtype=x.dtype, device="cpu")
-    if few:
+    if few and many:
+        _some_in_registers(x, parts, fmt, few, bias, out)
+    elif few:
         _in_registers(x, parts, fmt, few, bias, out)
     if many and tiled:
         _in_tiles(x, parts, fmt, many, bias, out)
@@ -89,14 +91,23 @@ def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
     run_loop(vectors.decode_loop(fmt, out.dtype), places, ceil_div(rows, step), torch.get_num_threads())
 
 
-def _in_registers(
-    x: torch.Tensor,
-    parts: Parts,
-    fmt: WeightFormat,
-    spans: list[Span],
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
+def _some_in_registers(
+    x: torch.Tensor, parts: Parts, fmt: WeightFormat, spans: list[Span], bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
+    """As `_in_registers`, with nothing laid out for the rows of x between them."""
+    ends = np.cumsum([stop - start for _, start, stop in spans]).tolist()
+    close = [(e, end - (stop - start), end) for (e, start, stop), end in zip(spans, ends, strict=True)]
+    found = torch.empty((ends[-1], out.shape[1]), dtype=out.dtype, device="cpu")
+    rows = torch.cat([x.detach()[start:stop] for _, start, stop in spans])
+    _in_registers(rows, parts, fmt, close, bias, found)
+    for (_, start, stop), (_, first, last) in zip(spans, close, strict=True):
+        out[start:stop] = found[first:last]
+
+
+def _in_registers(
+    x: torch.Tensor, parts: Parts, fmt: WeightFormat, spans: list[Span], bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """`spans` cover x."""
     quick = vectors.has_quick_product(fmt)
     arranged = _striped(x.detach()) if quick else _arranged(x.detach(), fmt)
     sums = torch.empty(out.shape, dtype=torch.float32, device="cpu")
@@ -115,11 +126,7 @@ def _in_registers(
     if bias is not None:
         for e, start, stop in spans:
             sums[start:stop] += bias[e]
-    if len(spans) == 1 and spans[0][2] - spans[0][1] == x.shape[0]:
-        out.copy_(sums)
-        return
-    for _, start, stop in spans:
-        out[start:stop] = sums[start:stop]
+    out.copy_(sums)
 
 
 def _in_tiles(

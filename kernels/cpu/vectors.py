@@ -103,6 +103,7 @@ def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
     return element, BYTES if fmt.scale_dtype.itemsize == 1 else FLOATS, fmt.block[1]
 
 
+@functools.cache
 def has_quick_product(fmt: WeightFormat) -> bool:
     """See `decoders.has_quick_product`."""
     return decoders.has_quick_product(*_kind(fmt)[:2])
