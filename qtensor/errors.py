@@ -49,6 +49,10 @@ class ConfigError(QTensorError, ValueError):
     """An option is unknown, has a value of the wrong kind, or its patterns clash or match nothing."""
 
 
+class LossySourceError(QTensorError, ValueError):
+    """strict_source is "lossless", and a weight arrives in a format whose numbers the scheme's cannot all be."""
+
+
 class MissingExtraError(QTensorError, ImportError):
     """An optional package is not installed; the message has the pip line that brings it."""
 

@@ -57,16 +57,15 @@ def test_fp8_is_decoded_as_transformers_decodes_it(grid: tuple[int, ...], dtype:
 
 
 @pytest.mark.parametrize(
-    ("shape", "grid", "name"), [((192, 320), (2, 3), "128 × 128"), ((200, 300), (50, 100), "4 × 3")]
+    ("shape", "grid", "told"), [((192, 320), (2, 3), None), ((200, 300), (50, 100), [4, 3])], ids=["plain", "told"]
 )
-def test_blocks_are_128_unless_the_scales_say_otherwise(shape: Any, grid: Any, name: str) -> None:
+def test_blocks_are_128_unless_the_configuration_says_otherwise(shape: Any, grid: Any, told: Any) -> None:
     parts = {"*": codes(shape), "*_scale_inv": scales(grid, torch.float32)}
-    source = source_of(parts)
-    assert source is not None
-    assert name in str(source)
-    height, width = (int(n) for n in name.split(" × "))
+    config = {"weight_block_size": told}
+    height, width = told or (128, 128)
+    assert f"{height} × {width}" in str(source_of(parts, config))
     wide = parts["*_scale_inv"].repeat_interleave(height, 0)[: shape[0]].repeat_interleave(width, 1)[:, : shape[1]]
-    assert torch.equal(decoded(parts, torch.bfloat16), (parts["*"].float() * wide).bfloat16())
+    assert torch.equal(decoded(parts, torch.bfloat16, config), (parts["*"].float() * wide).bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ def is_high_precision(source: torch.Tensor) -> bool:
     return source.dtype.is_floating_point and source.dtype.itemsize >= 2
 
 
-def unusable_source(name: str, source: torch.Tensor) -> str:
+def unusable_source(name: str, dtype: torch.dtype) -> str:
     return (
-        f"{name}: the source is {source.dtype}, which has no meaning as high-precision values. "
-        "If the checkpoint is quantized already, load it with its own scales, or add the weight to `ignore`."
+        f"{name}: the source is {dtype}, which has no meaning as high-precision values. If the checkpoint is "
+        "quantized already, say so (`source=`, docs/sources.md) and load its scales with it."
     )
 
 

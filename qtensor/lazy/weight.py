@@ -23,6 +23,7 @@ from ..regions.coverage import Box, Coverage
 from ..regions.views import View, bounds, box_view, whole
 from ..report.report import describe_boxes
 from ..schemes.scheme import Scheme
+from ..sources.collecting import Collector
 from ..tensor.qtensor import QTensor, nonfinite_message
 from .initial import Fill, Initial
 from .plain_store import PlainStore
@@ -47,6 +48,9 @@ class Host(Protocol):
     closed: str | None
 
     def decide(self, weight: ArmedWeight) -> Scheme | None: ...
+    def collector(self, weight: ArmedWeight, make: bool = False) -> Collector | None:
+        """Who takes values that are quantized already; None where they mean nothing. make: they are sure to come."""
+
     def name_of(self, weight: ArmedWeight) -> str: ...
     def goes_anywhere(self, weight: ArmedWeight) -> bool: ...
     def touch(self, weight: ArmedWeight) -> None: ...
@@ -170,6 +174,9 @@ class ArmedWeight:
 
     def _take(self, source: torch.Tensor, where: View | torch.Tensor) -> None:
         """Let the store take a write to a view or a mask, and remember an error until its elements are written."""
+        if not is_high_precision(source) and (collector := self.host.collector(self)) is not None:
+            self._collect(collector, source, where)
+            return
         if self._cut_short is not None:
             self._end_cut_short()
         store = self._open_store()
@@ -177,7 +184,7 @@ class ArmedWeight:
         self._cut_short = "an interrupt"
         try:
             if isinstance(store, QuantStore) and not is_high_precision(source):
-                raise WeightDtypeError(unusable_source(self.name, source))
+                raise WeightDtypeError(unusable_source(self.name, source.dtype))
             if isinstance(where, View):
                 store.write(where, source)
             else:
@@ -197,6 +204,14 @@ class ArmedWeight:
             self._cut_short = None
         finally:
             self._after_write()
+
+    def _collect(self, collector: Collector, source: torch.Tensor, where: View | torch.Tensor) -> None:
+        """Quantized values arrive in the weight's own place, and their scales elsewhere."""
+        found = as_box(self.shape, *where) if isinstance(where, View) else None
+        order = [d for d in found.order if d is not None] if found is not None else [1, 0]
+        if found is None or order != sorted(order):
+            self.fail(WeightDtypeError(f"{self.name}: values that are quantized already came transposed, or scattered"))
+        collector.write("*", source.reshape([b - a for a, b in found.box]), found.box, self.shape)
 
     def accept(self, source: QTensor, view: View | None = None) -> bool:
         """Take values, of all of the weight or of a view, that are already in its final form. False if they are of
@@ -273,13 +288,22 @@ class ArmedWeight:
             self.store.rollback()
         self._cut_short = None
 
+    @property
+    def refuses_nonfinite(self) -> bool:
+        return self.host.refuse_nonfinite
+
+    def decided(self) -> Scheme | None:
+        """What it becomes."""
+        if self.scheme is UNDECIDED:
+            self.scheme = self.host.decide(self)
+        found: Scheme | None = self.scheme
+        return found
+
     def _open_store(self) -> Store:
         if self.store is not None:
             return self.store
         self.began = time.perf_counter()
-        if self.scheme is UNDECIDED:
-            self.scheme = self.host.decide(self)
-        if self.scheme is None:
+        if self.decided() is None:
             store: Store = self.initial.plain_store(self.coverage, self.host.on_missing)
         else:
             host, judged = self.host, self.host.min_sqnr is not None

@@ -40,6 +40,8 @@ class LayerReport:
         lossy_reads: How often a loader read elements that were quantized already.
         began: Seconds after the session began when its first element came; None for a weight that no loader wrote to.
         done: Seconds after the session began when it was complete.
+        source: The quantized format that it arrived in, and whether its numbers are those of that ("lossless") or were
+            quantized a second time ("requantized"); empty where it arrived in high precision.
     """
 
     name: str
@@ -53,6 +55,7 @@ class LayerReport:
     began: float | None = None
     done: float | None = None
     cast_from: str = ""
+    source: str = ""
 
 
 @dataclass
@@ -68,7 +71,8 @@ class LoadReport:
         passthrough: Names of such parameters with the reason, where there is one beyond not being selected.
         untouched: Weights nobody wrote to.
         missing: The unwritten boxes of every incomplete weight, one `(start, stop)` per dimension.
-        peak_staged_bytes: The most high-precision bytes held at any time.
+        peak_staged_bytes: The most bytes that waited for the rest of their unit at any time: in high precision, or as
+            parts of a quantized source.
         peak_second_copy_bytes: Of a reload, the most bytes that new or saved values took beside the live ones.
         collectives: How many all-reduces ranks agreed on scales by.
         collective_bytes: What they reduced.

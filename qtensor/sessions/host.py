@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import replace
@@ -17,7 +18,9 @@ from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
 from ..report.report import LayerReport, LoadReport
 from ..report.timeline import MemoryTimeline
+from ..sources.collecting import LOSSLESS, Collector
 from ..tensor.qtensor import QTensor
+from .incoming import Incoming
 
 
 class LoadHost:
@@ -40,6 +43,7 @@ class LoadHost:
         self._memory = MemoryTimeline()
         self._lossy_reads = 0
         self._second_copies = self._peak_second_copies = 0
+        self.incoming = Incoming(None, False, self.staged)
 
     def enroll(self, weight: ArmedWeight) -> None:
         self._weights.add(weight)
@@ -57,8 +61,12 @@ class LoadHost:
             if last is not None:
                 last.release()
 
+    def collector(self, weight: ArmedWeight, make: bool = False) -> Collector | None:
+        """Who takes values of a weight that are quantized already: if anybody said that they come, or parts have."""
+        return self.incoming.of(weight, make=make or self.incoming.config is not None)
+
     def staged(self, delta: int) -> None:
-        """High-precision bytes that wait for the rest of their unit changed by so much."""
+        """Bytes that wait for the rest of their unit changed by so much: in high precision, or as parts of a source."""
         self._memory.stage(delta)
 
     def second_copy(self, delta: int) -> None:
@@ -114,7 +122,11 @@ class LoadHost:
             cast_from, dtype = (str(d).removeprefix("torch.") for d in (weight.cast_from, w.dtype))
             cast = f"cast to {dtype} after it was quantized; the bytes are of its {cast_from} values"
             layer = replace(layer, cast_from=cast_from, note="; ".join(filter(None, (note, cast))))
-        return replace(layer, sqnr=weight.sqnr, lossy_reads=weight.lossy_reads, began=began, done=done)
+        source, outcome = self.incoming.told(weight)
+        if source:
+            layer = replace(layer, source=f"{source}: {outcome}")
+        sqnr = math.inf if outcome == LOSSLESS else weight.sqnr
+        return replace(layer, sqnr=sqnr, lossy_reads=weight.lossy_reads, began=began, done=done)
 
     def _summary_of(self, state: str, scheme: str) -> LoadReport:
         """What the host itself knows of its load; the caller fills in the weights."""

@@ -32,6 +32,7 @@ from ..text import joined, printable
 from . import registration
 from .adapters import ADAPTER, adapter_parameters, keep_initial, may_be_new
 from .host import LoadHost
+from .incoming import Incoming
 from .model_tree import ModuleTree
 from .options import SessionOptions
 from .transaction import State, Transaction
@@ -69,6 +70,7 @@ class ModelTransaction(LoadHost, Transaction):
         self._report: LoadReport | None = None
         self._reporting = False
         self._progress = Progress(options.progress)
+        self.incoming = Incoming(options.source, options.strict_source == "lossless", self.staged)
 
     @property
     def on_missing(self) -> str:
@@ -114,6 +116,7 @@ class ModelTransaction(LoadHost, Transaction):
         upload.release()
         self._writing.clear()
         self._progress.close()
+        self.incoming.discard()
         self._memory.stage_nothing()
         self._second_copies = 0
         self._fsdp.release()
@@ -199,6 +202,7 @@ class ModelTransaction(LoadHost, Transaction):
             weight.settle_if_complete()
             if weight.error is not None:
                 raise weight.error
+            self.incoming.finish(weight)
             if not weight.coverage.complete and may_be_new(name) and keep_initial(weight):
                 self._notes[name] = f"{ADAPTER}; keeps its initial values"
             if not weight.coverage.complete:

@@ -1,13 +1,15 @@
 """online_quant: quantize a model's weights while any loader fills them.
 
 It turns weights lazy as a model is constructed (in the calling thread), or those of a given model, and at the end
-takes in what was assigned where no hook could see it and gives every weight its final form.
+takes in what was assigned where no hook could see it and gives every weight its final form. It is one file because what
+arms a weight and what ends a load have to agree on each state that one can be in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +41,7 @@ from ..tensor.qtensor import QTensor
 from . import registration
 from .adapters import adapter_parameters, is_low_rank
 from .model_transaction import ModelTransaction, waits_for_its_end
-from .options import LoadOptions, OnMissing, OnNonfinite
+from .options import LoadOptions, OnMissing, OnNonfinite, StrictSource
 from .replacing import WHEN_FINISHED, Replacement, final_step, plain_parameter, values_of
 from .session import Session
 from .transaction import State
@@ -60,6 +62,8 @@ def online_quant(
     min_sqnr: float | None = None,
     measure_sqnr: bool = False,
     progress: ProgressLike = None,
+    source: Mapping[str, Any] | None = None,
+    strict_source: StrictSource = "any",
 ) -> Session:
     """Quantize weights while any loader fills them.
 
@@ -87,6 +91,8 @@ def online_quant(
             and nothing is staged for it; a row that is written twice counts twice.
         progress: True shows a progress bar, False none; by default there is one only on a terminal. A callable is
             called with a `ProgressEvent` each time a weight is chosen or complete, and no bar is shown.
+        source: The weights arrive quantized: config.json's "quantization_config", or {} where there is none.
+        strict_source: "lossless" refuses a weight that arrives quantized and would be quantized a second time.
 
     Returns:
         The session, to be entered with `with`; with a `model`, `finish()` or `abort()` may be called instead.
@@ -104,6 +110,8 @@ def online_quant(
         device=device,  # type: ignore[arg-type]
         min_sqnr=min_sqnr,
         measure_sqnr=measure_sqnr,
+        source=source,
+        strict_source=strict_source,
     )
     return open_load(Selection(scheme, ignore, targets), model, options)
 

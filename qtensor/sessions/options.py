@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from ..report.progress import ProgressLike
 
 OnMissing = Literal["error", "zero", "keep", "init"]
 OnNonfinite = Literal["error", "keep"]
+StrictSource = Literal["any", "lossless"]
 Ranks = dist.ProcessGroup | Sharding | None
 
 
@@ -27,8 +29,13 @@ class SessionOptions:
     strict_reads: bool = False
     process_group: Ranks = None
     progress: ProgressLike = None
+    source: Mapping[str, Any] | None = None
+    strict_source: StrictSource = "any"
 
     def __post_init__(self) -> None:
+        one_of("strict_source", self.strict_source, "any", "lossless")
+        if not (self.source is None or isinstance(self.source, Mapping)):
+            raise ConfigError(f"source is the quantization_config of a config.json, or {{}}, not {self.source!r}")
         one_of("on_nonfinite", self.on_nonfinite, "error", "keep")
         flags(self, "strict_reads")
         group = self.process_group

@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 from torch import nn
 
+from .incoming import take_part
 from .registration import take_assigned
 
 
@@ -25,6 +26,8 @@ class WatchedParameters(dict[str, Any]):
     def __setitem__(self, name: str, param: Any) -> None:
         module = self._module()
         is_value = module is not None and type(param) is nn.Parameter and not param.is_meta
+        if is_value and name not in self and take_part(module, name, param):  # type: ignore[arg-type]
+            return
         if not (is_value and take_assigned(module, self.get(name), param)):  # type: ignore[arg-type]
             super().__setitem__(name, param)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import fp8
+from . import fp8, mxfp4, nvfp4
 from .source import Family, Source, Specs
 
-FAMILIES: tuple[Family, ...] = (fp8.FAMILY,)
+FAMILIES: tuple[Family, ...] = (fp8.FAMILY, mxfp4.FAMILY, nvfp4.FAMILY)
+
+NAMES: tuple[str, ...] = tuple(dict.fromkeys(name for family in FAMILIES for name in family.names))
+"""Everything that a part of a weight may be called."""
 
 
 def recognise(specs: Specs, config: Mapping[str, Any]) -> Source | None:

@@ -15,14 +15,13 @@ import torch
 from .. import kernels
 from ..kernels import FORMATS, Parts, WeightFormat
 from ..kernels.formats import ceil_div
-from .scales import as_exponents, finite_scales, in_fp32, overflows
+from .scales import EXPONENTS, as_exponents, finite_scales, in_fp32, overflows
 from .source import UNNEEDED, Family, Matrix, PartSpec, Source, Span, Specs, Unusable
 
 VALUES = "*"
 SCALES = ("*_scale_inv", "*_scale")
 UNUSED = ("input_scale", "input_scale_inv", "activation_scale")
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
-_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,22 @@ class Fp8(Source):
         block: (None, None) per tensor, (1, None) per channel, (128, 128) DeepSeek's blocks, (1, 32) mxfp8.
         scale: The name of the part that holds the scales.
         dims: Dimensions of that tensor: per tensor 0, 1 or 2, per channel 1 or 2.
+        exponents: The scales are stored as powers of two.
     """
 
     block: tuple[int | None, int | None]
     scale: str = "*_scale"
     dims: int = 2
+    exponents: bool = False
 
     @property
     def name(self) -> str:
         rows, cols = self.block
         if cols is None:
             return "fp8 (per tensor)" if rows is None else "fp8 (per channel)"
-        return "mxfp8" if self.block == (1, 32) else f"fp8 (blocks of {rows} × {cols})"
+        if self.block == (1, 32) and self.exponents:
+            return "mxfp8"
+        return f"fp8 (blocks of {rows} × {cols}{', powers of two' if self.exponents else ''})"
 
     def shape(self, specs: Specs) -> Matrix:
         found = specs[VALUES].shape if VALUES in specs else ()
@@ -55,7 +58,9 @@ class Fp8(Source):
     def parts(self, shape: Matrix) -> dict[str, PartSpec]:
         rows, cols = self.block
         grid = (ceil_div(shape[0], rows or shape[0] or 1), ceil_div(shape[1], cols or shape[1] or 1))
-        scales = PartSpec(grid[: self.dims], (*_WIDE, *_EXPONENTS), Span(None) if rows is None else Span(0, 1, rows))
+        scales = PartSpec(
+            grid[: self.dims], EXPONENTS if self.exponents else _WIDE, Span(None) if rows is None else Span(0, 1, rows)
+        )
         return {VALUES: PartSpec(shape, (torch.float8_e4m3fn,)), self.scale: scales, **dict.fromkeys(UNUSED, UNNEEDED)}
 
     def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
@@ -71,12 +76,12 @@ class Fp8(Source):
                 return kernels.dequantize(values, held.reshape(fmt.scale_shape(shape)).contiguous(), fmt, dtype)
         return _times(values, in_fp32(scales), self.block).to(dtype)
 
-    def moves(self, fmt: WeightFormat) -> Literal["unit"] | None:
+    def moves(self, fmt: WeightFormat) -> Literal["unit", "matrix"] | None:
         """Into what has e4m3 values and scales of blocks that the ones here are made up of."""
         block = _block_of(fmt)
         if block is None or any(b is not None and (a is None or b % a) for a, b in zip(block, self.block, strict=True)):
             return None
-        return "unit"
+        return "matrix" if fmt.has_e8m0_scale and not self.exponents else "unit"
 
     def move(self, parts: Mapping[str, torch.Tensor], shape: Matrix, fmt: WeightFormat) -> Parts | None:
         scales: torch.Tensor | None = self._grid(parts)
@@ -118,26 +123,24 @@ def recognise(specs: Specs, config: Mapping[str, Any]) -> Fp8 | None:
     if values.dtype != torch.float8_e4m3fn:
         raise Unusable(f"its values are {values.dtype}; of 8-bit floats only torch.float8_e4m3fn can be decoded")
     scale = specs[name]
-    if scale.dtype not in (*_WIDE, *_EXPONENTS):
+    if scale.dtype not in (*_WIDE, *EXPONENTS):
         raise Unusable(f"its scales are {scale.dtype}; they can be fp32, bf16, fp16 or e8m0 (uint8)")
     *lead, rows, cols = values.shape
     for dims in (0, 1, 2):
-        for block in _blocks((rows, cols), scale.shape, config):
-            source = Fp8(block, name, dims)
+        for block in _blocks(config):
+            source = Fp8(block, name, dims, scale.dtype in EXPONENTS)
             if (*lead, *source.parts((rows, cols))[name].shape) == scale.shape:
                 return source
     raise Unusable(f"its scales are {list(scale.shape)}, which fits no blocks of its values {list(values.shape)}")
 
 
-def _blocks(shape: Matrix, grid: tuple[int, ...], config: Mapping[str, Any]) -> list[tuple[int | None, int | None]]:
-    """The blocks that scales of that shape may be of, the likeliest first."""
-    found: list[tuple[int | None, int | None]] = [(None, None), (1, None)]
+def _blocks(config: Mapping[str, Any]) -> list[tuple[int | None, int | None]]:
+    """The blocks that scales may be of, those that the configuration tells first. None is guessed from their shape: it
+    would make another format of scales that are cut off."""
+    found: list[tuple[int | None, int | None]] = [(None, None), (1, None), (128, 128), (1, 32)]
     told = config.get("weight_block_size")
     if isinstance(told, (list, tuple)) and len(told) == 2 and all(type(n) is int and n > 0 for n in told):
-        found.append((told[0], told[1]))
-    found += [(128, 128), (1, 32)]
-    if len(grid) >= 2 and all(n and not size % n for size, n in zip(shape, grid[-2:], strict=True)):
-        found.append((shape[0] // grid[-2], shape[1] // grid[-1]))  # As transformers finds them.
+        found.insert(2, (told[0], told[1]))
     return found
 
 

@@ -6,12 +6,14 @@ import torch
 
 from .source import Unusable
 
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+"""The dtypes of biased exponents."""
 _BIAS = 127
 
 
 def finite_scales(scales: torch.Tensor) -> None:
     """Raises Unusable for scales that are NaN, infinite or negative."""
-    if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+    if scales.dtype in EXPONENTS:
         bad = scales.view(torch.uint8) == 0xFF
     else:
         wide = scales.float()
@@ -23,7 +25,7 @@ def finite_scales(scales: torch.Tensor) -> None:
 
 def in_fp32(scales: torch.Tensor) -> torch.Tensor:
     """Scales in fp32, exactly; of exponents, the powers of two."""
-    if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+    if scales.dtype in EXPONENTS:
         codes = scales.view(torch.uint8)
         # The exponent's bits of an fp32; 2^-127 is subnormal, and 255 is NaN.
         bits = codes.int() << 23
@@ -34,7 +36,7 @@ def in_fp32(scales: torch.Tensor) -> torch.Tensor:
 
 def as_exponents(scales: torch.Tensor) -> torch.Tensor | None:
     """Scales as biased exponents (uint8); None if one of them is no power of two, or is out of their range."""
-    if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+    if scales.dtype in EXPONENTS:
         return scales.view(torch.uint8)
     mantissa, exponent = torch.frexp(scales.float())
     code = exponent - 1 + _BIAS
@@ -47,3 +49,10 @@ def overflows(scales: torch.Tensor, largest: float, dtype: torch.dtype) -> bool:
     """May a value of at most `largest`, times its scale, be infinite in `dtype`? Our kernels end at the largest number
     there, and no owner's decoder does: then it has to be infinite, and refused, as theirs is."""
     return bool(scales.numel()) and float(in_fp32(scales).max()) * largest > torch.finfo(dtype).max
+
+
+def has_nan(codes: torch.Tensor) -> bool:
+    """Is there a NaN among quantized values? Only e4m3 has one."""
+    if codes.dtype != torch.float8_e4m3fn or not codes.numel():
+        return False
+    return bool((codes.view(torch.uint8) & 0x7F).max() == 0x7F)

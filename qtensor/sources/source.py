@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -113,8 +113,11 @@ class Source(ABC):
     def name(self) -> str:
         """As reports and errors call it, with its parameters: "fp8 (blocks of 128 × 128)"."""
 
-    transposed: ClassVar[bool] = False
-    """Whether the model's parameter holds what is stored here the other way round, `(K, N)`, if its shape allows it."""
+    @property
+    def transposed(self) -> bool:
+        """Whether a model's stack holds the matrices that are stored here the other way round, `(K, N)`, if its shape
+        allows it."""
+        return False
 
     @abstractmethod
     def shape(self, specs: Specs) -> Matrix:
@@ -148,17 +151,25 @@ class Source(ABC):
         refuses it by index."""
 
     def moves(self, fmt: WeightFormat) -> Literal["unit", "matrix"] | None:
-        """Can weights of this source be the same numbers in the format `fmt`? None: no, or nobody has shown it. "unit":
-        `move` can tell by the rows of one unit; "matrix": only by all rows of a matrix."""
+        """Can weights of this source be the same numbers in the format `fmt`?
+
+        None: no, or nobody has shown it. "unit": always, unit by unit. "matrix": it depends on the values, or needs all
+        of them; `move` is asked once for all rows of a matrix, which is then moved as a whole or not at all.
+        """
         return None
 
     def move(self, parts: Mapping[str, torch.Tensor], shape: Matrix, fmt: WeightFormat) -> Parts | None:
         """Rows in the format `fmt`, where every element stays the number it is: code times scale as real numbers,
-        before any rounding to a model's dtype. None where the format has no form for one of them.
-
-        For a format with one scale for all of a matrix, "unit" sources never return None.
+        before any rounding to a model's dtype. None where the format has no form for one of them, which may be if
+        `moves` says "matrix".
         """
         return None
+
+    def exact(self, parts: Mapping[str, torch.Tensor], fmt: WeightFormat) -> bool:
+        """Are the numbers that `move` gives those of the source to the last bit? False where codes and scales are moved
+        as they are and something else is rounded (a divisor to its inverse): better than a second quantization, but
+        not lossless."""
+        return True
 
     def unit(self, shape: Matrix) -> int:
         """Output rows that can be decoded on their own: the least number for which every span is whole entries."""

@@ -1,0 +1,264 @@
+"""Collector: the parts of one weight as they arrive, in any order, in slices and more than once, decoded into it.
+
+What format it is is told by the parts; what is held of them, and what they are enough for, is in `holding.py`. Where
+the source is the same numbers in the weight's format its bytes are moved; all else is decoded and quantized.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from ..errors import IncompleteLoadError, LossySourceError, QTensorError
+from ..regions.coverage import Box
+from ..regions.views import View
+from ..schemes.scheme import Scheme
+from ..tensor.qtensor import QTensor
+from .families import recognise
+from .holding import MatrixParts
+from .scales import has_nan
+from .source import ANY, PartSpec, Source, Spec, Unusable
+
+LOSSLESS, MOVED, REQUANTIZED, DECODED = "lossless", "moved", "requantized", "decoded"
+"""The same numbers; the same codes and scales, with a global scale that is rounded; quantized a second time; in high
+precision."""
+
+
+class Sink(Protocol):
+    """The weight that decoded rows are written to."""
+
+    lock: threading.RLock
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def refuses_nonfinite(self) -> bool: ...
+
+    def decided(self) -> Scheme | None:
+        """What it becomes."""
+
+    def write(self, view: View, source: torch.Tensor) -> None: ...
+    def accept(self, source: QTensor, view: View | None = None) -> bool: ...
+    def fail(self, error: QTensorError, where: View | torch.Tensor | None = None) -> NoReturn: ...
+
+
+class Collector:
+    """What arrives for one matrix, or a stack of them, of a weight.
+
+    sink, view: the weight, and the part of it that this is, `[N, K]` or `[E, N, K]`.
+    attribute: what its parts are called after ("weight").
+    config: config.json's "quantization_config", if anybody knows it.
+    lossless: refuse what cannot be moved as it is.
+    on_held: called with the change in held bytes.
+    outcome: one of the above; "" before the first unit.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        view: View,
+        attribute: str,
+        config: Mapping[str, Any],
+        lossless: bool = False,
+        on_held: Callable[[int], None] = lambda delta: None,
+    ) -> None:
+        self._sink, self._view, self._attribute = sink, view, attribute
+        self._config, self._lossless, self._on_held = config, lossless, on_held
+        self._lock = sink.lock
+        self._specs: dict[str, Spec] = {}
+        self._waiting: list[tuple[str, Box, torch.Tensor]] = []
+        self._matrices: list[MatrixParts] = []
+        self._held = 0
+        self._failed: QTensorError | None = None
+        self.source: Source | None = None
+        self.outcome = ""
+
+    @property
+    def unrecognised(self) -> Mapping[str, Spec]:
+        """The parts that are known, of no known source."""
+        return {} if self.source is not None else self._specs
+
+    def expect(self, specs: Mapping[str, Spec]) -> None:
+        """These parts are going to come: which format it is may be told by all of them. May be repeated."""
+        with self._lock:
+            self._recognise(specs)
+
+    def write(self, part: str, tensor: torch.Tensor, box: Box | None = None, shape: tuple[int, ...] = ()) -> None:
+        """Values of a part arrived. Nothing of them is kept that the caller owns.
+
+        part: By its name in the source. box: Where in the part, of `shape`, they belong; None if they are all of it.
+        """
+        spec = Spec(tensor.dtype, tuple(shape if box is not None else tensor.shape))
+        box = box if box is not None else tuple((0, n) for n in tensor.shape)
+        with self._lock:
+            self._recognise({part: spec})
+            if self.source is None:
+                self._waiting.append((part, box, tensor.clone()))
+                self._account()
+                return
+            self._take(part, box, tensor)
+            self._account()
+
+    def _recognise(self, specs: Mapping[str, Spec]) -> None:
+        for part, spec in specs.items():
+            if self._specs.setdefault(part, spec) != spec:
+                self._refuse(f"{self._called(part)} is {_told(spec)}, and was {_told(self._specs[part])} before")
+        if self.source is None:
+            try:
+                self.source = recognise(self._specs, self._config)
+                if self.source is not None:
+                    self._matrices = self._lay_out(self.source)
+            except Unusable as error:
+                self.source = None
+                self._refuse(str(error))
+            waiting, self._waiting = (self._waiting, []) if self.source is not None else ([], self._waiting)
+            for part, box, tensor in waiting:
+                self._take(part, box, tensor)
+        else:
+            shape = (*self._view.size[:-2], *self._matrices[0].view.size) if self._matrices else self._view.size
+            if unfit := self._misfit(self.source, self._parts, shape, specs):
+                self._refuse(unfit)
+
+    def _lay_out(self, source: Source) -> list[MatrixParts]:
+        """The matrices, of the orientation that the parts have. Raises Unusable."""
+        size, stride, offset = self._view
+        lead = size[:-2]
+        plain = View(size[-2:], stride[-2:], 0)
+        turned = View((size[-1], size[-2]), (stride[-1], stride[-2]), 0)
+        problem = ""
+        for view in (turned, plain) if source.transposed and lead else (plain,):
+            try:
+                parts = source.parts((view.size[0], view.size[1]))
+                problem = self._misfit(source, parts, (*lead, *view.size), self._specs)
+            except Unusable as error:
+                problem = str(error)
+            if problem:
+                continue
+            self._stacked, self._parts, self._scheme = bool(lead), parts, self._sink.decided()
+            self._moves = self._how_moved(source, view is turned)
+            unit = view.size[0] if self._moves == "matrix" else source.unit((view.size[0], view.size[1]))
+            count, step = (lead[0], stride[0]) if lead else (1, 0)
+            views = (View(view.size, view.stride, offset + e * step) for e in range(count))
+            return [MatrixParts(parts, view, unit) for view in views]
+        raise Unusable(problem)
+
+    def _how_moved(self, source: Source, turned: bool) -> str | None:
+        """As `Source.moves`. Of a weight with one scale for all of it a part cannot be moved, if others may not be."""
+        fmt = None if self._scheme is None else self._scheme.format
+        whole = self._view.size[-2:] == tuple(self._sink.shape)[-2:]
+        if fmt is None or turned or (fmt.needs_whole_matrix and not whole):
+            return None
+        return source.moves(fmt)
+
+    def _misfit(
+        self, source: Source, parts: Mapping[str, PartSpec], shape: tuple[int, ...], specs: Mapping[str, Spec]
+    ) -> str:
+        """What is wrong with parts of a weight; "" if nothing is."""
+        for name, spec in specs.items():
+            part = parts.get(name)
+            if part is None:
+                return f"has {self._called(name)}, of which {source} knows nothing"
+            wanted = replace(part, shape=(*shape[:-2], *part.shape))
+            if not wanted.fits(spec):
+                dtypes = " or ".join(str(d).removeprefix("torch.") for d in part.dtypes)
+                sizes = ", ".join("any" if n == ANY else str(n) for n in wanted.shape)
+                return (
+                    f"{self._called(name)} is {_told(spec)}; of a weight {list(shape)} in {source} it is "
+                    f"{dtypes} [{sizes}]"
+                )
+        return ""
+
+    def _take(self, part: str, box: Box, tensor: torch.Tensor) -> None:
+        if not self._parts[part].needed:
+            return
+        if not self._stacked:
+            self._matrices[0].take(part, box, tensor, self._decode)
+            return
+        (first, last), inner = box[0], box[1:]
+        for e in range(first, last):
+            self._matrices[e].take(part, inner, tensor[e - first], self._decode)
+
+    def _decode(self, matrix: MatrixParts, start: int, stop: int, parts: Mapping[str, torch.Tensor]) -> None:
+        """Rows start:stop of a matrix, in chunks, into the weight."""
+        assert self.source is not None
+        source, scheme, cols = self.source, self._scheme, matrix.view.size[1]
+        try:
+            source.check(parts, (stop - start, cols))
+        except Unusable as error:
+            self._refuse(str(error))
+        if scheme is not None and self._moves is not None:
+            moved = source.move(parts, (stop - start, cols), scheme.format)
+            if moved is not None and not (self._sink.refuses_nonfinite and has_nan(moved.qdata)):
+                whole, dtype = moved.global_scale, self._sink.dtype
+                values = QTensor(moved.qdata, moved.scale, scheme, dtype, global_scale=whole, cols=cols)
+                exact = source.exact(parts, scheme.format)
+                self._refuse_loss(exact)
+                if self._sink.accept(values, matrix.rows(start, stop)):
+                    self.outcome = self.outcome or (LOSSLESS if exact else MOVED)
+                    return
+        self._refuse_loss(scheme is None)
+        self.outcome = REQUANTIZED if scheme is not None else DECODED
+        step = matrix.chunk(self._sink.dtype.itemsize)
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            part = {name: matrix.cut(name, tensor, a - start, b - start) for name, tensor in parts.items()}
+            self._sink.write(matrix.rows(a, b), source.decode(part, (b - a, cols), self._sink.dtype))
+
+    def _refuse_loss(self, lossless: bool) -> None:
+        if self._lossless and not lossless:
+            assert self._scheme is not None
+            error = (
+                f"{self._sink.name}: {self.source} is not the same numbers in {self._scheme.name}, and strict_source "
+                '"lossless". Choose a scheme in which it is (docs/sources.md has the table), or allow the loss.'
+            )
+            self._fail(LossySourceError(error))
+
+    def _fail(self, error: QTensorError) -> NoReturn:
+        self._failed = error
+        self._sink.fail(error, self._view)
+
+    def _refuse(self, why: str) -> NoReturn:
+        self._fail(Unusable(f"{self._sink.name}: {why}"))
+
+    def _called(self, part: str) -> str:
+        return part.replace("*", self._attribute)
+
+    def _account(self) -> None:
+        held = sum(matrix.held for matrix in self._matrices) + sum(t.nbytes for *_, t in self._waiting)
+        self._on_held(held - self._held)
+        self._held = held
+
+    def finish(self) -> None:
+        """Nothing more comes. Raises IncompleteLoadError where a unit waits for a part, and what went wrong before."""
+        with self._lock:
+            if self._failed is not None:
+                raise self._failed
+            if self.source is None:
+                found = ", ".join(f"{self._called(part)} ({_told(spec)})" for part, spec in self._specs.items())
+                raise Unusable(
+                    f"{self._sink.name}: {found} arrived, and no known format is made of that alone. Is a scale "
+                    "missing?"
+                )
+            for e, matrix in enumerate(self._matrices):
+                for part, box in matrix.lacking():
+                    where = ", ".join(f"{a}:{b}" for a, b in (((e, e + 1),) * self._stacked + box))
+                    raise IncompleteLoadError(
+                        f"{self._sink.name}: {self._called(part)}[{where}] of {self.source} did not arrive, and "
+                        "without it other parts that did mean nothing"
+                    )
+
+    def discard(self) -> None:
+        """Free everything."""
+        with self._lock:
+            self._waiting, self._matrices = [], []
+            self._account()
+
+
+def _told(spec: Spec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"

@@ -1,0 +1,265 @@
+"""Weights that arrive quantized: whatever order, slices and repetitions their parts come in, the result is that of the
+matrix decoded as a whole and quantized, byte for byte; or, where it is moved, the very numbers that the source has."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+from math import inf
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qtensor import IncompleteLoadError, LossySourceError, QTensorError, WeightDtypeError, online_quant
+from qtensor.schemes.scheme import SCHEMES
+from qtensor.sources.source import Unusable
+from support.helpers import assert_oracle, same_bytes
+from support.sources import FORMS, Tensors, source_of, whole
+
+slow_data = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+NAMES = sorted(SCHEMES)
+LOSSLESS = {
+    ("fp8 tensor", "fp8_per_tensor"),
+    ("fp8 tensor", "fp8_per_channel"),
+    ("fp8 tensor", "fp8_per_block"),
+    ("fp8 channel", "fp8_per_channel"),
+    ("fp8 blocks", "fp8_per_block"),
+    ("fp8 ue8m0 blocks", "fp8_per_block"),
+    ("fp8 ue8m0 blocks", "mxfp8"),
+    ("fp8 blocks of powers of two", "fp8_per_block"),
+    ("fp8 blocks of powers of two", "mxfp8"),
+    ("mxfp8", "mxfp8"),
+    ("mxfp4", "mxfp4"),
+    ("mxfp4", "mxfp8"),
+    ("mxfp4", "nvfp4"),
+    ("mxfp4 blocks", "mxfp4"),
+    ("mxfp4 blocks", "mxfp8"),
+    ("mxfp4 blocks", "nvfp4"),
+    ("nvfp4 of ModelOpt", "nvfp4"),
+}
+MOVED = {("nvfp4", "nvfp4")}
+
+
+def layer(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    return nn.Linear(cols, rows, bias=False, dtype=dtype)
+
+
+def named(parts: Tensors) -> Tensors:
+    return {name.replace("*", "weight"): tensor for name, tensor in parts.items()}
+
+
+def outcome(session: Any) -> str:
+    """What the report says became of the numbers of the one weight."""
+    return str(session.report().layers[0].source.rpartition(": ")[2])
+
+
+def assert_arrived(weight: Any, parts: Tensors, became: str = "requantized") -> None:
+    """What must have become of a matrix of those parts."""
+    expected = whole(parts, weight.dtype, tuple(weight.shape))
+    if became == "lossless":
+        assert same_bytes(weight.dequantize(), expected)
+    elif became == "moved":
+        assert torch.allclose(weight.dequantize().float(), expected.float(), rtol=2**-7, atol=0)
+    else:
+        assert_oracle(weight, expected, weight.scheme)
+
+
+def expected_outcome(form: str, scheme: str) -> str:
+    pair = (form, SCHEMES[scheme].name)
+    return "lossless" if pair in LOSSLESS else "moved" if pair in MOVED else "requantized"
+
+
+@pytest.mark.parametrize(("form", "scheme"), list(product(FORMS, NAMES)), ids=str)
+def test_every_source_becomes_every_scheme(form: str, scheme: str) -> None:
+    rows, cols = 200, 288
+    parts = FORMS[form].parts(rows, cols)
+    with online_quant(scheme) as session:
+        model = nn.Sequential(layer(rows, cols))
+        model.load_state_dict({f"0.{name}": tensor for name, tensor in named(parts).items()})
+    became, report = expected_outcome(form, scheme), session.report().layers[0]
+    assert report.source == f"{source_of(parts)}: {became}"
+    assert (report.sqnr == inf) == (became == "lossless")
+    assert_arrived(model[0].weight, parts, became)
+    assert model[0].weight.scheme == SCHEMES[scheme]
+
+
+@pytest.mark.parametrize(("form", "scheme"), list(product(FORMS, NAMES)), ids=str)
+def test_a_lossy_pair_is_refused_where_loss_is(form: str, scheme: str) -> None:
+    model = nn.Sequential(layer(200, 288))
+    state = {f"0.{name}": tensor for name, tensor in named(FORMS[form].parts(200, 288)).items()}
+    session = online_quant(scheme, model, strict_source="lossless")
+    if expected_outcome(form, scheme) == "lossless":
+        with session:
+            model.load_state_dict(state)
+    else:
+        with pytest.raises(LossySourceError, match=r"^0\.weight: .* is not the same numbers in"), session:
+            model.load_state_dict(state)
+
+
+def boxes(shape: tuple[int, ...]) -> st.SearchStrategy[list[tuple[tuple[int, int], ...]]]:
+    """A part cut along one of its dimensions, anywhere."""
+    if not shape or shape == (1,):
+        return st.just([tuple((0, n) for n in shape)])
+
+    def cut(drawn: tuple[int, list[int]]) -> list[tuple[tuple[int, int], ...]]:
+        dim, cuts = drawn
+        edges = sorted({0, shape[dim], *(c for c in cuts if c < shape[dim])})
+        rest = [(0, n) for n in shape]
+        return [(*rest[:dim], (a, b), *rest[dim + 1 :]) for a, b in pairwise(edges)]
+
+    cuts = st.lists(st.integers(1, max(shape)), max_size=3)
+    return st.tuples(st.integers(0, len(shape) - 1), cuts).map(cut)
+
+
+@slow_data
+@given(st.data(), st.sampled_from(sorted(FORMS)), st.sampled_from(NAMES))
+def test_any_order_of_any_slices_equals_the_oracle(data: st.DataObject, form: str, scheme: str) -> None:
+    """And the other way round: nothing is complete before all of it came."""
+    multiple = FORMS[form].multiple
+    rows, cols = data.draw(st.integers(1, 300)), multiple * data.draw(st.integers(1, 300 // multiple))
+    parts = FORMS[form].parts(rows, cols, data.draw(st.integers(0, 99)))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32]))
+    pieces = [(name, box) for name, t in parts.items() for box in data.draw(boxes(tuple(t.shape)))]
+    program = data.draw(st.permutations(pieces))
+    lost = data.draw(st.none() | st.sampled_from(pieces))
+    if lost is None:  # Until the last piece is there, others may come again.
+        program = [*data.draw(st.lists(st.sampled_from(program[:-1]), max_size=2)), *program]
+    model = layer(rows, cols, dtype)
+    session = online_quant(scheme, model)
+    incoming = session._work.incoming.of(model.weight._armed)
+
+    def send(piece: Any) -> None:
+        name, box = piece
+        given = parts[name][tuple(slice(*span) for span in box)].clone()
+        incoming.write(name, given, box, tuple(parts[name].shape))
+        given.reshape(-1).view(torch.uint8).fill_(0x55)
+
+    def run() -> None:
+        with session:
+            for piece in (p for p in program if p != lost):
+                send(piece)
+
+    if lost is None:
+        run()
+        small = rows <= 128 or cols <= 128  # Blocks of one column or row are per tensor, or channel, as well.
+        assert small or outcome(session) == expected_outcome(form, scheme)
+        assert_arrived(model.weight, parts, outcome(session))
+        assert session.report().timeline[-1].staged_bytes == 0
+    else:
+        with pytest.raises((IncompleteLoadError, Unusable, WeightDtypeError), match=r"^weight: "):
+            run()
+
+
+@slow_data
+@given(st.data(), st.sampled_from(sorted(FORMS)), st.sampled_from(NAMES))
+def test_a_second_version_wins(data: st.DataObject, form: str, scheme: str) -> None:
+    """Law 3: parts of another version may have come before, as long as all of the last one comes again."""
+    rows, cols = data.draw(st.integers(1, 200)), 32 * data.draw(st.integers(1, 5))
+    stale, parts = (FORMS[form].parts(rows, cols, seed) for seed in (1, 2))
+    model = layer(rows, cols)
+    with online_quant(scheme, model) as session:
+        incoming = session._work.incoming.of(model.weight._armed)
+        for name in data.draw(st.permutations(sorted(stale))):
+            incoming.write(name, stale[name])
+        for name in data.draw(st.permutations(sorted(parts))):
+            incoming.write(name, parts[name])
+    assert_arrived(model.weight, parts, outcome(session))
+
+
+@pytest.mark.parametrize("order", ["values first", "scales first"])
+def test_a_loader_that_assigns_parts_one_by_one(order: str) -> None:
+    parts = FORMS["fp8 blocks"].parts(300, 256)
+    with online_quant("fp8", source={}):
+        model = layer(300, 256)
+        for _ in range(2 if order == "values first" else 1):
+            if order == "values first":
+                model.weight.data[:130].copy_(parts["*"][:130])
+                model.weight.data[130:].copy_(parts["*"][130:])
+            model.weight_scale_inv = nn.Parameter(parts["*_scale_inv"])
+            if order == "scales first":
+                model.weight = nn.Parameter(parts["*"], requires_grad=False)
+    assert sorted(model._parameters) == ["bias", "weight"]
+    assert_arrived(model.weight, parts)
+
+
+def test_a_state_dict_in_several_files() -> None:
+    parts = named(FORMS["fp8 blocks"].parts(300, 256))
+    with online_quant("fp8") as session:
+        model = layer(300, 256)
+        for name in ("weight", "weight_scale_inv"):
+            model.load_state_dict({name: parts[name]}, strict=False)
+    assert_arrived(model.weight, FORMS["fp8 blocks"].parts(300, 256))
+    assert session.report().peak_staged_bytes == 300 * 256
+
+
+def test_values_meet_their_scales_and_nothing_is_held() -> None:
+    """Law 9."""
+    parts = FORMS["fp8 blocks"].parts(512, 256)
+    with online_quant("fp8", source={}) as session:
+        model = layer(512, 256)
+        model.weight_scale_inv = nn.Parameter(parts["*_scale_inv"])
+        for start in range(0, 512, 128):
+            model.weight.data[start : start + 128].copy_(parts["*"][start : start + 128])
+    assert session.report().peak_staged_bytes == parts["*_scale_inv"].nbytes
+
+
+def test_experts_that_are_stored_the_other_way_round() -> None:
+    """gpt-oss: `[E, N, K / 32, 16]` on disk is `[E, K, N]` in the model."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.empty(3, 64, 96, dtype=torch.bfloat16))
+
+    each = [FORMS["mxfp4 blocks"].parts(96, 64, seed) for seed in range(3)]
+    state = {name.replace("*", "gate_up_proj"): torch.stack([parts[name] for parts in each]) for name in each[0]}
+    with online_quant("fp8", targets=["gate_up_proj"]):
+        model = Experts()
+        model.load_state_dict(state)
+    full = torch.stack([whole(parts, torch.bfloat16, (96, 64)).T for parts in each])
+    assert_oracle(model.gate_up_proj, full, SCHEMES["fp8"])
+
+
+def fault(what: str) -> tuple[Tensors, str]:
+    parts = named(FORMS["fp8 blocks"].parts(300, 256))
+    if what == "no scale":
+        del parts["weight_scale_inv"]
+        return parts, "weight: the source is torch.float8_e4m3fn, which has no meaning"
+    if what == "no values":
+        del parts["weight"]
+        return parts, r"weight: weight_scale_inv \(float32 \[3, 2\]\) arrived"
+    if what == "another shape":
+        parts["weight_scale_inv"] = parts["weight_scale_inv"][:2]
+        return parts, r"weight: its scales are \[2, 2\]"
+    if what == "another matrix":
+        parts["weight"], parts["weight_scale_inv"] = parts["weight"][:256], parts["weight_scale_inv"][:2]
+        return parts, r"weight: weight is float8_e4m3fn \[256, 256\]; of a weight \[300, 256\]"
+    if what == "NaN":
+        parts["weight"].view(torch.uint8)[7, 9] = 0x7F
+        return parts, r"weight: nan at index \[7, 9\]"
+    parts["weight_scale_inv"][1, 1] = float("nan")
+    return parts, r"weight: its scale \[1, 1\] is nan"
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_per_block"])
+@pytest.mark.parametrize(
+    "what", ["no scale", "no values", "another shape", "another matrix", "NaN", "a scale that is NaN"]
+)
+def test_what_means_nothing_is_refused_by_name_and_the_model_loads_again(what: str, scheme: str) -> None:
+    state, says = fault(what)
+    model = layer(300, 256)
+    with pytest.raises(QTensorError, match=rf"^{says}"), online_quant(scheme, model):
+        model.load_state_dict(state, strict=False)
+    good = FORMS["fp8 blocks"].parts(300, 256)
+    with online_quant(scheme, model) as session:
+        model.load_state_dict(named(good))
+    assert_arrived(model.weight, good, outcome(session))
+
+
+def test_an_unknown_tensor_beside_a_weight_is_still_unexpected() -> None:
+    model = layer(128, 64)
+    with pytest.raises(RuntimeError, match="weight_zero_something"), online_quant("fp8", model):
+        model.load_state_dict({"weight": torch.randn(128, 64), "weight_zero_something": torch.ones(1)})
