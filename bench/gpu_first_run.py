@@ -36,8 +36,8 @@ def here(device: torch.device, size: int) -> Result:
 
 
 def kernels(device: torch.device, size: int) -> Result:
-    """Every kernel against the CPU reference, byte for byte: bench/kernels.py --check-only."""
-    import kernels as bench
+    """Every kernel against the CPU reference, byte for byte: bench/kernel_speed.py --check-only."""
+    import kernel_speed as bench
 
     return {"failures": bench.check(device)}
 
@@ -86,8 +86,8 @@ def products(device: torch.device, size: int) -> Result:
 
 
 def timings(device: torch.device, size: int) -> Result:
-    """bench/kernels.py --quick: each kernel beside a copy and torch.compile."""
-    import kernels as bench
+    """bench/kernel_speed.py --quick: each kernel beside a copy and torch.compile."""
+    import kernel_speed as bench
 
     bandwidth = bench.copy_bandwidth(device, quick=True)
     rows = bench.measure(device, bandwidth, quick=True)

@@ -23,7 +23,7 @@ def league() -> ModuleType:
     try:
         import league
     finally:
-        sys.path[:] = before  # bench/kernels.py and its like are not what others mean by these names
+        sys.path[:] = before
     return league
 
 

@@ -1,4 +1,4 @@
-"""What the first person with a GPU runs: bench/kernels.py --check-only, here on a simulated one, and its report."""
+"""What the first person with a GPU runs: bench/kernel_speed.py --check-only, here on a simulated one, and its report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     yield importlib.import_module
-    for name in ("gpu", "kernels", "gpu_first_run"):
+    for name in ("gpu", "kernel_speed", "gpu_first_run"):
         sys.modules.pop(name, None)
 
 
@@ -48,7 +48,7 @@ def test_it_compiles_fewer_than_60_kernels(bench: Any, monkeypatch: pytest.Monke
     with simulated_gpu(89) as gpu:
         monkeypatch.setattr(gpu, "arch", 1089)  # A device of its own: what others compiled does not count.
         monkeypatch.setattr(gpu, "get_current_target", lambda: SimpleNamespace(backend="cuda", arch=89, warp_size=32))
-        failures = bench("kernels").check(torch.device("cpu"), TRITON)
+        failures = bench("kernel_speed").check(torch.device("cpu"), TRITON)
     assert {name for name in FORMATS if any(name in failure for failure in failures)} == set(FORMATS)
     assert 30 < len(compiled) < 60
 
@@ -57,7 +57,7 @@ def test_it_compiles_fewer_than_60_kernels(bench: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_nothing_differs(bench: Any, arch: int) -> None:
     with simulated_gpu(arch):
-        assert bench("kernels").check(torch.device("cpu"), TRITON) == []
+        assert bench("kernel_speed").check(torch.device("cpu"), TRITON) == []
 
 
 def test_without_a_gpu_the_first_run_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

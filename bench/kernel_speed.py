@@ -1,6 +1,6 @@
 """Each quantization kernel over the shapes of real layers: bytes per second, and the share of what a copy reaches.
 
-    python bench/kernels.py [--quick]
+    python bench/kernel_speed.py [--quick]
 
 The bound is the bandwidth of a device-to-device copy measured in the same run. Beside our kernels stand the same
 formulas in eager torch and under torch.compile, the per-block formula of transformers, and torchao where it is
