@@ -122,6 +122,21 @@ def unquantized_experts(layer: Any) -> Any:
     return UnquantizedFusedMoEMethod(layer.moe_config)
 
 
+def on_cpu() -> bool:
+    """Whether vLLM builds its models for a CPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def capability() -> int:
+    """Of an NVIDIA GPU: 90 for sm_90."""
+    from vllm.platforms import current_platform
+
+    found = current_platform.get_device_capability()
+    return 0 if found is None or current_platform.is_rocm() else int(found.to_int())
+
+
 def has_fp8_units() -> bool:
     """Of the GPU."""
     from vllm.platforms import current_platform
@@ -146,47 +161,6 @@ def amd_problem() -> str | None:
             "Serve the model unquantized, or a checkpoint in a format that vLLM has a kernel for there, such as GPTQ"
         )
     return None
-
-
-def pads_rows_alone(kernel: Any) -> bool:
-    """Whether the kernel pads a weight whose rows are no multiple of 16, with a scale for each, by itself. vLLM's
-    CUTLASS kernel means to, and fails: it sets an attribute of the padded weight twice."""
-    return type(kernel).__name__ != "CutlassFP8ScaledMMLinearKernel"
-
-
-def fp8_linear_kernel(
-    scheme: Any, weight_shape: tuple[int, int], input_dtype: torch.dtype, out_dtype: torch.dtype
-) -> Any:
-    """vLLM's own choice of fp8 kernel for a linear layer on this GPU.
-
-    Schemes that multiply weight-only, and chips without fp8 units, get Marlin if vLLM has it for them.
-    """
-    from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
-    from vllm.model_executor.layers.quantization.utils import quant_utils
-
-    granularity = scheme.format.granularity
-    if granularity == "block":
-        weight_key = quant_utils.create_fp8_quant_key(
-            static=True, group_shape=quant_utils.GroupShape(*scheme.format.block)
-        )
-        activation_key = quant_utils.kFp8Dynamic128Sym
-    elif granularity == "channel":
-        weight_key, activation_key = quant_utils.kFp8StaticChannelSym, quant_utils.kFp8DynamicTokenSym
-    else:
-        from vllm.model_executor.layers.quantization.utils.w8a8_utils import cutlass_fp8_supported
-
-        weight_key = quant_utils.kFp8StaticTensorSym
-        activation_key = (
-            quant_utils.kFp8DynamicTokenSym if cutlass_fp8_supported() else quant_utils.kFp8DynamicTensorSym
-        )
-    return init_fp8_linear_kernel(
-        activation_quant_key=activation_key,
-        weight_quant_key=weight_key,
-        weight_shape=weight_shape,
-        input_dtype=input_dtype,
-        out_dtype=out_dtype,
-        module_name="QTensorLinearMethod",
-    )
 
 
 def native_expert_method(granularity: str) -> type:

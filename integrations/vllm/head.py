@@ -38,7 +38,7 @@ class QTensorHeadMethod(QTensorLinearMethod):
         assert self.load is not None
         if not isinstance(self.compute, CpuLinear):
             raise QTensorError(
-                f"{self.prefix}: this output head is tied to the embedding, which a GPU's fp8 kernels cannot look up; "
+                f"{self.prefix}: this output head is tied to the embedding, which a GPU's kernels cannot look up; "
                 "leave the option lm_head out"
             )
         name = compat.embedding_name(self.load.served.root, embed_tokens)
@@ -62,7 +62,7 @@ class QTensorHeadMethod(QTensorLinearMethod):
 class QTensorEmbeddingMethod(QTensorLinearMethod):
     """A table of embeddings `[V, K]` that is an output head too. Its rows have to lie as they are looked up."""
 
-    def choose(self, shape: tuple[int, int], dtype: torch.dtype) -> LinearCompute:
+    def choose(self, shape: tuple[int, int], all_columns: int, dtype: torch.dtype) -> LinearCompute:
         return linear_compute(self.scheme, self.choice.options, shape, dtype, self.prefix, packs=False)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:

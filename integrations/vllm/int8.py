@@ -19,7 +19,7 @@ from qtensor.schemes.scheme import int8_per_channel
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
-from .layers import assembled, frozen, publish_parts, published_parts
+from .layers import assembled, frozen, give_back, publish_parts, published_parts
 from .loops import kept_memory, round_into
 from .products import CpuLinear, _define
 
@@ -41,7 +41,7 @@ class Int8Linear(CpuLinear):
         if self.packed and weight.numel():
             layer.int8_product = compat.int8_product(weight.qdata.contiguous(), layer.weight_scale.data)
             layer.register_parameter("weight", frozen(torch.empty(0, dtype=torch.int8, device="cpu")))
-            _give_back(weight.qdata)
+            give_back(layer, weight.parts())
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -73,13 +73,6 @@ def _unpacked(product: Any, scale: torch.Tensor) -> torch.Tensor:
         torch.ops._C.onednn_scaled_mm(out, ones, _ONE, None, None, None, product.handler_tensor)
         found[:, start : start + count] = (out / worth).round_().t()
     return found
-
-
-def _give_back(qdata: torch.Tensor) -> None:
-    """Free memory that a load holds to its end: packed weights would stand beside those of all layers."""
-    storage = qdata.untyped_storage()
-    if storage.resizable():
-        storage.resize_(0)
 
 
 def packed_int8(x: torch.Tensor, handler: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:

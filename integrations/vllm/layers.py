@@ -37,7 +37,7 @@ class Slot:
     publish: Callable[[nn.Module], None]
     attributes: dict[str, Any]
     split: frozenset[int] = frozenset()
-    read: Callable[[nn.Module], QTensor] | None = None
+    read: Callable[[nn.Module], QTensor | None] | None = None
 
     @property
     def full_name(self) -> str:
@@ -102,6 +102,16 @@ def publish_parts(layer: Any, weight: QTensor, name: str = "weight") -> None:
 def published_parts(layer: Any, fmt: WeightFormat, name: str = "weight") -> list[torch.Tensor]:
     """What `publish_parts` gave it."""
     return [layer._parameters[part_name] for part_name in part_names(fmt, name)]
+
+
+def give_back(layer: Any, parts: Parts) -> None:
+    """Free the memory of parts that the layer has packed into other memory: a load holds them to its end, when those of
+    all layers would stand beside what was made of them."""
+    kept = {p.untyped_storage().data_ptr() for p in layer._parameters.values() if p is not None}
+    for part in parts:
+        storage = part.untyped_storage()
+        if storage.data_ptr() not in kept and storage.resizable():
+            storage.resize_(0)
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -21,7 +21,7 @@ from .entry import load_of
 from .load import Load
 from .options import Choice
 from .parallel import split_axes
-from .products import CpuLinear, LinearCompute
+from .products import LinearCompute
 
 
 class QTensorLinearMethod(LinearMethodBase):
@@ -52,18 +52,18 @@ class QTensorLinearMethod(LinearMethodBase):
         layer.output_size_per_partition = shape[0]
         layer.orig_dtype = params_dtype
         layer.weight_block_size = list(self.scheme.format.block) if self.scheme.format.granularity == "block" else None
-        self.compute = self.choose(shape, params_dtype)
+        self.compute = self.choose(shape, input_size, params_dtype)
         self.load = load_of(self.choice)
         attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
         split = split_axes(rows=shape[0] < output_size, columns=shape[1] < input_size)
-        read = self.compute.read if isinstance(self.compute, CpuLinear) else None
         self.load.arm(
-            self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes, split, read
-        )
+            self.prefix, layer, "weight", shape, params_dtype, self.scheme, self.publish, attributes, split,
+            self.compute.read,
+        )  # fmt: skip
 
-    def choose(self, shape: tuple[int, int], dtype: torch.dtype) -> LinearCompute:
-        """What multiplies with the weight."""
-        return linear_compute(self.scheme, self.choice.options, shape, dtype, self.prefix)
+    def choose(self, shape: tuple[int, int], all_columns: int, dtype: torch.dtype) -> LinearCompute:
+        """What multiplies with the weight. all_columns: of the layer on all ranks."""
+        return linear_compute(self.scheme, self.choice.options, shape, dtype, self.prefix, all_columns=all_columns)
 
     def publish(self, layer: Any) -> None:
         """Give the layer its finished weight in the kernel's format. `layer.weight` is complete and quantized."""

@@ -69,7 +69,7 @@ class Load(Filling):
         publish: Callable[[nn.Module], None],
         attributes: dict[str, Any],
         split: frozenset[int],
-        read: Callable[[nn.Module], QTensor] | None = None,
+        read: Callable[[nn.Module], QTensor | None] | None = None,
     ) -> ArmedWeight:
         """Register a lazy parameter `name` on `layer`, with vLLM's `attributes` (weight_loader, input_dim, ...).
 

@@ -23,7 +23,7 @@ from qtensor.schemes.scheme import Scheme, fp8_per_block, fp8_per_channel, fp8_p
 from qtensor.tensor.qtensor import QTensor
 
 from . import compat
-from .dispatch import kernel_errors, require_served_on_gpus
+from .dispatch import kernel_errors, require_fp8_experts
 from .entry import load_of
 from .layers import frozen, publish_parts, published_parts
 from .load import Load
@@ -38,7 +38,7 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "silu_no_mul", "gelu_n
 
 def expert_method(choice: Choice, prefix: str, scheme: Scheme, layer: Any) -> Any:
     """The method for a layer of routed experts, on the device that vLLM is building the model for."""
-    if torch.get_default_device().type == "cpu":
+    if compat.on_cpu():
         problem = compat.cpu_experts_problem()
         if problem is not None:
             raise QTensorError(f"{prefix}: {problem}")
@@ -49,7 +49,7 @@ def expert_method(choice: Choice, prefix: str, scheme: Scheme, layer: Any) -> An
         moe = layer.moe_config
         whole_blocks = moe.hidden_dim % 128 == moe.intermediate_size_per_partition % 128 == 0
         scheme = fp8_per_block if whole_blocks else fp8_per_tensor
-    require_served_on_gpus(scheme, prefix)
+    require_fp8_experts(scheme, prefix)
     with kernel_errors(scheme, prefix, "for experts: fp8_per_tensor, fp8_per_block"):
         return _gpu_class(scheme.format.granularity)(choice, prefix, scheme, layer.moe_config)
 

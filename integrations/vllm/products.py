@@ -1,7 +1,7 @@
-"""The products with published weights: on a CPU qtensor's own kernels, on a GPU vLLM's fp8 kernels.
+"""The products with published weights on a CPU: qtensor's own kernels.
 
-A CPU has no fp8 units, so activations stay as they are there unless the option `activation` says "dynamic"; the
-product decodes the weight on the way. On a GPU vLLM chooses the kernel as it does for its own fp8 layers.
+A CPU has no fp8 units, so activations stay as they are unless the option `activation` says "dynamic"; the product
+decodes the weight on the way.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from qtensor.kernels import FORMATS, Parts
 from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
 
-from . import compat
-from .layers import assembled, frozen, part_names, publish_parts, published_parts
+from .layers import assembled, publish_parts, published_parts
 
 
 class LinearCompute(Protocol):
-    """publish: give the layer its weight, under the names of `part_names`. apply: the product. dequantize: `[N, K]`."""
+    """publish: give the layer its weight, under the names of `part_names`. apply: the product. read: the weight in
+    row-major order, None if it cannot be told. dequantize: `[N, K]`."""
 
     def publish(self, layer: Any, weight: QTensor) -> None: ...
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
+    def read(self, layer: Any) -> QTensor | None: ...
     def dequantize(self, layer: Any) -> torch.Tensor: ...
 
 
@@ -52,42 +53,6 @@ class CpuLinear:
 
     def dequantize(self, layer: Any) -> torch.Tensor:
         return self.read(layer).dequantize()
-
-
-class GpuLinear:
-    """vLLM's fp8 kernel for the layer: weight fp8 `[K, N]`, a transposed view of `[N, K]` memory (per-block `[N, K]`).
-    padding: rows of zeros after the weight's own, for a kernel that wants a multiple of 16.
-
-    Not tested where this was written: no GPU was at hand.
-    """
-
-    def __init__(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.fmt = scheme.format
-        self.kernel = compat.fp8_linear_kernel(scheme, shape, dtype, torch.get_default_dtype())
-        by_row = self.fmt.granularity == "channel" and not compat.pads_rows_alone(self.kernel)
-        self.padding = -shape[0] % 16 if by_row else 0
-
-    def publish(self, layer: Any, weight: QTensor) -> None:
-        layer.input_scale = None
-        parts = weight.parts()
-        if self.padding:
-            parts = parts.map(lambda part: torch.cat([part, part.new_zeros(self.padding, part.shape[1])]))
-        for part_name, part in zip(part_names(self.fmt), parts, strict=True):
-            layer.register_parameter(part_name, frozen(part))
-        if self.fmt.granularity != "block":
-            layer.register_parameter("weight", frozen(parts.qdata.t()))
-        self.kernel.process_weights_after_loading(layer)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not self.padding:
-            out: torch.Tensor = self.kernel.apply_weights(layer, x, bias)
-            return out
-        padded = None if bias is None else torch.nn.functional.pad(bias, (0, self.padding))
-        return self.kernel.apply_weights(layer, x, padded)[..., : -self.padding].contiguous()
-
-    def dequantize(self, layer: Any) -> torch.Tensor:
-        eye = torch.eye(layer.input_size_per_partition, dtype=layer.orig_dtype, device=layer.weight.device)
-        return self.apply(layer, eye, None).t()
 
 
 # Custom operators, so that torch.compile calls the kernels instead of tracing into them ------------------------------

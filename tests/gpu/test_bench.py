@@ -1,4 +1,4 @@
-"""What the first person with a GPU runs: bench/kernel_speed.py --check-only, here on a simulated one, and its report."""
+"""What the first person with a GPU runs: bench/kernel_speed.py --check-only, on a simulated one, and the report."""
 
 from __future__ import annotations
 

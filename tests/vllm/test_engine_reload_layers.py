@@ -183,7 +183,7 @@ class _Reversed(CpuLinear):
 
 def test_a_kernels_own_layout_and_reads_of_a_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mamba's loader writes A_log, then replaces it by a function of what it reads back."""
-    monkeypatch.setattr(linear, "linear_compute", lambda scheme, *_: _Reversed(scheme, False))
+    monkeypatch.setattr(linear, "linear_compute", lambda scheme, *_, **__: _Reversed(scheme, False))
     mixer = "backbone.layers.1.mixer."
     b = tensors_of(other("mamba2"))
     with engine(checkpoint("mamba2"), "qtensor", enable_prefix_caching=False) as llm:

@@ -1,5 +1,5 @@
 """What the plugin does on each GPU: vLLM's own choice of kernel, or a refusal while the model is built. No GPU computes
-here; see support/vllm/fake_gpu.py for what stands in."""
+here; see support/vllm/fake_gpu.py for what stands in. What the kernels are given is in test_gpu_values.py."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from qtensor.errors import ConfigError
 from qtensor.integrations.vllm.config import QTensorConfig
 from qtensor.integrations.vllm.dispatch import linear_compute
+from qtensor.integrations.vllm.gpu import GpuLinear
 from qtensor.integrations.vllm.layers import process
 from qtensor.integrations.vllm.moe import expert_method
 from qtensor.integrations.vllm.options import Choice, parse
-from qtensor.integrations.vllm.products import GpuLinear
 from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES, fp8_per_block, fp8_per_channel, fp8_per_tensor
 from qtensor.tensor.qtensor import empty
@@ -57,15 +57,19 @@ class Layer(nn.Module):
         return None
 
 
-def linear(name: str, rows: int = 4096, cols: int = 4096) -> tuple[GpuLinear, Any]:
-    """The product of a layer, and the layer with its published weight."""
+def linear(
+    name: str, rows: int = 4096, cols: int = 4096, *, dtype: torch.dtype = torch.bfloat16, **given: Any
+) -> tuple[GpuLinear, Any]:
+    """The product of a layer, and the layer with its published weight: zeros, where tensors have values."""
     scheme, layer = SCHEMES[name], nn.Module()
-    compute = linear_compute(scheme, parse(scheme, {}, {}), (rows, cols), torch.bfloat16, "model.layers.0.mlp.up_proj")
+    compute = linear_compute(scheme, parse(scheme, given, {}), (rows, cols), dtype, "model.layers.0.mlp.up_proj")
     assert isinstance(compute, GpuLinear)
-    layer.logical_widths, layer.orig_dtype = [rows], torch.bfloat16
+    layer.logical_widths, layer.orig_dtype = [rows], dtype
     layer.input_size_per_partition, layer.output_size_per_partition = cols, rows
     layer.weight_block_size = [128, 128] if name == "fp8_per_block" else None
-    compute.publish(layer, empty((rows, cols), scheme, torch.bfloat16, "meta"))
+    weight = empty((rows, cols), scheme, dtype, torch.get_default_device())
+    weight.parts().map(torch.Tensor.zero_)
+    compute.publish(layer, weight)
     return compute, layer
 
 
@@ -85,30 +89,42 @@ def stacks(scheme: Any, inner: int = INNER) -> list[Any]:
     return [empty(shape, scheme, torch.bfloat16, "meta") for shape in shapes]
 
 
-def cell(chip: Chip, name: str) -> tuple[str, str]:
-    """What linear layers and experts get: the kernel that vLLM chose, or "refused"."""
+def outcome(build: Callable[[], type], layer: str) -> str:
+    """The kernel that vLLM chose, or "refused"."""
+    try:
+        name = build().__name__
+    except ConfigError as error:
+        message = str(error)
+    else:
+        return re.sub(r"(FP8|Fp8|MxFp4|Mxfp8|NvFp4)?(Block)?(ScaledMM)?(Linear)?Kernel$", "", name)
+    assert message.startswith(f"qtensor: model.layers.0.mlp.{layer}: ")
+    assert any(way_out in message for way_out in ("`ignore`", "or use", "Use vLLM's own", "Serve the model"))
+    return "refused"
 
-    def outcome(build: Callable[[], type], layer: str) -> str:
-        try:
-            return build().__name__
-        except ConfigError as error:
-            message = str(error)
-        assert message.startswith(f"qtensor: model.layers.0.mlp.{layer}: ")
-        return "refused"
 
-    with pretend(chip):
-        dense = outcome(lambda: type(linear(name)[0].kernel), "up_proj")
-        routed = outcome(lambda: experts(name)[0].experts_cls, "experts")
-    return re.sub(r"(FP8|Fp8)?(Block)?ScaledMM(Linear)?Kernel$", "", dense), routed
+def chip_name(chip: Chip) -> str:
+    return f"sm_{chip}" if isinstance(chip, int) else chip
 
 
 def table() -> str:
-    served = ("fp8_per_channel", "fp8_per_block", "fp8_per_tensor")
-    lines = ["| GPU | " + " | ".join(f"`{name}`" for name in served) + " | the other five |", "| --- " * 5 + "|"]
+    lines = [f"| linear layers | {' | '.join(f'`{name}`' for name in FORMATS)} |", "| --- " * 9 + "|"]
     for chip in CHIPS:
-        cells = [" / ".join(dict.fromkeys(cell(chip, name))) for name in served]
-        assert {cell(chip, name) for name in FORMATS if name not in served} == {("refused", "refused")}
-        lines.append(f"| {f'sm_{chip}' if isinstance(chip, int) else chip} | {' | '.join(cells)} | refused |")
+        dtype = torch.float16 if chip == 75 else torch.bfloat16  # vLLM refuses bfloat16 there.
+        with pretend(chip, values=True):
+            cells = [
+                outcome(lambda name=name, dtype=dtype: type(linear(name, 256, 256, dtype=dtype)[0].kernel), "up_proj")
+                for name in FORMATS
+            ]
+        lines.append(f"| {chip_name(chip)} | {' | '.join(cells)} |")
+    served = ("fp8_per_channel", "fp8_per_block", "fp8_per_tensor")
+    lines += ["", f"| experts | {' | '.join(f'`{name}`' for name in served)} |", "| --- " * 4 + "|"]
+    for chip in CHIPS:
+        with pretend(chip):
+            cells = [outcome(lambda name=name: experts(name)[0].experts_cls, "experts") for name in served]
+            for name in FORMATS.keys() - served:
+                with pytest.raises(ConfigError):
+                    experts(name)
+        lines.append(f"| {chip_name(chip)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -126,21 +142,64 @@ def test_the_page_says_what_every_gpu_gets() -> None:
     ("chip", "name", "problem"),
     [
         ("gfx942", "fp8_per_tensor", r"e4m3fnuz, in which .* other numbers. Use vLLM's own"),
-        ("gfx90a", "fp8_per_channel", "no fp8 units"),
-        (90, "mxfp4", "serves fp8_per_tensor, fp8_per_channel, fp8_per_block; mxfp4 it serves on a CPU only"),
+        ("gfx90a", "fp8_per_channel", "no fp8 units.*int4_per_group"),
+        ("gfx942", "mxfp8", r"decode the weight to 16 bits .* Try another scheme \(int4_per_group\)"),
+        ("gfx950", "nvfp4", "vLLM has no kernel for nvfp4 here.*fp8_per_channel"),
+        ("gfx950", "int8_per_channel", 'or this one with the option activation="int8"'),
     ],
 )
 def test_a_refusal_says_why_and_what_instead(chip: Chip, name: str, problem: str) -> None:
     with pretend(chip), pytest.raises(ConfigError, match=problem):
         linear(name)
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "problem"),
+    [
+        ("gfx942", "fp8_per_tensor", r"e4m3fnuz, in which .* other numbers. Use vLLM's own"),
+        ("gfx90a", "fp8_per_channel", "no fp8 units"),
+        (90, "mxfp4", "serves experts in fp8_per_tensor, .* Give experts one of these by the option `moe`"),
+    ],
+)
+def test_a_refusal_of_experts(chip: Chip, name: str, problem: str) -> None:
     with pretend(chip), pytest.raises(ConfigError, match=problem):
         experts(name)
 
 
-def test_columns_that_are_no_whole_blocks_are_refused_at_the_start() -> None:
+@pytest.mark.parametrize(
+    ("name", "cols", "dtype", "problem"),
+    [
+        ("fp8_per_block", 200, torch.bfloat16, "its 200 input columns are no multiple of 128"),
+        ("mxfp8", 80, torch.bfloat16, "no multiple of 32"),
+        ("mxfp4", 80, torch.bfloat16, "no multiple of 32"),
+        ("nvfp4", 40, torch.bfloat16, "no multiple of 16"),
+        ("int8_per_channel", 42, torch.bfloat16, "no multiple of 4"),
+        ("int4_per_group", 192, torch.bfloat16, "no multiple of 128"),
+        ("mxfp4", 64, torch.float32, "dtype='bfloat16'"),
+    ],
+)
+def test_shapes_that_no_kernel_takes(name: str, cols: int, dtype: torch.dtype, problem: str) -> None:
     """vLLM's kernels assert at the first product."""
-    with pretend(90), pytest.raises(ConfigError, match=r"up_proj: its 200 input columns .* `targets`"):
-        linear("fp8_per_block", 256, 200)
+    with pretend(90), pytest.raises(ConfigError, match=f"up_proj: .*{problem}"):
+        linear(name, 256, cols, dtype=dtype)
+
+
+def test_columns_of_gfx950s_kernel() -> None:
+    """For others it would keep the weight in 16 bits."""
+    with pretend("gfx950"), pytest.raises(ConfigError, match="160 input columns are no multiple of 128"):
+        linear("mxfp8", 256, 160)
+
+
+@pytest.mark.parametrize(("chip", "kernel"), [(80, "Cutlass"), (90, "Cutlass"), ("gfx942", "Triton"), (100, None)])
+def test_int8_activations(chip: Chip, kernel: str | None) -> None:
+    with pretend(chip):
+        if kernel is None:
+            with pytest.raises(ConfigError, match="sm_75 to sm_90"):
+                linear("int8_per_channel", activation="int8")
+            return
+        compute, layer = linear("int8_per_channel", activation="int8")
+        assert type(compute.kernel).__name__ == f"{kernel}Int8ScaledMMLinearKernel"
+        assert layer.weight.shape == (4096, 4096)
 
 
 @pytest.mark.parametrize("chip", [90, 100])

@@ -8,17 +8,14 @@ import pickle
 from pathlib import Path
 
 import pytest
-import torch
 
 from qtensor import QTensorError, fp8_per_block, fp8_per_channel, mxfp8, nvfp4
 from qtensor.integrations.vllm import compat, register
 from qtensor.integrations.vllm.config import NAMES, QTensorConfig
-from qtensor.integrations.vllm.dispatch import linear_compute
 from qtensor.integrations.vllm.moe import expert_method
 from qtensor.integrations.vllm.options import OptionsError, parse
 from qtensor.integrations.vllm.reporting import report_paths
 from qtensor.kernels import FORMATS
-from qtensor.schemes.scheme import SCHEMES
 from support.vllm.checkpoints import checkpoint
 from support.vllm.engines import engine, load_error, look
 from support.vllm.scripts import output_of
@@ -116,17 +113,6 @@ def test_dynamic_activations() -> None:
     for others in (targets, {"linear": "none", "moe": "fp8", "activation": "dynamic"}):
         with pytest.raises(OptionsError, match="nvfp4 is weight-only"):
             parse(nvfp4, {**others, "lm_head": True}, {})
-
-
-@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "nvfp4", "int8_per_channel", "int4_per_group"])
-def test_refused_on_a_gpu(scheme: str) -> None:
-    """While the model is built on a device other than the CPU."""
-    chosen, options = SCHEMES[scheme], QTensorConfig().choice.options
-    with torch.device("meta"):
-        with pytest.raises(OptionsError, match=f"on a GPU the vLLM plugin serves fp8_per_tensor, .*; {scheme} it"):
-            linear_compute(chosen, options, (64, 64), torch.bfloat16)
-        with pytest.raises(OptionsError, match=scheme):
-            expert_method(QTensorConfig().choice, "mlp.experts", chosen, None)
 
 
 def test_targets_by_json() -> None:

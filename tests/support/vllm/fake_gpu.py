@@ -1,7 +1,8 @@
-"""vLLM on a CPU machine that takes itself for one with a GPU: its own choice of kernels, and the plugin's set-up of
-them, on tensors without memory (the meta device).
+"""vLLM on a CPU machine that takes itself for one with a GPU: its choice of kernels, and the plugin's set-up of them.
 
-Nothing is computed. What stands in for CUDA is what vLLM asks its platform and its compiled library while it chooses.
+What stands in for CUDA is what vLLM asks its platform and its compiled library while it chooses. By default nothing is
+computed: tensors have no memory (the meta device). With `values` they have, and the kernels' arithmetic is that of
+`reference_kernels`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
 import support.vllm.engines  # noqa: F401  Its settings of vLLM come first.
+from support.vllm import reference_kernels
 
 Chip = int | str
 """90 is NVIDIA's sm_90, "gfx942" is AMD's."""
@@ -33,13 +35,15 @@ _MODULES = (
     "vllm.model_executor.layers.fused_moe.experts.cutlass_moe",
     "vllm.model_executor.layers.quantization.utils.w8a8_utils",
     "vllm.model_executor.layers.quantization.utils.marlin_utils_fp8",
+    "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4",
+    "vllm.model_executor.layers.quantization.utils.marlin_utils_test",
 )
 _CAPABILITIES = {"gfx90a": 90, "gfx942": 94, "gfx950": 95}
 
 
 @contextlib.contextmanager
-def pretend(chip: Chip) -> Iterator[None]:
-    """What is imported of vLLM here was imported on a CPU."""
+def pretend(chip: Chip, *, values: bool = False) -> Iterator[None]:
+    """What is imported of vLLM here was imported on a CPU. values: tensors have memory, and products are computed."""
     for name in _MODULES:
         importlib.import_module(name)
     config = VllmConfig()
@@ -59,6 +63,7 @@ def pretend(chip: Chip) -> Iterator[None]:
         "is_cuda": not amd,
         "is_cuda_alike": True,
         "is_rocm": amd,
+        "supports_mx": chip == "gfx950",
         "get_device_name": str(chip),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +78,9 @@ def pretend(chip: Chip) -> Iterator[None]:
             patch.setattr(platform, name, classmethod(lambda cls, c, *_, f=function, **__: f(c)))
         patch.setattr(platform, "_enum", PlatformEnum.ROCM if amd else PlatformEnum.CUDA)
         patch.setattr(platform, "device_type", "cuda")
-        _patch_everywhere(patch, _library(number, amd))
+        _patch_everywhere(patch, _library(number, amd) | reference_kernels.FUNCTIONS)
+        for name, operator in reference_kernels.OPERATORS.items():
+            patch.setattr(torch.ops.vllm, name, operator, raising=False)
         patch.setattr(torch.accelerator, "current_device_index", lambda: 0)
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
         if amd:
@@ -81,18 +88,12 @@ def pretend(chip: Chip) -> Iterator[None]:
             rocm.__getattr__ = lambda name: lambda *_: name.removeprefix("on_") in (chip, "gfx9", "mi3xx")
             rocm.get_cdna_version = lambda: {"gfx90a": 2, "gfx942": 3, "gfx950": 4}[str(chip)]
             patch.setitem(sys.modules, "vllm.platforms.rocm", rocm)
-        with set_current_vllm_config(config), torch.device("meta"):
+        with set_current_vllm_config(config), torch.device("cpu" if values else "meta"):
             yield
 
 
 def _library(number: int, amd: bool) -> dict[str, Any]:
     """What vLLM's compiled library, and its checks that were made on import, say on the chip."""
-
-    def gptq_marlin_repack(
-        b_q_weight: Any, perm: Any = None, size_k: int = 0, size_n: int = 0, num_bits: int = 8, **_: Any
-    ) -> Any:
-        return b_q_weight.new_empty((size_k // 16, size_n * 16 // (32 // num_bits)), dtype=torch.int32)
-
     return {
         "cutlass_scaled_mm_supports_fp8": lambda c: number >= 89 and not amd,
         "cutlass_scaled_mm_supports_block_fp8": lambda c: number >= 90 and not amd,
@@ -103,8 +104,9 @@ def _library(number: int, amd: bool) -> dict[str, Any]:
         "CUTLASS_BLOCK_FP8_SUPPORTED": number >= 90 and not amd,
         "is_fp8_marlin_supported": lambda: number >= 75 and not amd,
         "is_deep_gemm_supported": lambda: False,
-        "gptq_marlin_repack": gptq_marlin_repack,
         "num_compute_units": lambda *_: 132,
+        "get_tensor_model_parallel_rank": lambda: 0,
+        "get_tensor_model_parallel_world_size": lambda: 1,
     }
 
 
