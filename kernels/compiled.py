@@ -15,14 +15,19 @@ from .reference import Torch, saturated
 
 
 def must_trace(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call on these tensors is being recorded or transformed, or has no memory to run a kernel on.
+    """Whether a call on these tensors is traced, or has no memory to run a kernel on."""
+    return is_traced(*tensors) or any(t is not None and t.is_meta for t in tensors)
+
+
+def is_traced(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on these tensors is being recorded or transformed.
 
     A kernel's writes are in no graph that make_fx records, and what is allocated inside a torch.func transform is no
     memory but a wrapper; neither shows in the tensors' types.
     """
     if torch.compiler.is_compiling() or _transforming() is not None or is_recording():
         return True
-    return any(t is not None and (t.is_meta or type(t) not in (torch.Tensor, torch.nn.Parameter)) for t in tensors)
+    return any(t is not None and type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 _transforming = torch._C._functorch.peek_interpreter_stack

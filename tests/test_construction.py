@@ -285,3 +285,42 @@ def test_a_copy_whose_original_is_gone_and_that_is_wrapped_anew() -> None:
         model.weight = nn.Parameter(model.weight)
         model.load_state_dict(state)
     assert_oracle(model.weight, state["weight"], fp8_per_channel)
+
+
+def test_a_copy_and_not_its_original_that_is_gone() -> None:
+    """What the original was given, and what it lacks, goes with it."""
+    state = nn.Linear(8, 8).state_dict()
+    with online_quant(fp8_per_channel):
+        model = nn.Linear(8, 8)
+        model.weight.data[:3].copy_(state["weight"][:3])
+        model.bias.data[:3].copy_(state["bias"][:3])
+        model = copy.deepcopy(model)
+        model.weight.data[3:].copy_(state["weight"][3:])
+        model.bias.data[3:].copy_(state["bias"][3:])
+    assert_oracle(model.weight, state["weight"], fp8_per_channel)
+    assert torch.equal(model.bias, state["bias"])
+
+
+def test_a_copy_of_a_loaded_weight_that_is_loaded_in_pieces() -> None:
+    """Columns at a time: its rows open again, as those of the original would."""
+    first, second = torch.randn(8, 8), torch.cat([torch.randn(8, 4) / 8, torch.randn(8, 4) * 8], 1)
+    with online_quant(fp8_per_channel) as session:
+        model = nn.Linear(8, 8, bias=False)
+        model.weight.data.copy_(first)
+        twin = copy.deepcopy(model)
+        twin.weight.data[:, :4].copy_(second[:, :4])
+        twin.weight.data[:, 4:].copy_(second[:, 4:])
+    assert_oracle(model.weight, first, fp8_per_channel)
+    assert_oracle(twin.weight, second, fp8_per_channel)
+    assert len(session.report().layers) == 2
+
+
+def test_what_a_copy_lacks_is_missed_unless_nobody_writes_to_it() -> None:
+    with pytest.raises(IncompleteLoadError) as error, online_quant(fp8_per_channel):
+        model = nn.Sequential(nn.Linear(8, 8))
+        model.load_state_dict({"0.weight": torch.randn(8, 8), "0.bias": torch.randn(8)})
+        copy.deepcopy(model)
+        spare = copy.deepcopy(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+        model = copy.deepcopy(spare)
+        model[1].bias.data.zero_()
+    assert set(error.value.missing) == {"0.weight", "0.bias", "1.weight"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,16 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qtensor import QTensor, Scheme, fp8_per_block, fp8_per_channel, int8_per_channel, online_quant
+from qtensor import (
+    QTensor,
+    QTensorError,
+    Scheme,
+    fp8_per_block,
+    fp8_per_channel,
+    int8_per_channel,
+    online_quant,
+    weight_checksums,
+)
 
 SCHEMES = {"block": fp8_per_block, "int8": int8_per_channel}
 X, OTHER = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (4, 7))
@@ -131,3 +141,93 @@ def test_compile_with_dynamic_shapes() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for x in (X, OTHER, OTHER[:1]):
         assert close(compiled(x), model(x))
+
+
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "all": lambda w, x: w.mul_(2),
+    "copy": lambda w, x: w.copy_(x.expand_as(w)),
+    "item": lambda w, x: w.__setitem__((slice(None), slice(3, 7)), x[:4]),
+    "a row": lambda w, x: w[3].add_(x),
+    "a row of data": lambda w, x: w.data[3].copy_(x),
+    "rows of a view": lambda w, x: w.view(-1)[64:192].view(2, 64)[1].fill_(1),
+    "columns of it turned": lambda w, x: w.t()[:, 3].zero_(),
+    "columns": lambda w, x: w[:, 3:7].add_(1),
+    "every other row": lambda w, x: w[::2].mul_(2),
+    "out=": lambda w, x: torch.mul(x, x, out=w[3]),
+    "several": lambda w, x: torch._foreach_add_([x.clone(), w.unbind(0)[3]], 1.0),
+}
+
+
+def exported(program: nn.Module, *args: torch.Tensor) -> None:
+    torch.export.export(program, args)
+
+
+def compiled(program: nn.Module, *args: torch.Tensor) -> None:
+    torch.compiler.reset()
+    torch.compile(program, backend="aot_eager", fullgraph=True)(*args)
+
+
+def recorded(program: nn.Module, *args: torch.Tensor) -> None:
+    make_fx(program, _allow_non_fake_inputs=True)(*args)
+
+
+@pytest.mark.parametrize("trace", [compiled, exported, recorded])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_program_writes_to_a_weight(name: str, trace: Callable[..., None]) -> None:
+    """Whichever way the part is taken. It could not quantize, and the write would be lost. torch.export asks no tensor
+    subclass about some of them, and fails, as make_fx before dispatch does."""
+    refused = "would be lost. Write outside of the function"
+    if trace is exported:
+        refused += "|Unable to cast NotImplemented to Tensor"
+    up = loaded(SCHEMES[name]).up
+    before = weight_checksums(up)
+
+    class Writes(nn.Module):
+        def __init__(self, write: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+            super().__init__()
+            self.up, self.write = up, write
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.write(self.up.weight, x)
+            return x * 2
+
+    for write in WRITES.values():
+        with pytest.raises(Exception, match=refused):
+            trace(Writes(write), X[0])
+    assert weight_checksums(up) == before
+
+
+def test_a_part_that_a_compiled_function_read() -> None:
+    """It has the plain tensor's values, gradients pass by it, and nobody writes to it."""
+    weight = loaded(fp8_per_channel).up.weight
+    plain = weight.dequantize()
+
+    def program(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = weight.view(8, 16, 64)[:, 2:7]
+        return torch.einsum("hd,hed->he", x.view(8, 8).repeat(1, 8), heads), weight[3]
+
+    torch.compiler.reset()
+    x, y = (X[0].clone().requires_grad_() for _ in range(2))
+    out, row = torch.compile(program, backend="aot_eager", fullgraph=True)(weight, x)
+    wanted, _ = program(plain, y)
+    for result in (out, wanted):
+        result.square().sum().backward()
+    assert close(out, wanted)
+    assert x.grad is not None
+    assert y.grad is not None
+    assert close(x.grad, y.grad)
+    assert torch.equal(row + 0, plain[3])
+    assert torch.equal(torch.from_numpy(row.numpy()), plain[3])
+    assert row.tolist() == plain[3].tolist()
+    assert torch.equal(copy.deepcopy(row), plain[3])
+    assert repr(row) == repr(plain[3])
+    with pytest.raises(QTensorError, match=r"part of one, \[32\], in a function that is recorded"):
+        row[:32].add_(1)
+
+
+def test_a_write_inside_vmap_arrives() -> None:
+    weight = loaded(fp8_per_channel).up.weight
+    doubled = weight[3].clone() * 2
+    torch.func.vmap(lambda x: weight[3].mul_(2) + x)(X)
+    assert torch.equal(weight[3], doubled)

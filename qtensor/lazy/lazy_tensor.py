@@ -157,13 +157,7 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if copies_to_train():
-            memo[id(self)] = torch.nn.Parameter(materialize(self).clone())
-            return memo[id(self)]
-        copy = parameter(self._armed.clone(memo), self.requires_grad)
-        copy.__dict__.update({k: v for k, v in self.__dict__.items() if not hasattr(copy, k)})
-        memo[id(self)] = copy
-        return copy
+        return copy_of(self, memo)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise QTensorError(
@@ -192,6 +186,10 @@ class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return LIVE_OPS.dispatch(func, args, kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """The copy of a model that is being constructed is loaded, too. Any other has the values of now."""
+        return copy_of(self, memo) if self._armed.loads_copy(memo) else super().__deepcopy__(memo)
+
 
 LAZY = (LazyWeight, LiveQTensor)
 # Values that a cast of a weight gave → the weight, and what has been written so far to it and to them.
@@ -213,6 +211,19 @@ def parameter(armed: ArmedWeight, requires_grad: bool) -> LazyWeight:
     param.requires_grad_(requires_grad)
     armed.adopt(param)
     return param
+
+
+def copy_of(lazy: LazyWeight | LiveQTensor, memo: dict[int, Any]) -> torch.Tensor:
+    """A deep copy that is loaded on its own, in the state that this weight is in; or values to train."""
+    if copies_to_train():
+        memo[id(lazy)] = torch.nn.Parameter(materialize(lazy).clone())
+        return memo[id(lazy)]
+    weight = lazy._armed.clone(memo)
+    copy = memo[id(lazy)] = parameter(weight, lazy.requires_grad)
+    if weight.settled and isinstance(weight.store, QuantStore):
+        settle(copy, weight.store.result)
+    copy.__dict__.update(attributes_of(lazy))
+    return copy
 
 
 def settle(param: Any, result: QTensor) -> None:

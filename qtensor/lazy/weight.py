@@ -60,6 +60,7 @@ class Host(Protocol):
     def completed(self, weight: ArmedWeight) -> None: ...
     def reopened(self, weight: ArmedWeight) -> None: ...
     def enroll(self, weight: ArmedWeight) -> None: ...
+    def copied(self, module: torch.nn.Module, memo: dict[int, object]) -> bool: ...
     def hold(self, weight: ArmedWeight, sign: int = 1) -> None: ...
 
 
@@ -76,7 +77,8 @@ class ArmedWeight:
     on_meta: it was made on the meta device, or moved there by `.to("meta")`, and nobody has given it memory or values
         since.
     was: its dtype when something was written, if it was cast since.
-    copied: it was deep-copied. assigned: the Parameter last assigned in its place, if someone else holds it still.
+    copied: it was deep-copied. copy_of: the weight that this one was copied from, while that exists.
+    assigned: the Parameter last assigned in its place, if someone else holds it still.
     in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`).
     shared: other ranks hold parts of what its scales are of; "closed" once they are being agreed on, None after that.
     """
@@ -88,7 +90,6 @@ class ArmedWeight:
     ) -> None:
         self.host, self.shape, self.dtype, self.device = host, shape, dtype, device
         self._module, self._attribute = None if owner[0] is None else weakref.ref(owner[0]), owner[1]
-        self._copied_from: Any = None
         self.coverage = Coverage(shape)
         self.lock = threading.RLock()
         self.params: list[torch.Tensor] = []
@@ -105,6 +106,7 @@ class ArmedWeight:
         self.began: float | None = None  # by time.perf_counter(): the first element was written
         self.done: float | None = None  # the last was there
         self._refused_sqnr: float | None = None
+        self.copy_of: weakref.ref[ArmedWeight] | None = None
         self.assigned: weakref.ref[torch.Tensor] | None = None
         # For tools that tell tensors apart by address: one that no memory has (it is not canonical on x86 or Arm).
         self.address = (1 << 62) + (next(_serial) << 42)
@@ -501,15 +503,20 @@ class ArmedWeight:
     def clone(self, memo: dict[int, Any]) -> ArmedWeight:
         """For deepcopy: an independent weight of the same session, in the same state."""
         with self.lock:
-            other = ArmedWeight(self.host, self.shape, self.dtype, self.device, self.owner)
-            self.copied = True
-            other._copied_from = self.owner[
-                0
-            ]  # Nobody tells which module the copy is in; this one says what it is for.
+            module, name = self.owner
+            # Where a module is copied, its copy is in the memo already.
+            other = ArmedWeight(self.host, self.shape, self.dtype, self.device, (memo.get(id(module), module), name))
+            other.copy_of, self.copied = weakref.ref(self), True
+            self.loads_copy(memo)
             other.scheme, other.initial, other.on_meta = self.scheme, self.initial.copy(), self.on_meta
             other.coverage, other.settled, other.was = self.coverage.copy(), self.settled, self.was
             other.store = self.store.copy(other.coverage) if self.store is not None else None
             return other
+
+    def loads_copy(self, memo: dict[int, Any]) -> bool:
+        """A deep copy is being made. Does the session load the module that has it?"""
+        module, _ = self.owner
+        return module is not None and self.host.copied(module, memo)
 
     def retyped(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] | None = None) -> ArmedWeight:
         """For `.to(dtype)`, `.to(device)` and sharding before the first write: the same weight as another type, or a

@@ -12,6 +12,8 @@ import time
 from dataclasses import replace
 from weakref import WeakSet
 
+from torch import nn
+
 from ..errors import LossyReadError
 from ..lazy.lazy_tensor import reopen, settle
 from ..lazy.quant_store import QuantStore
@@ -47,6 +49,10 @@ class LoadHost:
 
     def enroll(self, weight: ArmedWeight) -> None:
         self._weights.add(weight)
+
+    def copied(self, module: nn.Module, memo: dict[int, object]) -> bool:
+        """A module of armed weights is being deep-copied, with this `memo`. Is the copy loaded?"""
+        return False
 
     def goes_anywhere(self, weight: ArmedWeight) -> bool:
         """Has nobody said yet which device the weight belongs on?"""

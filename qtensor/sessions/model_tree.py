@@ -24,6 +24,7 @@ class ModuleTree:
     def __init__(self, model: nn.Module | None) -> None:
         self._model = model
         self._modules: WeakSet[nn.Module] = WeakSet()
+        self._copies: WeakSet[nn.Module] = WeakSet()
         self._parents: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
         self._names: dict[ArmedWeight, list[tuple[str, ref[nn.Module], str]]] = {}
         self._module_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -42,6 +43,21 @@ class ModuleTree:
             self._modules.add(parent)
             self._parents.setdefault(module, WeakSet()).add(parent)
 
+    def note_copy(self, module: nn.Module, memo: dict[int, object]) -> bool:
+        """A module is being deep-copied, alone or with what it is part of. Its copy exists, and has no attributes yet.
+        Returns whether the copy is loaded: not if a model was given."""
+        copy = memo.get(id(module))
+        if not isinstance(copy, nn.Module) or self._model is not None:
+            return False
+        if copy not in self._copies:
+            self._copies.add(copy)
+            self.note(copy)
+            for parent in list(self._parents.get(module, ())):
+                self.note_copy(parent, memo)
+                if isinstance(held_by := memo.get(id(parent)), nn.Module):
+                    self.note(copy, held_by)
+        return True
+
     def changed(self) -> None:
         """Names that were read off the tree may be wrong by now."""
         self._stale, self._names = True, {}
@@ -50,6 +66,7 @@ class ModuleTree:
         """Let go of the model."""
         self._model, self._names, self._stale = None, {}, False
         self._modules.clear()
+        self._copies.clear()
 
     def owners(self, weight: ArmedWeight) -> list[Owner]:
         """The names of a weight; tied weights have several. Of one in no module any more the module is None."""
@@ -59,7 +76,11 @@ class ModuleTree:
         if found := [(prefix, module, name) for prefix, module, name in known if module is not None]:
             return found
         module, name = weight.owner
-        return [("" if module is None else self._module_names.get(module, ""), module, name)]
+        prefix = None if module is None else self._module_names.get(module)
+        if prefix is None:
+            origin = None if weight.copy_of is None else weight.copy_of()
+            prefix = self.owners(origin)[0][0] if origin is not None else ""
+        return [(prefix, module, name)]
 
     def parameters(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
         """Every parameter of every model, under every name it has: module name, module, name, parameter (of a DTensor,
@@ -97,17 +118,26 @@ class ModuleTree:
         return live
 
     def models(self) -> list[nn.Module]:
-        """The roots that are being loaded: not those that were only built to be copied."""
-        return [m for m in self._roots() if m is self._model or not _is_prototype(m)]
+        """The roots that are being loaded: not those that were only built to be copied, or as a copy."""
+        return [m for m in self._roots() if m is self._model or not self._is_idle(m)]
 
     def _roots(self) -> list[nn.Module]:
         if self._model is not None:
             return [self._model]
-        return [m for m in list(self._modules) if not self._is_held(m)]
+        return [m for m in list(self._modules) if "_parameters" in vars(m) and not self._is_held(m)]
 
     def _is_held(self, module: nn.Module) -> bool:
         """Is it part of another? A library may have wrapped it for a while, and let go of it or of the wrapper."""
-        return any(module in parent._modules.values() for parent in list(self._parents.get(module, ())))
+        parents = list(self._parents.get(module, ()))
+        return any(module in vars(parent).get("_modules", {}).values() for parent in parents)
+
+    def _is_idle(self, root: nn.Module) -> bool:
+        """Was nothing written to a module that was deep-copied, as the layer given to nn.TransformerEncoder is, or to a
+        copy?"""
+        held = [local_tensor(param) for *_, param in parameters(root)]
+        weights = [param._armed for param in held if isinstance(param, LAZY)]
+        is_copy = root in self._copies
+        return bool(weights) and all((w.copied or is_copy) and not w.coverage.covered for w in weights)
 
     def _read_names(self) -> None:
         self._stale = False
@@ -121,9 +151,3 @@ class ModuleTree:
                     param._armed.adopt(param)
                     names.setdefault(param._armed, []).append((module_name, ref(module), name))
         self._names = names
-
-
-def _is_prototype(root: nn.Module) -> bool:
-    """Was the module only built to be deep-copied, as the layer given to nn.TransformerEncoder is?"""
-    weights = [param._armed for *_, p in parameters(root) if isinstance(param := local_tensor(p), LAZY)]
-    return bool(weights) and all(w.copied and not w.coverage.covered for w in weights)

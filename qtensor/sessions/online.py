@@ -194,6 +194,9 @@ class Load(ModelTransaction):
             return None
         return None if is_low_rank(name) or builds_adapter() else self._lazy(module, name, param, trusted=False)
 
+    def copied(self, module: nn.Module, memo: dict[int, object]) -> bool:
+        return self._tree.note_copy(module, memo)
+
     def attached(self, parent: nn.Module, child: nn.Module | None) -> None:
         self._tree.note(parent)
         if child is not None:

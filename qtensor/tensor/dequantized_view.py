@@ -2,6 +2,9 @@
 
 A reader has the plain tensor of dequantized values that it is in memory. A write goes to the weight: the operation is
 carried out on all of its dequantized values, and they are quantized anew, or, where they cannot be, left as they were.
+
+In a program that is recorded (torch.compile, torch.export, make_fx) it is a `RecordedView`: the same to readers, but no
+program can quantize, so a write is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from ..callers import makes_parameter
 from ..errors import QTensorError
 from ..kernels import compiled
 from .ops_copies import rewrite
-from .qtensor import QTensor, written_by
+from .qtensor import QTensor, refuse_traced, written_by
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
@@ -74,6 +77,54 @@ class DequantizedView(torch.Tensor):
         return _views(first._weight, lambda full: func(first._cut(full), *args[1:], **kwargs or {}), out)
 
 
+class RecordedView(torch.Tensor):
+    """The same in a recorded program, whose tensors have no memory.
+
+    One that a compiled function returns has values, and is refused to writers, too: its weight is not known any more.
+    """
+
+    _dense: torch.Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, dense: torch.Tensor) -> RecordedView:
+        view: RecordedView = torch.Tensor._make_wrapper_subclass(
+            cls,
+            dense.shape,
+            strides=dense.stride(),
+            storage_offset=dense.storage_offset(),
+            dtype=dense.dtype,
+            device=dense.device,
+        )
+        view._dense = dense
+        return view
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["_dense"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_: Any) -> RecordedView:
+        return RecordedView(inner["_dense"])
+
+    numpy = DequantizedView.numpy
+    tolist = DequantizedView.tolist
+    __deepcopy__ = DequantizedView.__deepcopy__
+    __reduce_ex__ = DequantizedView.__reduce_ex__
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return repr(self._dense)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for written in written_by(func, args, kwargs or {}):
+            if isinstance(written, RecordedView):
+                refuse_traced(written)
+        args, kwargs = tree_map_only(RecordedView, lambda t: t._dense, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, RecordedView, out) if is_view(func) else out
+
+
 def _is_part(tensor: Any) -> TypeGuard[DequantizedView]:
     return isinstance(tensor, DequantizedView) and tensor._weight is not None
 
@@ -86,11 +137,13 @@ def is_view(op: Any) -> bool:
 
 
 def view_of_values(func: Any, weight: QTensor, *args: Any, **kwargs: Any) -> Any:
-    """A view operation on the dequantized values. In a recorded program the result is a plain tensor."""
+    """A view operation on the dequantized values."""
     full = weight.dequantize()
     out = func(full, *args, **kwargs)
-    if compiled.must_trace(*weight.parts()) or not is_view(func):
+    if not is_view(func) or weight.is_meta:
         return out
+    if compiled.is_traced(*weight.parts()):
+        return tree_map_only(torch.Tensor, RecordedView, out)
     return _views(weight, lambda values: func(values, *args, **kwargs), out)
 
 

@@ -16,8 +16,8 @@ from .. import kernels
 from ..callers import changes_base, initialising, replaced_by_module, writes_to_disk
 from ..errors import NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..interrupts import without_grad
-from ..kernels import SOURCE_DTYPES, NonFinite
-from .qtensor import QTensor, nonfinite_message, quantize, refuse_disk, refuse_mutation
+from ..kernels import SOURCE_DTYPES, NonFinite, compiled
+from .qtensor import QTensor, nonfinite_message, quantize, refuse_disk, refuse_mutation, refuse_traced
 from .table import OpTable
 
 aten = torch.ops.aten
@@ -137,6 +137,8 @@ def _set_data(func: Any, dst: QTensor, value: torch.Tensor) -> None:
 
 def rewrite(dst: QTensor, values: torch.Tensor) -> None:
     """Give a weight other values, all or none of them. A slice that shares scales has its weight rewritten."""
+    if compiled.is_traced(*dst.parts()):
+        refuse_traced(dst)
     if dst.whole_units:
         stored = values.to(dtype=dst.dtype).expand(dst.shape)
         fresh = quantize(stored.mT if dst.transposed else stored, dst.scheme)
@@ -163,6 +165,8 @@ def _requantize(dst: QTensor, src: torch.Tensor) -> None:
     if not dst.whole_units:
         rewrite(dst, src)
         return
+    if compiled.is_traced(*dst.parts()):
+        refuse_traced(dst)
     try:
         stored = src.mT if dst.transposed else src
         kernels.choose(dst.device).quantize_into(stored, dst.parts(), dst.scheme.format)

@@ -357,6 +357,14 @@ def refuse_mutation(func: Any, weight: QTensor) -> NoReturn:
     )
 
 
+def refuse_traced(target: torch.Tensor) -> NoReturn:
+    raise QTensorError(
+        f"A write to a quantized weight, or a part of one, {list(target.shape)}, in a function that is "
+        "recorded (torch.compile, torch.export, make_fx): such a program cannot quantize, and the write would be lost. "
+        "Write outside of the function."
+    )
+
+
 def refuse_disk(weight: QTensor) -> NoReturn:
     raise QTensorError(
         f"QTensor {list(weight.shape)} ({weight.scheme}): accelerate's offload folder holds plain values and no "
