@@ -175,6 +175,9 @@ class ModelTransaction(LoadHost, Transaction):
         super().enroll(weight)
         self._tree.changed()
 
+    def copied(self, module: nn.Module, memo: dict[int, object]) -> bool:
+        return self._tree.note_copy(module, memo)
+
     def completed(self, weight: ArmedWeight) -> None:
         super().completed(weight)
         if not isinstance(weight.store, QuantStore):

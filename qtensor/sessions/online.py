@@ -18,16 +18,9 @@ from torch import nn
 from .. import kernels
 from ..callers import builds_adapter, initialising, is_constructing
 from ..errors import ConfigError, QTensorError
-from ..lazy.lazy_tensor import (
-    LAZY,
-    LazyWeight,
-    LiveQTensor,
-    Swap,
-    attributes_of,
-    parameter,
-    reopen,
-)
+from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor, attributes_of, parameter, reopen
 from ..lazy.plain_store import PlainStore
+from ..lazy.swap import Swap
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, full_name, home, is_dtensor, local_tensor, parameters, rehome
 from ..ranks.sharding import Agreements, Sharding
@@ -193,9 +186,6 @@ class Load(ModelTransaction):
         if not (is_constructing(module) or (name not in module._parameters and initialising())):
             return None
         return None if is_low_rank(name) or builds_adapter() else self._lazy(module, name, param, trusted=False)
-
-    def copied(self, module: nn.Module, memo: dict[int, object]) -> bool:
-        return self._tree.note_copy(module, memo)
 
     def attached(self, parent: nn.Module, child: nn.Module | None) -> None:
         self._tree.note(parent)

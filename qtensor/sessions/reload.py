@@ -16,10 +16,11 @@ from torch import nn
 from .. import kernels
 from ..errors import QTensorError, WeightShapeError
 from ..interrupts import without_grad
-from ..lazy.lazy_tensor import LAZY, LazyWeight, Swap, arm, attributes_of, close, parameter
+from ..lazy.lazy_tensor import LAZY, LazyWeight, arm, attributes_of, close, parameter
 from ..lazy.plain_store import PlainStore
 from ..lazy.quant_store import QuantStore
 from ..lazy.reloaded_weight import ReloadedWeight
+from ..lazy.swap import Swap
 from ..lazy.target import ShadowKind
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, full_name, local_parameters, local_tensor, parameters
@@ -366,9 +367,8 @@ class _ArmedQuantized:
 
     def _put_back(self) -> None:
         if not isinstance(self.param, QTensor) or self.param.dtype != self.live.dtype:
-            twin = cast(Any, self.live.detach())
-            twin._is_param = True
-            twin.__dict__.update(self._attributes)
+            twin: Any = self.live.detach()
+            twin.__dict__.update(self._attributes, _is_param=True)
             Swap(self.param, twin).do()
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lazy.lazy_tensor import LAZY, Swap, attributes_of, close, settle, view_of
+from ..lazy.lazy_tensor import LAZY, attributes_of, close, settle, view_of
 from ..lazy.plain_store import PlainStore
 from ..lazy.quant_store import QuantStore
+from ..lazy.swap import Swap
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner
 from ..regions.views import whole

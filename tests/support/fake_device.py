@@ -27,6 +27,9 @@ class _Far(torch.Tensor):
         far.host = host
         return far
 
+    def data_ptr(self) -> int:
+        return self.host.data_ptr()
+
     @property
     def data(self) -> torch.Tensor:
         return torch.Tensor.data.__get__(self)

@@ -302,6 +302,7 @@ class Life:
             torch.save(self.model.state_dict(), file)
             file.seek(0)
             fresh.load_state_dict(torch.load(file), assign=True)
+            fresh.requires_grad_(False)  # PyTorch has them as those of the fresh model; who trains cannot merge.
         else:
             for name, param in self.plain.model.named_parameters():
                 fresh.get_parameter(name).data = torch.empty_like(param)
