@@ -7,6 +7,7 @@
 #   make test-matrix  the tests on the oldest and newest versions that are supported (most of an hour); writes docs/compatibility.md
 #   make test-libraries  the tests with peft, diffusers, timm and others, in an environment of their own
 #   make gpu-first-run   correctness and speed on a GPU, in ten minutes, with a report to send us
+#   make gpu-cache   compiles that run's kernels ahead of time, on any machine: CHIPS="80 89 90 100", FOLDER=Triton's cache
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
 # TORCH        the torch to install. TORCH_INDEX: a package index to take it from, for example one with CPU builds.
@@ -17,6 +18,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 DEMO_ARGS ?=
+CHIPS ?= 80 89 90 100
+FOLDER ?=
 OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.13
 
@@ -27,7 +30,7 @@ FRESH := build/fresh
 MATRIX := build/matrix
 LIBRARIES := .venv-libraries
 
-.PHONY: demo test ready-to-test lint gpu-first-run docs wheel endurance test-matrix test-libraries audit clean
+.PHONY: demo test ready-to-test lint gpu-first-run gpu-cache docs wheel endurance test-matrix test-libraries audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -81,6 +84,10 @@ audit: $(VENV)/.audit
 gpu-first-run: $(VENV)/.demo
 	@echo "Trying qtensor on this machine's GPU: ten minutes at most; the report is gpu-first-run.md"
 	@$(BIN)/python bench/gpu_first_run.py
+
+gpu-cache: $(VENV)/.demo
+	@echo "Compiling the kernels of a first run for GPUs of compute capability (times ten) $(CHIPS); none is needed here"
+	@$(BIN)/python bench/gpu_cache.py --chips $(CHIPS) $(if $(FOLDER),--folder $(FOLDER))
 
 docs: $(VENV)/.docs
 	@echo "Building the documentation into site/"

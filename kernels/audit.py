@@ -65,7 +65,8 @@ class Audit:
     @property
     def sqnr(self) -> float | None:
         """Of everything quantized so far, by `sqnr_db`. None if it is not measured."""
-        return sqnr_db(self.signal, self.noise) if self.measure_sqnr else None
+        self._drain_sums()
+        return sqnr_db(self._signal, self._noise) if self.measure_sqnr else None
 
     def verify(self) -> None:
         """Raise `NonFinite` for the first element that was refused on a device; waits for that device.
@@ -77,9 +78,11 @@ class Audit:
             return
         found = 0
         for stream, buffer in self._buffers.items():
-            _wait(stream)
-            found = max(found, int(buffer[0]))
-            buffer[0] = 0
+            with torch.cuda.stream(stream):  # Reading it there waits for that stream, once. None changes nothing.
+                first = int(buffer[0])
+                if first:
+                    buffer[0] = 0
+            found = max(found, first)
         if found:
             index, kind = divmod(NO_FINDING - found, 4)
             raise NonFinite(index, _VALUES[kind])
@@ -99,10 +102,10 @@ class Audit:
         if not self.measure_sqnr:
             return
         for stream, buffer in self._buffers.items():
-            _wait(stream)
-            sums = buffer[1:].view(torch.float64)
-            signal, noise = sums.view(SLOTS, 2).sum(0).tolist()
-            sums.zero_()
+            with torch.cuda.stream(stream):
+                sums = buffer[1:].view(torch.float64)
+                signal, noise = sums.view(SLOTS, 2).sum(0).tolist()
+                sums.zero_()
             self._signal += signal
             self._noise += noise
 
@@ -113,8 +116,3 @@ def sqnr_db(signal: float, noise: float) -> float:
     if noise == 0:
         return inf
     return 10 * log10(signal / noise) if signal else -inf
-
-
-def _wait(stream: Any) -> None:
-    if stream is not None:
-        stream.synchronize()

@@ -145,9 +145,8 @@ class Int8Int8Linear(GpuLinear):
 @contextlib.contextmanager
 def _without_bias(layer: Any) -> Iterator[None]:
     """Marlin's processing reorders a bias that it finds, where it is, each time."""
-    bias = layer._parameters.pop("bias", None)
+    held = {"bias": layer._parameters.pop("bias")} if "bias" in layer._parameters else {}
     try:
         yield
     finally:
-        if bias is not None:
-            layer.register_parameter("bias", bias)
+        layer._parameters.update(held)

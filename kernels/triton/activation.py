@@ -30,18 +30,26 @@ def token_scale(largest):
 @triton.jit(do_not_specialize=["rows"])
 def one_pass(
     x, q, s, rows, cols, group, x_n, x_k, q_n, q_k, s_n,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, g): ROWS tokens, the columns of group g, whole in BLOCK >= group columns."""
+    """Program (i, g): ROWS tokens, the columns of group g, whole in BLOCK + TAIL columns: see `launch.split`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     within = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     col = tl.program_id(1).to(tl.int64) * group + within
     inside = (row < rows) & (within < group) & (col < cols)
     value = widen(tl.load(x + row * x_n + col * x_k, mask=inside, other=0.0))
-    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    scale = token_scale(tl.max(bits, axis=1, keep_dims=True))
+    largest = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    if TAIL:
+        rest = BLOCK + tl.arange(0, TAIL)[None, :].to(tl.int64)  # Groups of 128 have none: this is a whole token.
+        rest_inside = (row < rows) & (rest < cols)
+        rest_value = widen(tl.load(x + row * x_n + rest * x_k, mask=rest_inside, other=0.0))
+        rest_bits = rest_value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.maximum(largest, tl.max(rest_bits, axis=1, keep_dims=True))
+    scale = token_scale(largest)
     tl.store(s + row * s_n + tl.program_id(1), scale, mask=row < rows)
     tl.store(q + row * q_n + col * q_k, encode(divide(value, scale, FUSED), CAST), mask=inside)
+    if TAIL:
+        tl.store(q + row * q_n + rest * q_k, encode(divide(rest_value, scale, FUSED), CAST), mask=rest_inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,8 +88,16 @@ def quantize(x: torch.Tensor, group: int, one_pass_cols: int = ONE_PASS_COLS) ->
         if group > one_pass_cols:
             two_reads[(rows,)](*args, *strides, BLOCK=8192, num_warps=launch.warps(256), **target)
         else:
-            tile_rows, block, threads = launch.row_tile(group)
+            tile_rows, _, threads = launch.row_tile(group)
+            block, tail = launch.split(group)
             one_pass[(triton.cdiv(rows, tile_rows), groups)](
-                *args, group, *strides, ROWS=tile_rows, BLOCK=block, num_warps=launch.warps(threads), **target
+                *args,
+                group,
+                *strides,
+                ROWS=tile_rows,
+                BLOCK=block,
+                TAIL=tail,
+                num_warps=launch.warps(threads),
+                **target,
             )
     return q, scale

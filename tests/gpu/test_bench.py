@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from qtensor.kernels import FORMATS
-from qtensor.kernels.triton import TRITON
+from qtensor.kernels import FORMATS, Audit, Parts
+from qtensor.kernels.triton import TRITON, per_channel
 from support.gpu.driver import simulated_gpu
 from support.processes import ROOT
 
@@ -30,7 +31,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     yield importlib.import_module
-    for name in ("gpu", "kernel_speed", "gpu_first_run"):
+    for name in ("gpu", "kernel_speed", "gpu_first_run", "gpu_cache"):
         sys.modules.pop(name, None)
 
 
@@ -58,6 +59,23 @@ def test_it_compiles_fewer_than_60_kernels(bench: Any, monkeypatch: pytest.Monke
 def test_nothing_differs(bench: Any, arch: int) -> None:
     with simulated_gpu(arch):
         assert bench("kernel_speed").check(torch.device("cpu"), TRITON) == []
+
+
+def test_what_is_compiled_ahead_of_time_is_found_later(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To machine code, in a cache that a second process would read."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cache, speed = bench("gpu_cache"), bench("kernel_speed")
+    x, fmt = torch.zeros(48, 256, dtype=torch.bfloat16), FORMATS["fp8_per_channel"]
+    monkeypatch.setattr(
+        speed, "check", lambda _, fast: fast.quantize_into(x, Parts.of(x.shape, fmt), fmt, Audit(measure_sqnr=False))
+    )
+    assert cache.fill(90) == ["one_pass"]
+    assert [path.suffix for path in tmp_path.rglob("one_pass.cubin")] == [".cubin"]
+    kept = per_channel.one_pass.device_caches.pop(-90)
+    assert cache.fill(90) == []
+    assert list(per_channel.one_pass.device_caches.pop(-90)[0]) == list(kept[0])
 
 
 def test_without_a_gpu_the_first_run_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ _MODULES = (
     "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4",
     "vllm.model_executor.layers.quantization.utils.marlin_utils_test",
 )
+_CONFIG = VllmConfig()  # It cannot be made while a model is built.
 _CAPABILITIES = {"gfx90a": 90, "gfx942": 94, "gfx950": 95}
 
 
@@ -46,7 +47,6 @@ def pretend(chip: Chip, *, values: bool = False) -> Iterator[None]:
     """What is imported of vLLM here was imported on a CPU. values: tensors have memory, and products are computed."""
     for name in _MODULES:
         importlib.import_module(name)
-    config = VllmConfig()
     amd = isinstance(chip, str)
     number = _CAPABILITIES[chip] if isinstance(chip, str) else chip
     fnuz, fp8 = chip == "gfx942", number >= (94 if amd else 89)
@@ -88,7 +88,7 @@ def pretend(chip: Chip, *, values: bool = False) -> Iterator[None]:
             rocm.__getattr__ = lambda name: lambda *_: name.removeprefix("on_") in (chip, "gfx9", "mi3xx")
             rocm.get_cdna_version = lambda: {"gfx90a": 2, "gfx942": 3, "gfx950": 4}[str(chip)]
             patch.setitem(sys.modules, "vllm.platforms.rocm", rocm)
-        with set_current_vllm_config(config), torch.device("cpu" if values else "meta"):
+        with set_current_vllm_config(_CONFIG), torch.device("cpu" if values else "meta"):
             yield
 
 
