@@ -27,7 +27,13 @@ from support.vllm.reloads import LAYER, Q, addresses, other, reload, state
 
 ROUNDED = 0.02
 """How far, in mean |Δ log p|, the same weights may be where products are rounded at other places."""
-SLOW = [pytest.param(chip, name, marks=pytest.mark.slow) for chip in (80, 90) for name in FORMATS if name != "nvfp4"]
+SLOW = [
+    pytest.param(chip, name, marks=pytest.mark.slow)
+    for chip in (80, 90)
+    for name in FORMATS
+    if name != "nvfp4" and not (chip == 90 and name.startswith("fp8"))
+]
+"""CUTLASS takes fp8 row-major, as a CPU does."""
 
 
 class OnChip:
@@ -82,14 +88,14 @@ def test_a_weights_life(chip: Chip, name: str) -> None:
     before = left_behind()
     with engine(a, f"qtensor_{name}") as llm:
         seen, places = look(llm), addresses(llm)
-        assert seen.distance(first) < (0.06 if name.startswith("fp8") else ROUNDED)
+        assert seen.distance(first) < ROUNDED
         exact = name not in ("int4_per_group", *(n for n in FORMATS if n.startswith("fp8")))
         assert not exact or checksums(llm)[0] == sums
         assert left_behind() == before
 
         reload(llm, b)
         changed = look(llm)
-        assert changed.distance(second) < (0.06 if name.startswith("fp8") else ROUNDED)
+        assert changed.distance(second) < ROUNDED
         assert not exact or checksums(llm)[0] == sums_b
         assert addresses(llm) == places
         assert left_behind() == before
