@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from ..errors import IncompleteLoadError, LossySourceError, QTensorError
+from ..errors import CheckpointError, IncompleteLoadError, LossySourceError, QTensorError
 from ..regions.coverage import Box
 from ..regions.views import View
 from ..schemes.scheme import Scheme
@@ -224,7 +224,7 @@ class Collector:
         self._sink.fail(error, self._view)
 
     def _refuse(self, why: str) -> NoReturn:
-        self._fail(Unusable(f"{self._sink.name}: {why}"))
+        self._fail(CheckpointError(f"{self._sink.name}: {why}"))
 
     def _called(self, part: str) -> str:
         return part.replace("*", self._attribute)
@@ -241,7 +241,7 @@ class Collector:
                 raise self._failed
             if self.source is None:
                 found = ", ".join(f"{self._called(part)} ({_told(spec)})" for part, spec in self._specs.items())
-                raise Unusable(
+                raise CheckpointError(
                     f"{self._sink.name}: {found} arrived, and no known format is made of that alone. Is a scale "
                     "missing?"
                 )

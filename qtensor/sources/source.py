@@ -40,8 +40,9 @@ Specs = Mapping[str, Spec]
 """The tensors that a checkpoint has for one weight, by part name; perhaps not all of them yet."""
 
 
-class Unusable(CheckpointError):
-    """The parts of a weight do not mean any numbers. The message says why; whoever catches it puts the name before."""
+Unusable = CheckpointError
+"""What a source raises for parts that mean no numbers. The message says why, as what is said of a weight ("has 7
+columns"); whoever catches it puts the name before."""
 
 
 class Span(NamedTuple):
