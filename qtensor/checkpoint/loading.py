@@ -1,9 +1,10 @@
-"""load_checkpoint: a checkpoint's quantized weights into a model, bytes unchanged."""
+"""load_checkpoint: a checkpoint's quantized weights into a model, bytes unchanged, or in another scheme."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,45 @@ from ..modules import Owner, full_name, module_of
 from ..regions.views import View
 from ..report.progress import ProgressLike
 from ..report.report import LoadReport
+from ..schemes.config import SchemeSpec
 from ..schemes.scheme import Scheme
-from ..schemes.selection import Selection
+from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..sessions.online import open_load
-from ..sessions.options import LoadOptions
+from ..sessions.options import LoadOptions, StrictSource
 from ..tensor.qtensor import QTensor
 from .mapping import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint
+from .requantizing import collectors, fill, groups_of
 from .saving import expert_names
 from .verify import Weight, weights_of
 
 
 def load_checkpoint(
-    model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, progress: ProgressLike = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    progress: ProgressLike = None,
+    scheme: SchemeSpec | None = None,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    strict_source: StrictSource = "any",
 ) -> LoadReport:
-    """Fill a model from a folder that `save_checkpoint`, `qtensor quantize` or llm-compressor wrote.
+    """Fill a model from a folder of safetensors files.
 
-    Quantized weights become QTensors with the bytes of the file; all others are copied as load_state_dict would.
-    Tensors are read one at a time. The model is not changed by what is found before the first write.
+    Without a scheme, from one that `save_checkpoint`, `qtensor quantize` or llm-compressor wrote: quantized weights
+    become QTensors with the bytes of the file; all others are copied as load_state_dict would. With a scheme, from any:
+    weights become that, whether the folder holds them in high precision or in another format (docs/sources.md), which
+    is decoded as it is read. Tensors are read one at a time. The model is not changed by what is found before the first
+    write.
 
     Args:
         model: May be on the meta device, and may be a transformers model built from the folder's config.
         folder: Of the checkpoint.
         device: Where the weights go; by default where the model's are.
         progress: As `online_quant` takes it.
+        scheme: What weights become, as `online_quant` takes it; None: what the folder says.
+        ignore: With a scheme, patterns of weights that stay in, or are decoded to, high precision.
+        strict_source: With a scheme, "lossless" refuses a quantized weight that would be quantized a second time.
 
     Returns:
         The report of the load.
@@ -49,7 +65,11 @@ def load_checkpoint(
         CheckpointError: The checkpoint is damaged, unsafe, or has what the model lacks.
         ConfigError: An option has a value it cannot have.
         IncompleteLoadError: The model has what the checkpoint lacks.
+        LossySourceError: As `strict_source` says.
     """
+    if scheme is not None:
+        options = LoadOptions(device=device, progress=progress, strict_source=strict_source)  # type: ignore[arg-type]
+        return _load_in(Selection(scheme, ignore, None), model, Checkpoint(folder), options)
     options = LoadOptions(device=device, on_nonfinite="keep", progress=progress)  # type: ignore[arg-type]
     place, checkpoint = options.device, Checkpoint(folder)
     weights, plain = weights_of(checkpoint)
@@ -86,6 +106,36 @@ def load_checkpoint(
         without_grad(fill)
     report: LoadReport = session.report()
     return report
+
+
+def _load_in(selection: Selection, model: nn.Module, checkpoint: Checkpoint, options: LoadOptions) -> LoadReport:
+    """Fill a model with weights in a scheme, from whatever the checkpoint holds."""
+    options = replace(options, source=checkpoint.quantization or {})
+    places = parts_of(model, tensors_of(model))
+    groups, plain = groups_of(checkpoint.tensors, places)
+    if extra := [name for name in plain if name not in places]:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {type(model).__name__} has no {extra[0]} ({len(extra)} such tensors)"
+        )
+    for name, stored in plain.items():
+        part = places[name]
+        if stored.shape != tuple(part.view.size):
+            raise CheckpointError(f"{name}: is {list(stored.shape)}, and {part.name} needs {list(part.view.size)}")
+    with open_load(selection, model, options) as session:
+
+        def fill_all() -> None:
+            if is_transformers(model):
+                _compute_buffers(model, options.device)
+            targets: dict[str, Any] = tensors_of(model)
+            takers = collectors(targets, places, groups)
+            for name, stored in plain.items():
+                part = places[name]
+                targets[part.name].as_strided(*part.view).copy_(stored.read())
+            for name, group in groups.items():
+                fill(takers[name], group)
+
+        without_grad(fill_all)
+    return session.report()
 
 
 def accept(target: LazyWeight | LiveQTensor, view: View, weight: Weight) -> None:

@@ -62,6 +62,8 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    unit_rows = 1
+    """Rows that are read together (see `convert.decoding.Decoded`)."""
 
     def read(self, first: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor; or, into `out` (contiguous, of the dtype), the elements from flat index `first` on."""

@@ -28,7 +28,7 @@ def add_parsers(commands: Any) -> None:
     """Add the three verbs to the `qtensor` command's subparsers; each sets `run`, which returns the exit code."""
     saveable = sorted({name for rows in LAYOUTS.values() for name in rows} | {"fp8"})
     quantize = commands.add_parser("quantize", help="quantize a checkpoint, file to file, without the model's code")
-    quantize.add_argument("source", type=Path, metavar="SRC", help="folder of a high-precision safetensors checkpoint")
+    quantize.add_argument("source", type=Path, metavar="SRC", help="folder of a safetensors checkpoint")
     quantize.add_argument("target", type=Path, metavar="DST", help="folder to write; it must not exist")
     quantize.add_argument("--scheme", choices=[n for n in saveable if n in SCHEMES], default="fp8")
     quantize.add_argument("--weight-only", action="store_true", help="servers are told not to quantize activations")
@@ -40,6 +40,11 @@ def add_parsers(commands: Any) -> None:
         help="leave these as they are, besides the usual ones; repeatable",
     )
     quantize.add_argument("--format", choices=list(LAYOUTS), default=COMPRESSED_TENSORS)
+    quantize.add_argument(
+        "--lossless",
+        action="store_true",
+        help="refuse a weight that is quantized already and would be quantized a second time",
+    )
     quantize.add_argument("--workers", type=_count, default=2, metavar="N", help="threads (default 2)")
     quantize.add_argument(
         "--ray",
@@ -95,6 +100,7 @@ def _quantize(args: argparse.Namespace) -> int:
             ignore=(*DEFAULT_IGNORE, *args.ignore),
             format=args.format,
             workers=args.workers,
+            strict_source="lossless" if args.lossless else "any",
         )
         if report is not None:  # Ranks other than 0 have none.
             outcome(report.to_json(), _describe(report, args.target), beside_the_point=True)
@@ -110,6 +116,7 @@ def _describe(report: ConversionReport, target: Path) -> str:
         f"  {report.source_bytes / 1e6:.1f} MB → {report.written_bytes / 1e6:.1f} MB "
         f"in {report.seconds:.1f} s, {speed:.2f} GB/s"
     )
+    lines += [f"  {count} came in {source}" for source, count in sorted(report.sources.items())]
     kinds = sorted(set(report.left.values()))
     for reason in kinds:
         names = [name for name, why in report.left.items() if why == reason]

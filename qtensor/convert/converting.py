@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -56,7 +57,8 @@ from ..report.progress import Progress, ProgressLike, from_bytes
 from ..schemes.config import pattern_list
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE, ignoring
-from ..sessions.options import functions
+from ..sessions.options import StrictSource, functions, one_of
+from .decoding import Decoded, decoded
 from .streaming import OnBytes, TensorTask, copy, quantize
 
 _ATTEMPT = "attempt-"
@@ -100,6 +102,7 @@ class ConversionReport:
     files: int = 0
     seconds: float = 0.0
     left: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -147,8 +150,12 @@ def quantize_checkpoint(
     progress: ProgressLike = None,
     share: Share | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    strict_source: StrictSource = "any",
 ) -> ConversionReport:
     """Quantize a checkpoint's matrices; everything else is copied. Each equals `quantize(tensor, scheme)`.
+
+    Of a source that is quantized already (docs/sources.md), matrices are decoded as they are read, or moved where they
+    are the same numbers in the scheme; those that `ignore` selects are written in high precision.
 
     A matrix is a 2-d tensor called "….weight" that no pattern of `ignore` selects. A scale that is one for a whole
     matrix (fp8_per_tensor, nvfp4) is that of the matrix servers fuse of it (q, k, v; gate, up). What an interrupted run
@@ -156,7 +163,7 @@ def quantize_checkpoint(
     target is refused.
 
     Args:
-        source: Folder of a high-precision safetensors checkpoint.
+        source: Folder of a safetensors checkpoint.
         target: Folder to write.
         scheme: A `Scheme` or its name.
         ignore: Patterns of weights to leave as they are.
@@ -166,6 +173,7 @@ def quantize_checkpoint(
         share: Who does the tasks, if not this process alone.
         on_bytes: What 0.1 had instead of `progress`, called with the bytes just read and the bytes there are to read in
             all; it goes in 0.3.
+        strict_source: "lossless" refuses a matrix that is quantized already and would be quantized a second time.
 
     Returns:
         What was quantized, and what was left and why.
@@ -173,6 +181,7 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: The source cannot be read, or the target not written; the target then does not exist.
         ConfigError: The scheme, the format or another option is unknown.
+        LossySourceError: As `strict_source` says.
         NonFiniteWeightError: A tensor, which is named, has an element that is not finite.
     """
     started = time.perf_counter()
@@ -181,7 +190,7 @@ def quantize_checkpoint(
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists; nothing is overwritten. Give a new folder.")
-    conversion = prepare(source, target, scheme, ignore, format)
+    conversion = prepare(source, target, scheme, ignore, format, strict_source)
     report = conversion.report
     staging = Staging(target, resume=True)
     with staging.building(keep=True) as folder:
@@ -214,14 +223,24 @@ def quantize_checkpoint(
     return report
 
 
-def prepare(source: str | Path, target: Path, scheme: SchemeLike, ignore: Sequence[str], format: str) -> Conversion:
+def prepare(
+    source: str | Path,
+    target: Path,
+    scheme: SchemeLike,
+    ignore: Sequence[str],
+    format: str,
+    strict_source: StrictSource = "any",
+) -> Conversion:
     """What there is to do, from the headers alone; nothing is written. Raises CheckpointError."""
     require_format(format)
-    scheme, ignore, checkpoint = as_scheme(scheme), pattern_list("ignore", ignore), Checkpoint(source)
+    one_of("strict_source", strict_source, "any", "lossless")
+    scheme, ignore = as_scheme(scheme), pattern_list("ignore", ignore)
+    checkpoint = decoded(Checkpoint(source), strict_source == "lossless")
     for path in (*checkpoint.files, checkpoint.folder / CONFIG, *side_files(checkpoint.folder)):
         if leads_out(path):
             raise CheckpointError(f"{path} is a link out of its folder, and is not published; put the file there")
     report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
+    report.sources = dict(Counter(str(t.source) for t in checkpoint.tensors.values() if isinstance(t, Decoded)))
     schemes = _choose(checkpoint, scheme, ignore, format, report)
     tasks = plan(checkpoint, build_folder(target), schemes, format)
     names = Names()
@@ -242,13 +261,14 @@ def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], forma
     for name, stored in checkpoint.tensors.items():
         module = module_of(name)
         chosen = schemes.get(module) if module is not None else None
-        partners: tuple[Stored, ...] = ()
+        partners: tuple[Stored | Decoded, ...] = ()
         if chosen is not None and chosen.format.needs_whole_matrix:
             partners = tuple(by_module[m] for m in fused_group(module or "") if m in schemes)
         tensors[stored.path.name].append(TensorTask(stored, chosen, partners))
     return [
         ShardTask(folder / file, format, tuple(sorted(found, key=lambda t: t.stored.offset)))
         for file, found in tensors.items()
+        if found or not checkpoint.tensors  # A file may hold nothing but scales of weights in others.
     ]
 
 
@@ -308,7 +328,7 @@ def begin(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], form
     plain = {m for name, s in checkpoint.tensors.items() if (m := module_of(name)) is not None and len(s.shape) == 2}
     plain.add("lm_head")  # It may be tied, and then has no tensor of its own.
     carry_over(checkpoint.folder, folder)
-    config = dict(checkpoint.config)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     if schemes:
         config["quantization_config"] = quantization_config(format, schemes, plain - schemes.keys())
     write_json(folder / CONFIG, config)
@@ -318,11 +338,6 @@ def _choose(
     checkpoint: Checkpoint, scheme: Scheme, ignore: Sequence[str], format: str, report: ConversionReport
 ) -> dict[str, Scheme]:
     """The scheme of each module that is going to be quantized."""
-    if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method")
-        raise CheckpointError(
-            f"{checkpoint.folder}: is quantized already ({method}); start from its high-precision source"
-        )
     schemes: dict[str, Scheme] = {}
     unused = set(ignore) - set(DEFAULT_IGNORE)
     for name, stored in checkpoint.tensors.items():

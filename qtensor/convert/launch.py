@@ -19,6 +19,7 @@ from ..extras import require
 from ..report.progress import ProgressLike
 from ..schemes.scheme import SchemeLike
 from ..schemes.selection import DEFAULT_IGNORE
+from ..sessions.options import StrictSource
 from .cluster import LOST_AFTER, Ranks, await_visible
 from .converting import (
     Conversion,
@@ -43,6 +44,7 @@ def quantize_on_ranks(
     progress: ProgressLike = None,
     lost_after: float = LOST_AFTER,
     on_bytes: Callable[[int, int], None] | None = None,
+    strict_source: StrictSource = "any",
 ) -> ConversionReport | None:
     """`quantize_checkpoint` by all ranks that torchrun started.
 
@@ -58,6 +60,7 @@ def quantize_on_ranks(
         progress: See there; of rank 0, about all ranks.
         lost_after: Seconds after which the shard of a rank that has given no sign of life is done by another.
         on_bytes: See there.
+        strict_source: See there.
 
     Returns:
         The report on rank 0; None on the others.
@@ -79,9 +82,10 @@ def quantize_on_ranks(
                 workers=workers,
                 progress=progress,
                 on_bytes=on_bytes,
+                strict_source=strict_source,
                 share=lambda *given: ranks.lead(*given, workers=workers),
             )
-        ranks.follow(lambda: prepare(source, Path(target), scheme, ignore, format), target, workers)
+        ranks.follow(lambda: prepare(source, Path(target), scheme, ignore, format, strict_source), target, workers)
         return None
 
     return ranks.run(work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import lcm
 from typing import IO, Any
 
 import torch
@@ -16,10 +17,11 @@ from .. import kernels
 from ..checkpoint.layouts import layout_of
 from ..checkpoint.reading import Stored
 from ..checkpoint.writing import ShardWriter
-from ..errors import NonFiniteWeightError
+from ..errors import LossySourceError, NonFiniteWeightError
 from ..kernels import NonFinite
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor, nonfinite_message
+from .decoding import Decoded
 
 CHUNK_BYTES = 4 << 20
 OnBytes = Callable[[int], None]
@@ -29,9 +31,9 @@ OnBytes = Callable[[int], None]
 class TensorTask:
     """What becomes of one tensor. scheme None: copied. partners: those (itself included) it shares a scale with."""
 
-    stored: Stored
+    stored: Stored | Decoded
     scheme: Scheme | None = None
-    partners: tuple[Stored, ...] = ()
+    partners: tuple[Stored | Decoded, ...] = ()
 
 
 class _Buffers(threading.local):
@@ -51,7 +53,13 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def copy(stored: Stored, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
+def copy(stored: Stored | Decoded, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
+    if isinstance(stored, Decoded):
+        for start, stop in _chunks(stored, 1):
+            size = (stop - start, stored.shape[1])
+            writer.write(out, stored.name, stored.read(start * size[1], _buffers.take("source", size, stored.dtype)))
+            on_bytes(_read(stored, start, stop))
+        return
     step, total = max(1, CHUNK_BYTES // stored.dtype.itemsize), int(torch.Size(stored.shape).numel())
     for first in range(0, total, step):
         piece = stored.read(first, _buffers.take("source", (min(step, total - first),), stored.dtype))
@@ -69,9 +77,25 @@ def quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes
     assert scheme is not None
     layout, fmt = layout_of(scheme, format, stored.name), scheme.format
     rows, cols = stored.shape
-    amax = max(_amax(partner) for partner in tensor.partners) if fmt.needs_whole_matrix else 0.0
     extra = int(fmt.needs_whole_matrix)
     prefix = stored.name.removesuffix("weight")
+
+    def write(band: Any, start: int, stop: int) -> None:
+        for suffix, entry in layout.entries.items():
+            if not entry.shared or stop == rows:
+                writer.write(out, prefix + suffix, entry.encode(band, rows))
+        on_bytes(_read(stored, start, stop))
+
+    if isinstance(stored, Decoded) and _may_move(stored, tensor, scheme):
+        whole = stored.source.moves(fmt) == "matrix"
+        for start, stop in [(0, rows)] if whole else _chunks(stored, fmt.block[0]):
+            moved = stored.moved(scheme, start, stop)
+            if moved is None:  # The first, or none: "unit" sources always are.
+                break
+            write(moved, start, stop)
+        else:
+            return
+    amax = max(_amax(partner) for partner in tensor.partners) if extra else 0.0
     for start, stop in _chunks(stored, fmt.block[0]):
         source = _buffers.take("source", (extra + stop - start, cols), stored.dtype)
         if extra and cols:
@@ -83,11 +107,7 @@ def quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes
             kernels.choose(source.device).quantize_into(source, made.parts(), fmt, None, (start - extra) * cols)
         except NonFinite as error:
             raise NonFiniteWeightError(_nonfinite(stored, error)) from None
-        band: Any = made[extra:]
-        for suffix, entry in layout.entries.items():
-            if not entry.shared or stop == rows:
-                writer.write(out, prefix + suffix, entry.encode(band, rows))
-        on_bytes((stop - start) * cols * stored.dtype.itemsize)
+        write(made[extra:], start, stop)
 
 
 def _empty(shape: tuple[int, int], scheme: Scheme) -> QTensor:
@@ -99,7 +119,24 @@ def _empty(shape: tuple[int, int], scheme: Scheme) -> QTensor:
     return QTensor(qdata, scale, scheme, global_scale=global_scale, cols=shape[1])
 
 
-def _amax(stored: Stored) -> float:
+def _may_move(stored: Decoded, tensor: TensorTask, scheme: Scheme) -> bool:
+    """Of matrices that share one scale, none is moved with its own."""
+    alone = len(tensor.partners) < 2
+    if not alone and stored.lossless:
+        raise LossySourceError(
+            f"{stored.name}: shares its {scheme.name} scale with the matrices that servers fuse it with, so it cannot "
+            'keep its own, and strict_source is "lossless"'
+        )
+    return alone
+
+
+def _read(stored: Stored | Decoded, start: int, stop: int) -> int:
+    """Bytes of the source that rows start:stop are."""
+    rows = max(stored.shape[0], 1)
+    return stored.nbytes * stop // rows - stored.nbytes * start // rows
+
+
+def _amax(stored: Stored | Decoded) -> float:
     cols = stored.shape[1]
     found = 0.0
     for start, stop in _chunks(stored, 1):
@@ -112,11 +149,12 @@ def _amax(stored: Stored) -> float:
     return found
 
 
-def _chunks(stored: Stored, unit: int) -> Iterator[tuple[int, int]]:
+def _chunks(stored: Stored | Decoded, unit: int) -> Iterator[tuple[int, int]]:
     rows, cols = stored.shape
+    unit = lcm(unit, stored.unit_rows)
     step = max(1, CHUNK_BYTES // max(1, unit * cols * stored.dtype.itemsize)) * unit
     yield from ((start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
 
 
-def _nonfinite(stored: Stored, error: NonFinite) -> str:
+def _nonfinite(stored: Stored | Decoded, error: NonFinite) -> str:
     return nonfinite_message(stored.name, stored.shape, error).partition("; pass")[0] + "."

@@ -48,8 +48,9 @@ class Host(Protocol):
     closed: str | None
 
     def decide(self, weight: ArmedWeight) -> Scheme | None: ...
-    def collector(self, weight: ArmedWeight, make: bool = False) -> Collector | None:
-        """Who takes values that are quantized already; None where they mean nothing. make: they are sure to come."""
+    def collector(self, weight: ArmedWeight, make: bool = False, view: View | None = None) -> Collector | None:
+        """Who takes values that are quantized already, of a weight or a part of it; None where they mean nothing. make:
+        they are sure to come."""
 
     def name_of(self, weight: ArmedWeight) -> str: ...
     def goes_anywhere(self, weight: ArmedWeight) -> bool: ...

@@ -18,6 +18,7 @@ from ..errors import LossyReadError
 from ..lazy.lazy_tensor import reopen, settle
 from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
+from ..regions.views import View
 from ..report.report import LayerReport, LoadReport
 from ..report.timeline import MemoryTimeline
 from ..sources.collecting import LOSSLESS, Collector
@@ -67,9 +68,9 @@ class LoadHost:
             if last is not None:
                 last.release()
 
-    def collector(self, weight: ArmedWeight, make: bool = False) -> Collector | None:
+    def collector(self, weight: ArmedWeight, make: bool = False, view: View | None = None) -> Collector | None:
         """Who takes values of a weight that are quantized already: if anybody said that they come, or parts have."""
-        return self.incoming.of(weight, make=make or self.incoming.config is not None)
+        return self.incoming.of(weight, view, make or self.incoming.config is not None)
 
     def staged(self, delta: int) -> None:
         """Bytes that wait for the rest of their unit changed by so much: in high precision, or as parts of a source."""

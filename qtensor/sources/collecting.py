@@ -89,6 +89,15 @@ class Collector:
         with self._lock:
             self._recognise(specs)
 
+    def require_parts(self) -> None:
+        """All parts that are going to come are known. Raises CheckpointError where they are no format, or not whole."""
+        with self._lock:
+            if self.source is None:
+                self._refuse_unknown()
+            for part, spec in self._parts.items():
+                if spec.needed and part not in self._specs:
+                    self._refuse(f"{self.source}, and there is no {self._called(part)}")
+
     def write(self, part: str, tensor: torch.Tensor, box: Box | None = None, shape: tuple[int, ...] = ()) -> None:
         """Values of a part arrived. Nothing of them is kept that the caller owns.
 
@@ -226,6 +235,10 @@ class Collector:
     def _refuse(self, why: str) -> NoReturn:
         self._fail(CheckpointError(f"{self._sink.name}: {why}"))
 
+    def _refuse_unknown(self) -> NoReturn:
+        found = ", ".join(f"{self._called(part)} ({_told(spec)})" for part, spec in self._specs.items())
+        self._refuse(f"{found} arrived, and no known format is made of that alone. Is a scale missing?")
+
     def _called(self, part: str) -> str:
         return part.replace("*", self._attribute)
 
@@ -240,11 +253,7 @@ class Collector:
             if self._failed is not None:
                 raise self._failed
             if self.source is None:
-                found = ", ".join(f"{self._called(part)} ({_told(spec)})" for part, spec in self._specs.items())
-                raise CheckpointError(
-                    f"{self._sink.name}: {found} arrived, and no known format is made of that alone. Is a scale "
-                    "missing?"
-                )
+                self._refuse_unknown()
             for e, matrix in enumerate(self._matrices):
                 for part, box in matrix.lacking():
                     where = ", ".join(f"{a}:{b}" for a, b in (((e, e + 1),) * self._stacked + box))

@@ -1,0 +1,101 @@
+"""A checkpoint into a model, in a scheme: what it holds quantized is decoded as it is read, unit by unit.
+
+Which tensors are the parts of which weight is told by names alone; what format they are, by their dtypes and shapes.
+Every weight is looked at before the first is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..lazy.lazy_tensor import LAZY
+from ..regions.coverage import Box
+from ..sources.collecting import Collector
+from ..sources.families import NAMES
+from ..sources.source import Spec
+from .mapping import Part
+from .reading import Stored
+
+OWN = "*"
+CHUNK_BYTES = 8 << 20
+Group = dict[str, Stored]
+"""The tensors of one quantized weight, by part name."""
+
+
+def groups_of(tensors: Mapping[str, Stored], weights: Iterable[str]) -> tuple[dict[str, Group], dict[str, Stored]]:
+    """The quantized ones of some weights, by name, each with its parts; and the tensors that are parts of none."""
+    plain, groups, taken = dict(tensors), {}, set(weights)
+    for name in sorted(taken):
+        prefix, leaf = name[: len(name) - len(leaf_of(name))], leaf_of(name)
+        names = {part: prefix + part.replace(OWN, leaf) for part in NAMES}
+        group = {p: tensors[n] for p, n in names.items() if n in tensors and (p == OWN or n not in taken)}
+        own = group.get(OWN)
+        wide = own is not None and own.dtype.itemsize > 1
+        if wide or (not group.keys() - {OWN} and (own is None or not own.dtype.is_floating_point)):
+            continue
+        groups[name] = group
+        for stored in group.values():
+            plain.pop(stored.name, None)
+    return groups, plain
+
+
+def weights_in(tensors: Mapping[str, Stored]) -> set[str]:
+    """What the weights may be called that the tensors of a checkpoint are parts of, without a model to tell."""
+    found = set()
+    for name in tensors:
+        prefix, leaf = name[: len(name) - len(leaf_of(name))], leaf_of(name)
+        for part in NAMES:
+            ending = part.removeprefix(OWN)
+            if part != OWN and leaf.endswith(ending) and (part.startswith(OWN) or leaf == part):
+                attribute = leaf.removesuffix(ending) if part.startswith(OWN) else "weight"
+                if attribute:
+                    found.add(prefix + attribute)
+    return found
+
+
+def leaf_of(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def collectors(
+    targets: Mapping[str, Any], places: Mapping[str, Part], groups: Mapping[str, Group]
+) -> dict[str, Collector]:
+    """Who takes each group. Raises CheckpointError for one that cannot be decoded, or not into its weight."""
+    found = {}
+    for name, group in groups.items():
+        part = places[name]
+        target = targets[part.name]
+        if not isinstance(target, LAZY):
+            raise CheckpointError(f"{name}: is quantized in the checkpoint, and {part.name} is not being loaded")
+        collector = target._armed.host.collector(target._armed, make=True, view=part.view)
+        assert collector is not None
+        collector.expect({p: Spec(stored.dtype, stored.shape) for p, stored in group.items()})
+        collector.require_parts()
+        found[name] = collector
+    return found
+
+
+def fill(collector: Collector, group: Group, on_bytes: Callable[[int], object] = lambda n: None) -> None:
+    """Read the parts of a weight: the small ones first, so that values are decoded as they are read."""
+    for part, stored in sorted(group.items(), key=lambda item: item[1].nbytes):
+        for box, piece in pieces(stored):
+            collector.write(part, piece, box, stored.shape)
+            on_bytes(piece.nbytes)
+
+
+def pieces(stored: Stored, every: int = CHUNK_BYTES) -> Iterable[tuple[Box, torch.Tensor]]:
+    """A tensor in runs along its first dimension, each in memory that the next is read to, and of whole blocks."""
+    if stored.nbytes <= every or not stored.shape:
+        yield tuple((0, n) for n in stored.shape), stored.read()
+        return
+    length, *rest = stored.shape
+    row = stored.nbytes // stored.dtype.itemsize // length
+    step = max(1, every // max(1, row * stored.dtype.itemsize * 128)) * 128
+    buffer = torch.empty((min(step, length), *rest), dtype=stored.dtype, device="cpu")
+    for start in range(0, length, step):
+        piece = stored.read(start * row, buffer[: min(step, length - start)])
+        yield ((start, start + len(piece)), *((0, n) for n in rest)), piece

@@ -1,0 +1,161 @@
+"""Quantized checkpoints into another scheme: into a model, and file to file; and what is wrong with one, by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qtensor import (
+    CheckpointError,
+    LossySourceError,
+    QTensor,
+    load_checkpoint,
+    online_quant,
+    quantize,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from qtensor.checkpoint import quantize_checkpoint
+from qtensor.schemes.scheme import SCHEMES
+from support.helpers import assert_oracle, same_bytes
+
+SOURCES = ["fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8", "mxfp4", "nvfp4"]
+LOSSLESS = {(s, s) for s in SOURCES} | {("fp8_per_tensor", "fp8_per_channel"), ("fp8_per_tensor", "fp8_per_block")}
+LOSSLESS |= {("mxfp4", "mxfp8"), ("mxfp4", "nvfp4")}
+TARGETS = ["fp8_per_channel", "fp8_per_block", "mxfp8", "nvfp4", "int4_per_group"]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Linear(a, b, bias=b == 128, dtype=torch.bfloat16) for a, b in ((128, 384), (384, 128)))
+        self.norm = nn.LayerNorm(128, dtype=torch.bfloat16)
+        self.lm_head = nn.Linear(128, 32, bias=False, dtype=torch.bfloat16)
+
+
+def meta() -> Net:
+    with torch.device("meta"):
+        return Net()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: Any) -> dict[str, Path]:
+    """A model in each format, its head among what is quantized."""
+    made = {}
+    for scheme in SOURCES:
+        torch.manual_seed(0)
+        state = Net().state_dict()
+        with online_quant(scheme, ignore=[]):
+            model = Net()
+            model.load_state_dict(state)
+        made[scheme] = tmp_path_factory.mktemp(scheme) / "folder"
+        save_checkpoint(model, made[scheme])
+    return made
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The values of a folder, as its own loader has them."""
+    model = meta()
+    load_checkpoint(model, folder)
+    return {n: p.dequantize() if isinstance(p, QTensor) else p.detach() for n, p in model.named_parameters()}
+
+
+def assert_became(weight: Any, values: torch.Tensor, source: str, scheme: str) -> None:
+    if (source, scheme) in LOSSLESS:
+        assert weight.scheme.name == scheme
+        assert same_bytes(weight.dequantize(), values)
+    else:
+        assert_oracle(weight, values, weight.scheme)
+
+
+@pytest.mark.parametrize("scheme", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_model_takes_a_quantized_folder_in_any_scheme(folders: dict[str, Path], source: str, scheme: str) -> None:
+    values, model = stored(folders[source]), meta()
+    report = load_checkpoint(model, folders[source], scheme=scheme)
+    assert_became(model.up.weight, values["up.weight"], source, scheme)
+    assert_became(model.down.weight, values["down.weight"], source, scheme)
+    assert torch.equal(model.lm_head.weight, values["lm_head.weight"])  # Ignored: decoded.
+    assert torch.equal(model.norm.weight, values["norm.weight"])
+    assert all(layer.source for layer in report.layers)
+
+
+def test_a_folder_in_high_precision_becomes_the_scheme(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = Net().state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    model = meta()
+    load_checkpoint(model, tmp_path, scheme="mxfp8")
+    assert_oracle(model.up.weight, state["up.weight"], SCHEMES["mxfp8"])
+
+
+@pytest.mark.parametrize("scheme", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_files_become_files_in_any_scheme(folders: dict[str, Path], source: str, scheme: str, tmp_path: Path) -> None:
+    values = stored(folders[source])
+    report = quantize_checkpoint(folders[source], tmp_path / "out", scheme)
+    assert verify_checkpoint(tmp_path / "out") == []
+    assert sum(report.sources.values()) == 3
+    model = meta()
+    load_checkpoint(model, tmp_path / "out")
+    if source != "nvfp4" or scheme != "nvfp4":
+        assert_became(model.up.weight, values["up.weight"], source, scheme)
+    assert torch.equal(model.lm_head.weight, values["lm_head.weight"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_moved_files_are_the_very_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
+    quantize_checkpoint(folders["fp8_per_block"], tmp_path / "out", "fp8_per_block")
+    before = load_file(folders["fp8_per_block"] / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("up.weight", "up.weight_scale", "down.weight", "down.weight_scale"):
+        assert same_bytes(before[name], after[name])
+
+
+def test_a_lossy_pair_is_refused_and_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(LossySourceError, match=r"^(up|down)\.weight: mxfp8 is not the same numbers in mxfp4"):
+        quantize_checkpoint(folders["mxfp8"], tmp_path / "out", "mxfp4", strict_source="lossless")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(LossySourceError, match=r"^(up|down)\.weight: "):
+        load_checkpoint(meta(), folders["mxfp8"], scheme="mxfp4", strict_source="lossless")
+    load_checkpoint(meta(), folders["mxfp8"], scheme="mxfp8", strict_source="lossless")
+
+
+@pytest.mark.parametrize("what", ["no scale", "another shape", "another dtype"])
+def test_what_is_wrong_with_a_folder_is_told_before_the_first_write(
+    what: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = load_file(folders["fp8_per_block"] / "model.safetensors")
+    scale = tensors.pop("down.weight_scale")
+    if what != "no scale":
+        tensors["down.weight_scale"] = scale[:1, :2].contiguous() if what == "another shape" else scale.int()
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = Net()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"^down\.weight: |.*down\.weight"):
+        load_checkpoint(model, tmp_path, scheme="mxfp8")
+    with pytest.raises(CheckpointError, match=r"down\.weight"):
+        quantize_checkpoint(tmp_path, tmp_path / "out", "mxfp8")
+    assert quantize(before["up.weight"], "fp8").shape == model.up.weight.shape
+
+
+def test_a_weights_parts_may_lie_in_several_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(folders["mxfp4"] / "model.safetensors")
+    files = {name: f"{int(name.endswith('scale'))}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    values, model = stored(folders["mxfp4"]), meta()
+    load_checkpoint(model, tmp_path, scheme="fp8_per_channel")
+    assert_oracle(model.up.weight, values["up.weight"], SCHEMES["fp8"])
+    quantize_checkpoint(tmp_path, tmp_path / "out", "fp8_per_channel")
+    again = meta()
+    load_checkpoint(again, tmp_path / "out")
+    assert same_bytes(again.up.weight.qdata, model.up.weight.qdata)
