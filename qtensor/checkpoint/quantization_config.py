@@ -23,7 +23,7 @@ from ..schemes.config import SchemeSpec
 from ..schemes.scheme import Scheme, Targets, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..sessions.online import open_load
-from ..sessions.options import LoadOptions, OnMissing, OnNonfinite
+from ..sessions.options import LoadOptions, OnMissing, OnNonfinite, StrictSource
 from ..sessions.session import Session
 from ..tensor.qtensor import QTensor, empty
 from .layouts import PRODUCER
@@ -57,7 +57,9 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         strict_reads: Raise LossyReadError when the library reads back what is already quantized.
         min_sqnr: In dB; a weight whose signal-to-quantization-noise ratio falls below stays in high precision.
         measure_sqnr: Report every weight's signal-to-quantization-noise ratio.
-        stored: What config.json of a quantized folder says; the library passes it.
+        stored: What config.json of a folder written by qtensor says; the library passes it.
+        source: The folder is quantized: its config.json's "quantization_config". transformers passes it.
+        strict_source: "lossless" refuses a weight that arrives quantized and would be quantized a second time.
 
     Raises:
         ConfigError: An option is unknown, or has a value it cannot have.
@@ -75,6 +77,8 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         min_sqnr: float | None = None,
         measure_sqnr: bool = False,
         stored: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+        strict_source: StrictSource = "any",
         quant_method: str = METHOD,
     ) -> None:
         if quant_method != METHOD:
@@ -87,6 +91,7 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         if not (stored is None or isinstance(stored, Mapping)):
             raise ConfigError(f"QTensorConfig: stored is what a config.json says, not {stored!r}")
         self.stored = dict(stored) if stored is not None else None
+        self.source, self.strict_source = source, strict_source
         self.selection(), self.options()  # They raise for what cannot be.
 
     def selection(self) -> Selection:
@@ -103,6 +108,8 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
             strict_reads=self.strict_reads,
             min_sqnr=self.min_sqnr,
             measure_sqnr=self.measure_sqnr,
+            source=self.source,
+            strict_source=self.strict_source,
         )
 
     @classmethod
@@ -127,7 +134,9 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: what config.json says of a folder that was read, or the arguments."""
         found = vars(self) if self.stored is None else self.stored
-        written: dict[str, Any] = json.loads(json.dumps({k: v for k, v in found.items() if k != "stored"}))
+        written: dict[str, Any] = json.loads(
+            json.dumps({k: v for k, v in found.items() if k not in ("stored", "source")})
+        )
         return written
 
     to_diff_dict = to_dict

@@ -4,23 +4,34 @@ While a session is open, the entries of transformers' table of quantizers for th
 quantizer that puts values and scales together as they are read. It builds no other modules than the model's own, and
 leaves no trace on the finished model. Threads that no session listens to, and checkpoints with other schemes, get
 transformers' own quantizer, as they would without us.
+
+In a session that was told that weights arrive quantized (`source=`), they are decoded instead, whatever known format
+they are in: weights by name go to their collectors, those that transformers merges into others are decoded for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, QTensorError
+from ..lazy.lazy_tensor import LAZY
 from ..sessions import registration
+from ..sources.families import FAMILIES, NAMES, recognise
+from ..sources.source import Spec
 from ..tensor.qtensor import QTensor
 from .layouts import LAYOUTS, Layout, reader
 from .offload import refuse_offload
 
 _SUFFIXES = {m: list(dict.fromkeys(s for row in rows.values() for s in row.entries)) for m, rows in LAYOUTS.items()}
 """What the tensors of a quantized weight may be called, by method; "weight", which all have, is the first."""
+METHODS = tuple(dict.fromkeys(method for family in FAMILIES for method in family.methods))
+_PARTS = {name.replace("*", "weight"): name for name in NAMES}
+_STACKS = ("gate_up_proj", "down_proj")
+"""The stacks of experts that gpt-oss stores as blocks and scales."""
 _originals: dict[str, Any] = {}
 
 
@@ -36,7 +47,7 @@ def _take_places() -> None:
     from transformers.quantizers import auto
 
     table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
-    for method in LAYOUTS:
+    for method in (*LAYOUTS, *METHODS):
         if method in table and method not in _originals:
             _originals[method] = table[method]
             table[method] = functools.partial(_choose, table[method])
@@ -53,10 +64,14 @@ def _give_back() -> None:
 def _choose(original: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
     if registration.listening() is None or not kwargs.get("pre_quantized", True):
         return original(config, **kwargs)
+    incoming: Any = getattr(registration.listening(), "incoming", None)
+    decodes = incoming is not None and incoming.config is not None
     try:
-        find = reader(config.to_dict())
+        find = None if decodes else reader(config.to_dict())
     except CheckpointError:
         return original(config, **kwargs)
+    if decodes:
+        incoming.config = {**config.to_dict(), **incoming.config}
     if not transformers_asks():
         import transformers
 
@@ -100,8 +115,17 @@ def _classes() -> tuple[Any, Any]:
                 if given.keys() == {"weight"}:
                     out[prefix + "weight"] = [tensor.to(dtype) for tensor in given["weight"]]
                     continue
+                if self.hf_quantizer.decodes:
+                    target = model.get_parameter(full_layer_name)
+                    alone = len(weights) == 1 and not prefix and all(len(each) == 1 for each in given.values())
+                    each = [dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True)]
+                    if alone and collected(target, full_layer_name, each[0]):
+                        return {full_layer_name: target}
+                    config = self.hf_quantizer.quantization_config.to_dict()
+                    out[prefix + "weight"] = [decoded(full_layer_name, parts, dtype, config) for parts in each]
+                    continue
                 layout = self.hf_quantizer.layout_of(full_layer_name, input_dict)
-                each = (dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True))
+                each = [dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True)]
                 out[prefix + "weight"] = [layout.weight(full_layer_name, tensors, dtype) for tensors in each]
             return {full_layer_name: out["weight"]} if out.keys() == {"weight"} else out
 
@@ -114,11 +138,17 @@ def _classes() -> tuple[Any, Any]:
 
         requires_calibration = True
 
-        def __init__(self, config: Any, find: Callable[[str], Layout | None], **kwargs: Any) -> None:
+        def __init__(self, config: Any, find: Callable[[str], Layout | None] | None, **kwargs: Any) -> None:
+            """find: the layout of a module; None: weights are decoded."""
             super().__init__(config, **kwargs)
-            self._find = find
-            self._suffixes = _SUFFIXES.get(config.to_dict()["quant_method"], [])
+            self._find, self.decodes = find or (lambda module: None), find is None
+            by_method = _SUFFIXES.get(config.to_dict()["quant_method"], [])
+            self._suffixes = list(dict.fromkeys(["weight", *_PARTS])) if self.decodes else by_method
             self._replaced: dict[int, Any] = {}
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            """transformers copies the conversions, which hold this, for each weight; a load is one."""
+            return self
 
         def layout_of(self, weight: str, patterns: Iterable[str]) -> Layout:
             """By the module's name; of experts that are merged into one weight, by that of the first of them."""
@@ -140,6 +170,11 @@ def _classes() -> tuple[Any, Any]:
                     paired = WeightConverter(parts, list(entry.target_patterns), [Pair(self), *entry.operations])
                 updated.append(paired)
                 self._replaced[id(paired)] = entry
+            if self.decodes:
+                updated += [
+                    WeightConverter([f"{stack}{ending}$" for ending in ("_blocks", "_scales")], stack, [Pair(self)])
+                    for stack in _STACKS
+                ]
             return [*updated, WeightConverter([f"{s}$" for s in self._suffixes], "weight", [Pair(self)])]
 
         def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -160,7 +195,7 @@ def _classes() -> tuple[Any, Any]:
         def settle(self, model: Any) -> None:
             """The loaded model is as a session leaves one."""
             for param in model.parameters():
-                if isinstance(param, QTensor):
+                if type(param) is QTensor:
                     param.requires_grad_(False)
             # What a save reverts: the model's own conversions, as an unquantized checkpoint would have left them.
             used = [self._replaced.get(id(entry)) for entry in model._weight_conversions]
@@ -179,6 +214,49 @@ def _classes() -> tuple[Any, Any]:
 def quantizer() -> Any:
     """The quantizer of quantized checkpoints, whose base is only there once transformers is."""
     return _classes()[0]
+
+
+def _parts_of(weight: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors by part name, from their names in the module."""
+    leaf = weight.rpartition(".")[2]
+    found = {}
+    for name, tensor in tensors.items():
+        ending = name.removeprefix(leaf)
+        found[_PARTS.get(name) or (f"*{ending}" if name.startswith(leaf) else name)] = tensor
+    return found
+
+
+def collected(target: Any, weight: str, tensors: dict[str, Any]) -> bool:
+    """Let a weight that is being loaded take its parts. False if it is none."""
+    if not isinstance(target, LAZY):
+        return False
+    collector = target._armed.host.collector(target._armed, make=True)
+    assert collector is not None
+    parts = _parts_of(weight, tensors)
+    # transformers makes one error of its own of all that are raised here; the session ends with the first of these.
+    with contextlib.suppress(QTensorError):
+        collector.expect({part: Spec(t.dtype, tuple(t.shape)) for part, t in parts.items()})
+        for part, tensor in sorted(parts.items(), key=lambda item: int(item[1].nbytes)):
+            collector.write(part, tensor)
+    return True
+
+
+def decoded(weight: str, tensors: dict[str, Any], dtype: Any, config: dict[str, Any]) -> Any:
+    """One of the matrices that transformers makes a weight of, in high precision."""
+    parts = _parts_of(weight, tensors)
+    specs = {part: Spec(t.dtype, tuple(t.shape)) for part, t in parts.items()}
+    try:
+        source = recognise(specs, config)
+        if source is None:
+            raise CheckpointError(f"{', '.join(tensors)} are of no known format")
+        shape = source.shape(specs)
+        needed = {part: parts[part] for part, spec in source.parts(shape).items() if spec.needed}
+        source.check(needed, shape)
+    except KeyError as error:
+        raise CheckpointError(f"{weight}: has no {error.args[0]}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{weight}: {error}") from None
+    return source.decode(needed, shape, dtype)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Decoded: a quantized weight of a checkpoint, read as if it lay there in high precision; moved, where that is exact."""
+"""Decoded: a quantized weight, read as if it lay there in high precision, or moved where that is exact."""
 
 from __future__ import annotations
 

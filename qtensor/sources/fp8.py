@@ -127,21 +127,24 @@ def recognise(specs: Specs, config: Mapping[str, Any]) -> Fp8 | None:
         raise Unusable(f"its scales are {scale.dtype}; they can be fp32, bf16, fp16 or e8m0 (uint8)")
     *lead, rows, cols = values.shape
     for dims in (0, 1, 2):
-        for block in _blocks(config):
+        for block in _blocks(name, config):
             source = Fp8(block, name, dims, scale.dtype in EXPONENTS)
+            if dims < (2 if block[1] is not None else int(block[0] is not None)):
+                continue
             if (*lead, *source.parts((rows, cols))[name].shape) == scale.shape:
                 return source
     raise Unusable(f"its scales are {list(scale.shape)}, which fits no blocks of its values {list(values.shape)}")
 
 
-def _blocks(config: Mapping[str, Any]) -> list[tuple[int | None, int | None]]:
-    """The blocks that scales may be of, those that the configuration tells first. None is guessed from their shape: it
-    would make another format of scales that are cut off."""
-    found: list[tuple[int | None, int | None]] = [(None, None), (1, None), (128, 128), (1, 32)]
+def _blocks(name: str, config: Mapping[str, Any]) -> list[tuple[int | None, int | None]]:
+    """The blocks that scales may be of, the likeliest first: a matrix of one block is one per tensor as well. None is
+    guessed from the scales' shape: that would make another format of scales that are cut off."""
+    blocks: list[tuple[int | None, int | None]] = [(128, 128), (1, 32)]
     told = config.get("weight_block_size")
     if isinstance(told, (list, tuple)) and len(told) == 2 and all(type(n) is int and n > 0 for n in told):
-        found.insert(2, (told[0], told[1]))
-    return found
+        blocks.insert(0, (told[0], told[1]))
+    whole: list[tuple[int | None, int | None]] = [(None, None), (1, None)]
+    return [*blocks, *whole] if name == "*_scale_inv" else [*whole, *blocks]
 
 
 FAMILY = Family(("fp8", "compressed-tensors", "modelopt", "fbgemm_fp8"), (VALUES, *SCALES, *UNUSED), recognise)

@@ -1,0 +1,158 @@
+"""from_pretrained of quantized repositories into another scheme, against transformers' own dequantization."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qtensor
+from qtensor import LossySourceError, QTensor, fp8_per_block, load_checkpoint, online_quant, save_checkpoint
+from qtensor.checkpoint.transformers import transformers_asks
+from qtensor.schemes.scheme import SCHEMES
+from support.helpers import assert_oracle, same_bytes
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(not transformers_asks(), reason="needs transformers 5.21 or newer")
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def config() -> Iterator[Any]:
+    yield qtensor.QTensorConfig
+    from qtensor.checkpoint import quantizer
+
+    quantizer.unregister()
+
+
+def save(folder: Path, model: Any, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    model.config.save_pretrained(folder)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "quantization_config": settings}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fp8_folder(tmp_path_factory: Any) -> Path:
+    """As DeepSeek and Qwen publish theirs."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).bfloat16()
+    folder = tmp_path_factory.mktemp("fp8")
+    with online_quant(fp8_per_block, model) as session:
+        state = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).bfloat16().state_dict()
+        model.load_state_dict(state)
+    del session
+    save_checkpoint(model, folder / "ours", format="fp8")
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    return save(folder, model, settings, load_file(folder / "ours" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def gpt_oss_folder(tmp_path_factory: Any) -> Path:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 64, "intermediate_size": 64}
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**sizes, layer_types=["full_attention"])
+    ).bfloat16()
+    tensors = dict(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in tensors if n.endswith("_proj") and ".experts." in n]:
+        experts, cols, rows = tensors.pop(name).shape
+        shape = (experts, rows, cols // 32, 16)
+        tensors[name + "_blocks"] = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+        tensors[name + "_scales"] = torch.randint(115, 122, shape[:-1], generator=generator).to(torch.uint8)
+    return save(tmp_path_factory.mktemp("gpt-oss"), model, {"quant_method": "mxfp4"}, tensors)
+
+
+def dequantized(folder: Path) -> Any:
+    """As transformers reads it."""
+    told = json.loads((folder / "config.json").read_text())["quantization_config"]
+    kind = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}[told["quant_method"]]
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=getattr(transformers, kind)(dequantize=True), dtype=torch.bfloat16
+    )
+
+
+def load(folder: Path, scheme: str, way: str, config: Any, **options: Any) -> Any:
+    if way == "configuration":
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config(scheme, **options), dtype=torch.bfloat16
+        )
+    if way == "folder":
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        del settings.quantization_config
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+        load_checkpoint(model, folder, scheme=scheme, **options)
+        return model
+    with online_quant(scheme, source={}, **options):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def assert_became(model: Any, expected: Any, scheme: str) -> None:
+    for name, param in expected.named_parameters():
+        found = model.get_parameter(name)
+        if isinstance(found, QTensor):
+            assert_oracle(found, param, SCHEMES[scheme])
+        else:
+            assert same_bytes(found, param)
+
+
+ways = pytest.mark.parametrize("way", ["block", "configuration", "folder"])
+
+
+@ways
+@pytest.mark.parametrize("scheme", ["fp8_per_channel", "mxfp4"])
+def test_fp8_blocks_become_any_scheme(fp8_folder: Path, way: str, scheme: str, config: Any) -> None:
+    model, expected = load(fp8_folder, scheme, way, config), dequantized(fp8_folder)
+    assert_became(model, expected, scheme)
+    assert sum(isinstance(p, QTensor) for p in model.parameters()) == 7
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+
+
+@ways
+def test_blocks_are_moved_into_blocks(fp8_folder: Path, way: str, config: Any) -> None:
+    model = load(fp8_folder, "fp8_per_block", way, config, strict_source="lossless")
+    tensors = load_file(fp8_folder / "model.safetensors")
+    for name, param in model.named_parameters():
+        if isinstance(param, QTensor):
+            assert same_bytes(param.qdata, tensors[name])
+            assert same_bytes(param.scale, tensors[name + "_scale_inv"])
+
+
+@ways
+def test_a_lossy_scheme_is_refused_by_name(fp8_folder: Path, way: str, config: Any) -> None:
+    with pytest.raises(LossySourceError, match=r"^model\.layers\.0\..*_proj\.weight: "):
+        load(fp8_folder, "mxfp4", way, config, strict_source="lossless")
+
+
+@ways
+def test_gpt_oss_becomes_another_scheme(gpt_oss_folder: Path, way: str, config: Any) -> None:
+    model, expected = load(gpt_oss_folder, "fp8_per_channel", way, config), dequantized(gpt_oss_folder)
+    assert_became(model, expected, "fp8_per_channel")
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, QTensor)
+
+
+def test_without_a_word_the_files_bytes_win_as_before(fp8_folder: Path) -> None:
+    with online_quant("mxfp4"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(fp8_folder, dtype=torch.bfloat16)
+    assert model.model.layers[0].mlp.up_proj.weight.scheme == fp8_per_block
