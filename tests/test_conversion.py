@@ -352,11 +352,11 @@ def test_a_nonfinite_weight_is_refused_by_name_and_index(tmp_path, scheme, value
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_quantized_already_is_refused(tmp_path):
-    source = write(tmp_path / "source", layers())
-    quantize_checkpoint(source, tmp_path / "out", fp8)
-    with pytest.raises(CheckpointError, match="is quantized already"):
-        quantize_checkpoint(tmp_path / "out", tmp_path / "twice", fp8)
+def test_what_is_quantized_in_an_unknown_format_is_refused(tmp_path):
+    source = write(tmp_path / "source", {**layers(), "model.codes.W_q": torch.ones(4, 4, dtype=torch.uint8)})
+    (source / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "another"}}))
+    with pytest.raises(CheckpointError, match=r"is quantized already, and model\.codes\.W_q is of no format"):
+        quantize_checkpoint(source, tmp_path / "twice", fp8)
 
 
 def test_a_report_says_what_stayed_and_what_matched_nothing(tmp_path):

@@ -15,7 +15,7 @@ from qtensor.kernels import FORMATS
 from qtensor.schemes.scheme import SCHEMES, Scheme, fp8
 
 from . import compat
-from .options import Choice, names_experts, parse, read_json, require_harmless
+from .options import Choice, names_experts, parse, read_json, requantizes, require_harmless
 
 
 class QTensorConfig(QuantizationConfig):
@@ -29,9 +29,10 @@ class QTensorConfig(QuantizationConfig):
     name = "qtensor"
     scheme: Scheme = fp8
 
-    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, given: Mapping[str, Any] | None = None, stored: Mapping[str, Any] | None = None) -> None:
+        """stored: what a checkpoint that is quantized already says of itself."""
         anything = type(self) is QTensorConfig and not names_experts(given or {})
-        self.choice = Choice(parse(self.scheme, given or {}), experts_by_default=anything)
+        self.choice = Choice(parse(self.scheme, given or {}), experts_by_default=anything, stored=stored)
         super().__init__()
         if "llvmlite" in sys.modules:
             compat.shield_llvmlite()
@@ -67,6 +68,8 @@ class QTensorConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QTensorConfig:
+        if str(config.get("quant_method", cls.name)) not in NAMES:
+            return cls(stored=config)
         require_harmless(config)
         return cls(config)
 
@@ -84,10 +87,13 @@ class QTensorConfig(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> Any:
-        """A checkpoint that is quantized already is left alone: it is loaded by its own method."""
+        """A checkpoint that is quantized already is left alone, and loaded by its own method, unless the user asks for
+        it to be requantized."""
         own = str(hf_quant_cfg.get("quant_method", ""))
         if user_quant != cls.name or not own or own in NAMES:
             return None
+        if requantizes():
+            return cls.name
         compat.logger().warning(
             "qtensor: the checkpoint is quantized already (%s) and is left as it is; quantization=%r does nothing.",
             own,
@@ -139,7 +145,9 @@ class QTensorConfig(QuantizationConfig):
     def __getstate__(self) -> dict[str, Any]:
         # `rename` is a closure over vLLM's mapper; the worker that receives this makes its own.
         choice = self.choice
-        again = Choice(choice.options, choice.packed, experts_by_default=choice.experts_by_default)
+        again = Choice(
+            choice.options, choice.packed, experts_by_default=choice.experts_by_default, stored=choice.stored
+        )
         return self.__dict__ | {"choice": again}
 
 

@@ -27,11 +27,19 @@ _MISFITS = (AssertionError, IndexError, RuntimeError, ValueError)
 class Incoming:
     """The one tensor of the checkpoint that is being loaded: which the model asked for last and has not finished with.
 
+    decode: makes high-precision tensors of a stream that may hold quantized ones, if the user asked for that.
     names: is told what goes where. model: the class that loads, by name. folder: gives the checkpoint's folder, if it
     has one. active: the model's `load_weights` is running. current: the tensor's name; None between two tensors.
     """
 
-    def __init__(self, names: Names, model: str, folder: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        names: Names,
+        model: str,
+        folder: Callable[[], str | None],
+        decode: Callable[[Weights], Weights] | None = None,
+    ) -> None:
+        self._decode = decode
         self._names, self._model, self._folder = names, model, folder
         self.active = False
         self.current: str | None = None
@@ -43,7 +51,8 @@ class Incoming:
         """The model's own `load_weights`."""
         self.active = True
         try:
-            return load_weights(self._follow(weights), *args, **kwargs)
+            stream = weights if self._decode is None else self._decode(weights)
+            return load_weights(self._follow(stream), *args, **kwargs)
         except QTensorError:
             raise
         except Exception as error:

@@ -43,6 +43,8 @@ class Options:
         each weight when it has arrived, without one.
     reload_partial: what a reload does that brings only a part of what shares a scale: "error" refuses it, "keep"
         quantizes the rest again from its quantized values.
+    source: what becomes of a checkpoint that is quantized already: "own" loads it by its own method, "requantize"
+        decodes it as it is read.
     report: where each worker writes its report, as JSON and HTML unless the path ends in .json or .html; "{rank}" in it
         is replaced.
 
@@ -58,6 +60,7 @@ class Options:
     on_nonfinite: str = "error"
     reload: str = "atomic"
     reload_partial: str = "error"
+    source: str = "own"
     report: str | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +101,12 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
     values = {"linear": by_kind, "moe": by_kind} | values
     values["lm_head"] = (values["linear"] or scheme) if values.get("lm_head") else None
     return Options(**values)
+
+
+def requantizes(environment: Mapping[str, str] = os.environ) -> bool:
+    """Has the user asked, by a variable, that checkpoints be decoded which are quantized already? Their own
+    quantization_config is where vLLM looks, so that no other option can say so."""
+    return _from_environment(environment, _READERS.keys()).get("source") == "requantize"
 
 
 def names_experts(given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> bool:
@@ -186,6 +195,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "on_nonfinite": _one_of("error", "keep"),
     "reload": _one_of("atomic", "per_weight"),
     "reload_partial": _one_of("error", "keep"),
+    "source": _one_of("own", "requantize"),
     "report": _text,
 }
 
@@ -196,6 +206,7 @@ class Choice:
     packed: the parts that a checkpoint has for a fused layer of vLLM's, in order, by the last part of their names.
     rename: maps a checkpoint's module name to vLLM's, for models whose names differ.
     experts_by_default: nobody has asked for the scheme of experts, so that a GPU may have another.
+    stored: the quantization_config of a checkpoint that is quantized already, and is requantized.
     """
 
     def __init__(
@@ -204,9 +215,11 @@ class Choice:
         packed: Mapping[str, Sequence[str]] | None = None,
         *,
         experts_by_default: bool = False,
+        stored: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = options
         self.experts_by_default = experts_by_default
+        self.stored = dict(stored or {})
         self.packed = {} if packed is None else packed
         self.rename: Callable[[str], str] = str
         self.unused = {*options.ignore, *options.targets}

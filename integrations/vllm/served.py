@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from .missing import Names
 from .options import Choice
 from .parallel import RankHost
 from .reporting import rank
+from .sources import decoded
 
 _ATTRIBUTE = "_qtensor_served"
 
@@ -39,7 +41,10 @@ class ServedModel:
         self.root, self.choice = root, choice
         self.setting = Setting.current()
         self.names = Names(choice.parts)
-        self.incoming = Incoming(self.names, type(root).__name__, lambda: self.setting.folder)
+        decode = partial(decoded, config=choice.stored, dtype=self.setting.dtype or torch.bfloat16)
+        asked = choice.options.source == "requantize"
+        kind = type(root).__name__
+        self.incoming = Incoming(self.names, kind, lambda: self.setting.folder, decode if asked else None)
         self.published: list[Published] = []
         self.aliases: dict[tuple[int, str], torch.Tensor] = {}
         self.open: Filling | None = None
