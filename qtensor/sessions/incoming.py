@@ -46,13 +46,14 @@ class Incoming:
     def of(self, weight: ArmedWeight, view: View | None = None, make: bool = True) -> Collector | None:
         """The collector of a weight, or of a part of it; a new one if there is none, and `make`."""
         view = view or whole(weight.shape)
-        known = self._collectors.get(weight, {})
-        if view in known or not make:
-            return known.get(view)
-        _, attribute = weight.owner
-        made = Collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
-        self._collectors.setdefault(weight, {})[view] = made
-        return made
+        with weight.lock:
+            known = self._collectors.get(weight, {})
+            if view in known or not make:
+                return known.get(view)
+            _, attribute = weight.owner
+            made = Collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
+            self._collectors.setdefault(weight, {})[view] = made
+            return made
 
     def finish(self, weight: ArmedWeight) -> None:
         """Nothing more comes for a weight. Raises what is wrong with what came, by name."""
