@@ -28,6 +28,7 @@ from . import registration
 
 OWN = "*"
 """The part that is called as the weight itself."""
+_OURS = "_qtensor_original"
 
 
 class Incoming:
@@ -125,14 +126,11 @@ def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> list[st
     return taken
 
 
-_original: list[Any] = []
-
-
 def _listen() -> None:
     """Hear of what `load_state_dict` gives each module. May be repeated."""
-    if _original:
-        return
     original = nn.Module._load_from_state_dict
+    if hasattr(original, _OURS):
+        return
 
     @functools.wraps(original)
     def load(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
@@ -143,14 +141,15 @@ def _listen() -> None:
             if name in missing:
                 missing.remove(name)
 
-    _original.append(original)
+    setattr(load, _OURS, original)
     nn.Module._load_from_state_dict = load  # type: ignore[method-assign, assignment]
 
 
 def _stop() -> None:
-    if _original:
-        nn.Module._load_from_state_dict = _original[0]  # type: ignore[method-assign]
-        _original.clear()
+    """PyTorch's own again. May be repeated."""
+    original = getattr(nn.Module._load_from_state_dict, _OURS, None)
+    if original is not None:
+        nn.Module._load_from_state_dict = original  # type: ignore[method-assign]
 
 
 registration.PATCHES.append((_listen, _stop))
