@@ -312,6 +312,7 @@ def test_pytorchs_own_function_is_back_when_the_session_is_over() -> None:
     before = nn.Module._load_from_state_dict
     for _ in range(2):
         with online_quant("fp8"):
-            layer(8, 8).load_state_dict({"weight": torch.ones(8, 8)})
+            model = layer(8, 8)
+            model.load_state_dict({"weight": torch.ones(8, 8)})
             assert nn.Module._load_from_state_dict is not before
         assert nn.Module._load_from_state_dict is before
