@@ -193,6 +193,17 @@ def test_a_loader_that_assigns_parts_one_by_one(order: str) -> None:
     assert_arrived(model.weight, parts)
 
 
+def test_a_loader_that_registers_buffers() -> None:
+    parts = FORMS["mxfp4"].parts(300, 256)
+    with online_quant("fp8"):
+        model = layer(300, 256)
+        model.register_buffer("running_mean", torch.ones(3))
+        for name, tensor in named(parts).items():
+            model.register_buffer(name, tensor)
+    assert list(model._buffers) == ["running_mean"]
+    assert_arrived(model.weight, parts)
+
+
 def test_a_state_dict_in_several_files() -> None:
     parts = named(FORMS["fp8 blocks"].parts(300, 256))
     with online_quant("fp8") as session:
