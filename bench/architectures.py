@@ -54,8 +54,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "nemotron": {"num_key_value_heads": 4},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "dots1": {"n_routed_experts": 4},
 }
 
 
