@@ -327,3 +327,13 @@ def test_pytorchs_own_function_is_back_when_the_session_is_over() -> None:
             model.load_state_dict({"weight": torch.ones(8, 8)})
             assert nn.Module._load_from_state_dict is not before
         assert nn.Module._load_from_state_dict is before
+
+
+def test_the_loss_of_a_second_quantization_is_measured_against_the_source() -> None:
+    parts = FORMS["fp8 blocks"].parts(256, 256)
+    with online_quant("mxfp4", measure_sqnr=True) as session:
+        model = layer(256, 256)
+        model.load_state_dict(named(parts))
+    values, error = whole(parts, torch.bfloat16, (256, 256)).double(), model.weight.dequantize().double()
+    expected = 10 * torch.log10(values.square().sum() / (values - error).square().sum())
+    assert session.report().layers[0].sqnr == pytest.approx(float(expected), abs=0.1)
