@@ -7,8 +7,8 @@ disk, and as the bf16 values of those. Each row is a process of its own: `load_c
 folder; of the bf16 folder, which is the speed that decoding is measured against; and what users do without us, with
 transformers' own decoders: dequantize the whole model to bf16, then quantize it weight by weight, in place. Time is
 from the first byte read to the model in its final form, and the processors' time in that, which other work on the
-machine hardly changes; best of --repeat. Peak is resident memory above what the
-process had before, over the bytes of the finished weights.
+machine hardly changes; best of --repeat. Peak is resident memory above what the process had before, over the bytes of
+the finished weights.
 
 --losses: signal-to-quantization-noise ratio against the high-precision weights, of random normal ones, for each source
 and scheme: quantized once, and quantized again from the source.
