@@ -8,8 +8,9 @@ a process of its own: time of the model's load, anonymous memory (resident less 
 it, and decode speed at batch 4. Medians over the runs, and ratios to vLLM's own.
 
 With --speed the engines of all methods live in one process and take turns, a few steps each, so that a slow minute of
-the machine meets all of them: the median step of decoding at batch 1, 4 and 16, and a prefill of 4 x 256 tokens. With
-one thread it is the time that thread had a core, which is what can be compared on a machine that others use, too.
+the machine meets all of them: the median step of decoding at batch 1, 4 and 16, and a prefill of 4 x 256 tokens. At
+batch 1 the time that is not spent in products with weights is taken, too: no quantization shortens that. With one
+thread it is the time that thread had a core, which is what can be compared on a machine that others use, too.
 """
 
 from __future__ import annotations
@@ -199,6 +200,42 @@ class Speed:
         self.seconds[str(batch)] += [self._step() for _ in range(self.steps)]
         self._finish()
 
+    def outside_products(self) -> float:
+        """Seconds of a step at batch 1 that are none of products with weights, a median."""
+        inside = 0.0
+
+        def timed(run: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                start = self.clock()
+                try:
+                    return run(*args, **kwargs)
+                finally:
+                    inside += self.clock() - start
+
+            return call
+
+        methods: list[Any] = []
+
+        def watch(model: Any) -> None:
+            found = (getattr(module, "quant_method", None) for module in model.modules())
+            methods.extend({id(method): method for method in found if hasattr(method, "apply")}.values())
+            for method in methods:
+                method.apply = timed(method.apply)
+
+        self.engine.apply_model(watch)
+        self._ask(1, _PROMPT, self.steps + 2)
+        self._step()
+        self._step()
+        outside = []
+        for _ in range(self.steps):
+            inside = 0.0
+            outside.append(self._step() - inside)
+        self._finish()
+        for method in methods:
+            del method.apply
+        return statistics.median(outside)
+
     def prefill(self) -> None:
         self._ask(4, 256, 1)
         self.seconds["prefill"].append(self._step())
@@ -256,10 +293,12 @@ def measure_speed(folder: Path, methods: Sequence[str], threads: int, rounds: in
             if turn == 0:  # Loops are compiled, oneDNN's primitives made.
                 side.seconds = {name: [] for name in side.seconds}
     medians = {m: {name: 1e3 * statistics.median(s) for name, s in x.seconds.items()} for m, x in sides.items()}
+    outside = {m: 1e3 * side.outside_products() for m, side in sides.items() if m != "fp8_per_channel"}
     plain = medians.get("none")
     times = {m: {k: plain[k] / v for k, v in row.items()} for m, row in medians.items()} if plain else {}
     load = [before, os.getloadavg()[0]]
-    return {"threads": threads, "load": load, "ms": medians, "times_unquantized": times, "failed": failed}
+    found = {"threads": threads, "load": load, "ms": medians, "times_unquantized": times, "failed": failed}
+    return found | {"ms_outside_products": outside}
 
 
 def _speed(args: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -284,11 +323,12 @@ def _speed(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def table(found: dict[str, Any]) -> str:
     """For a page."""
-    lines = ["| | " + " | ".join([f"decode, batch {b}" for b in BATCHES] + ["prefill 4 × 256"]) + " |"]
-    lines.append("| --- " + "| ---: " * (len(BATCHES) + 1) + "|")
+    heads = [*(f"decode, batch {b}" for b in BATCHES), "prefill 4 × 256", "outside products, batch 1, ms"]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- " + "| ---: " * len(heads) + "|"]
     for method, row in found["ms"].items():
         times = found["times_unquantized"].get(method, {})
         cells = [f"{v:.0f} ms" if method == "none" else f"{times.get(k, 0):.2f}" for k, v in row.items()]
+        cells.append(f"{found['ms_outside_products'].get(method, 0):.1f}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -156,10 +156,10 @@ class WeightFormat:
             exponent = _exponent_nearest(amax) if self.element == "e2m1" else _exponent_at_least(amax / limit)
             return exponent.to(torch.uint8)
         if self.granularity == "block":
-            return amax.clamp_min(1e-4) / limit
+            return amax.clamp_min(BLOCK_FLOOR) / limit
         scale = amax / limit
         floored = self.granularity == "channel" and self.element == "e4m3"
-        return scale.clamp_min(1.0 / (self.max * 512.0)) if floored else scale
+        return scale.clamp_min(CHANNEL_FLOOR) if floored else scale
 
 
 def e8m0_to_float(scale: torch.Tensor) -> torch.Tensor:
@@ -182,6 +182,8 @@ def _exponent_nearest(amax: torch.Tensor) -> torch.Tensor:
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
+CHANNEL_FLOOR = 1.0 / (E4M3_MAX * 512.0)  # of scales of fp8_per_channel
+BLOCK_FLOOR = 1e-4  # of the amax of a block of fp8_per_block
 
 FP8_PER_TENSOR = WeightFormat("fp8_per_tensor", torch.float8_e4m3fn, E4M3_MAX, "tensor")
 FP8_PER_CHANNEL = WeightFormat("fp8_per_channel", torch.float8_e4m3fn, E4M3_MAX, "channel")

@@ -1,4 +1,5 @@
-"""The CPU path of the formats that are not fused (mx, nvfp4, int8, int4) against the reference: the same bytes."""
+"""The loops that quantize finite sources, of all formats, and those that dequantize, against the reference: the same
+bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +11,18 @@ from test_cpu_kernels import assert_same_bytes, assert_same_values, dtypes, matr
 from test_cpu_kernels import relaxed as more
 
 from qtensor.kernels import FORMATS, Audit, Backend, NonFinite, Parts, WeightFormat
-from qtensor.kernels.cpu.fused import is_fused
+from qtensor.kernels.cpu import numba_backend
 from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.reference import TORCH
 
-GROUPED = [fmt for fmt in FORMATS.values() if not is_fused(fmt)]
 relaxed = settings(more, max_examples=max(20, settings().max_examples // 3))  # The reference is slow in these formats.
-formats = pytest.mark.parametrize("fmt", GROUPED, ids=lambda f: f.name)
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+
+
+@pytest.fixture(autouse=True)
+def _small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp8 has others for those (`test_cpu_kernels.py`)."""
+    monkeypatch.setattr(numba_backend, "PIECE", 0)
 
 
 def empty(fmt: WeightFormat, shape: tuple[int, ...]) -> Parts:
@@ -104,7 +110,7 @@ def test_encode_is_exact_for_every_value(dtype: torch.dtype) -> None:
         values = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     for amax in (448.0, 6.0, 1e-38):
         found = values[values.abs() <= amax]
-        for fmt in GROUPED:
+        for fmt in FORMATS.values():
             group = fmt.block[1] if fmt.block[1] > 1 else found.numel() + 1
             rows = found[: found.numel() // (group - 1) * (group - 1)].view(-1, group - 1)
             largest = torch.full((rows.shape[0], 1), amax, dtype=dtype)

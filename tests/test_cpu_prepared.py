@@ -14,7 +14,7 @@ pytest.importorskip("numba", reason="the numba kernels need the optional extra '
 from test_cpu_products import activations, exact, quantized
 
 from qtensor.kernels import FORMATS, WeightFormat
-from qtensor.kernels.cpu import prepared, products, rows, vectors
+from qtensor.kernels.cpu import layouts, mixtures, prepared, products, rows, vectors
 from qtensor.kernels.cpu.numba_backend import NUMBA
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
@@ -129,9 +129,9 @@ def test_mixtures(fmt: WeightFormat, data: st.DataObject) -> None:
     x = torch.randn(tokens, hidden, generator=generator).bfloat16()
     ids = torch.stack([torch.randperm(experts, generator=generator)[:each] for _ in range(tokens)]).int()
     weights = torch.rand(tokens, each, generator=generator)
-    found = prepared.experts(x, first, second, fmt, ids, weights, inner, activate)
+    found = mixtures.experts(x, first, second, fmt, ids, weights, inner, activate)
     most = int(ids.flatten().bincount().max())
-    assert (found is not None) == (most <= 2 * prepared._AT_ONCE)
+    assert (found is not None) == (most <= 2 * mixtures.AT_ONCE)
     if found is None:
         return
     up, down = exact(first, fmt, hidden), exact(second, fmt, inner)
@@ -155,7 +155,7 @@ def test_mixtures_of_other_kinds_are_declined() -> None:
 
     def mixture(**changed: torch.Tensor) -> torch.Tensor | None:
         given = {"x": x, "ids": ids, "weights": weights} | changed
-        return prepared.experts(given["x"], first, second, fmt, given["ids"], given["weights"], 32, activate)
+        return mixtures.experts(given["x"], first, second, fmt, given["ids"], given["weights"], 32, activate)
 
     assert mixture() is not None
     assert mixture(x=x.float()) is None
@@ -176,7 +176,7 @@ def test_terms_are_combined(threads: int, monkeypatch: pytest.MonkeyPatch) -> No
     where = torch.randint(-1, 50, (40, 3))
     where[7] = -1
     out = torch.full((40, 96), float("nan"), dtype=torch.bfloat16)
-    prepared.combine_into(out, terms, where, weights)
+    layouts.combine_into(out, terms, where, weights)
     wanted = (terms[where.clamp_min(0)].double() * (weights.double() * (where >= 0)).unsqueeze(-1)).sum(1)
     assert ((out.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-6).all()
 
@@ -192,6 +192,6 @@ def test_sums_are_rounded(threads: int, monkeypatch: pytest.MonkeyPatch) -> None
     steps[0] = 1
     for bias in (None, torch.randn(70).bfloat16()):
         out = torch.empty(30, 70, dtype=torch.bfloat16)
-        prepared.round_into(out, sums, steps, bias)
+        layouts.round_into(out, sums, steps, bias)
         wanted = sums * steps + (0 if bias is None else bias.float())
         torch.testing.assert_close(out, wanted.bfloat16(), rtol=0 if bias is None else 2**-8, atol=0, equal_nan=True)

@@ -35,6 +35,7 @@ class Int8Linear(CpuLinear):
     def __init__(self, packed: bool) -> None:
         super().__init__(int8_per_channel, round_activations=False)
         self.packed = packed
+        self._saves: Any = None  # The layer whose state dictionary `_put_weight` sees.
 
     def publish(self, layer: Any, weight: QTensor) -> None:
         publish_parts(layer, weight)
@@ -42,6 +43,15 @@ class Int8Linear(CpuLinear):
             layer.int8_product = compat.int8_product(weight.qdata.contiguous(), layer.weight_scale.data)
             layer.register_parameter("weight", frozen(torch.empty(0, dtype=torch.int8, device="cpu")))
             give_back(layer, weight.parts())
+            if self._saves is not layer:
+                self._saves = layer
+                layer.register_state_dict_post_hook(self._put_weight)
+
+    def _put_weight(self, layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        """What saves a model finds the weight: in row-major order, made for it."""
+        kept = state.get(f"{prefix}weight")
+        if kept is not None and not kept.numel():
+            state[f"{prefix}weight"] = self.read(layer).qdata
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -1,7 +1,8 @@
-"""What quantizes groups and integers (mx, nvfp4, int4, int8): a row in one go, as vector instructions.
+"""What quantizes finite sources: rows as vector instructions.
 
 Of some hundred columns at a time the largest magnitudes of groups are found, the scales that follow are stored, and the
-elements, which are in the nearest cache by now, are encoded. The formulas are `formats.WeightFormat`'s, for finite
+elements, which are in the nearest cache by now, are encoded. A scale for a whole row takes two passes over it, one for
+blocks of 128 x 128 two over 128 rows. The formulas are `formats.WeightFormat`'s, for finite
 sources. 32 elements at a time come as their even columns and their odd ones: in bfloat16, that is a shift and a mask,
 and two nibbles that share a byte meet in a lane.
 
@@ -22,7 +23,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
-from ..formats import E2M1_MAX, E4M3_MAX, WeightFormat
+from ..formats import BLOCK_FLOOR, CHANNEL_FLOOR, E2M1_MAX, E4M3_MAX, WeightFormat
 from .instructions import (
     BF16,
     CHUNK,
@@ -36,6 +37,7 @@ from .instructions import (
     I16,
     I32,
     I64,
+    INT4,
     INT8,
     LANES,
     Instructions,
@@ -56,6 +58,7 @@ def scale_kind(fmt: WeightFormat) -> int:
 
 
 _MAGNITUDE = 0x7FFFFFFF
+BLOCK = 128
 _ROUND = 1.5 * 2.0**23  # The low bits of a float32 added to this are the integer nearest to it, half to even.
 _AHEAD = 4096  # Bytes; chips fetch by themselves what comes next in a page of memory.
 # Scales between which a quotient follows from the inverse by multiplications, see `divided`.
@@ -181,9 +184,11 @@ class Encoder(Instructions):
             inverse = b.fdiv(splat(FLOAT, 1.0), b.fmul(b.fmul(small, splat(FLOAT, 256.0)), inverse))
             finite = b.icmp_signed("<", b.bitcast(inverse, vector(I32)), splat(I32, 0x7F800000))
             return b.trunc(codes, vector(I8)), b.select(finite, inverse, splat(FLOAT, 0.0))
-        scale = b.fdiv(amax, splat(FLOAT, 127.0 if self.element == INT8 else 7.0))
+        scale = b.fdiv(amax, splat(FLOAT, {INT8: 127.0, INT4: 7.0, E4M3: E4M3_MAX}[self.element]))
         if self.element == INT8:
             scale = self.through(scale)
+        if self.element == E4M3:
+            scale = self.at_least(scale, CHANNEL_FLOOR)
         # What is divided by infinity is 0, as data is where the scale is 0.
         zero = b.fcmp_ordered("==", scale, splat(FLOAT, 0.0))
         return scale, b.select(zero, splat(FLOAT, float("inf")), scale)
@@ -196,6 +201,17 @@ class Encoder(Instructions):
         low, high = (self.b.bitcast(splat(FLOAT, limit), vector(I32)) for limit in _DIVISORS)
         inside = self.b.and_(self.b.icmp_unsigned(">=", bits, low), self.b.icmp_unsigned("<=", bits, high))
         return self.call(f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), inside)
+
+    def at_least(self, value: Any, floor: float) -> Any:
+        low = splat(FLOAT, floor)
+        return self.b.select(self.b.fcmp_ordered("<", value, low), low, value)
+
+    def inverse(self, scale: Any) -> Any:
+        """0 where the inverse is not finite."""
+        b = self.b
+        inverse = b.fdiv(splat(FLOAT, 1.0), scale)
+        finite = b.icmp_unsigned("<", b.bitcast(inverse, vector(I32)), splat(I32, 0x7F800000))
+        return b.select(finite, inverse, splat(FLOAT, 0.0))
 
     # Elements, in units of their scale.
 
@@ -221,8 +237,8 @@ class Encoder(Instructions):
         limit = self.b.bitcast(splat(FLOAT, largest), vector(I32))
         return self.extreme([self.b.and_(bits, splat(I32, _MAGNITUDE)), limit], "umin")
 
-    def e4m3(self, value: Any) -> Any:
-        """Codes, one in each lane of 32 bits."""
+    def e4m3(self, value: Any, signed: Any = None) -> Any:
+        """Codes, one in each lane of 32 bits; with the signs of other values, if they are given."""
         b = self.b
         bits = b.bitcast(value, vector(I32))
         clamped = self.bounded(bits, E4M3_MAX)
@@ -234,7 +250,8 @@ class Encoder(Instructions):
         normal = b.lshr(b.add(b.add(clamped, rebias_and_round), odd), splat(I32, 20))
         is_small = b.icmp_unsigned("<", clamped, splat(I32, 0x3C800000))  # 2^-6
         code = b.select(is_small, subnormal, normal)
-        return b.or_(code, b.and_(b.lshr(bits, splat(I32, 24)), splat(I32, 0x80)))
+        signs = bits if signed is None else b.bitcast(signed, vector(I32))
+        return b.or_(code, b.and_(b.lshr(signs, splat(I32, 24)), splat(I32, 0x80)))
 
     def e2m1(self, magnitude: Any) -> Any:
         """Codes of magnitudes, in the lowest byte of each lane.
@@ -263,15 +280,18 @@ class Encoder(Instructions):
         if self.scale != IN_FP32:
             self.store(self.multiplied(words, factors[0]), codes)
             return
-        values = self.pairs(words)
+        sources = values = self.pairs(words)
         if exactly:
             values = [b.fdiv(value, factors[0]) for value in values]
         else:
             values = [self.divided(value, *factors) for value in values]
-        if self.element == INT8:
-            even, odd = (self.integers(self.through(value), 127.0) for value in values)
-            both = b.or_(b.and_(even, splat(I32, 0xFF)), b.shl(odd, splat(I32, 8)))
-            self.store(b.trunc(both, vector(I16)), codes)
+        if self.per_byte == 1:
+            if self.element == INT8:
+                even, odd = (self.integers(self.through(value), 127.0) for value in values)
+                even = b.and_(even, splat(I32, 0xFF))
+            else:  # `divided` loses the sign of zeros.
+                even, odd = (self.e4m3(value, source) for value, source in zip(values, sources, strict=True))
+            self.store(b.trunc(b.or_(even, b.shl(odd, splat(I32, 8))), vector(I16)), codes)
             return
         even, odd = (self.integers(value, 7.0) for value in values)
         both = b.or_(b.and_(even, splat(I32, 0xF)), b.shl(odd, splat(I32, 4)))
@@ -358,6 +378,39 @@ class Encoder(Instructions):
     ) -> None:
         self.encode(source, factors, codes, exactly)
 
+    def keep_block_amax(self, source: Any, cols: Any, found: Any) -> None:
+        """Raise the largest magnitudes that `found` has, 16 int32 for each 128 columns, as the source's own bits."""
+
+        def keep(index: Any, here: Any, _codes: Any, _is_last: Any) -> None:
+            place = self.at(found, index, 64)
+            largest = self.largest(here, BLOCK)
+            self.store(self.extreme([self.load(place, vector(I32), 4), largest]), place, 4)
+
+        self.pieces(source, None, cols, BLOCK, keep)
+
+    def block_scales(self, found: Any, count: Any, scales: Any, factors: Any) -> None:
+        """Of each block, the scale and its inverse, from what `keep_block_amax` has found."""
+        b = self.b
+        with cgutils.for_range(b, count) as loop:
+            largest = self.load(self.at(found, loop.index, 64), vector(I32), 4)
+            most = self.call(f"llvm.vector.reduce.umax.v{LANES}i32", I32, largest)
+            amax = self.at_least(self.as_floats(self.broadcast(most)), BLOCK_FLOOR)
+            scale = b.fdiv(amax, splat(FLOAT, E4M3_MAX))
+            for values, address in ((scale, scales), (self.inverse(scale), factors)):
+                one = b.extract_element(values, ir.Constant(I32, 0))
+                self.store(one, self.at(address, loop.index, 4), 4)
+
+    def scaled_row(self, source: Any, codes: Any, cols: Any, factors: Any, step: Any) -> None:
+        """The codes of a row times factors, one for each 128 columns, `step` bytes from one to the next."""
+
+        def work(index: Any, here: Any, out: Any, _is_last: Any) -> None:
+            factor = self.broadcast(self.load(self.b.add(factors, self.b.mul(index, step)), FLOAT, 4))
+            for column in range(0, BLOCK, CHUNK):
+                words = self.words(self.b.add(here, int64(column * self.size)))
+                self.store(self.multiplied(words, factor), self.b.add(out, int64(column)))
+
+        self.pieces(source, codes, cols, BLOCK, work)
+
     def row_of_groups(self, source: Any, codes: Any, scales: Any, cols: Any, gain: Any) -> None:
         b, columns = self.b, self.groups * self.group
         count = b.udiv(b.add(cols, int64(self.group - 1)), int64(self.group))
@@ -429,3 +482,31 @@ def row_amax(typing_context, dtype, source, cols):
         return builder.zext(builder.extract_element(builder.bitcast(found, vector(I32)), ir.Constant(I32, 0)), I64)
 
     return types.int64(dtype, types.int64, types.int64), emit
+
+
+def _of_e4m3(method: str, dtype: Any) -> Any:
+    kind = dtype.literal_value
+
+    def emit(context, builder, signature, args):
+        getattr(Encoder(context, builder, kind, E4M3, IN_FP32, 0), method)(*args[1:])
+        return context.get_dummy_value()
+
+    return emit
+
+
+@intrinsic(prefer_literal=True)
+def keep_block_amax(typing_context, dtype, source, cols, found):
+    """See `Encoder.keep_block_amax`."""
+    return types.void(dtype, *[types.int64] * 3), _of_e4m3("keep_block_amax", dtype)
+
+
+@intrinsic(prefer_literal=True)
+def block_scales(typing_context, dtype, found, count, scales, factors):
+    """See `Encoder.block_scales`."""
+    return types.void(dtype, *[types.int64] * 4), _of_e4m3("block_scales", dtype)
+
+
+@intrinsic(prefer_literal=True)
+def scaled_row(typing_context, dtype, source, codes, cols, factors, step):
+    """See `Encoder.scaled_row`."""
+    return types.void(dtype, *[types.int64] * 5), _of_e4m3("scaled_row", dtype)

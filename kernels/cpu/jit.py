@@ -1,5 +1,5 @@
-"""The numba loops that quantize to fp8 per tensor, channel and block, each in one pass. Those of the other formats, and
-those that read quantized weights, are in `vectors`.
+"""The numba loops that quantize to fp8 per tensor, channel and block where those of `vectors` do not: small matrices in
+one call, sources that may hold NaN, the error while quantizing, activations.
 
 Nothing here knows torch. Arrays are flat and contiguous, a matrix is a flat array plus the distance between its rows,
 and the element type of an array says what its bits mean: uint16 is bfloat16, int16 is float16, uint8 is e4m3fn. Each
@@ -23,7 +23,7 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, extending, types  # type: ignore[attr-defined]
 
-from ..formats import E4M3_MAX
+from ..formats import BLOCK_FLOOR, CHANNEL_FLOOR, E4M3_MAX
 from .compiling import Once, compiled
 
 Array = np.ndarray[Any, Any]
@@ -35,8 +35,8 @@ u32 = np.uint32
 BLOCK = 128
 
 _MAX = f32(E4M3_MAX)
-_CHANNEL_FLOOR = f32(1.0 / (E4M3_MAX * 512.0))
-_BLOCK_FLOOR = f32(1e-4)
+_CHANNEL_FLOOR = f32(CHANNEL_FLOOR)
+_BLOCK_FLOOR = f32(BLOCK_FLOOR)
 _INFINITY = u32(0x7F800000)
 _MAX_BITS = u32(0x43E00000)  # 448
 _SMALLEST_NORMAL = u32(0x3C800000)  # 2^-6

@@ -1,8 +1,8 @@
 """The backend for CPUs: the bytes of the reference, by loops that numba compiles.
 
-Quantizing is one loop that does everything: `fused` for fp8 per tensor, channel and block, with loops in `jit`, and
-`grouped` for the other formats, with loops in `vectors`. What reads stored weights is the same for all: `products`,
-with loops in `vectors`, too. `rows` shares a matrix out among threads.
+Quantizing a finite source is one loop that does everything: `quantizing`, with loops in `vectors`. `fused`, with loops
+in `jit`, does fp8 per tensor, channel and block where that cannot. What reads stored weights is the same for all:
+`products`, with loops in `vectors`, too. `rows` shares a matrix out among threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
-from . import fused, grouped, jit, prepared, products, vectors
+from . import fused, jit, layouts, prepared, products, quantizing, vectors
 from .rows import ELEMENTS, PIECE, adjacent, flat_rows, share, slabs
 
 _INFINITY_BITS = 0x7F800000
@@ -52,21 +52,16 @@ class Numba(Torch):
                 amax[i] = _amax(matrix, audit, origin, fmt.name)
                 origin += matrix.numel()
         for i, (matrix, own) in enumerate(matrices):
-            if is_fused:
-                fused.quantize(matrix, own, fmt, audit, amax[i])
+            if plain:
+                quantizing.quantize(matrix, own, fmt, amax[i])
             else:
-                grouped.quantize(matrix, own, fmt, amax[i])
+                fused.quantize(matrix, own, fmt, audit, amax[i])
 
     def foresee(self, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
         if dtype not in SOURCE_DTYPES:
             return
-        is_fused = fused.is_fused(fmt)
-        if is_fused and numel <= PIECE:
+        if fused.is_fused(fmt) and numel <= PIECE:
             fused.piece_loop(fmt).of.foresee(ELEMENTS[dtype])
-            return
-        if is_fused:
-            vectors.foresee_amax(dtype)
-            fused.large_loop(fmt).of.foresee(ELEMENTS[dtype])
         else:
             vectors.foresee_quantizing(fmt, dtype)
 
@@ -75,11 +70,10 @@ class Numba(Torch):
         for loop in (*([fused.large_loop(fmt), fused.piece_loop(fmt)] if is_fused else []), jit.first_nonfinite):
             loop.of(ELEMENTS[dtype], purpose=fmt.name)
         vectors.amax_loop(dtype, fmt.name)
-        if not is_fused:
-            vectors.quantize_loop(fmt, dtype)
+        vectors.quantize_loop(fmt, dtype)
         vectors.decode_loop(fmt, dtype)
         vectors.product_loop(fmt, vectors.has_quick_product(fmt))
-        prepared.compile_loops()
+        layouts.compile_loops()
         if vectors.has_tiles():
             vectors.tile_loop(fmt)
             vectors.pack_loop(fmt)
@@ -171,7 +165,7 @@ def _amax(source: torch.Tensor, audit: Audit, origin: int, purpose: str) -> floa
     for first, slab in slabs(source, 1):
 
         def scan(start: int, stop: int, slab: torch.Tensor = slab) -> None:
-            bits = grouped.largest(loop, slab, start, stop)
+            bits = quantizing.largest(loop, slab, start, stop)
             if bits >= _INFINITY_BITS and finite_amax is not None:
                 values, stride = flat_rows(slab)
                 bits = int(finite_amax(values, stride, cols, start, stop, True))

@@ -1,5 +1,5 @@
 """The loops over rows that are vector instructions: products and dequantizing (`decoders`, `tiles`), and what quantizes
-groups and integers (`encoders`).
+finite sources (`encoders`).
 
 They are C functions of one argument, a structure of sizes and addresses. No Python runs in them, so the threads of
 OpenMP can (`rows.run_loop`): of `PRODUCT`, `PACK` and `DECODE` each takes the next rows that nobody has taken.
@@ -25,7 +25,7 @@ from ..formats import WeightFormat
 from . import decoders
 from .compiling import Once, compiled
 from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, QUICK_SCALES, STRIPE, UNITS, decode_row, dots, is_quick
-from .encoders import quantize_row, row_amax, scale_kind
+from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, chip_features, float32s, int64s, take, uint8s
 from .tiles import (
     ROW_PADDING,
@@ -62,8 +62,9 @@ DECODE = _places(
     "counter", "step", "rows", "cols", "codes", "codes_stride", "scale", "scale_stride", "down", "table",
     "out", "out_stride",
 )  # fmt: skip
-# `gain`: the address of the matrix's gain and its inverse, fp32. `AMAX` leaves the bits of the largest magnitude at an
-# address: those of fp32, which order like the values, with infinity and then NaN above everything finite.
+# `gain`: the address of the matrix's gain and its inverse, fp32, or of the inverse of its one scale. `AMAX` leaves the
+# bits of the largest magnitude at an address: those of fp32, which order like the values, with infinity and then NaN
+# above everything finite.
 QUANTIZE = _places(
     "rows", "cols", "source", "source_stride", "codes", "codes_stride", "scale", "scale_stride", "gain",
 )  # fmt: skip
@@ -139,8 +140,9 @@ def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
 
 
 def quantize_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
-    """The stored elements and scales of finite rows of `dtype`, for the formats of groups and integers."""
-    return _quantize_loop(*_encoder(fmt, dtype), purpose=fmt.name)
+    """The stored elements of finite rows of `dtype`, and scales that are not the whole matrix's; whole blocks."""
+    loop, key = _quantizer(fmt, dtype)
+    return loop(*key, purpose=fmt.name)
 
 
 def amax_loop(dtype: torch.dtype, purpose: str) -> Loop:
@@ -150,18 +152,17 @@ def amax_loop(dtype: torch.dtype, purpose: str) -> Loop:
 
 def foresee_quantizing(fmt: WeightFormat, dtype: torch.dtype) -> None:
     """`quantize_loop` will be needed, and `amax_loop`."""
-    foresee_amax(dtype)
-    _quantize_loop.foresee(*_encoder(fmt, dtype))
-
-
-def foresee_amax(dtype: torch.dtype) -> None:
     _amax_loop.foresee(DTYPES[dtype])
+    loop, key = _quantizer(fmt, dtype)
+    loop.foresee(*key)
 
 
-def _encoder(fmt: WeightFormat, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(dtype, element, kind of scale, group) as `encoders` knows them."""
+def _quantizer(fmt: WeightFormat, dtype: torch.dtype) -> tuple[Once[Loop], tuple[int, ...]]:
+    """The loop of `quantize_loop`, and what it is compiled for."""
+    if fmt.granularity in ("tensor", "block"):
+        return (_scaled_loop if fmt.granularity == "tensor" else _block_loop), (DTYPES[dtype],)
     group = fmt.block[1] if fmt.granularity == "group" else 0
-    return DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group
+    return _quantize_loop, (DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group)
 
 
 @Once
@@ -301,6 +302,36 @@ def _quantize_loop(dtype: int, element: int, scale: int, group: int) -> Loop:
             source, codes = p.source + n * p.source_stride, p.codes + n * p.codes_stride
             scales = p.scale + n * p.scale_stride
             quantize_row(dtype, element, scale, group, source, codes, scales, p.cols, p.gain)
+
+    return _compiled(loop, QUANTIZE)
+
+
+@Once
+def _scaled_loop(dtype: int) -> Loop:
+    def loop(pointer):
+        p = carray(pointer, 1)[0]
+        for n in range(p.rows):
+            scaled_row(dtype, p.source + n * p.source_stride, p.codes + n * p.codes_stride, p.cols, p.gain, 0)
+
+    return _compiled(loop, QUANTIZE)
+
+
+@Once
+def _block_loop(dtype: int) -> Loop:
+    def loop(pointer):
+        p = carray(pointer, 1)[0]
+        across = (p.cols + BLOCK - 1) // BLOCK
+        found, factors = np.empty(16 * across, np.int32), np.empty(across, np.float32)
+        for top in range(0, p.rows, BLOCK):
+            found[:] = 0
+            bottom = min(top + BLOCK, p.rows)
+            for n in range(top, bottom):
+                keep_block_amax(dtype, p.source + n * p.source_stride, p.cols, found.ctypes.data)
+            scales = p.scale + top // BLOCK * p.scale_stride
+            block_scales(dtype, found.ctypes.data, across, scales, factors.ctypes.data)
+            for n in range(top, bottom):
+                codes = p.codes + n * p.codes_stride
+                scaled_row(dtype, p.source + n * p.source_stride, codes, p.cols, factors.ctypes.data, 4)
 
     return _compiled(loop, QUANTIZE)
 

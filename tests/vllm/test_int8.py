@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Int8
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
 from qtensor import int8_per_channel, quantize, weight_checksums
 from qtensor.errors import ConfigError
@@ -52,6 +53,8 @@ def test_a_packed_weight_is_the_only_one_and_can_be_read(rows: int, cols: int) -
     assert sum(p.nbytes for p in layer.parameters()) == same.scale.nbytes
     assert [torch.equal(a, b) for a, b in zip(compute.read(layer).parts(), same.parts(), strict=True)] == [True, True]
     assert torch.equal(compute.dequantize(layer), same.dequantize())
+    assert torch.equal(layer.state_dict()["weight"], same.qdata)
+    assert layer.weight.numel() == 0
 
 
 @pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_operator), False])
@@ -196,6 +199,25 @@ def test_loads_and_reloads_are_the_oracles_bytes_at_the_same_addresses() -> None
         reload(llm, a)
         assert torch.equal(look(llm).logprobs, first.logprobs)
         assert addresses(llm) == places
+
+
+def test_what_is_saved_has_the_weights(tmp_path: Path) -> None:
+    """By vLLM's own saver of sharded states, before and after a reload: as of layers whose weights are in order."""
+    folder, saved = checkpoint("llama"), {}
+    for activation in ("int8", "none"):
+        settings = {"hf_overrides": {"quantization_config_dict_json": json.dumps({"activation": activation})}}
+        with engine(folder, NAME, enable_prefix_caching=False, **settings) as llm:
+            for turn in range(2):
+                target = tmp_path / f"{activation}-{turn}"
+                target.mkdir()
+                llm.apply_model(lambda model, to=str(target): ShardedStateLoader.save_model(model, to))
+                saved[activation, turn] = load_file(next(target.glob("*.safetensors")))
+                reload(llm, folder)
+    names = [name for name in saved["none", 0] if name.endswith("_proj.weight")]
+    assert len(names) == 8
+    for found in saved.values():
+        assert found.keys() == saved["none", 0].keys()
+        assert all(torch.equal(found[name], saved["none", 0][name]) for name in names)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3-tied", "qwen3-moe"])

@@ -1,12 +1,12 @@
-"""The formats that are not fused (mx, nvfp4, int8, int4): one pass over rows finds the amax of each group, derives its
-scale and encodes what is in cache by then. The loops are in `vectors`."""
+"""Quantizing finite matrices: one pass over rows finds the amax of each group, derives its scale and encodes what is in
+cache by then. The loops are in `vectors`."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from ..formats import WeightFormat
+from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
 from . import vectors
 from .rows import adjacent, share, slabs, with_places
@@ -23,22 +23,26 @@ def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.
         gain = fmt.gain_from_amax(amax)
         parts.global_scale.copy_(1.0 / gain)
         gains = torch.stack([gain, 1.0 / gain])
-    loop = vectors.quantize_loop(fmt, source.dtype)
-    for first, slab in slabs(source, 1):
+    elif fmt.granularity == "tensor":
+        stored.copy_(fmt.scale_from_amax(amax))
+        gains = (1.0 / stored).nan_to_num_(posinf=0.0)
+    loop, unit = vectors.quantize_loop(fmt, source.dtype), fmt.block[0]
+    for first, slab in slabs(source, unit):
 
         def work(start: int, stop: int, first: int = first, slab: torch.Tensor = slab) -> None:
+            top, bottom = start * unit, min(stop * unit, slab.shape[0])
             with_places(
                 loop,
                 vectors.QUANTIZE,
-                stop - start,
+                bottom - top,
                 slab.shape[1],
-                *_from(slab, start),
-                *_from(target, first + start),
-                *_from(scales, first + start),
+                *_from(slab, top),
+                *_from(target, first + top),
+                *_from(scales, (first + top) // unit),
                 0 if gains is None else gains.data_ptr(),
             )
 
-        share(slab.shape[0], slab.numel(), work)
+        share(ceil_div(slab.shape[0], unit), slab.numel(), work)
     if stored is not scale:
         scale.copy_(stored)
     if target is not qdata:
