@@ -45,7 +45,7 @@ class Int8Linear(CpuLinear):
             give_back(layer, weight.parts())
             if self._saves is not layer:
                 self._saves = layer
-                layer.register_state_dict_post_hook(self._put_weight)
+                layer.register_state_dict_post_hook(lambda *args: self._put_weight(*args))  # torch marks it
 
     def _put_weight(self, layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """What saves a model finds the weight: in row-major order, made for it."""
