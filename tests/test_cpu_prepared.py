@@ -171,7 +171,7 @@ def test_mixtures_of_other_kinds_are_declined() -> None:
 def test_terms_are_combined(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are not there add nothing; several threads take rows in turn."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(prepared, "_PIECE", 64)
+    monkeypatch.setattr(layouts, "_PIECE", 64)
     terms, weights = torch.randn(50, 96).bfloat16(), torch.rand(40, 3)
     where = torch.randint(-1, 50, (40, 3))
     where[7] = -1
@@ -185,7 +185,7 @@ def test_terms_are_combined(threads: int, monkeypatch: pytest.MonkeyPatch) -> No
 def test_sums_are_rounded(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To nearest even, NaN and infinity included, each row by its step: what torch rounds to."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(prepared, "_PIECE", 64)
+    monkeypatch.setattr(layouts, "_PIECE", 64)
     bits = torch.randint(-(2**31), 2**31, (30, 70), dtype=torch.int64).to(torch.int32)
     bits[0, :3] = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF])  # Two ties, and what rounds to infinity.
     sums, steps = bits.view(torch.float32), torch.rand(30, 1) + 0.5
