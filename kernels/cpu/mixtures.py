@@ -53,10 +53,10 @@ def experts(
         or ids.dtype is not torch.int32
         or weights.dtype is not torch.float32
         or not (ids.is_contiguous() and weights.is_contiguous())
-        or not prepared._lock.acquire(blocking=False)
     ):
         return None
-    try:
+
+    def run() -> torch.Tensor | None:
         key = (*(part.data_ptr() for part in (*first[:2], *second[:2])), first[0].shape, second[0].shape, fmt.name)
         mixture = prepared._kept.get(key)
         if mixture is None or mixture.cols != (x.shape[1], inner):
@@ -68,8 +68,8 @@ def experts(
         gains = [part[2] for part in (first, second) if len(part) == 3]
         found: torch.Tensor | None = mixture.run(x, gains, ids, weights, activate)
         return found
-    finally:
-        prepared._lock.release()
+
+    return prepared.unless_busy(run)
 
 
 class _Mixture:

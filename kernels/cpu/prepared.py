@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,16 @@ def linear(x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor 
                 _kept.clear()
             product = _kept[key] = (_FewTiles if in_tiles else _FewRows)(parts, fmt, x.shape[1])
         return product.run(x, parts, bias)
+    finally:
+        _lock.release()
+
+
+def unless_busy(run: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    """What `run` returns, which uses the memory that all calls share; None if another thread uses it."""
+    if not _lock.acquire(blocking=False):
+        return None
+    try:
+        return run()
     finally:
         _lock.release()
 
