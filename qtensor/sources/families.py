@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import fp8, mxfp4, nvfp4
+from . import awq, bitsandbytes, fp8, gguf, gptq, integers, mxfp4, nvfp4, torchao
 from .source import Family, Source, Specs
 
-FAMILIES: tuple[Family, ...] = (fp8.FAMILY, mxfp4.FAMILY, nvfp4.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    fp8.FAMILY,
+    mxfp4.FAMILY,
+    nvfp4.FAMILY,
+    integers.FAMILY,
+    gptq.FAMILY,
+    awq.FAMILY,
+    bitsandbytes.FAMILY,
+    torchao.FAMILY,
+    gguf.FAMILY,
+)
 
 NAMES: tuple[str, ...] = tuple(dict.fromkeys(name for family in FAMILIES for name in family.names))
 """Everything that a part of a weight may be called."""

@@ -108,8 +108,8 @@ class MatrixParts:
         return ready
 
     def _runs(self, ready: np.ndarray, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Runs of rows whose units are ready, within first:last, which begins and ends with a unit."""
-        low, high = first // self._unit, ceil_div(last, self._unit)
+        """Runs of rows whose units are ready, within first:last, which begins and ends with a unit, or is empty."""
+        low, high = ceil_div(first, self._unit), ceil_div(last, self._unit)
         if high > low:
             borders = np.flatnonzero(np.diff(ready[low:high], prepend=False, append=False)) + low
             for a, b in zip(borders[::2].tolist(), borders[1::2].tolist(), strict=True):
