@@ -169,6 +169,8 @@ $(LIBRARIES)/.ready: pyproject.toml
 		lightning bitsandbytes cloudpickle jsonargparse
 	@# It asks for an older huggingface_hub than the others take; its models and loaders work with theirs.
 	@$(PIP) --no-deps litgpt
+	@$(BIN)/python -c "import torchvision" || { echo "torch and torchvision are builds of different kinds: \
+		name an index that has both as TORCH_INDEX, or leave PIP_FIND_LINKS empty"; exit 1; }
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
