@@ -7,13 +7,13 @@ way a commit makes the new values live at the old addresses, and a rollback leav
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable
 from typing import Generic, Literal, TypeVar
 
 import torch
 
-_MAPPED_BYTES = 1 << 20
+from ..tensor.rooms import room_for
+
 ShadowKind = Literal["device", "host"]
 Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
@@ -136,12 +136,8 @@ SHADOWS: dict[ShadowKind, type[Beside[tuple[torch.Tensor, ...]]] | type[InPlace[
 
 
 def _room_for(tensor: torch.Tensor) -> torch.Tensor:
-    """Uninitialised memory for an equal tensor. On a host large ones are mappings of their own, which go back to the
-    system when they are freed; the C allocator would keep a second model's worth of memory between reloads."""
-    if not tensor.is_cpu or tensor.nbytes < _MAPPED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    own = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(own, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+    """Uninitialised memory for an equal tensor."""
+    return room_for(tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
 def _like(tensors: Tensors, others: Iterable[torch.Tensor]) -> Tensors:

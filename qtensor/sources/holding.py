@@ -16,6 +16,7 @@ import torch
 from ..kernels.formats import ceil_div
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View
+from ..tensor.rooms import room_for
 from .source import ANY, PartSpec
 
 CHUNK_BYTES = 4 << 20
@@ -167,7 +168,7 @@ class HeldPart:
             self.shape = tuple(b for _, b in box)
             self.coverage = Coverage(self.shape)
         if self._memory is None:
-            self._memory = torch.empty(self.shape, dtype=tensor.dtype, device=tensor.device)
+            self._memory = room_for(self.shape, tensor.dtype, tensor.device)
         _bits(self._memory[tuple(slice(*span) for span in box)]).copy_(_bits(tensor))
         self.coverage.add(box)
 
