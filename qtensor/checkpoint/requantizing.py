@@ -47,13 +47,17 @@ def weights_in(tensors: Mapping[str, Stored]) -> set[str]:
     """What the weights may be called that the tensors of a checkpoint are parts of, without a model to tell."""
     found = set()
     for name in tensors:
-        prefix, leaf = name[: len(name) - len(leaf_of(name))], leaf_of(name)
         for part in NAMES:
-            ending = part.removeprefix(OWN)
-            if part != OWN and leaf.endswith(ending) and (part.startswith(OWN) or leaf == part):
-                attribute = leaf.removesuffix(ending) if part.startswith(OWN) else "weight"
-                if attribute:
-                    found.add(prefix + attribute)
+            before, own, after = part.partition(OWN)
+            if part == OWN or not name.endswith(after):
+                continue
+            base = name.removesuffix(after) if own else name
+            leaf = leaf_of(base)
+            prefix = base[: len(base) - len(leaf)]
+            if not own and leaf == part:
+                found.add(prefix + "weight")
+            elif own and leaf.startswith(before) and not leaf[len(before) :].startswith("_") and leaf != before:
+                found.add(prefix + leaf[len(before) :])
     return found
 
 
