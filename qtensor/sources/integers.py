@@ -234,7 +234,7 @@ class CompressedIntegers(IntegerSource):
         if self.groups > 1 and self.group:
             return rows, self.groups * self.group
         if not self.bits or WORD % self.bits:
-            raise Unusable(f"its {PACKED} {list(values.shape)} does not tell how many columns it has")
+            raise Unusable(f"its words {list(values.shape)} do not tell how many columns it has; a model does")
         return rows, cols * WORD // self.bits
 
     def parts(self, shape: Matrix) -> dict[str, PartSpec]:
