@@ -65,7 +65,7 @@ class FourBit(Source):
         return f"bitsandbytes {self.kind} (blocks of {self.block}{', nested' if self.nested else ''})"
 
     def shape(self, specs: Specs) -> Matrix:
-        raise Unusable(f"its values are a list of {self.count} bytes, which does not tell how many columns it has; a model does")
+        raise Unusable(f"its values are {self.count} bytes in a list: how many columns it has, only a model tells")
 
     def parts(self, shape: Matrix) -> dict[str, PartSpec]:
         rows, cols = shape
