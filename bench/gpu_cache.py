@@ -14,6 +14,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,29 @@ from typing import Any
 CHIPS = (80, 89, 90, 100)
 
 
+@dataclass
+class Launch:
+    """A kernel that would have been launched: its machine code, how many threads and bytes of shared memory a program
+    has, and how many programs there are."""
+
+    name: str
+    cubin: bytes
+    threads: int
+    shared: int
+    programs: int
+
+
+@dataclass
+class Seen:
+    """compiled: the names of kernels that were not in the cache. launches: in order."""
+
+    compiled: list[str] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def compiling_for(chip: int) -> Iterator[list[str]]:
-    """Triton compiles for this chip, and launches do nothing. Gives the names of what was compiled and was not in the
-    cache."""
+def compiling_for(chip: int) -> Iterator[Seen]:
+    """Triton compiles for this chip, and launches are noted and do nothing."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -32,15 +52,21 @@ def compiling_for(chip: int) -> Iterator[list[str]]:
 
     from qtensor.kernels.triton import launch
 
-    compiled: list[str] = []
+    seen = Seen()
 
     class Chip(DriverBase):
         def __init__(self) -> None:
             self.utils = SimpleNamespace(
-                load_binary=lambda *_: (None, 0, 0, 0, 1024),
+                load_binary=lambda name, cubin, *_: (None, (name, cubin), 0, 0, 1024),
                 get_device_properties=lambda _: {"max_shared_mem": 99 << 10, "max_num_regs": 65536, "warpSize": 32},
             )
-            self.launcher_cls = lambda *_: lambda *_: None
+            self.launcher_cls = self.launcher
+
+        def launcher(self, _: Any, metadata: Any) -> Any:
+            def run(x: int, y: int, z: int, stream: int, function: tuple[str, bytes], *_: Any) -> None:
+                seen.launches.append(Launch(*function, metadata.num_warps * 32, metadata.shared, x * y * z))
+
+            return run
 
         @classmethod
         def is_active(cls) -> bool:
@@ -66,14 +92,14 @@ def compiling_for(chip: int) -> Iterator[list[str]]:
 
     def note(*, src: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
-            compiled.append(src.fn.__name__)
+            seen.compiled.append(src.fn.__name__)
 
     listener, target, driver = knobs.compilation.listener, launch.target, triton.runtime.driver._active
     launch.target = lambda _: {"CAST": launch.cast("cuda", chip), "FUSED": True}  # type: ignore[assignment]
     knobs.compilation.listener = note
     triton.runtime.driver.set_active(Chip())
     try:
-        yield compiled
+        yield seen
     finally:
         triton.runtime.driver.set_active(driver)
         knobs.compilation.listener, launch.target = listener, target
@@ -86,9 +112,9 @@ def fill(chip: int) -> list[str]:
 
     from qtensor.kernels.triton import TRITON
 
-    with compiling_for(chip) as compiled:
+    with compiling_for(chip) as seen:
         kernel_speed.check(torch.device("cpu"), TRITON)  # Nothing is computed, so it has nothing to say.
-    return compiled
+    return seen.compiled
 
 
 def main() -> None:

@@ -129,41 +129,54 @@ def divide_or_zero(x, y, FUSED: tl.constexpr):
     """As `divide`, for any y >= 0 that is finite: 0 where y is 0."""
     # The reciprocal of a tiny y is infinite, and remainders of it are not exact. A power of two changes no quotient.
     larger = tl.where(y < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)  # 2^-64, 2^64
-    quotient = divide(x * larger, tl.where(y == 0.0, 1.0, y * larger), FUSED)
-    return tl.where(y == 0.0, 0.0, quotient)
+    x *= larger
+    divisor = tl.where(y == 0.0, 1.0, y * larger)
+    if not FUSED:
+        return tl.where(y == 0.0, 0.0, tl.math.div_rn(x, divisor))
+    reciprocal = tl.where(y == 0.0, 0.0, tl.math.div_rn(1.0, divisor))
+    quotient = x * reciprocal
+    quotient = tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
+    return tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
+
+
+@triton.jit
+def without_nan(x):
+    """0 for NaN, which the 4-bit and integer formats do not have."""
+    return tl.where(x == x, x, 0.0)
 
 
 @triton.jit
 def encode_int(x, LIMIT: tl.constexpr):
-    """fp32 → signed integer in the bits of uint8: clamp to ±LIMIT, round half to even; NaN gives 0."""
-    x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -LIMIT), LIMIT)
-    rounded = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: one unit in the last place is 1.
-    return rounded.to(tl.int32).to(tl.uint8)
+    """fp32, no NaN → signed integer in the low bits of int32, others above it: clamp to ±LIMIT, round half to even."""
+    # 1.5 * 2^23: one unit in the last place is 1, and the sum's low bits are the integer's.
+    return (tl.minimum(tl.maximum(x, -LIMIT), LIMIT) + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def encode_e2m1(x):
-    """fp32 → e2m1 code as uint8, in the manner of `encode`'s integer path; NaN gives 0."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x40C00000)  # 6
-    # Below 1 the codes count steps of 0.5, which is the last place of an fp32 near 2^22.
-    shifted = magnitude.to(tl.float32, bitcast=True) + 4194304.0
-    subnormal = shifted.to(tl.int32, bitcast=True) - 0x4A800000
-    normal = (magnitude + (0x1FFFFF - (126 << 23)) + ((magnitude >> 22) & 1)) >> 22
-    code = tl.where(magnitude < 0x3F800000, subnormal, normal) | ((bits >> 28) & 8)
-    return tl.where(x == x, code, 0).to(tl.uint8)
+    """fp32, no NaN → e2m1 code as int32."""
+    magnitude = tl.minimum(tl.abs(x), 6.0)
+    # Codes count steps of 0.5 below 2, of 1 below 4, of 2 above: the last places of an fp32 near 2^22, 2^23 and 2^24.
+    # Each binade begins two codes above its count of steps; that even number may lie in those places beforehand.
+    binade = tl.maximum(magnitude.to(tl.int32, bitcast=True), 0x3F800000) >> 23
+    near = binade * ((1 << 23) + 2) + ((22 << 23) - 254)
+    count = (magnitude + near.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return (count & 7) | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
 
 
 @triton.jit
 def encode_element(x, ELEMENT: tl.constexpr, CAST: tl.constexpr):
-    """fp32, in units of the scale → code as uint8; a 4-bit one in the low bits."""
+    """fp32, in units of the scale → code as uint8; a 4-bit one in the low bits of int32, where packing it is cheap. NaN
+    is for e4m3 alone."""
     if ELEMENT == "e2m1":
-        return encode_e2m1(x)
-    if ELEMENT == "int4":
-        return encode_int(x, 7.0) & 0xF
-    if ELEMENT == "int8":
-        return encode_int(x, 127.0)
-    return encode(x, CAST)
+        code = encode_e2m1(x)
+    elif ELEMENT == "int4":
+        code = encode_int(x, 7.0) & 0xF
+    elif ELEMENT == "int8":
+        code = encode_int(x, 127.0).to(tl.uint8)
+    else:
+        code = encode(x, CAST)
+    return code
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from ..audit import Audit
 from ..formats import WeightFormat
 from ..parts import Parts
 from . import launch
-from .encode import bring_within, decode_element, divide, divide_or_zero, encode, encode_int, narrow, widen
+from .encode import bring_within, decode_element, divide, divide_or_zero, encode, encode_int, narrow, widen, without_nan
 from .findings import add_sums, add_sums_of, finite_amax
 
 ONE_PASS_COLS = 16384
@@ -36,9 +36,11 @@ def scaled_codes(raw, dirty, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, F
     value = widen(raw)
     if dirty:
         value = bring_within(value, scale)
+        if ELEMENT == "int8":
+            value = without_nan(value)
     if ELEMENT == "int8":
         scaled = divide_or_zero(value, scale, FUSED)
-        return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), 127.0)
+        return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), 127.0).to(tl.uint8)
     scaled = divide(value, scale, FUSED)
     return scaled, encode(scaled, CAST)
 

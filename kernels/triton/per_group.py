@@ -31,6 +31,7 @@ from .encode import (
     reciprocal_or_zero,
     restore,
     widen,
+    without_nan,
 )
 from .findings import add_sums_of, finite_amax
 
@@ -39,9 +40,9 @@ TILE = 4096  # Elements of a program.
 
 @triton.jit
 def pack(code):
-    """Nibbles `[T, G]` → bytes `[T, G/2]`."""
+    """Nibbles in int32 `[T, G]` → bytes `[T, G/2]`."""
     low, high = tl.split(tl.reshape(code, (code.shape[0], code.shape[1] // 2, 2)))
-    return low | (high << 4)
+    return (low | (high << 4)).to(tl.uint8)
 
 
 @triton.jit
@@ -95,19 +96,24 @@ def quantize_kernel(
         exponent = mx_exponent(amax, ELEMENT)
         step = power_of_two(exponent)
         tl.store(s, exponent.to(tl.uint8), mask=row < rows)
-        scaled = value * power_of_two(254 - exponent)
     elif SCALE == "e4m3":
         matrix_gain = tl.load(gain + expert)
-        code = encode(tl.minimum(matrix_gain * (amax * 0.16666666666666666), 448.0), CAST)
-        step = decode(code, CAST) * tl.math.div_rn(1.0, matrix_gain)
-        tl.store(s, code, mask=row < rows)
-        scaled = value * reciprocal_or_zero(step)
+        scale = encode(tl.minimum(matrix_gain * (amax * 0.16666666666666666), 448.0), CAST)
+        step = decode(scale, CAST) * tl.math.div_rn(1.0, matrix_gain)
+        tl.store(s, scale, mask=row < rows)
     else:
         step = tl.math.div_rn(amax, 7.0)
         tl.store(s, step, mask=row < rows)
-        bounded = value
-        if dirty:
-            bounded = bring_within(value, step)
+    bounded = value
+    if (ELEMENT != "e4m3") & dirty:
+        bounded = without_nan(bring_within(value, step))
+        if SCALE == "e4m3":  # An infinity has no sign where the scale is 0.
+            bounded = tl.where((step == 0.0) & (tl.abs(value) == float("inf")), 0.0, bounded)
+    if SCALE == "e8m0":
+        scaled = bounded * power_of_two(254 - exponent)
+    elif SCALE == "e4m3":
+        scaled = bounded * reciprocal_or_zero(step)
+    else:
         scaled = divide_or_zero(bounded, step, FUSED)
     code = encode_element(scaled, ELEMENT, CAST)
     q += expert * q_e + row * q_n
@@ -117,7 +123,7 @@ def quantize_kernel(
         byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         tl.store(q + byte * q_k, pack(code), mask=(row < rows) & (byte < q_cols))
     if MEASURE:
-        restored = decode_element(code, ELEMENT, CAST) * step
+        restored = decode_element(code.to(tl.uint8), ELEMENT, CAST) * step
         add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, restored)
 
 

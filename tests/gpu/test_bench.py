@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
+
+import triton
 from triton.runtime.jit import JITFunction
 
 from qtensor.kernels import FORMATS, Audit, Parts
@@ -23,6 +26,9 @@ from support.gpu.driver import simulated_gpu
 from support.processes import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+MODEL = ROOT / "bench/results/kernel_model.json"
+MODELLED = {("fp8_per_channel", "quantize", 90), ("int4_per_group", "dequantize", 90)}
+"""What continuous integration compiles."""
 at_length = pytest.mark.skipif(not os.environ.get("QTENSOR_ENDURANCE"), reason="compiles 60 kernels: make endurance")
 
 
@@ -31,7 +37,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """The modules of bench/, by name."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     yield importlib.import_module
-    for name in ("gpu", "kernel_speed", "gpu_first_run", "gpu_cache"):
+    for name in ("gpu", "kernel_speed", "gpu_first_run", "gpu_cache", "kernel_model"):
         sys.modules.pop(name, None)
 
 
@@ -106,3 +112,31 @@ def test_steps_of_the_first_run(bench: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_step_that_crashes_is_a_line_of_the_report(bench: Any) -> None:
     result = bench("gpu_first_run").run("here", 60)
     assert "no GPU found" in result["failures"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "chip"),
+    [
+        pytest.param(name, operation, chip, marks=() if (name, operation, chip) in MODELLED else at_length)
+        for name in FORMATS
+        for operation in ("quantize", "dequantize")
+        for chip in (90,)
+    ],
+)
+def test_no_kernel_has_become_worse_on_paper(bench: Any, name: str, operation: str, chip: int) -> None:
+    """Than bench/results/kernel_model.json says; `python bench/kernel_model.py --out` writes it."""
+    model, committed = bench("kernel_model"), json.loads(MODEL.read_text())
+    if triton.__version__ != committed["made"]["triton"]:
+        pytest.skip(f"the table is of triton {committed['made']['triton']}")
+    known = [model.Row(**r) for r in committed["rows"] if (r["operation"], r["chip"]) == (f"{operation} {name}", chip)]
+    found = model.rows_of(name, chip, operation)
+    assert [r.kernel for r in found] == [r.kernel for r in known]
+    for now, before in zip(found, known, strict=True):
+        assert now.share >= before.share - 0.01
+        assert now.instructions <= before.instructions + 0.5
+
+
+def test_the_page_has_the_model(bench: Any) -> None:
+    model = bench("kernel_model")
+    table = model.table([model.Row(**r) for r in json.loads(MODEL.read_text())["rows"]])
+    assert table in (ROOT / "docs/kernels.md").read_text()

@@ -173,6 +173,19 @@ def _shift(m: Machine, i: Instruction, mask: Mask) -> None:
     m.write(i.operands[0], out, mask)
 
 
+@_operation("shf")
+def _funnel_shift(m: Machine, i: Instruction, mask: Mask) -> None:
+    """Of two registers' 64 bits, the lower first: the upper half after a shift left, or the lower after one right."""
+    left, mode, kind = i.modifiers
+    if kind != "b32" or mode not in ("wrap", "clamp"):
+        raise Fault(f"not modelled: {i.text}")
+    low, high, count = (m.read(operand, "u32").astype(np.uint64) for operand in i.operands[1:])
+    count = count & np.uint64(31) if mode == "wrap" else np.minimum(count, np.uint64(32))
+    both = high << np.uint64(32) | low
+    out = both << count >> np.uint64(32) if left == "l" else both >> count
+    m.write(i.operands[0], out.astype(np.uint32), mask)
+
+
 @_operation("bfe")
 def _extract(m: Machine, i: Instruction, mask: Mask) -> None:
     position, length = (operand.value for operand in i.operands[2:])
