@@ -47,6 +47,15 @@ SMALLER: list[tuple[str, int]] = [
     (r"(max_position_embeddings|n_positions)", 128),
 ]
 
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    # What these do not say themselves.
+    **{key: {"prediction_length": 8} for key in ("autoformer", "informer", "time_series_transformer")},
+    **{key: {"head_dim": 16} for key in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "nemotron": {"num_key_value_heads": 4},
+}
+
 
 def shrink(config: Any, steps: int, seen: set[int] | None = None) -> None:
     """Make the first `steps` kinds of size small, in the configuration and in those within it."""
@@ -79,7 +88,7 @@ def smallest(config_class: Any, model_class: Any) -> tuple[Any, bool]:
     # From the smallest: what a class insists on (sizes that have to agree) excludes some.
     for steps in (len(SMALLER), 4, 2, 1, 0):
         try:
-            config = config_class()
+            config = config_class(**ARGUMENTS.get(config_class.model_type, {}))
             shrink(config, steps)
             if size(build(model_class, config, "meta")) <= MOST:
                 build(model_class, config, "cpu")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -92,6 +91,12 @@ def dequantized_first(folder: Path, layers: int, scheme: str) -> nn.Module:
     return model
 
 
+def high_water() -> int:
+    """The most resident memory since it was set back, in bytes (Linux)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def measure(folder: Path, way: str, source: str, scheme: str, layers: int, repeat: int) -> dict[str, Any]:
     """One row, in this process."""
     load = dequantized_first if way == "dequantized first" else ours
@@ -99,15 +104,17 @@ def measure(folder: Path, way: str, source: str, scheme: str, layers: int, repea
     warm = build(1)  # Kernels are compiled, or loaded, before anything counts.
     with online_quant(scheme, warm):
         warm[0].weight.data.copy_(torch.ones(SIDE, SIDE, dtype=torch.bfloat16))
+    quantize(torch.ones(SIDE, SIDE, dtype=torch.bfloat16), "fp8_per_block" if source == "fp8" else "mxfp4").dequantize()
     del warm
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path("/proc/self/clear_refs").write_text("5")  # The high-water mark is where memory is now.
+    before = high_water()
     seconds, peak, final = math.inf, 0, 0
     for _ in range(repeat):
         started = time.perf_counter()
         model = load(where, layers, scheme)
         seconds = min(seconds, time.perf_counter() - started)
         final = sum(param.nbytes for param in model.parameters())
-        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = peak or high_water() - before
         del model
     return {"seconds": seconds, "peak": peak, "final": final, "ratio": peak / final}
 

@@ -7,6 +7,8 @@ whatever reads the result. Same values as the other backends.
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .codes import traceable_decode
 from .formats import WeightFormat
@@ -15,8 +17,8 @@ from .reference import Torch, saturated
 
 
 def must_trace(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call on these tensors is traced, or has no memory to run a kernel on."""
-    return is_traced(*tensors) or any(t is not None and t.is_meta for t in tensors)
+    """Whether a call on these tensors is traced, or has no memory that a kernel could run on."""
+    return is_traced(*tensors) or any(t is not None and (t.is_meta or type(t) not in _PLAIN) for t in tensors)
 
 
 def is_traced(*tensors: torch.Tensor | None) -> bool:
@@ -27,9 +29,10 @@ def is_traced(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or _transforming() is not None or is_recording():
         return True
-    return any(t is not None and type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    return any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors)
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _transforming = torch._C._functorch.peek_interpreter_stack
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 

@@ -6,9 +6,10 @@ with online_quant(fp8):
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, save_pretrained, verify_checkpoint
+from .checkpoint import save_pretrained
 from .checkpoint import transformers as transformers_tables
 from .errors import (
     CheckpointError,
@@ -51,6 +52,7 @@ from .tensor.qtensor import QTensor, quantize
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
     from .checkpoint.quantization_config import QTensorConfig as QTensorConfig
     from .convert import quantize_checkpoint
 
@@ -103,12 +105,19 @@ transformers_tables.install()
 save_pretrained.install()
 
 
-def __getattr__(name: str) -> Any:
-    """What converts files, and what needs transformers, is imported when it is asked for: a load does not need it."""
-    if name == "quantize_checkpoint":
-        from .convert import quantize_checkpoint
+_FROM = {
+    "inspect_checkpoint": "qtensor.checkpoint",
+    "load_checkpoint": "qtensor.checkpoint",
+    "quantize_checkpoint": "qtensor.convert",
+    "save_checkpoint": "qtensor.checkpoint",
+    "verify_checkpoint": "qtensor.checkpoint",
+}
 
-        return quantize_checkpoint
+
+def __getattr__(name: str) -> Any:
+    """What reads and writes files, and what needs transformers, is imported when it is asked for."""
+    if name in _FROM:
+        return getattr(importlib.import_module(_FROM[name]), name)
     if name == "QTensorConfig":
         from .checkpoint import registering
 

@@ -224,6 +224,11 @@ def moved() -> None:
     any_program_with_moves(there)
     for swap in (False, True):
         move_to(there, swap)
+    far = quantize(torch.randn(8, 6), fp8_per_block).to(there)
+    before = far.dequantize().cpu()
+    with pytest.raises(QTensorError, match="memory of a tensor class that is not PyTorch's own"):
+        far[:, 1:3].zero_()
+    assert torch.equal(far.dequantize().cpu(), before)
 
 
 def move_to(there: torch.device, swap: bool) -> None:

@@ -3,6 +3,7 @@ matrix decoded as a whole and quantized, byte for byte; or, where it is moved, t
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from math import inf
 from typing import Any
@@ -13,7 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qtensor import CheckpointError, IncompleteLoadError, LossySourceError, QTensorError, WeightDtypeError, online_quant
+from qtensor import (
+    CheckpointError,
+    IncompleteLoadError,
+    LossySourceError,
+    QTensorError,
+    WeightDtypeError,
+    online_quant,
+    online_reload,
+)
 from qtensor.schemes.scheme import SCHEMES
 from support.helpers import assert_oracle, same_bytes
 from support.sources import FORMS, Tensors, source_of, whole
@@ -200,6 +209,17 @@ def test_a_loader_that_assigns_parts_one_by_one(order: str) -> None:
     assert_arrived(model.weight, parts)
 
 
+def test_a_loader_that_registers_buffers() -> None:
+    parts = FORMS["mxfp4"].parts(300, 256)
+    with online_quant("fp8"):
+        model = layer(300, 256)
+        model.register_buffer("running_mean", torch.ones(3))
+        for name, tensor in named(parts).items():
+            model.register_buffer(name, tensor)
+    assert list(model._buffers) == ["running_mean"]
+    assert_arrived(model.weight, parts)
+
+
 def test_a_state_dict_in_several_files() -> None:
     parts = named(FORMS["fp8 blocks"].parts(300, 256))
     with online_quant("fp8") as session:
@@ -278,3 +298,48 @@ def test_an_unknown_tensor_beside_a_weight_is_still_unexpected() -> None:
     model = layer(128, 64)
     with pytest.raises(RuntimeError, match="weight_zero_something"), online_quant("fp8", model):
         model.load_state_dict({"weight": torch.randn(128, 64), "weight_zero_something": torch.ones(1)})
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_per_block", "nvfp4"])
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_reload_takes_parts_too(scheme: str, atomic: bool) -> None:
+    """A trainer that sends fp8 blocks; and one that leaves out a scale changes nothing."""
+    old, new = (named(FORMS["fp8 blocks"].parts(300, 256, seed)) for seed in (1, 2))
+    with online_quant(scheme):
+        model = nn.Sequential(layer(300, 256))
+        model.load_state_dict({f"0.{name}": t for name, t in old.items()})
+    before, weight = [part.clone() for part in model[0].weight.parts()], model[0].weight
+    with pytest.raises(QTensorError, match=r"^0\.weight"), online_reload(model, atomic=atomic):
+        model.load_state_dict({"0.weight": new["weight"]}, strict=False)
+    assert all(same_bytes(a, b) for a, b in zip(before, model[0].weight.parts(), strict=True))
+    with online_reload(model, atomic=atomic) as session:
+        model.load_state_dict({f"0.{name}": t for name, t in new.items()})
+    assert model[0].weight is weight
+    assert_arrived(weight, FORMS["fp8 blocks"].parts(300, 256, 2), outcome(session))
+
+
+def test_parts_may_come_from_several_threads() -> None:
+    each = [FORMS["fp8 blocks"].parts(300, 256, seed) for seed in range(6)]
+    with online_quant("fp8") as session:
+        model = nn.Sequential(*(layer(300, 256) for _ in each))
+        incoming = session._work.incoming
+        jobs = [(i, name) for i in range(len(each)) for name in each[i]]
+        with ThreadPoolExecutor(4) as pool:
+
+            def send(job: tuple[int, str]) -> None:
+                i, name = job
+                incoming.of(model[i].weight._armed).write(name, each[i][name])
+
+            list(pool.map(send, jobs))
+    for i, parts in enumerate(each):
+        assert_arrived(model[i].weight, parts)
+
+
+def test_pytorchs_own_function_is_back_when_the_session_is_over() -> None:
+    before = nn.Module._load_from_state_dict
+    for _ in range(2):
+        with online_quant("fp8"):
+            model = layer(8, 8)
+            model.load_state_dict({"weight": torch.ones(8, 8)})
+            assert nn.Module._load_from_state_dict is not before
+        assert nn.Module._load_from_state_dict is before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qtensor
-from qtensor import LossySourceError, QTensor, fp8_per_block, load_checkpoint, online_quant, save_checkpoint
+from qtensor import LossySourceError, QTensor, fp8_per_block, load_checkpoint, online_quant, quantize, save_checkpoint
 from qtensor.checkpoint.transformers import transformers_asks
 from qtensor.schemes.scheme import SCHEMES
 from support.helpers import assert_oracle, same_bytes
@@ -61,6 +62,22 @@ def fp8_folder(tmp_path_factory: Any) -> Path:
     save_checkpoint(model, folder / "ours", format="fp8")
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     return save(folder, model, settings, load_file(folder / "ours" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def mixtral_folder(tmp_path_factory: Any) -> Path:
+    """Single experts on disk, each in blocks, that transformers merges into stacks."""
+    torch.manual_seed(0)
+    settings = transformers.MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.MixtralForCausalLM(settings).bfloat16()
+    folder = tmp_path_factory.mktemp("mixtral")
+    model.save_pretrained(folder / "plain")
+    tensors = load_file(folder / "plain" / "model.safetensors")
+    for name in [n for n in tensors if re.search(r"_proj\.weight$|\.w[123]\.weight$", n)]:
+        made = quantize(tensors[name], fp8_per_block)
+        tensors[name], tensors[name + "_scale_inv"] = made.qdata, made.scale
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    return save(folder, model, settings, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +167,13 @@ def test_gpt_oss_becomes_another_scheme(gpt_oss_folder: Path, way: str, config: 
     assert_became(model, expected, "fp8_per_channel")
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts.gate_up_proj, QTensor)
+
+
+@ways
+def test_experts_that_are_merged_become_another_scheme(mixtral_folder: Path, way: str, config: Any) -> None:
+    model, expected = load(mixtral_folder, "fp8_per_channel", way, config), dequantized(mixtral_folder)
+    assert_became(model, expected, "fp8_per_channel")
+    assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, QTensor)
 
 
 def test_without_a_word_the_files_bytes_win_as_before(fp8_folder: Path) -> None:

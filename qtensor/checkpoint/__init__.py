@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .inspecting import CheckpointReport, inspect_checkpoint
-from .loading import load_checkpoint
-from .saving import save_checkpoint
-from .verify import problems, verify_checkpoint
+if TYPE_CHECKING:
+    from .inspecting import CheckpointReport, inspect_checkpoint
+    from .loading import load_checkpoint
+    from .saving import save_checkpoint
+    from .verify import problems, verify_checkpoint
 
 __all__ = [
     "CheckpointReport",
@@ -19,18 +20,25 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-_IN_CONVERT = {
-    "ConversionReport",
-    "ShardTask",
-    "convert_shard",
-    "quantize_checkpoint",
-    "quantize_on_ranks",
-    "quantize_on_ray",
+_FROM = {
+    "CheckpointReport": "qtensor.checkpoint.inspecting",
+    "inspect_checkpoint": "qtensor.checkpoint.inspecting",
+    "load_checkpoint": "qtensor.checkpoint.loading",
+    "problems": "qtensor.checkpoint.verify",
+    "save_checkpoint": "qtensor.checkpoint.saving",
+    "verify_checkpoint": "qtensor.checkpoint.verify",
+    # These were here in 0.1; what converts files imports this package.
+    "ConversionReport": "qtensor.convert",
+    "ShardTask": "qtensor.convert",
+    "convert_shard": "qtensor.convert",
+    "quantize_checkpoint": "qtensor.convert",
+    "quantize_on_ranks": "qtensor.convert",
+    "quantize_on_ray": "qtensor.convert",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Names that were here in 0.1 and are in `qtensor.convert` now, which imports this package."""
-    if name in _IN_CONVERT:
-        return getattr(importlib.import_module("qtensor.convert"), name)
+    """Each is imported when it is asked for: a load by others' code needs none of them."""
+    if name in _FROM:
+        return getattr(importlib.import_module(_FROM[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

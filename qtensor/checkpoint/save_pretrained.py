@@ -18,9 +18,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..sessions.replacing import WHEN_FINISHED
 from ..tensor.qtensor import QTensor
-from .layouts import COMPRESSED_TENSORS
 from .mapping import is_transformers
-from .saving import checkpoint_tensors
 
 
 def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +81,9 @@ def save_diffusers(
 
 def _contents(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """The tensors of a model's checkpoint, and what its config says of those that are quantized."""
+    from .layouts import COMPRESSED_TENSORS  # here: every load imports this file, and few save
+    from .saving import checkpoint_tensors
+
     contents, quantization = checkpoint_tensors(model, COMPRESSED_TENSORS)
     tensors: dict[str, torch.Tensor] = {}
     taken: set[int] = set()

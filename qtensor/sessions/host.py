@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from dataclasses import replace
 from weakref import WeakSet
 
@@ -71,6 +72,10 @@ class LoadHost:
     def collector(self, weight: ArmedWeight, make: bool = False, view: View | None = None) -> Collector | None:
         """Who takes values of a weight that are quantized already: if anybody said that they come, or parts have."""
         return self.incoming.of(weight, view, make or self.incoming.config is not None)
+
+    def note_buffer(self, module: nn.Module, name: str) -> None:
+        """A loader registered a part of a weight as a buffer, which goes when the session is over."""
+        self.incoming.buffers.append((weakref.ref(module), name))
 
     def staged(self, delta: int) -> None:
         """Bytes that wait for the rest of their unit changed by so much: in high precision, or as parts of a source."""

@@ -8,12 +8,14 @@ reach the collector of their weight, one per weight (or part of one, for files t
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from ..callers import is_constructing
 from ..errors import WeightDtypeError
@@ -28,6 +30,7 @@ from . import registration
 
 OWN = "*"
 """The part that is called as the weight itself."""
+_OURS = "_qtensor_original"
 
 
 class Incoming:
@@ -42,17 +45,19 @@ class Incoming:
         self.config, self.lossless = config, lossless
         self._on_held = on_held
         self._collectors: WeakKeyDictionary[ArmedWeight, dict[View, Collector]] = WeakKeyDictionary()
+        self.buffers: list[tuple[weakref.ref[nn.Module], str]] = []  # that a loader registered, of parts
 
     def of(self, weight: ArmedWeight, view: View | None = None, make: bool = True) -> Collector | None:
         """The collector of a weight, or of a part of it; a new one if there is none, and `make`."""
         view = view or whole(weight.shape)
-        known = self._collectors.get(weight, {})
-        if view in known or not make:
-            return known.get(view)
-        _, attribute = weight.owner
-        made = Collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
-        self._collectors.setdefault(weight, {})[view] = made
-        return made
+        with weight.lock:
+            known = self._collectors.get(weight, {})
+            if view in known or not make:
+                return known.get(view)
+            _, attribute = weight.owner
+            made = Collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
+            self._collectors.setdefault(weight, {})[view] = made
+            return made
 
     def finish(self, weight: ArmedWeight) -> None:
         """Nothing more comes for a weight. Raises what is wrong with what came, by name."""
@@ -71,7 +76,12 @@ class Incoming:
         ) == 1 else "requantized"
 
     def discard(self) -> None:
-        """Free what is held."""
+        """Free what is held, and take away the buffers that are parts. May be repeated."""
+        for reference, name in self.buffers:
+            module = reference()
+            if module is not None:
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
         for known in list(self._collectors.values()):
             for collector in known.values():
                 collector.discard()
@@ -100,6 +110,14 @@ def take_part(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
     return False
 
 
+def _on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+    """A buffer was registered: PyTorch keeps it until the session is over."""
+    if buffer is not None and take_part(module, name, buffer):
+        for _, weight in armed_in(module):
+            weight.host.note_buffer(module, name)
+            return
+
+
 def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> list[str]:
     """Take the parts of a module's weights out of a state dict. Returns the weights that some were of."""
     taken = []
@@ -124,14 +142,13 @@ def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> list[st
     return taken
 
 
-_original: list[Any] = []
-
-
 def _listen() -> None:
-    """Hear of what `load_state_dict` gives each module. May be repeated."""
-    if _original:
-        return
+    """Hear of what `load_state_dict` gives each module, and of buffers. May be repeated."""
+    if _on_buffer not in torch_module._global_buffer_registration_hooks.values():
+        torch_module.register_module_buffer_registration_hook(_on_buffer)
     original = nn.Module._load_from_state_dict
+    if hasattr(original, _OURS):
+        return
 
     @functools.wraps(original)
     def load(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
@@ -142,14 +159,18 @@ def _listen() -> None:
             if name in missing:
                 missing.remove(name)
 
-    _original.append(original)
+    setattr(load, _OURS, original)
     nn.Module._load_from_state_dict = load  # type: ignore[method-assign, assignment]
 
 
 def _stop() -> None:
-    if _original:
-        nn.Module._load_from_state_dict = _original[0]  # type: ignore[method-assign]
-        _original.clear()
+    """PyTorch's own again. May be repeated."""
+    hooks = torch_module._global_buffer_registration_hooks
+    for key in [key for key, hook in hooks.items() if hook is _on_buffer]:
+        hooks.pop(key, None)
+    original = getattr(nn.Module._load_from_state_dict, _OURS, None)
+    if original is not None:
+        nn.Module._load_from_state_dict = original  # type: ignore[method-assign]
 
 
 registration.PATCHES.append((_listen, _stop))

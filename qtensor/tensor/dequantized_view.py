@@ -3,8 +3,8 @@
 A reader has the plain tensor of dequantized values that it is in memory. A write goes to the weight: the operation is
 carried out on all of its dequantized values, and they are quantized anew, or, where they cannot be, left as they were.
 
-In a program that is recorded (torch.compile, torch.export, make_fx) it is a `RecordedView`: the same to readers, but no
-program can quantize, so a write is refused.
+In a program that is recorded (torch.compile, torch.export, make_fx), or where the weight's memory is another library's
+tensor class, it is a `RecordedView`: the same to readers, but a write is refused, since it would be lost.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def view_of_values(func: Any, weight: QTensor, *args: Any, **kwargs: Any) -> Any
     out = func(full, *args, **kwargs)
     if not is_view(func) or weight.is_meta:
         return out
-    if compiled.is_traced(*weight.parts()):
+    if compiled.must_trace(*weight.parts()):
         return tree_map_only(torch.Tensor, RecordedView, out)
     return _views(weight, lambda values: func(values, *args, **kwargs), out)
 

@@ -359,9 +359,9 @@ def refuse_mutation(func: Any, weight: QTensor) -> NoReturn:
 
 def refuse_traced(target: torch.Tensor) -> NoReturn:
     raise QTensorError(
-        f"A write to a quantized weight, or a part of one, {list(target.shape)}, in a function that is "
-        "recorded (torch.compile, torch.export, make_fx): such a program cannot quantize, and the write would be lost. "
-        "Write outside of the function."
+        f"A write to a quantized weight, or a part of one, {list(target.shape)}, in a function that is recorded "
+        "(torch.compile, torch.export, make_fx), which cannot quantize, or in memory of a tensor class that is not "
+        "PyTorch's own: it would be lost. Write outside of the function, or assign all of the weight."
     )
 
 

@@ -282,7 +282,9 @@ class Life:
         held = ours.data.to("cpu", copy=True)
         held = held.dequantize() if isinstance(held, QTensor) else held
         delta = torch.randn(held.shape, generator=self.values).to(held.dtype) / 8
-        how = MERGES[self.draw(st.sampled_from(sorted(MERGES) if self.no_session else WHOLE_MERGES))]
+        # A part of a weight on the second device, which is a tensor class, can only be read.
+        kinds = sorted(MERGES) if self.no_session and ours.device.type == "cpu" else WHOLE_MERGES
+        how = MERGES[self.draw(st.sampled_from(kinds))]
         with torch.no_grad():
             how(held, delta)
             how(ours, delta.to(ours.device))

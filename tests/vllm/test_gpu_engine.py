@@ -25,8 +25,9 @@ from support.vllm.engines import Seen, engine, look
 from support.vllm.fake_gpu import Chip, pretend
 from support.vllm.reloads import LAYER, Q, addresses, other, reload, state
 
-ROUNDED = 0.02
-"""How far, in mean |Δ log p|, the same weights may be where products are rounded at other places."""
+ROUNDED = {name: 0.06 if name.startswith("fp8") else 0.02 for name in FORMATS}
+"""How far, in mean |Δ log p|, the same weights may be where products are rounded at other places, and Marlin rounds the
+scales of fp8."""
 SLOW = [
     pytest.param(chip, name, marks=pytest.mark.slow)
     for chip in (80, 90)
@@ -88,14 +89,14 @@ def test_a_weights_life(chip: Chip, name: str) -> None:
     before = left_behind()
     with engine(a, f"qtensor_{name}") as llm:
         seen, places = look(llm), addresses(llm)
-        assert seen.distance(first) < ROUNDED
+        assert seen.distance(first) < ROUNDED[name]
         exact = name not in ("int4_per_group", *(n for n in FORMATS if n.startswith("fp8")))
         assert not exact or checksums(llm)[0] == sums
         assert left_behind() == before
 
         reload(llm, b)
         changed = look(llm)
-        assert changed.distance(second) < ROUNDED
+        assert changed.distance(second) < ROUNDED[name]
         assert not exact or checksums(llm)[0] == sums_b
         assert addresses(llm) == places
         assert left_behind() == before
