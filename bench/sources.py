@@ -6,8 +6,9 @@ A model of square linear layers is written as fp8 blocks (DeepSeek's) or as mxfp
 disk, and as the bf16 values of those. Each row is a process of its own: `load_checkpoint(scheme=...)` of the quantized
 folder; of the bf16 folder, which is the speed that decoding is measured against; and what users do without us, with
 transformers' own decoders: dequantize the whole model to bf16, then quantize it weight by weight, in place. Time is
-from the first byte read to the model in its final form, best of --repeat; peak is resident memory above what the
-process had before, over the bytes of the finished weights.
+from the first byte read to the model in its final form, and the processors' time in that, which other work on the
+machine hardly changes; best of --repeat. Peak is resident memory above what the process had before, over the bytes of
+the finished weights.
 
 --losses: signal-to-quantization-noise ratio against the high-precision weights, of random normal ones, for each source
 and scheme: quantized once, and quantized again from the source.
@@ -108,15 +109,16 @@ def measure(folder: Path, way: str, source: str, scheme: str, layers: int, repea
     del warm
     Path("/proc/self/clear_refs").write_text("5")  # The high-water mark is where memory is now.
     before = high_water()
-    seconds, peak, final = math.inf, 0, 0
+    seconds, cpu, peak, final = math.inf, math.inf, 0, 0
     for _ in range(repeat):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         model = load(where, layers, scheme)
         seconds = min(seconds, time.perf_counter() - started)
+        cpu = min(cpu, time.process_time() - worked)
         final = sum(param.nbytes for param in model.parameters())
         peak = peak or high_water() - before
         del model
-    return {"seconds": seconds, "peak": peak, "final": final, "ratio": peak / final}
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "final": final, "ratio": peak / final}
 
 
 def losses() -> dict[str, dict[str, float]]:
@@ -166,7 +168,7 @@ def main() -> None:
             print(f"{source or 'bf16':18}{shown[0]:>9}" + "".join(f"{s:>18}" for s in shown[1:]))
         return
     print(machine.facts("torch", "transformers", "safetensors"), f"threads: {args.threads}")
-    print(f"{'source':8}{'target':20}{'way':20}{'seconds':>9}{'GB/s':>8}{'peak/final':>12}")
+    print(f"{'source':8}{'target':20}{'way':20}{'seconds':>9}{'of CPU':>8}{'peak/final':>12}")
     for source in [args.only] if args.only else SOURCES:
         layers = max(1, round(args.gb * 1e9 / (BYTES[source] * SIDE * SIDE)))
         with tempfile.TemporaryDirectory() as folder:
@@ -176,9 +178,8 @@ def main() -> None:
                     command = [sys.executable, __file__, "--threads", str(args.threads), "--repeat", str(args.repeat)]
                     command += ["--row", folder, way, source, scheme, str(layers)]
                     row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                    speed = args.gb / row["seconds"]
-                    line = f"{source:8}{scheme:20}{way:20}{row['seconds']:9.2f}{speed:8.2f}{row['ratio']:12.2f}"
-                    print(line, flush=True)
+                    times = f"{row['seconds']:9.2f}{row['cpu']:8.2f}"
+                    print(f"{source:8}{scheme:20}{way:20}{times}{row['ratio']:12.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,9 +12,9 @@ import torch
 
 from qtensor.kernels import FORMATS, MXFP4, Parts, WeightFormat
 from qtensor.kernels.codes import decode
-from qtensor.sources.families import recognise
+from qtensor.sources.families import FAMILIES, recognise
 from qtensor.sources.scales import in_fp32
-from qtensor.sources.source import Source, Spec, Unusable
+from qtensor.sources.source import Family, Source, Spec, Unusable
 
 SHAPE = (192, 320)
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -91,6 +93,25 @@ def test_scales_that_mean_nothing_are_refused(bad: float) -> None:
     given[1, 2] = bad
     with pytest.raises(Unusable, match=r"\[1, 2\]"):
         decoded({"*": codes(SHAPE), "*_scale": given}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.names[1])
+def test_parts_of_any_dtype_and_shape_are_a_source_or_refused(family: Family) -> None:
+    """What a stranger's file may hold: nothing but a CheckpointError comes of it."""
+    dtypes = [torch.float8_e4m3fn, torch.uint8, torch.int32, torch.float32]
+    shapes = [(), (1,), (32,), (32, 16), (32, 1), (32, 0), (0, 32), (2, 32, 16), (2, 2, 1, 16)]
+    random = Random(0)
+    for _ in range(3000):
+        names = random.sample(family.names, random.randint(1, min(4, len(family.names))))
+        specs = {name: Spec(random.choice(dtypes), random.choice(shapes)) for name in names}
+        with suppress(Unusable):
+            source = family.recognise(
+                specs, {"weight_block_size": random.choice([None, [16, 16], [0, 3], "x", [1 << 70, 1]])}
+            )
+            if source is not None:
+                shape = source.shape(specs)
+                source.unit(shape)
+                assert str(source)
 
 
 # The same numbers -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ matrix decoded as a whole and quantized, byte for byte; or, where it is moved, t
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from math import inf
@@ -24,6 +26,7 @@ from qtensor import (
     online_reload,
 )
 from qtensor.schemes.scheme import SCHEMES
+from qtensor.sources import families
 from support.helpers import assert_oracle, same_bytes
 from support.sources import FORMS, Tensors, source_of, whole
 
@@ -343,3 +346,37 @@ def test_pytorchs_own_function_is_back_when_the_session_is_over() -> None:
             model.load_state_dict({"weight": torch.ones(8, 8)})
             assert nn.Module._load_from_state_dict is not before
         assert nn.Module._load_from_state_dict is before
+
+
+def test_the_loss_of_a_second_quantization_is_measured_against_the_source() -> None:
+    parts = FORMS["fp8 blocks"].parts(256, 256)
+    with online_quant("mxfp4", measure_sqnr=True) as session:
+        model = layer(256, 256)
+        model.load_state_dict(named(parts))
+    values, error = whole(parts, torch.bfloat16, (256, 256)).double(), model.weight.dequantize().double()
+    expected = 10 * torch.log10(values.square().sum() / (values - error).square().sum())
+    assert session.report().layers[0].sqnr == pytest.approx(float(expected), abs=0.1)
+
+
+DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16]
+
+
+@slow_data
+@given(
+    st.dictionaries(
+        st.sampled_from(families.NAMES),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.sampled_from([0, 1, 2, 16, 32, 33]), max_size=4)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([(32, 32), (32, 0), (0, 32)]),
+)
+def test_parts_of_any_dtype_and_shape_are_taken_or_refused_by_name(parts: Any, shape: tuple[int, int]) -> None:
+    """What a stranger's file may hold."""
+    with warnings.catch_warnings(), contextlib.suppress(QTensorError):
+        warnings.simplefilter("ignore")
+        with online_quant("fp8", source={}) as session:
+            model = layer(*shape)
+            collector = session._work.incoming.of(model.weight._armed)
+            for name, (dtype, size) in parts.items():
+                collector.write(name, torch.zeros(size, dtype=torch.float32).to(dtype))

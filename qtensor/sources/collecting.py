@@ -151,17 +151,23 @@ class Collector:
                 continue
             self._stacked, self._parts, self._scheme = bool(lead), parts, self._sink.decided()
             self._moves = self._how_moved(source, view is turned)
-            unit = view.size[0] if self._moves == "matrix" else source.unit((view.size[0], view.size[1]))
+            # What needs the whole matrix waits as the bytes that came, not as staged rows in high precision.
+            together = self._moves == "matrix" or (self._moves is None and self._needs_whole())
+            unit = view.size[0] if together else source.unit((view.size[0], view.size[1]))
             count, step = (lead[0], stride[0]) if lead else (1, 0)
             views = (View(view.size, view.stride, offset + e * step) for e in range(count))
             return [MatrixParts(parts, view, unit) for view in views]
         raise Unusable(problem)
 
+    def _needs_whole(self) -> bool:
+        """Has the weight one scale for the whole matrix, and is this all of it?"""
+        whole = self._view.size[-2:] == tuple(self._sink.shape)[-2:]
+        return whole and self._scheme is not None and self._scheme.format.needs_whole_matrix
+
     def _how_moved(self, source: Source, turned: bool) -> str | None:
         """As `Source.moves`. Of a weight with one scale for all of it a part cannot be moved, if others may not be."""
         fmt = None if self._scheme is None else self._scheme.format
-        whole = self._view.size[-2:] == tuple(self._sink.shape)[-2:]
-        if fmt is None or turned or (fmt.needs_whole_matrix and not whole):
+        if fmt is None or turned or (fmt.needs_whole_matrix and not self._needs_whole()):
             return None
         return source.moves(fmt)
 
@@ -213,7 +219,7 @@ class Collector:
                     return
         self._refuse_loss(scheme is None)
         self.outcome = REQUANTIZED if scheme is not None else DECODED
-        step = matrix.chunk(self._sink.dtype.itemsize)
+        step = max(stop - start, 1) if self._needs_whole() else matrix.chunk(self._sink.dtype.itemsize)
         for a in range(start, stop, step):
             b = min(a + step, stop)
             part = {name: matrix.cut(name, tensor, a - start, b - start) for name, tensor in parts.items()}

@@ -123,6 +123,8 @@ def recognise(specs: Specs, config: Mapping[str, Any]) -> Fp8 | None:
     if values.dtype != torch.float8_e4m3fn:
         raise Unusable(f"its values are {values.dtype}; of 8-bit floats only torch.float8_e4m3fn can be decoded")
     scale = specs[name]
+    if len(values.shape) < 2:
+        raise Unusable(f"its values are {list(values.shape)}, and should be a matrix")
     if scale.dtype not in (*_WIDE, *EXPONENTS):
         raise Unusable(f"its scales are {scale.dtype}; they can be fp32, bf16, fp16 or e8m0 (uint8)")
     *lead, rows, cols = values.shape

@@ -120,6 +120,10 @@ def recognise(specs: Specs, config: Mapping[str, Any]) -> MxFp4 | None:
             continue
         if values == "*_packed" and scale.dtype not in EXPONENTS:
             continue
+        if len(held.shape) < (3 if values == "*_blocks" else 2):
+            raise Unusable(
+                f"its values are {list(held.shape)}, and should be {'blocks of ' * (values == '*_blocks')}rows"
+            )
         if scale.dtype not in EXPONENTS:
             raise Unusable(f"its scales are {scale.dtype}; those of mxfp4 are exponents (uint8)")
         elements = 2 * held.shape[-1] * (held.shape[-2] if values == "*_blocks" else 1)
