@@ -94,6 +94,14 @@ ONCE_DIFFERED = {
     "as_strided left the weight": [Step(0, (("as_strided", (1, 1, 1, 31)),), "fill_", N, 3, False)],
     "an expanded view was not filled": [Step(0, (("expand", N),), "zero_", N, 3, False)],
     "zeros_like forgot the strides": [Step(0, (("mT", N),), "empty_like", N, 3, False)],
+    "clone forgot the strides": [
+        Step(0, (), "copy_", N, 3, False),
+        Step(0, (("mT", N), ("clone", N)), "neg_", N, 3, False),
+    ],
+    "contiguous had strides of its own": [
+        Step(0, (), "copy_", N, 3, False),
+        Step(0, (("unfold", (0, 0, 1, 0)), ("contiguous", N)), "neg_", N, 3, False),
+    ],
 }
 
 

@@ -272,7 +272,9 @@ def _clone(func: Any, lazy: Any, **kwargs: Any) -> Any:
     if not armed.coverage.covered and not armed.in_place and distributing():
         shard = armed.retyped(armed.dtype, armed.device, tuple(lazy.shape))
         return wrap(shard, torch.empty(shard.shape, dtype=armed.dtype, device="meta"))
-    return materialize(lazy).clone()
+    values, like = materialize(lazy), func(lazy._meta.detach(), **kwargs)
+    # With the strides that a plain tensor's copy has: they follow from the view's and the memory format.
+    return torch.empty_strided(like.size(), like.stride(), dtype=values.dtype, device=values.device).copy_(values)
 
 
 @ENTRIES.implements(aten._to_copy.default)

@@ -139,6 +139,7 @@ VIEWS: dict[str, Callable[[torch.Tensor, Numbers], torch.Tensor]] = {
     "data": lambda v, n: v.data,
     "alias": lambda v, n: torch.ops.aten.alias(v),
     "contiguous": lambda v, n: v.contiguous(),
+    "clone": lambda v, n: v.clone(),
     "to": lambda v, n: v.to(v.dtype),
 }
 
