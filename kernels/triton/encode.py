@@ -129,6 +129,7 @@ def divide_or_zero(x, y, FUSED: tl.constexpr):
     """As `divide`, for any y >= 0 that is finite: 0 where y is 0."""
     # The reciprocal of a tiny y is infinite, and remainders of it are not exact. A power of two changes no quotient.
     larger = tl.where(y < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)  # 2^-64, 2^64
+    larger = tl.where(y == 0.0, 0.0, larger)  # Else a large x would become infinite, and times 0 NaN.
     x *= larger
     divisor = tl.where(y == 0.0, 1.0, y * larger)
     if not FUSED:

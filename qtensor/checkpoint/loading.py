@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..interrupts import without_grad
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor
 from ..modules import Owner, full_name, module_of
@@ -55,7 +55,7 @@ def load_checkpoint(
         device: Where the weights go; by default where the model's are.
         progress: As `online_quant` takes it.
         scheme: What weights become, as `online_quant` takes it; None: what the folder says.
-        ignore: With a scheme, patterns of weights that stay in, or are decoded to, high precision.
+        ignore: Only with a scheme: patterns of weights that stay in, or are decoded to, high precision.
         strict_source: With a scheme, "lossless" refuses a quantized weight that would be quantized a second time.
 
     Returns:
@@ -70,7 +70,9 @@ def load_checkpoint(
     if scheme is not None:
         options = LoadOptions(device=device, progress=progress, strict_source=strict_source)  # type: ignore[arg-type]
         return _load_in(Selection(scheme, ignore, None), model, Checkpoint(folder), options)
-    options = LoadOptions(device=device, on_nonfinite="keep", progress=progress)  # type: ignore[arg-type]
+    if ignore is not DEFAULT_IGNORE and ignore != DEFAULT_IGNORE:
+        raise ConfigError(f"ignore={ignore!r} needs a scheme: without one the folder says what is quantized")
+    options = LoadOptions(device=device, on_nonfinite="keep", progress=progress, strict_source=strict_source)  # type: ignore[arg-type]
     place, checkpoint = options.device, Checkpoint(folder)
     weights, plain = weights_of(checkpoint)
     parts = parts_of(model, tensors_of(model))

@@ -84,7 +84,9 @@ class FourBit(Source):
 
     def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
         finite(parts[NESTED_ABSMAX] if self.nested else parts[ABSMAX])
-        if not torch.allclose(parts[CODE].cpu(), torch.tensor(CODES[self.kind]), atol=1e-6):
+        if not torch.allclose(
+            parts[CODE].cpu(), torch.tensor(CODES[self.kind], dtype=torch.float32, device="cpu"), atol=1e-6
+        ):
             raise Unusable(f"{CODE} is no codebook of {self.kind}")
         state = self._state(parts)
         for key, wanted in (("quant_type", self.kind), ("blocksize", self.block)):
@@ -112,9 +114,9 @@ class FourBit(Source):
         absmax = parts[ABSMAX]
         if self.nested:
             absmax = _blocks_times(parts[NESTED_CODE][absmax.int()], parts[NESTED_ABSMAX], NESTED_BLOCK)
-            absmax = absmax + torch.tensor(float(state["nested_offset"]), device=absmax.device)
+            absmax = absmax + torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=absmax.device)
         held = parts[VALUES].reshape(-1)
-        table = torch.tensor(CODES[self.kind], device=held.device)
+        table = torch.tensor(CODES[self.kind], dtype=torch.float32, device=held.device)
         values = torch.stack((table[(held >> 4).int()], table[(held & 0xF).int()]), 1).flatten()[: rows * cols]
         return _blocks_times(values, absmax, self.block).reshape(shape).to(_DTYPES[state["dtype"]]).to(dtype)
 

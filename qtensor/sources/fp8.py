@@ -90,7 +90,7 @@ class Fp8(Source):
             wanted, given = fmt.scale_shape(shape), self.block
             for dim, (size, ours, theirs) in enumerate(zip(shape, _block_of(fmt) or (), given, strict=True)):
                 step, held = ours or size, theirs or size
-                index = torch.arange(wanted[dim], device=scales.device) * step // max(held, 1)
+                index = torch.arange(wanted[dim], dtype=torch.int64, device=scales.device) * step // max(held, 1)
                 scales = scales.index_select(dim, index)
         scales = as_exponents(scales) if fmt.has_e8m0_scale else in_fp32(scales)
         return None if scales is None else Parts(parts[VALUES], scales.reshape(fmt.scale_shape(shape)))

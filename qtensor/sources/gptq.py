@@ -108,7 +108,7 @@ class Gptq(IntegerSource):
     def _groups(self, parts: Mapping[str, torch.Tensor], cols: int) -> torch.Tensor | None:
         """The group of each column; None where they are equal runs of columns."""
         width = max(self.width or cols, 1)
-        plain = torch.arange(cols, device=parts[VALUES].device) // width
+        plain = torch.arange(cols, dtype=torch.int64, device=parts[VALUES].device) // width
         groups = plain if self.group else parts[ORDER].long()
         return None if width * self.groups == cols and torch.equal(groups, plain) else groups
 

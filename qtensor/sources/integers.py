@@ -116,7 +116,7 @@ class IntegerSource(Source):
             if integers.numel() and (int(integers.min()) < -limit or int(integers.max()) > limit - (limit != 16)):
                 return None
             if fmt.granularity == "group":
-                index = torch.arange(moved.scale.shape[1], device=scales.device) * fmt.block[1]
+                index = torch.arange(moved.scale.shape[1], dtype=torch.int64, device=scales.device) * fmt.block[1]
                 scales = scales.index_select(1, index // (self.width or max(cols, 1)))
             moved.scale[start:stop] = scales
             if fmt.element == "int4":
@@ -167,7 +167,7 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         elif bits == 2:
             held = torch.stack([held >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(1)
         return held[:, :count]
-    start = torch.arange(count, device=words.device) * bits
+    start = torch.arange(count, dtype=torch.int64, device=words.device) * bits
     wide = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
     both = wide[:, start // WORD] | wide[:, start // WORD + 1] << WORD
     return (both >> start % WORD & (1 << bits) - 1).to(torch.uint8)
