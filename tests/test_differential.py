@@ -98,6 +98,11 @@ ONCE_DIFFERED = {
         Step(0, (), "copy_", N, 3, False),
         Step(0, (("mT", N), ("clone", N)), "neg_", N, 3, False),
     ],
+    "a refused write took back all before it": [
+        Step(0, (), "copy_", N, 3, False),
+        Step(0, (("expand", N),), "copy_", N, 4, False),
+        Step(0, (), "clone", N, 3, False),
+    ],
     "contiguous had strides of its own": [
         Step(0, (), "copy_", N, 3, False),
         Step(0, (("unfold", (0, 0, 1, 0)), ("contiguous", N)), "neg_", N, 3, False),

@@ -266,6 +266,9 @@ class ArmedWeight:
 
     def _fit(self, view: View, source: torch.Tensor) -> torch.Tensor:
         self._require_open()
+        if 0 in view.stride and 0 not in view.size and _repeats(view):
+            message = f"{self.name}: a write to a view {list(view.size)} with the same element at several places"
+            self.fail(WeightShapeError(f"{message} (expand); PyTorch refuses it for any tensor"), view)
         if source.shape == view.size and not source.is_meta:
             return source
         try:
@@ -536,3 +539,8 @@ class ArmedWeight:
             other.store = self.store.copy(other.coverage)
             other.store.cast(dtype, device)
         return other
+
+
+def _repeats(view: View) -> bool:
+    """Has the view an element of the weight at several places?"""
+    return any(step == 0 and n > 1 for n, step in zip(view.size, view.stride, strict=True))
