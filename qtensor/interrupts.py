@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import RLock
 from typing import TypeVar
@@ -13,6 +16,12 @@ from .errors import QTensorError
 
 MOST_TRIES = 100
 _T = TypeVar("_T")
+
+_python = ctypes.CDLL(None, handle=ctypes.pythonapi._handle)  # without the GIL, which `pythonapi` itself would hold
+_allocate = ctypes.CFUNCTYPE(ctypes.c_void_p)(("PyThread_allocate_lock", _python))
+_acquire = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(("PyThread_acquire_lock", _python))
+_release = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("PyThread_release_lock", _python))
+_free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("PyThread_free_lock", _python))
 
 
 def in_spite_of_interrupts(action: Callable[[], object]) -> None:
@@ -81,3 +90,32 @@ def without_grad(action: Callable[[], _T]) -> _T:
         return action()
     finally:
         torch._C._set_grad_enabled(before)  # the first call of the block: Python looks for signals after it, not before
+
+
+class Doors:
+    """One for each thread that may help with a call: closed, whatever interrupts the call, before that returns.
+
+    A helper works between `enter` and `leave`. `close` waits for those inside and lets nobody in any more. It is one
+    call of C, where Python does not look for signals, and the waits are those of locks that no signal ends: so as the
+    first call of a `finally` block it is done, however many exceptions come. A loop in Python that waits, catches
+    what interrupts it and waits again would be left by what comes between two of its turns.
+    """
+
+    close: Callable[[], bool]
+    _locks: Sequence[int] = ()
+
+    def __init__(self, count: int) -> None:
+        self._locks = [_allocate() for _ in range(count)]
+        self.close = functools.partial(all, map(_acquire, self._locks, itertools.repeat(1)))
+
+    def enter(self, index: int) -> bool:
+        """Whether the helper may work: it was not too late."""
+        return bool(_acquire(self._locks[index], 0))
+
+    def leave(self, index: int) -> None:
+        """The helper has ended."""
+        _release(self._locks[index])
+
+    def __del__(self) -> None:
+        for lock in self._locks:
+            _free(lock)

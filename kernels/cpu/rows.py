@@ -12,13 +12,13 @@ entry point that compilers use, `GOMP_parallel`; where there is none, and in a f
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
+from ...interrupts import Doors
 from ..formats import ceil_div
 
 Array = np.ndarray[Any, Any]
@@ -76,24 +77,34 @@ def slabs(source: torch.Tensor, unit: int) -> Iterator[tuple[int, torch.Tensor]]
         yield first, source[first : first + step].clone(memory_format=torch.contiguous_format)
 
 
-_pool: ThreadPoolExecutor | None = None
+_tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()  # for the threads of the pool
+_threads = 0
 _forked = False  # A child has none of the threads that OpenMP believes it has, and would wait for them forever.
-_pool_lock = threading.Lock()
 
 
-def _helpers() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="qtensor-cpu")
-        return _pool
+def _ask_pool(task: Callable[[], None]) -> None:
+    """Let a thread of the pool do it when one is idle. The task raises nothing.
+
+    They are not threads of `threading` or of an executor: an interrupt in the midst of starting one of those leaves a
+    thread that Python's end waits for and nobody tells.
+    """
+    global _threads
+    _tasks.put(task)
+    if _threads < (os.cpu_count() or 1):
+        with contextlib.suppress(RuntimeError):  # This process may have no more threads.
+            _thread.start_new_thread(_serve, (_tasks,))
+            _threads += 1
+
+
+def _serve(tasks: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        tasks.get()()
 
 
 def _after_fork() -> None:
-    """A child has none of its parent's threads, and perhaps a lock that one of them held."""
-    global _pool, _pool_lock, _forked
-    _pool, _forked = None, True
-    _pool_lock = threading.Lock()
+    """A child has none of its parent's threads, and perhaps a queue that one of them held."""
+    global _tasks, _threads, _forked
+    _tasks, _threads, _forked = SimpleQueue(), 0, True
 
 
 if hasattr(os, "register_at_fork"):
@@ -111,24 +122,24 @@ def share(count: int, elements: int, work: Callable[[int, int], None]) -> None:
     if pieces == 1:
         work(0, count)
         return
-    starts = iter(range(0, count, ceil_div(count, pieces)))
     step = ceil_div(count, pieces)
+    starts = iter(range(0, count, step))
     lock = threading.Lock()
+    over = False
 
     def drain() -> None:
-        while True:
-            with lock:
-                start = next(starts, None)
-            if start is None:
-                return
-            work(start, min(start + step, count))
+        nonlocal over
+        try:
+            while not over:
+                with lock:
+                    start = next(starts, None)
+                if start is None:
+                    return
+                work(start, min(start + step, count))
+        finally:
+            over = True  # Nothing is left, or this thread was stopped, and the others need not go on.
 
-    def stop() -> None:
-        nonlocal starts
-        with lock:
-            starts = iter(range(0))
-
-    _together(drain, min(threads, pieces), stop)
+    _together(drain, min(threads, pieces))
 
 
 def team() -> Callable[[int, int, int, int], None] | None:
@@ -171,45 +182,29 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
     return None
 
 
-def _together(work: Callable[[], object], threads: int, stop: Callable[[], None] = lambda: None) -> None:
+def _together(work: Callable[[], object], threads: int) -> None:
     """Call `work` on this thread and on idle ones of the pool; never wait for one that has not begun.
 
     However it ends, and whatever interrupts it, no thread works any more: they write to memory that the caller rolls
     back, or frees.
     """
-    running: list[object] = []
     errors: list[BaseException] = []
-    ended: SimpleQueue[None] = SimpleQueue()
-    over = False
+    doors = Doors(threads - 1)
 
-    def help_out() -> None:
-        mark = object()
-        running.append(mark)
-        try:
-            if not over:
+    def help_out(index: int) -> None:
+        if doors.enter(index):
+            try:
                 work()
-        except BaseException as error:
-            errors.append(error)
-        running.remove(mark)
-        ended.put(None)
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                doors.leave(index)
 
-    late: BaseException | None = None
     try:
-        pool = _helpers()
-        for _ in range(threads - 1):
-            pool.submit(help_out)
+        for index in range(threads - 1):
+            _ask_pool(functools.partial(help_out, index))
         work()
     finally:
-        while True:
-            try:
-                over = True
-                stop()
-                while running:
-                    ended.get()
-                break
-            except BaseException as error:
-                late = error
-        if late is not None:
-            raise late
+        doors.close()  # the first call of the block: Python looks for signals after it, not before
     if errors:
         raise errors[0]
