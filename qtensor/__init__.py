@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import save_pretrained
-from .checkpoint import transformers as transformers_tables
+from .checkpoint import save_pretrained, transformers_table
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -101,7 +100,7 @@ __all__ = [
 
 quantized_ops.install()
 lazy_ops.install()
-transformers_tables.install()
+transformers_table.install()
 save_pretrained.install()
 
 

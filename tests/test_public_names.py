@@ -78,14 +78,24 @@ def test_a_weight_that_0_1_pickled_is_loaded(monkeypatch):
     assert torch.equal(found.scale, weight.scale)
 
 
-def top_level(modules: str) -> set[str]:
-    """The packages that a fresh interpreter has imported after these."""
-    program = f"import json, sys, {modules}; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+def imported(modules: str) -> list[str]:
+    """What a fresh interpreter has imported after these."""
+    program = f"import json, sys, {modules}; print(json.dumps(list(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
     )
-    return set(json.loads(done.stdout))
+    return list(json.loads(done.stdout))
+
+
+def top_level(modules: str) -> set[str]:
+    return {name.partition(".")[0] for name in imported(modules)}
 
 
 def test_import_brings_no_other_package():
     assert top_level("qtensor") - top_level(THIRD_PARTY) - set(sys.stdlib_module_names) == {"qtensor"}
+
+
+def test_import_brings_nothing_that_a_load_may_never_need():
+    rare = ("sources", "convert", "cli", "integrations", "kernels.triton", "checkpoint.layouts", "checkpoint.loading")
+    brought = [name for name in imported("qtensor") if name.startswith(tuple(f"qtensor.{part}" for part in rare))]
+    assert brought == ["qtensor.sources"]

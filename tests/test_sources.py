@@ -12,7 +12,7 @@ import torch
 
 from qtensor.kernels import FORMATS, MXFP4, Parts, WeightFormat
 from qtensor.kernels.codes import decode
-from qtensor.sources.families import FAMILIES, recognise
+from qtensor.sources.families import families, recognise
 from qtensor.sources.scales import in_fp32
 from qtensor.sources.source import Family, Source, Spec, Unusable
 
@@ -95,7 +95,7 @@ def test_scales_that_mean_nothing_are_refused(bad: float) -> None:
         decoded({"*": codes(SHAPE), "*_scale": given}, torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.names[1])
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.names[1])
 def test_parts_of_any_dtype_and_shape_are_a_source_or_refused(family: Family) -> None:
     """What a stranger's file may hold: nothing but a CheckpointError comes of it."""
     dtypes = [torch.float8_e4m3fn, torch.uint8, torch.int32, torch.float32]

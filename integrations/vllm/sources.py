@@ -14,7 +14,7 @@ import torch
 
 from qtensor.errors import CheckpointError, IncompleteLoadError
 from qtensor.lazy.sources import is_high_precision
-from qtensor.sources.families import NAMES, recognise
+from qtensor.sources.families import part_names, recognise
 from qtensor.sources.source import Source, Spec
 
 OWN = "*"
@@ -60,7 +60,7 @@ def _part_of(name: str, tensor: torch.Tensor) -> tuple[str, str] | None:
     if not is_high_precision(tensor) and tensor.dtype != torch.bool and leaf == "weight":
         return name, OWN
     found = None
-    for part in NAMES:
+    for part in part_names():
         ending = part.removeprefix(OWN)
         if part == OWN or not leaf.endswith(ending) or (not part.startswith(OWN) and leaf != part):
             continue

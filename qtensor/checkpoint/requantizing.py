@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..lazy.lazy_tensor import LAZY
 from ..regions.coverage import Box
 from ..sources.collecting import Collector
-from ..sources.families import NAMES
+from ..sources.families import part_names
 from ..sources.source import Spec
 from .mapping import Part
 from .reading import Stored
@@ -31,7 +31,7 @@ def groups_of(tensors: Mapping[str, Stored], weights: Iterable[str]) -> tuple[di
     plain, groups, taken = dict(tensors), {}, set(weights)
     for name in sorted(taken):
         prefix, leaf = name[: len(name) - len(leaf_of(name))], leaf_of(name)
-        names = {part: prefix + part.replace(OWN, leaf) for part in NAMES}
+        names = {part: prefix + part.replace(OWN, leaf) for part in part_names()}
         group = {p: tensors[n] for p, n in names.items() if n in tensors and (p == OWN or n not in taken)}
         own = group.get(OWN)
         wide = own is not None and own.dtype.itemsize > 1
@@ -47,7 +47,7 @@ def weights_in(tensors: Mapping[str, Stored]) -> set[str]:
     """What the weights may be called that the tensors of a checkpoint are parts of, without a model to tell."""
     found = set()
     for name in tensors:
-        for part in NAMES:
+        for part in part_names():
             before, own, after = part.partition(OWN)
             if part == OWN or not name.endswith(after):
                 continue

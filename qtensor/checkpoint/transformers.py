@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import CheckpointError, QTensorError
 from ..lazy.lazy_tensor import LAZY
 from ..sessions import registration
-from ..sources.families import FAMILIES, NAMES, recognise
+from ..sources.families import part_names, recognise
 from ..sources.source import Spec
 from ..tensor.qtensor import QTensor
 from .layouts import LAYOUTS, Layout, reader
@@ -28,40 +27,17 @@ from .offload import refuse_offload
 
 _SUFFIXES = {m: list(dict.fromkeys(s for row in rows.values() for s in row.entries)) for m, rows in LAYOUTS.items()}
 """What the tensors of a quantized weight may be called, by method; "weight", which all have, is the first."""
-METHODS = tuple(dict.fromkeys(method for family in FAMILIES for method in family.methods))
-_PARTS = {name.replace("*", "weight"): name for name in NAMES}
 _STACKS = ("gate_up_proj", "down_proj")
 """The stacks of experts that gpt-oss stores as blocks and scales."""
-_originals: dict[str, Any] = {}
 
 
-def install() -> None:
-    """Let `_take_places` and `_give_back` run with the first session that opens and after the last."""
-    registration.PATCHES.append((_take_places, _give_back))
+@functools.cache
+def _part_names() -> dict[str, str]:
+    """What transformers may call a part of a weight → the part's name."""
+    return {name.replace("*", "weight"): name for name in part_names()}
 
 
-def _take_places() -> None:
-    """Take the places in transformers' table, if transformers is there."""
-    if "transformers" not in sys.modules:
-        return
-    from transformers.quantizers import auto
-
-    table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
-    for method in (*LAYOUTS, *METHODS):
-        if method in table and method not in _originals:
-            _originals[method] = table[method]
-            table[method] = functools.partial(_choose, table[method])
-
-
-def _give_back() -> None:
-    if _originals:
-        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
-
-        table.update(_originals)
-        _originals.clear()
-
-
-def _choose(original: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
+def choose(original: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
     if registration.listening() is None or not kwargs.get("pre_quantized", True):
         return original(config, **kwargs)
     incoming: Any = getattr(registration.listening(), "incoming", None)
@@ -143,7 +119,7 @@ def _classes() -> tuple[Any, Any]:
             super().__init__(config, **kwargs)
             self._find, self.decodes = find or (lambda module: None), find is None
             by_method = _SUFFIXES.get(config.to_dict()["quant_method"], [])
-            self._suffixes = list(dict.fromkeys(["weight", *_PARTS])) if self.decodes else by_method
+            self._suffixes = list(dict.fromkeys(["weight", *_part_names()])) if self.decodes else by_method
             self._replaced: dict[int, Any] = {}
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -222,7 +198,7 @@ def _parts_of(weight: str, tensors: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, tensor in tensors.items():
         ending = name.removeprefix(leaf)
-        found[_PARTS.get(name) or (f"*{ending}" if name.startswith(leaf) else name)] = tensor
+        found[_part_names().get(name) or (f"*{ending}" if name.startswith(leaf) else name)] = tensor
     return found
 
 

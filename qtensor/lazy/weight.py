@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from itertools import count
-from typing import Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import torch
 
@@ -23,7 +23,6 @@ from ..regions.coverage import Box, Coverage
 from ..regions.views import View, bounds, box_view, whole
 from ..report.report import describe_boxes
 from ..schemes.scheme import Scheme
-from ..sources.collecting import Collector
 from ..tensor.qtensor import QTensor, nonfinite_message
 from .initial import Fill, Initial
 from .plain_store import PlainStore
@@ -31,6 +30,9 @@ from .quant_store import QuantStore
 from .sources import fitted, is_high_precision, unusable_source
 from .store import NeverWritten, Store
 from .write_errors import WriteErrors
+
+if TYPE_CHECKING:
+    from ..sources.collecting import Collector
 
 UNDECIDED = object()
 _serial = count()

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from torch import nn
@@ -22,9 +23,12 @@ from ..lazy.weight import ArmedWeight
 from ..regions.views import View
 from ..report.report import LayerReport, LoadReport
 from ..report.timeline import MemoryTimeline
-from ..sources.collecting import LOSSLESS, Collector
+from ..sources import LOSSLESS
 from ..tensor.qtensor import QTensor
 from .incoming import Incoming
+
+if TYPE_CHECKING:
+    from ..sources.collecting import Collector
 
 
 class LoadHost:

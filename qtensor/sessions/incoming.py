@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,10 +23,10 @@ from ..lazy.lazy_tensor import LAZY
 from ..lazy.sources import is_high_precision, unusable_source
 from ..lazy.weight import ArmedWeight
 from ..regions.views import View, whole
-from ..sources.collecting import Collector
-from ..sources.families import NAMES
-from ..sources.source import Spec
 from . import registration
+
+if TYPE_CHECKING:
+    from ..sources.collecting import Collector
 
 OWN = "*"
 """The part that is called as the weight itself."""
@@ -54,6 +54,8 @@ class Incoming:
             known = self._collectors.get(weight, {})
             if view in known or not make:
                 return known.get(view)
+            from ..sources.collecting import Collector
+
             _, attribute = weight.owner
             made = Collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
             self._collectors.setdefault(weight, {})[view] = made
@@ -100,8 +102,10 @@ def take_part(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
     loaded, the weight takes it."""
     if is_constructing(module) or tensor.is_meta:
         return False
+    from ..sources.families import part_names
+
     for attribute, weight in armed_in(module):
-        for part in NAMES:
+        for part in part_names():
             if part != OWN and part.replace(OWN, attribute) == name:
                 collector = weight.host.collector(weight, make=True)
                 assert collector is not None
@@ -120,10 +124,13 @@ def _on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> Non
 
 def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> list[str]:
     """Take the parts of a module's weights out of a state dict. Returns the weights that some were of."""
+    from ..sources.families import part_names
+    from ..sources.source import Spec
+
     taken = []
     places = {*module._parameters, *module._buffers}
     for attribute, weight in list(armed_in(module)):
-        names = {part: part.replace(OWN, attribute) for part in NAMES}
+        names = {part: part.replace(OWN, attribute) for part in part_names()}
         found = {p: prefix + n for p, n in names.items() if (p == OWN or n not in places) and prefix + n in state}
         tensors = {part: value for part, key in found.items() if isinstance(value := state[key], torch.Tensor)}
         own = tensors.get(OWN)

@@ -18,14 +18,11 @@ from ..regions.coverage import Box
 from ..regions.views import View
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
+from . import DECODED, LOSSLESS, MOVED, REQUANTIZED
 from .families import recognise
 from .holding import MatrixParts
 from .scales import has_nan
 from .source import ANY, PartSpec, Source, Spec, Unusable
-
-LOSSLESS, MOVED, REQUANTIZED, DECODED = "lossless", "moved", "requantized", "decoded"
-"""The same numbers; the same codes and scales, with a global scale that is rounded; quantized a second time; in high
-precision."""
 
 
 class Sink(Protocol):

@@ -6,7 +6,7 @@ numbers that the format's owner (the library that defines it) computes, bit for 
 the format needs one. Everything that waits, collects and writes is in `collecting.py`; a format is only this.
 
 To add a format: a frozen dataclass that derives from `Source`, a function `recognise` beside it, and a row in
-`families.FAMILIES`. `fp8.py` is the example to follow.
+`families.families`. `fp8.py` is the example to follow.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Recognise(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """A row of `families.FAMILIES`.
+    """A row of `families.families`.
 
     Attributes:
         methods: What config.json calls it: values of "quant_method".
