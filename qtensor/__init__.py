@@ -23,7 +23,6 @@ from .errors import (
     WeightShapeError,
 )
 from .lazy import ops as lazy_ops
-from .lazy.counter import CopyCounter
 from .lazy.lazy_tensor import LazyWeight
 from .ranks.sharding import Sharding
 from .regions.coverage import Coverage
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
     from .checkpoint.quantization_config import QTensorConfig as QTensorConfig
     from .convert import quantize_checkpoint
+    from .lazy.counter import CopyCounter
 
 __all__ = [
     "DEFAULT_IGNORE",
@@ -105,6 +105,7 @@ save_pretrained.install()
 
 
 _FROM = {
+    "CopyCounter": "qtensor.lazy.counter",
     "inspect_checkpoint": "qtensor.checkpoint",
     "load_checkpoint": "qtensor.checkpoint",
     "quantize_checkpoint": "qtensor.convert",
@@ -114,7 +115,7 @@ _FROM = {
 
 
 def __getattr__(name: str) -> Any:
-    """What reads and writes files, and what needs transformers, is imported when it is asked for."""
+    """What reads and writes files, needs transformers, or watches loaders is imported when it is asked for."""
     if name in _FROM:
         return getattr(importlib.import_module(_FROM[name]), name)
     if name == "QTensorConfig":

@@ -20,7 +20,7 @@ StrictSource = Literal["any", "lossless"]
 Ranks = dist.ProcessGroup | Sharding | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SessionOptions:
     """What loads and reloads have in common. See `online_quant`."""
 
@@ -45,7 +45,7 @@ class SessionOptions:
             raise ConfigError(f"progress is True, False, None or a function, not {self.progress!r}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoadOptions(SessionOptions):
     """The options of `online_quant` and `load_checkpoint`."""
 
@@ -69,7 +69,7 @@ class LoadOptions(SessionOptions):
             raise ConfigError("min_sqnr decides by what one rank sees; it cannot be combined with process_group")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ReloadOptions(SessionOptions):
     """The options of `online_reload`."""
 
