@@ -165,7 +165,7 @@ $(LIBRARIES)/.ready: pyproject.toml
 	@$(PYTHON) -m venv $(LIBRARIES)
 	@$(PIP) --upgrade pip "setuptools>=77,<82" wheel
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation "$(TORCH)" torchvision \
-		--editable ".[demo,checkpoint]" pytest hypothesis peft diffusers timm open_clip_torch sentence-transformers \
+		--editable ".[demo,checkpoint,gguf]" pytest hypothesis peft diffusers timm open_clip_torch sentence-transformers \
 		lightning bitsandbytes cloudpickle jsonargparse
 	@# It asks for an older huggingface_hub than the others take; its models and loaders work with theirs.
 	@$(PIP) --no-deps litgpt

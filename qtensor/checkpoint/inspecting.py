@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..kernels.audit import sqnr_db
 from ..modules import weight_of
+from ..sources.families import recognise
+from ..sources.source import Spec
 from ..tensor.qtensor import QTensor
 from ..text import joined
+from .gguf import GGUF, open_checkpoint
 from .reading import Checkpoint, Stored
+from .requantizing import groups_of, weights_in
 from .verify import Weight, weights_of
 
 _ELEMENTS = 1 << 20
@@ -79,7 +83,7 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
     """Look at a checkpoint, and compare its quantized weights with a high-precision checkpoint.
 
     Args:
-        folder: Of the checkpoint.
+        folder: Of the checkpoint, or a `.gguf` file.
         against: The folder of its source; then SQNR is reported, 10·log10(Σx² / Σ(x - x̂)²) over each weight, in dB,
             infinite where nothing was lost.
 
@@ -88,18 +92,36 @@ def inspect_checkpoint(folder: str | Path, against: str | Path | None = None) ->
 
     Raises:
         CheckpointError: A checkpoint cannot be read, or the source does not have a weight, or has it in another shape.
+        ConfigError: `against` is given for a `.gguf` file.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
+    report = CheckpointReport(str(folder), checkpoint.method, len(checkpoint.files))
+    if checkpoint.method == GGUF:
+        if against is not None:
+            raise ConfigError(f"{folder}: is a {GGUF} file, and those are not compared with a source")
+        return _of_parts(checkpoint, report)
     weights, plain = weights_of(checkpoint)
     source = Checkpoint(against) if against is not None else None
-    config = checkpoint.quantization or {}
-    report = CheckpointReport(str(folder), config.get("quant_method"), len(checkpoint.files))
     report.plain = {name: stored.nbytes for name, stored in plain.items()}
     for module, weight in weights.items():
         name = weight_of(module)
         shape, held = weight.shape, sum(s.nbytes for s in weight.tensors.values())
         sqnr = _sqnr(name, weight, source) if source is not None else None
         report.quantized.append(WeightReport(name, str(weight.layout.scheme), shape, held, sqnr))
+    return report
+
+
+def _of_parts(checkpoint: Checkpoint, report: CheckpointReport) -> CheckpointReport:
+    """By the names and shapes of parts alone: nothing is decoded."""
+    groups, plain = groups_of(checkpoint.tensors, weights_in(checkpoint.tensors))
+    report.plain = {name: stored.nbytes for name, stored in plain.items()}
+    for name, group in groups.items():
+        specs = {part: Spec(stored.dtype, stored.shape) for part, stored in group.items()}
+        found = recognise(specs, checkpoint.quantization or {})
+        if found is None:
+            raise CheckpointError(f"{name}: is in no format that is known")
+        held = sum(stored.nbytes for stored in group.values())
+        report.quantized.append(WeightReport(name, str(found), found.shape(specs), held))
     return report
 
 

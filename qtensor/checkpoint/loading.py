@@ -24,6 +24,7 @@ from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..sessions.online import open_load
 from ..sessions.options import LoadOptions, StrictSource
 from ..tensor.qtensor import QTensor
+from .gguf import GGUF, open_checkpoint
 from .mapping import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint
 from .requantizing import collectors, fill, groups_of
@@ -41,7 +42,7 @@ def load_checkpoint(
     ignore: Sequence[str] = DEFAULT_IGNORE,
     strict_source: StrictSource = "any",
 ) -> LoadReport:
-    """Fill a model from a folder of safetensors files.
+    """Fill a model from a folder of safetensors files, or from a `.gguf` file.
 
     Without a scheme, from one that `save_checkpoint`, `qtensor quantize` or llm-compressor wrote: quantized weights
     become QTensors with the bytes of the file; all others are copied as load_state_dict would. With a scheme, from any:
@@ -51,7 +52,7 @@ def load_checkpoint(
 
     Args:
         model: May be on the meta device, and may be a transformers model built from the folder's config.
-        folder: Of the checkpoint.
+        folder: Of the checkpoint; or, with a scheme, a `.gguf` file of one of the architectures in docs/sources.md.
         device: Where the weights go; by default where the model's are.
         progress: As `online_quant` takes it.
         scheme: What weights become, as `online_quant` takes it; None: what the folder says.
@@ -69,11 +70,13 @@ def load_checkpoint(
     """
     if scheme is not None:
         options = LoadOptions(device=device, progress=progress, strict_source=strict_source)  # type: ignore[arg-type]
-        return _load_in(Selection(scheme, ignore, None), model, Checkpoint(folder), options)
+        return _load_in(Selection(scheme, ignore, None), model, open_checkpoint(folder), options)
     if ignore is not DEFAULT_IGNORE and ignore != DEFAULT_IGNORE:
         raise ConfigError(f"ignore={ignore!r} needs a scheme: without one the folder says what is quantized")
     options = LoadOptions(device=device, on_nonfinite="keep", progress=progress, strict_source=strict_source)  # type: ignore[arg-type]
-    place, checkpoint = options.device, Checkpoint(folder)
+    place, checkpoint = options.device, open_checkpoint(folder)
+    if checkpoint.method == GGUF:
+        raise ConfigError(f"{folder}: a scheme is needed: what {GGUF} files hold is decoded, and becomes that")
     weights, plain = weights_of(checkpoint)
     parts = parts_of(model, tensors_of(model))
     places = _matrices(parts)

@@ -124,6 +124,22 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(stored.nbytes for stored in self.tensors.values())
 
+    @property
+    def method(self) -> str | None:
+        """What config.json calls the way in which it is quantized."""
+        found = (self.quantization or {}).get("quant_method")
+        return found if isinstance(found, str) else None
+
+    @property
+    def shards(self) -> list[str]:
+        """The files that a conversion writes."""
+        return [path.name for path in self.files]
+
+    def shard_of(self, stored: Any) -> str:
+        """The one of these that has what becomes of a tensor."""
+        name: str = stored.path.name
+        return name
+
     @cached_property
     def _weight_map(self) -> dict[str, str]:
         path = self.folder / INDEX
@@ -149,7 +165,11 @@ class Checkpoint:
                     f"{self.folder}: its weights are pickled ({pickles[0]}), and reading a pickle can run code. Load "
                     "it with torch.load(..., weights_only=True), and save it as safetensors first."
                 )
-            raise CheckpointError(f"{self.folder}: is no checkpoint; it has neither {INDEX} nor a .safetensors file")
+            ggufs = sorted(p.name for p in self.folder.glob("*.gguf"))
+            more = f". Give its file {ggufs[0]}, not the folder" if ggufs else ""
+            raise CheckpointError(
+                f"{self.folder}: is no checkpoint; it has neither {INDEX} nor a .safetensors file{more}"
+            )
         missing = [name for name in names if self._weight_map and not (self.folder / name).is_file()]
         if missing:
             raise CheckpointError(

@@ -238,12 +238,13 @@ def write_manifest(folder: Path, format: str, records: Records) -> None:
 
 
 def side_files(source: Path) -> list[Path]:
-    """What lies beside a checkpoint's weights: tokenizer, generation settings, model code, licence.
+    """What lies beside a checkpoint's weights: tokenizer, generation settings, model code, licence. Nothing, where the
+    checkpoint is one file.
 
     Raises CheckpointError for a name that no list of files can hold.
     """
     found = []
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir()) if source.is_dir() else ():
         weights = path.name.lower().endswith(_WEIGHTS) or path.name.endswith(".index.json")
         ours = path.name in (CONFIG, INDEX, MANIFEST)
         if path.is_file() and not path.name.startswith(".") and not weights and not ours:

@@ -28,7 +28,9 @@ def add_parsers(commands: Any) -> None:
     """Add the three verbs to the `qtensor` command's subparsers; each sets `run`, which returns the exit code."""
     saveable = sorted({name for rows in LAYOUTS.values() for name in rows} | {"fp8"})
     quantize = commands.add_parser("quantize", help="quantize a checkpoint, file to file, without the model's code")
-    quantize.add_argument("source", type=Path, metavar="SRC", help="folder of a safetensors checkpoint")
+    quantize.add_argument(
+        "source", type=Path, metavar="SRC", help="folder of a safetensors checkpoint, or a .gguf file"
+    )
     quantize.add_argument("target", type=Path, metavar="DST", help="folder to write; it must not exist")
     quantize.add_argument("--scheme", choices=[n for n in saveable if n in SCHEMES], default="fp8")
     quantize.add_argument("--weight-only", action="store_true", help="servers are told not to quantize activations")

@@ -25,6 +25,7 @@ import torch
 
 from .. import kernels
 from ..checkpoint.files import LIST_BYTES, read_json
+from ..checkpoint.gguf import open_checkpoint
 from ..checkpoint.layouts import (
     COMPRESSED_TENSORS,
     Spec,
@@ -163,7 +164,7 @@ def quantize_checkpoint(
     target is refused.
 
     Args:
-        source: Folder of a safetensors checkpoint.
+        source: Folder of a safetensors checkpoint, or a `.gguf` file.
         target: Folder to write.
         scheme: A `Scheme` or its name.
         ignore: Patterns of weights to leave as they are.
@@ -235,11 +236,11 @@ def prepare(
     require_format(format)
     one_of("strict_source", strict_source, "any", "lossless")
     scheme, ignore = as_scheme(scheme), pattern_list("ignore", ignore)
-    checkpoint = decoded(Checkpoint(source), strict_source == "lossless")
+    checkpoint = decoded(open_checkpoint(source), strict_source == "lossless")
     for path in (*checkpoint.files, checkpoint.folder / CONFIG, *side_files(checkpoint.folder)):
         if leads_out(path):
             raise CheckpointError(f"{path} is a link out of its folder, and is not published; put the file there")
-    report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.files))
+    report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.shards))
     report.sources = dict(Counter(str(t.source) for t in checkpoint.tensors.values() if isinstance(t, Decoded)))
     schemes = _choose(checkpoint, scheme, ignore, format, report)
     tasks = plan(checkpoint, build_folder(target), schemes, format)
@@ -257,14 +258,14 @@ def prepare(
 def plan(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], format: str) -> list[ShardTask]:
     """The tasks, one per file. schemes: of the modules to quantize."""
     by_module = {module_of(name): stored for name, stored in checkpoint.tensors.items() if module_of(name) in schemes}
-    tensors: dict[str, list[TensorTask]] = {path.name: [] for path in checkpoint.files}
+    tensors: dict[str, list[TensorTask]] = {file: [] for file in checkpoint.shards}
     for name, stored in checkpoint.tensors.items():
         module = module_of(name)
         chosen = schemes.get(module) if module is not None else None
         partners: tuple[Stored | Decoded, ...] = ()
         if chosen is not None and chosen.format.needs_whole_matrix:
             partners = tuple(by_module[m] for m in fused_group(module or "") if m in schemes)
-        tensors[stored.path.name].append(TensorTask(stored, chosen, partners))
+        tensors[checkpoint.shard_of(stored)].append(TensorTask(stored, chosen, partners))
     return [
         ShardTask(folder / file, format, tuple(sorted(found, key=lambda t: t.stored.offset)))
         for file, found in tensors.items()

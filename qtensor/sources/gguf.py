@@ -79,10 +79,15 @@ class Gguf(Source):
         decoder = _DECODERS.get(self.type)
         if decoder is not None:
             return decoder(blocks).reshape(shape).to(dtype)
-        gguf = require("gguf", "gguf", f"decoding GGUF's {self.type}")
+        gguf = _owner(self.type)
         kind = gguf.GGMLQuantizationType(TYPES[self.type][0])
         values = torch.from_numpy(gguf.quants.dequantize(blocks.cpu().contiguous().numpy(), kind))
         return values.to(parts[self.part].device).reshape(shape).to(dtype)
+
+
+def _owner(kind: str) -> Any:
+    """The package that decodes a type. It is asked for when a weight is recognised, before anything is written."""
+    return require("gguf", "gguf", f"decoding GGUF's {kind}")
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
@@ -190,6 +195,8 @@ def recognise(specs: Specs, config: Mapping[str, Any]) -> Gguf | None:
         if (spec := specs.get(PREFIX + kind)) is not None:
             if spec.dtype != torch.uint8 or len(spec.shape) < 2 or spec.shape[-1] % size:
                 raise Unusable(f"its {kind} is {spec.dtype} {list(spec.shape)}, which are no blocks of {size} bytes")
+            if kind not in _DECODERS:
+                _owner(kind)
             return Gguf(kind, spec.shape[-1] // size * values)
     return None
 
