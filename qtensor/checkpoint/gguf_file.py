@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ class GgufFile:
 class _Text:
     """The header, from its first byte on. Raises ValueError where it ends, or is longer than a header is."""
 
-    def __init__(self, file: BufferedReader, limit: int) -> None:
+    def __init__(self, file: BufferedIOBase, limit: int) -> None:
         self._file, self._left, self.at = file, limit, 0
 
     def take(self, count: int) -> bytes:
