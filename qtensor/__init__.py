@@ -51,9 +51,11 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+    from .checkpoint.planning import plan
     from .checkpoint.quantization_config import QTensorConfig as QTensorConfig
     from .convert import quantize_checkpoint
     from .lazy.counter import CopyCounter
+    from .schemes.plan import Plan
 
 __all__ = [
     "DEFAULT_IGNORE",
@@ -69,6 +71,7 @@ __all__ = [
     "LossySourceError",
     "MissingExtraError",
     "NonFiniteWeightError",
+    "Plan",
     "ProgressEvent",
     "QTensor",
     "QTensorError",
@@ -91,6 +94,7 @@ __all__ = [
     "nvfp4",
     "online_quant",
     "online_reload",
+    "plan",
     "quantize",
     "quantize_checkpoint",
     "save_checkpoint",
@@ -107,7 +111,9 @@ save_pretrained.install()
 _FROM = {
     "CopyCounter": "qtensor.lazy.counter",
     "inspect_checkpoint": "qtensor.checkpoint",
+    "Plan": "qtensor.schemes.plan",
     "load_checkpoint": "qtensor.checkpoint",
+    "plan": "qtensor.checkpoint.planning",
     "quantize_checkpoint": "qtensor.convert",
     "save_checkpoint": "qtensor.checkpoint",
     "verify_checkpoint": "qtensor.checkpoint",

@@ -45,11 +45,16 @@ class Host(Protocol):
     def on_missing(self) -> str: ...
 
     refuse_nonfinite: bool
-    min_sqnr: float | None
+    judges: bool
+    """Weights are staged whole, and `judge` is asked before they become what was decided."""
     measure_sqnr: bool
     closed: str | None
 
     def decide(self, weight: ArmedWeight) -> Scheme | None: ...
+    def judge(self, weight: ArmedWeight, sqnr: float) -> Scheme | None:
+        """What a weight becomes whose scheme gave this signal-to-quantization-noise ratio, in dB; None for high
+        precision."""
+
     def collector(self, weight: ArmedWeight, make: bool = False, view: View | None = None) -> Collector | None:
         """Who takes values that are quantized already, of a weight or a part of it; None where they mean nothing. make:
         they are sure to come."""
@@ -317,11 +322,14 @@ class ArmedWeight:
         if self.decided() is None:
             store: Store = self.initial.plain_store(self.coverage, self.host.on_missing)
         else:
-            host, judged = self.host, self.host.min_sqnr is not None
-            audit, whole = Audit(host.refuse_nonfinite, judged or host.measure_sqnr), judged or bool(self.shared)
-            store = QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, host.staged, whole)
+            store = self._quant_store(self.host.judges or bool(self.shared))
         self.store = store
         return store
+
+    def _quant_store(self, whole: bool) -> QuantStore:
+        host = self.host
+        audit = Audit(host.refuse_nonfinite, host.judges or host.measure_sqnr)
+        return QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, host.staged, whole)
 
     def _after_write(self) -> None:
         if self._cut_short is not None:
@@ -368,15 +376,22 @@ class ArmedWeight:
             self.settle()
 
     def _judge(self, store: QuantStore) -> None:
-        """Quantize a weight that was staged whole, and keep the high-precision values if too much was lost."""
+        """Quantize a weight that was staged whole, and again by another scheme, or not, if too much was lost."""
         self._cut_short = "an interrupt"
         try:
             values = store.quantize_whole()
-            limit, found = self.host.min_sqnr, store.audit.sqnr
-            if limit is not None and found is not None and found < limit:
+            found = store.audit.sqnr
+            chosen = self.host.judge(self, found) if self.host.judges and found is not None else self.scheme
+            if chosen is None:
                 self._refused_sqnr = found
                 store.rollback()
                 self.scheme, self.store = None, PlainStore(values, self.coverage)
+            elif chosen != self.scheme:
+                store.rollback()
+                self.scheme = chosen
+                self.store = again = self._quant_store(whole=True)
+                again.write(whole(self.shape), values)
+                again.quantize_whole()
             self._cut_short = None
         except BaseException as error:
             self._cut_short = type(error).__name__

@@ -12,13 +12,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ConfigError
 from .scheme import SCHEMES, Scheme, SchemeLike, Targets, as_scheme
 
+if TYPE_CHECKING:
+    from .plan import Plan
+
 KEYS = ("linear", "moe", "ignore", "targets")
-_NOT_OPTIONS = {"quant_method"}
+_NOT_OPTIONS = {"quant_method", "plan"}
 # vLLM's names for schemes that have another name here.
 _VLLM_NAMES = {
     "fp8_per_tensor_static": "fp8_per_tensor",
@@ -28,7 +31,7 @@ _VLLM_NAMES = {
     "int8_per_channel_weight_only": "int8_per_channel",
 }
 
-SchemeSpec = SchemeLike | Mapping[str, Any]
+SchemeSpec: TypeAlias = "SchemeLike | Mapping[str, Any] | Plan"
 """What `online_quant` takes first: see the module's documentation."""
 
 
@@ -59,6 +62,11 @@ def read_config(spec: SchemeSpec, targets: Targets | None = None) -> QuantConfig
             spec = json.loads(spec)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"qtensor: the config is not JSON: {error}") from None
+    if not isinstance(spec, (Mapping, Scheme, str)):
+        from .plan import Plan
+
+        if isinstance(spec, Plan):
+            spec = spec.to_json()
     if not isinstance(spec, Mapping):
         scheme = as_scheme(spec)
         if targets is None:

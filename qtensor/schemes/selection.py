@@ -8,8 +8,9 @@ everything below that module.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,16 +19,20 @@ from ..modules import Owner, full_name
 from .config import SchemeSpec, pattern_list, read_config
 from .scheme import Scheme, Targets
 
+if TYPE_CHECKING:
+    from .plan import Plan, Tensor
+
 ROUTERS = r"re:(.*\.)?(\w*router|gate|wg|shared_expert_gate)$"
 """Of `DEFAULT_IGNORE`; a matrix by such a name with more rows than a mixture has experts is a layer like others."""
 MOST_EXPERTS = 1024
+NORMS = r"re:(.*\.)?\w*(norm|ln)(_?\w)?$"
 # Output heads, embeddings, norms and expert routers: small, or known to cost accuracy.
 DEFAULT_IGNORE: tuple[str, ...] = (
     "lm_head",
     "*.lm_head",
     "*.lm_head.*",  # What wraps it, for an adapter's sake or a head's own.
     r"re:(.*\.)?(wte|wpe|\w*embed(ding)?s?(_tokens|_in|_out)?)$",
-    r"re:(.*\.)?\w*(norm|ln)(_?\w)?$",
+    NORMS,
     ROUTERS,
 )
 _EXPERT_PARAMETERS = {
@@ -45,7 +50,14 @@ _EXPERT_PARAMETERS = {
 
 
 class Selection:
-    """The rule of one session, from what says which schemes (see config.py), `ignore` and `targets`."""
+    """The rule of one session, from what says which schemes (see config.py), `ignore` and `targets`.
+
+    plan: what was chosen for a session that is told how many bytes there are; None before, and for all others.
+    may_change: weights are staged whole, and `better` is asked when they are there.
+    """
+
+    plan: Plan | None = None
+    may_change = False
 
     def __init__(self, scheme: SchemeSpec, ignore: Sequence[str], targets: Targets | None) -> None:
         if targets is not None and not isinstance(targets, Mapping):
@@ -54,6 +66,16 @@ class Selection:
         self.ignore = (*pattern_list("ignore", ignore), *self.config.ignore)
         self.targets = self.config.targets
         self._unused = {*self.ignore, *(self.targets or ())} - set(DEFAULT_IGNORE)
+
+    def __str__(self) -> str:
+        return str(self.config)
+
+    def prepare(self, tensors: Callable[[], Sequence[Tensor]]) -> None:
+        """A weight is about to be chosen; `tensors` are those of the model as it stands."""
+
+    def better(self, name: str, scheme: Scheme | None, sqnr: float) -> Scheme | None:
+        """What becomes of a weight that has this SQNR in its scheme."""
+        return scheme
 
     def candidate(self, module: nn.Module, name: str, param: torch.Tensor) -> bool:
         """Could this weight be quantized, whatever it turns out to be called?"""

@@ -23,6 +23,7 @@ from ..lazy.weight import ArmedWeight
 from ..regions.views import View
 from ..report.report import LayerReport, LoadReport
 from ..report.timeline import MemoryTimeline
+from ..schemes.scheme import Scheme
 from ..sources import LOSSLESS
 from ..tensor.qtensor import QTensor
 from .incoming import Incoming
@@ -39,6 +40,7 @@ class LoadHost:
     """
 
     min_sqnr: float | None = None
+    judges = False
     measure_sqnr = False
     strict_reads = False
     refuse_nonfinite = True
@@ -59,6 +61,9 @@ class LoadHost:
     def copied(self, module: nn.Module, memo: dict[int, object]) -> bool:
         """A module of armed weights is being deep-copied, with this `memo`. Is the copy loaded?"""
         return False
+
+    def judge(self, weight: ArmedWeight, sqnr: float) -> Scheme | None:
+        return None if self.min_sqnr is not None and sqnr < self.min_sqnr else weight.scheme
 
     def goes_anywhere(self, weight: ArmedWeight) -> bool:
         """Has nobody said yet which device the weight belongs on?"""

@@ -9,7 +9,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +37,9 @@ from .model_tree import ModuleTree
 from .options import SessionOptions
 from .transaction import State, Transaction
 from .watching import Watch
+
+if TYPE_CHECKING:
+    from ..schemes.plan import Plan
 
 logger = logging.getLogger("qtensor")
 _WHY_CLOSED: dict[State, str] = {"finished": "the session has finished", "aborted": "its load was aborted"}
@@ -71,6 +74,11 @@ class ModelTransaction(LoadHost, Transaction):
         self._reporting = False
         self._progress = Progress(options.progress)
         self.incoming = Incoming(options.source, options.strict_source == "lossless", self.staged)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was chosen for a session that was told how many bytes there are."""
+        return None
 
     @property
     def on_missing(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from ..ranks.vote import describe
 from ..report.progress import ProgressLike
 from ..report.report import LoadReport
 from ..schemes.config import SchemeSpec
-from ..schemes.scheme import Scheme, Targets
+from ..schemes.scheme import Scheme, SchemeLike, Targets
 from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..tensor.qtensor import QTensor
 from . import registration
@@ -40,11 +40,16 @@ from .session import Session
 from .transaction import State
 from .unseen import quantized, unseen_weights
 
+if TYPE_CHECKING:
+    from ..schemes.plan import Plan, Tensor
+
 
 def online_quant(
-    scheme: SchemeSpec,
+    scheme: SchemeSpec | Sequence[SchemeLike] | None = None,
     model: nn.Module | None = None,
     *,
+    fit: int | str | None = None,
+    reserve: int | str = 0,
     ignore: Sequence[str] = DEFAULT_IGNORE,
     targets: Targets | None = None,
     device: torch.device | str | None = None,
@@ -66,8 +71,13 @@ def online_quant(
 
     Args:
         scheme: A `Scheme` or its name, for nn.Linear and 3-d experts; `{pattern: scheme}`, for what the patterns match
-            instead; or vLLM's quantization_config, a dictionary or JSON with `linear`, `moe`, `ignore`, `targets`.
+            instead; vLLM's quantization_config, a dictionary or JSON with `linear`, `moe`, `ignore`, `targets`; or a
+            `Plan`. With `fit`, the schemes to choose from, by default fp8 and nvfp4.
         model: A model that exists. Nothing process-wide is installed for it before the block is entered.
+        fit: Bytes that the model may take, as a number or as "10GB". Each weight then gets the best scheme that leaves
+            room for the others, as `plan` chooses; embeddings and head are quantized, too. A little is kept back for
+            weights that lose more than expected; weights are staged whole. `session.plan` is what was chosen.
+        reserve: Of `fit`, bytes to leave free, for a KV cache and activations.
         ignore: Patterns on the names a user sees (an exact name, "re:..." or a glob) of weights to leave alone.
         targets: Patterns that replace the default choice; they may be mapped to schemes.
         device: Where quantized weights live; by default where the weight was created, or the CPU if that was "meta".
@@ -106,7 +116,32 @@ def online_quant(
         source=source,
         strict_source=strict_source,
     )
-    return open_load(Selection(scheme, ignore, targets), model, options)
+    return open_load(_selection(scheme, ignore, targets, fit, reserve, options), model, options)
+
+
+def _selection(
+    scheme: SchemeSpec | Sequence[SchemeLike] | None,
+    ignore: Sequence[str],
+    targets: Targets | None,
+    fit: int | str | None,
+    reserve: int | str,
+    options: LoadOptions,
+) -> Selection:
+    if fit is None:
+        if scheme is None or (not isinstance(scheme, str) and isinstance(scheme, Sequence)):
+            raise ConfigError("online_quant takes one scheme, or with fit= several to choose from")
+        return Selection(scheme, ignore, targets)
+    from ..schemes.planning import DEFAULT_SCHEMES
+    from .fitting import Fitting
+
+    if targets is not None or options.min_sqnr is not None or options.process_group is not None:
+        raise ConfigError(
+            "fit= chooses what becomes of each weight, by what one rank sees; it goes with neither targets, min_sqnr "
+            "nor process_group. A plan that qtensor.plan has made goes with all of them"
+        )
+    if isinstance(scheme, Mapping):
+        raise ConfigError("with fit=, give a list of schemes to choose from")
+    return Fitting(DEFAULT_SCHEMES if scheme is None else scheme, ignore, fit, reserve)  # type: ignore[arg-type]
 
 
 def open_load(selection: Selection, model: nn.Module | None, options: LoadOptions) -> Session:
@@ -125,8 +160,9 @@ class Load(ModelTransaction):
     options: LoadOptions
 
     def __init__(self, selection: Selection, model: nn.Module | None, options: LoadOptions) -> None:
-        super().__init__(model, str(selection.config), options)
+        super().__init__(model, str(selection), options)
         self.min_sqnr, self.measure_sqnr = options.min_sqnr, options.measure_sqnr
+        self.judges = self.min_sqnr is not None or selection.may_change
         self._agreements = Agreements()
         self._selection = selection
         self._arming: Replacement | None = None
@@ -193,6 +229,7 @@ class Load(ModelTransaction):
             self._tree.note(child, parent)
 
     def _arm_model(self, model: nn.Module) -> None:
+        self._selection.prepare(self._tensors)
         seen: dict[int, list[Owner]] = {}
         tensors: dict[int, torch.Tensor] = {}
         adapters = adapter_parameters(model)
@@ -292,6 +329,7 @@ class Load(ModelTransaction):
         if module is None:  # Somebody writes to a Parameter of a module that is gone.
             return None
         held = module._parameters.get(name)
+        self._selection.prepare(self._tensors)
         return self._decide(weight, owners, held if is_dtensor(held) and held is not None else weight.params[0])
 
     def _decide(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
@@ -304,6 +342,24 @@ class Load(ModelTransaction):
             if self._agreements.share(weight, owners, param, scheme.format) and self.min_sqnr is not None:
                 raise ConfigError("min_sqnr decides by what one rank sees; it cannot be combined with split scales")
         return scheme
+
+    @property
+    def plan(self) -> Plan | None:
+        return self._selection.plan
+
+    def _tensors(self) -> list[Tensor]:
+        from ..schemes.planning import tensors_of
+
+        named = ((full_name((module, owner, name)), param) for module, owner, name, param in self._tree.parameters())
+        return tensors_of(named, self._tree.plain_buffers())
+
+    def judge(self, weight: ArmedWeight, sqnr: float) -> Scheme | None:
+        if not self._selection.may_change:
+            return super().judge(weight, sqnr)
+        chosen = self._selection.better(name := self.name_of(weight), weight.scheme, sqnr)
+        if chosen != weight.scheme:
+            self._notes[name] = f"{weight.scheme} gave {sqnr:.1f} dB, less than planned: {chosen or 'not quantized'}"
+        return chosen
 
     # Finishing
 

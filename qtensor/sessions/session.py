@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from ..errors import QTensorError
 from ..report.report import LoadReport
 from .model_transaction import ModelTransaction
 from .options import SessionOptions
+
+if TYPE_CHECKING:
+    from ..schemes.plan import Plan
 
 
 class Session:
@@ -45,6 +48,11 @@ class Session:
     def options(self) -> SessionOptions:
         """What it was asked for."""
         return self._work.options
+
+    @property
+    def plan(self) -> Plan | None:
+        """What `fit=` chose for each weight, once the first is loaded; None without `fit`."""
+        return self._work.plan
 
     def on_layer_quantized(self, hook: Callable[[str, nn.Module], None]) -> None:
         """Call `hook(name, module)` each time all weights of a module that are to be quantized are there.
