@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .convert import quantize_checkpoint
     from .lazy.counter import CopyCounter
     from .schemes.plan import Plan
+    from .schemes.planning import load_plan
 
 __all__ = [
     "DEFAULT_IGNORE",
@@ -89,6 +90,7 @@ __all__ = [
     "int4_per_group",
     "int8_per_channel",
     "load_checkpoint",
+    "load_plan",
     "mxfp4",
     "mxfp8",
     "nvfp4",
@@ -113,6 +115,7 @@ _FROM = {
     "inspect_checkpoint": "qtensor.checkpoint",
     "Plan": "qtensor.schemes.plan",
     "load_checkpoint": "qtensor.checkpoint",
+    "load_plan": "qtensor.schemes.planning",
     "plan": "qtensor.checkpoint.planning",
     "quantize_checkpoint": "qtensor.convert",
     "save_checkpoint": "qtensor.checkpoint",

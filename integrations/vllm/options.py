@@ -26,7 +26,7 @@ OptionsError = ConfigError
 """The name that this error had here first."""
 
 PREFIX = "QTENSOR_VLLM_"
-_NOT_OPTIONS = {"quant_method"}
+_NOT_OPTIONS = {"quant_method", "plan"}
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from ..errors import ConfigError
 from ..modules import parameters
 from ..report.report import LoadReport
 from ..schemes.config import SchemeSpec
-from ..schemes.scheme import Scheme, Targets, as_scheme
+from ..schemes.plan import Plan
+from ..schemes.scheme import Scheme, SchemeLike, Targets, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE, Selection
-from ..sessions.online import open_load
+from ..sessions.online import choose, open_load
 from ..sessions.options import LoadOptions, OnMissing, OnNonfinite, StrictSource
 from ..sessions.session import Session
 from ..tensor.qtensor import QTensor, empty
@@ -49,7 +50,10 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
     `save_checkpoint` writes; `from_pretrained` reads that again, without a configuration.
 
     Args:
-        scheme: As `online_quant` takes it: a `Scheme`, its name, `{pattern: scheme}`, or vLLM's quantization_config.
+        scheme: As `online_quant` takes it: a `Scheme`, its name, `{pattern: scheme}`, vLLM's quantization_config, or a
+            `Plan`; "fp8" by default. With `fit`, the schemes to choose from.
+        fit: Bytes that the model may take, as a number or as "10GB".
+        reserve: Of `fit`, bytes to leave free.
         ignore: Patterns of weights to leave alone.
         targets: Patterns that replace the default choice; they may be mapped to schemes.
         on_missing: What becomes of elements that the checkpoint lacks; "init" is what transformers does.
@@ -67,8 +71,10 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        scheme: SchemeSpec = "fp8",
+        scheme: SchemeSpec | Sequence[SchemeLike] | None = None,
         *,
+        fit: int | str | None = None,
+        reserve: int | str = 0,
         ignore: Sequence[str] = DEFAULT_IGNORE,
         targets: Targets | None = None,
         on_missing: OnMissing = "error",
@@ -84,6 +90,8 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         if quant_method != METHOD:
             raise ConfigError(f"QTensorConfig: quant_method is {METHOD!r}, not {quant_method!r}")
         self.quant_method = METHOD  # type: ignore[assignment]
+        scheme = "fp8" if scheme is None and fit is None else scheme
+        self.fit, self.reserve = fit, reserve
         self.scheme, self.targets = _written(scheme), None if targets is None else _written_targets(targets)
         self.ignore = _written_list(ignore)
         self.on_missing, self.on_nonfinite, self.strict_reads = on_missing, on_nonfinite, strict_reads
@@ -98,7 +106,7 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         """Which weights become what."""
         targets = self.targets
         read = {p: _read(s) for p, s in targets.items()} if isinstance(targets, dict) else targets
-        return Selection(_read(self.scheme), self.ignore, read)
+        return choose(_read(self.scheme), self.ignore, read, self.fit, self.reserve, self.options())
 
     def options(self) -> LoadOptions:
         """How the session treats what is missing, not finite, or lossy."""
@@ -150,6 +158,10 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
 
 def _written(scheme: Any) -> Any:
     """A scheme, or schemes by pattern, as JSON can hold them."""
+    if isinstance(scheme, Plan):
+        scheme = scheme.to_json()
+    if isinstance(scheme, list | tuple):
+        return [_written(each) for each in scheme]
     if isinstance(scheme, Mapping):
         return {key: _written(value) for key, value in scheme.items()}
     if not isinstance(scheme, Scheme):

@@ -13,11 +13,14 @@ from typing import Any
 
 from ..checkpoint.inspecting import inspect_checkpoint
 from ..checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS
+from ..checkpoint.planning import plan
 from ..checkpoint.verify import verify_checkpoint
 from ..convert.cluster import LOST_AFTER, launched
 from ..convert.converting import ConversionReport, quantize_checkpoint
 from ..convert.launch import quantize_on_ranks, quantize_on_ray
 from ..errors import QTensorError
+from ..schemes.config import SchemeSpec
+from ..schemes.planning import DEFAULT_SCHEMES, load_plan
 from ..schemes.scheme import SCHEMES, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE
 from ..text import joined
@@ -25,14 +28,16 @@ from .output import OutputLost, complain
 
 
 def add_parsers(commands: Any) -> None:
-    """Add the three verbs to the `qtensor` command's subparsers; each sets `run`, which returns the exit code."""
+    """Add the four verbs to the `qtensor` command's subparsers; each sets `run`, which returns the exit code."""
     saveable = sorted({name for rows in LAYOUTS.values() for name in rows} | {"fp8"})
     quantize = commands.add_parser("quantize", help="quantize a checkpoint, file to file, without the model's code")
     quantize.add_argument(
         "source", type=Path, metavar="SRC", help="folder of a safetensors checkpoint, or a .gguf file"
     )
     quantize.add_argument("target", type=Path, metavar="DST", help="folder to write; it must not exist")
-    quantize.add_argument("--scheme", choices=[n for n in saveable if n in SCHEMES], default="fp8")
+    chosen = quantize.add_mutually_exclusive_group()
+    chosen.add_argument("--scheme", choices=[n for n in saveable if n in SCHEMES], default="fp8")
+    chosen.add_argument("--plan", type=Path, metavar="FILE", help="a scheme per weight, as `qtensor plan` writes it")
     quantize.add_argument("--weight-only", action="store_true", help="servers are told not to quantize activations")
     quantize.add_argument(
         "--ignore",
@@ -66,6 +71,29 @@ def add_parsers(commands: Any) -> None:
     )
     quantize.set_defaults(run=_quantize)
 
+    planned = commands.add_parser("plan", help="which scheme each weight gets so that a model fits into memory")
+    planned.add_argument(
+        "model", type=Path, metavar="MODEL", help="folder of a safetensors checkpoint, or of a config.json alone"
+    )
+    planned.add_argument(
+        "--fit", required=True, metavar="SIZE", help="bytes that the model may take, as 10GB or 9.5GiB"
+    )
+    planned.add_argument(
+        "--reserve", default="0", metavar="SIZE", help="of these, to leave free for a KV cache and activations"
+    )
+    planned.add_argument(
+        "--schemes",
+        default=",".join(scheme.name for scheme in DEFAULT_SCHEMES),
+        metavar="A,B",
+        help="to choose from (default %(default)s)",
+    )
+    planned.add_argument(
+        "--ignore", action="append", default=[], metavar="P", help="leave these as they are; repeatable"
+    )
+    planned.add_argument("--engine", choices=("pytorch", "vllm"), default="pytorch", help="who is going to load it")
+    planned.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, as JSON")
+    planned.set_defaults(run=_plan)
+
     inspect = commands.add_parser("inspect", help="what is quantized how in a checkpoint")
     inspect.add_argument("path", type=Path, metavar="PATH")
     inspect.add_argument(
@@ -77,7 +105,7 @@ def add_parsers(commands: Any) -> None:
     verify.add_argument("path", type=Path, metavar="PATH")
     verify.add_argument("--workers", type=_count, default=2, metavar="N", help="threads (default 2)")
     verify.set_defaults(run=_verify)
-    for parser in (quantize, inspect, verify):
+    for parser in (quantize, planned, inspect, verify):
         parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -88,7 +116,6 @@ def _count(text: str) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    scheme = as_scheme(args.scheme)
     work: Callable[..., ConversionReport | None] = quantize_checkpoint
     if args.ray is not None:
         work = partial(quantize_on_ray, address=args.ray or None)
@@ -98,7 +125,7 @@ def _quantize(args: argparse.Namespace) -> int:
         report = work(
             args.source,
             args.target,
-            scheme.weight_only() if args.weight_only else scheme,
+            _scheme(args),
             ignore=(*DEFAULT_IGNORE, *args.ignore),
             format=args.format,
             workers=args.workers,
@@ -106,6 +133,30 @@ def _quantize(args: argparse.Namespace) -> int:
         )
         if report is not None:  # Ranks other than 0 have none.
             outcome(report.to_json(), _describe(report, args.target), beside_the_point=True)
+    return outcome.code
+
+
+def _scheme(args: argparse.Namespace) -> SchemeSpec:
+    if args.plan is None:
+        scheme = as_scheme(args.scheme)
+        return scheme.weight_only() if args.weight_only else scheme
+    targets = load_plan(args.plan).targets
+    return {pattern: scheme.weight_only() if args.weight_only else scheme for pattern, scheme in targets.items()}
+
+
+def _plan(args: argparse.Namespace) -> int:
+    with _failures(args) as outcome:
+        found = plan(
+            args.model,
+            args.fit,
+            reserve=args.reserve,
+            schemes=args.schemes.split(","),
+            ignore=args.ignore,
+            engine=args.engine,
+        )
+        if args.out is not None:
+            found.save(args.out)
+        outcome(found.to_json(), f"{joined([str(args.model)])}: {found}")
     return outcome.code
 
 

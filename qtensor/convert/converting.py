@@ -55,9 +55,9 @@ from ..errors import CheckpointError
 from ..kernels import SOURCE_DTYPES
 from ..modules import module_of, weight_of
 from ..report.progress import Progress, ProgressLike, from_bytes
-from ..schemes.config import pattern_list
-from ..schemes.scheme import Scheme, SchemeLike, as_scheme
-from ..schemes.selection import DEFAULT_IGNORE, ignoring
+from ..schemes.config import SchemeSpec
+from ..schemes.scheme import Scheme
+from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..sessions.options import StrictSource, functions, one_of
 from .decoding import Decoded, decoded
 from .streaming import OnBytes, TensorTask, copy, quantize
@@ -143,7 +143,7 @@ Share = Callable[[Conversion, list[ShardTask], Path, OnBytes], None]
 def quantize_checkpoint(
     source: str | Path,
     target: str | Path,
-    scheme: SchemeLike,
+    scheme: SchemeSpec,
     *,
     ignore: Sequence[str] = DEFAULT_IGNORE,
     format: str = COMPRESSED_TENSORS,
@@ -166,7 +166,7 @@ def quantize_checkpoint(
     Args:
         source: Folder of a safetensors checkpoint, or a `.gguf` file.
         target: Folder to write.
-        scheme: A `Scheme` or its name.
+        scheme: A `Scheme` or its name, `{pattern: scheme}`, or a `Plan`.
         ignore: Patterns of weights to leave as they are.
         format: Of the files, as `save_checkpoint` takes it.
         workers: Threads.
@@ -227,7 +227,7 @@ def quantize_checkpoint(
 def prepare(
     source: str | Path,
     target: Path,
-    scheme: SchemeLike,
+    scheme: SchemeSpec,
     ignore: Sequence[str],
     format: str,
     strict_source: StrictSource = "any",
@@ -235,14 +235,14 @@ def prepare(
     """What there is to do, from the headers alone; nothing is written. Raises CheckpointError."""
     require_format(format)
     one_of("strict_source", strict_source, "any", "lossless")
-    scheme, ignore = as_scheme(scheme), pattern_list("ignore", ignore)
+    selection = Selection(scheme, ignore, None)
     checkpoint = decoded(open_checkpoint(source), strict_source == "lossless")
     for path in (*checkpoint.files, checkpoint.folder / CONFIG, *side_files(checkpoint.folder)):
         if leads_out(path):
             raise CheckpointError(f"{path} is a link out of its folder, and is not published; put the file there")
-    report = ConversionReport(str(scheme), source_bytes=checkpoint.nbytes, files=len(checkpoint.shards))
+    report = ConversionReport(str(selection), source_bytes=checkpoint.nbytes, files=len(checkpoint.shards))
     report.sources = dict(Counter(str(t.source) for t in checkpoint.tensors.values() if isinstance(t, Decoded)))
-    schemes = _choose(checkpoint, scheme, ignore, format, report)
+    schemes = _choose(checkpoint, selection, format, report)
     tasks = plan(checkpoint, build_folder(target), schemes, format)
     names = Names()
     for tensor in (tensor for task in tasks for tensor in task.tensors):
@@ -335,22 +335,18 @@ def begin(checkpoint: Checkpoint, folder: Path, schemes: dict[str, Scheme], form
     write_json(folder / CONFIG, config)
 
 
-def _choose(
-    checkpoint: Checkpoint, scheme: Scheme, ignore: Sequence[str], format: str, report: ConversionReport
-) -> dict[str, Scheme]:
+def _choose(checkpoint: Checkpoint, selection: Selection, format: str, report: ConversionReport) -> dict[str, Scheme]:
     """The scheme of each module that is going to be quantized."""
     schemes: dict[str, Scheme] = {}
-    unused = set(ignore) - set(DEFAULT_IGNORE)
     for name, stored in checkpoint.tensors.items():
         module = module_of(name)
         if len(stored.shape) == 3 and module is None:
             report.left[name] = "a stack of matrices in one tensor"
         if module is None or len(stored.shape) != 2:
             continue
-        ignored = ignoring(ignore, module, name, stored.shape[0])
-        unused.difference_update(ignored)
-        if ignored:
-            report.left[name] = f"ignored by {ignored[0]!r}"
+        scheme, why = selection.of_matrix(module, name, stored.shape[0])
+        if scheme is None:
+            report.left[name] = why
         elif stored.dtype not in SOURCE_DTYPES:
             report.left[name] = f"holds {stored.dtype}"
         elif not stored.nbytes:
@@ -358,8 +354,8 @@ def _choose(
         else:
             layout_of(scheme, format, name)
             schemes[module] = scheme
-    if unused:
-        report.warnings.append(f"patterns that matched no weight: {', '.join(sorted(unused))}")
+    if unused := selection.unused_patterns():
+        report.warnings.append(f"patterns that matched no weight: {', '.join(unused)}")
     if not schemes:
         raise CheckpointError(
             f'{checkpoint.folder}: has no 2-d "….weight" that is not ignored; there is nothing to quantize'

@@ -17,7 +17,7 @@ from ..checkpoint.layouts import COMPRESSED_TENSORS
 from ..errors import CheckpointError, QTensorError
 from ..extras import require
 from ..report.progress import ProgressLike
-from ..schemes.scheme import SchemeLike
+from ..schemes.config import SchemeSpec
 from ..schemes.selection import DEFAULT_IGNORE
 from ..sessions.options import StrictSource
 from .cluster import LOST_AFTER, Ranks, await_visible
@@ -36,7 +36,7 @@ from .streaming import OnBytes
 def quantize_on_ranks(
     source: str | Path,
     target: str | Path,
-    scheme: SchemeLike,
+    scheme: SchemeSpec,
     *,
     ignore: Sequence[str] = DEFAULT_IGNORE,
     format: str = COMPRESSED_TENSORS,
@@ -94,7 +94,7 @@ def quantize_on_ranks(
 def quantize_on_ray(
     source: str | Path,
     target: str | Path,
-    scheme: SchemeLike,
+    scheme: SchemeSpec,
     *,
     address: str | None = None,
     workers: int = 2,

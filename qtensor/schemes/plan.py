@@ -83,9 +83,16 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """For `json.dumps`: a quantization_config, and beside it, under "plan", what was known when it was made."""
         known = [
-            {"name": w.name, "shape": list(w.shape), "scheme": w.scheme and w.scheme.name, "bytes": w.bytes}
-            | {"kind": w.kind, "layer": w.layer}
-            for w in self.weights
+            {
+                "names": list(weight.tensor.names),
+                "shape": list(weight.shape),
+                "itemsize": weight.tensor.itemsize,
+                "kind": weight.kind,
+                "layer": weight.layer,
+                "scheme": weight.scheme and weight.scheme.name,
+                "bytes": weight.bytes,
+            }
+            for weight in self.weights
         ]
         head = {"lm_head": True} if self.lm_head else {}
         return {
@@ -95,7 +102,7 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON. `targets` may be edited: it is what counts."""
+        """Write it as JSON, for `load_plan`. `targets` may be edited: it is what counts."""
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:

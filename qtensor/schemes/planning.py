@@ -11,15 +11,17 @@ steps are taken in the model's order, so the same shapes give the same plan.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
 from .plan import Plan, PlannedWeight, Tensor, in_gb
 from .scheme import SCHEMES, Scheme, SchemeLike, as_scheme
-from .selection import NORMS, ROUTERS, ignoring
+from .selection import NORMS, ROUTERS, Selection, ignoring
 
 Engine = Literal["pytorch", "vllm"]
 Size = int | str
@@ -170,6 +172,33 @@ def make_plan(
         taken += int(best.next_size())
         best.rise()
     return _plan(tensors, budget, kept, {id(t): g.scheme for g in groups.values() for t in g.tensors}, engine)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read what `Plan.save` wrote. Of weights whose `targets` were edited, schemes and bytes follow these.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no plan.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        known, targets = given["plan"], given["targets"]
+        selection = Selection({"targets": targets}, (), None)
+        weights = tuple(_weight(entry, selection) for entry in known["weights"])
+        head, sizes = given.get("lm_head", False) is True, (int(known["fit"]), int(known["reserve"]))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: no plan, as `qtensor plan` writes it: {type(error).__name__}: {error}") from None
+    return Plan(*sizes, weights, dict(selection.targets or {}), head)
+
+
+def _weight(entry: Mapping[str, Any], selection: Selection) -> PlannedWeight:
+    names, shape = tuple(map(str, entry["names"])), tuple(map(int, entry["shape"]))
+    tensor = Tensor(names, shape, int(entry["itemsize"]))
+    kind, layer = str(entry["kind"]), entry["layer"]
+    chosen = selection.of_matrix(names[0].removesuffix(".weight"), names[0], shape[-2])[0] if kind else None
+    return PlannedWeight(tensor, chosen, bytes_of(tensor, chosen), kind, None if layer is None else int(layer))
 
 
 class _Group:

@@ -70,6 +70,17 @@ class Selection:
     def __str__(self) -> str:
         return str(self.config)
 
+    @property
+    def targets(self) -> Mapping[str, Scheme] | None:
+        """Pattern → scheme; None if the choice is by kind of layer."""
+        return self._targets
+
+    @targets.setter
+    def targets(self, targets: Mapping[str, Scheme] | None) -> None:
+        self._targets = targets
+        self._order = {pattern: i for i, pattern in enumerate(targets or ())}
+        self._globs = [p for p in self._order if p.startswith("re:") or any(c in p for c in "*?[")]
+
     def prepare(self, tensors: Callable[[], Sequence[Tensor]]) -> None:
         """A weight is about to be chosen; `tensors` are those of the model as it stands."""
 
@@ -102,24 +113,44 @@ class Selection:
         schemes = [self._scheme_of(owner, param) for owner in owners]
         return schemes[0] if schemes and all(s is not None for s in schemes) else None
 
+    def of_matrix(self, module_name: str, weight_name: str, rows: int) -> tuple[Scheme | None, str]:
+        """The scheme of a matrix of a checkpoint, whose module nobody knows, or why it is left."""
+        if ignored := self._ignoring(module_name, weight_name, rows):
+            self._unused.difference_update(ignored)
+            return None, f"ignored by {ignored[0]!r}"
+        if self.targets is None:
+            return self.config.linear, "of no scheme for linear layers"
+        found = self._targeting(module_name, weight_name)
+        self._unused.difference_update(found)
+        return (self.targets[found[0]], "") if found else (None, "selected by no pattern")
+
     def why_left(self, owners: Sequence[Owner], param: torch.Tensor) -> str:
         """Why a weight that could be quantized stays as it is, for a report; nothing to say of all others."""
         for owner in owners:
             module_name, module, _ = owner
-            named = [p for p in self.targets or () if matches(p, module_name, full_name(owner))]
+            named = self._targeting(module_name, full_name(owner))
             default = isinstance(module, nn.Linear) if param.dim() == 2 else _is_expert_stack(owner)
-            if param.dim() in (2, 3) and (named or default) and (found := self._ignoring(owner, param)):
-                return f"ignored by {found[0]!r}"
+            ignored = self._ignoring(module_name, full_name(owner), param.shape[-2]) if param.dim() in (2, 3) else []
+            if ignored and (named or default):
+                return f"ignored by {ignored[0]!r}"
             if named and param.dim() > 3:
                 self._unused.difference_update(named)
                 return f"{list(param.shape)} is neither a matrix nor a stack of them, though {named[0]!r} selects it"
         return ""
 
-    def _ignoring(self, owner: Owner, param: torch.Tensor) -> list[str]:
-        found = ignoring(self.ignore, owner[0], full_name(owner), param.shape[-2])
+    def _ignoring(self, module_name: str, weight_name: str, rows: int) -> list[str]:
+        found = ignoring(self.ignore, module_name, weight_name, rows)
         # A weight that `targets` calls by its very name is meant, whatever is left alone by default.
-        meant = any(name in (self.targets or ()) for name in (owner[0], full_name(owner)))
+        meant = any(name in (self.targets or ()) for name in (module_name, weight_name))
         return [pattern for pattern in found if not (meant and pattern in DEFAULT_IGNORE)]
+
+    def _targeting(self, module_name: str, weight_name: str) -> list[str]:
+        """The patterns in `targets` that select a weight, in their order. Names are looked up: a plan has as many as
+        there are weights."""
+        above = [module_name[:i] for i, c in enumerate(module_name) if c == "."]
+        names = [name for name in (weight_name, module_name, *above) if name in self._order]
+        found = names + [p for p in self._globs if p not in names and matches(p, module_name, weight_name)]
+        return sorted(dict.fromkeys(found), key=self._order.__getitem__)
 
     def unused_patterns(self) -> list[str]:
         """The user's own patterns that matched nothing."""
@@ -132,13 +163,13 @@ class Selection:
         if self.targets is None and param.dim() == 3 and not _is_expert_stack(owner):
             return None
         full = full_name(owner)
-        ignored = self._ignoring(owner, param)
+        ignored = self._ignoring(module_name, full, param.shape[-2])
         self._unused.difference_update(ignored)
         if ignored:
             return None
         if self.targets is None:
             return self.config.linear if isinstance(module, nn.Linear) else self.config.moe
-        found = [pattern for pattern in self.targets if matches(pattern, module_name, full)]
+        found = self._targeting(module_name, full)
         self._unused.difference_update(found)
         return self.targets[found[0]] if found else None
 

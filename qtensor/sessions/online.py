@@ -116,10 +116,10 @@ def online_quant(
         source=source,
         strict_source=strict_source,
     )
-    return open_load(_selection(scheme, ignore, targets, fit, reserve, options), model, options)
+    return open_load(choose(scheme, ignore, targets, fit, reserve, options), model, options)
 
 
-def _selection(
+def choose(
     scheme: SchemeSpec | Sequence[SchemeLike] | None,
     ignore: Sequence[str],
     targets: Targets | None,
@@ -127,6 +127,7 @@ def _selection(
     reserve: int | str,
     options: LoadOptions,
 ) -> Selection:
+    """The rule for those arguments of `online_quant`. Raises ConfigError."""
     if fit is None:
         if scheme is None or (not isinstance(scheme, str) and isinstance(scheme, Sequence)):
             raise ConfigError("online_quant takes one scheme, or with fit= several to choose from")
