@@ -182,6 +182,8 @@ def _written_list(patterns: Any) -> Any:
 def _read(written: Any) -> Any:
     if isinstance(written, dict) and written.keys() == {"weight", "activation"} and written["activation"] == "none":
         return as_scheme(written["weight"]).weight_only()
+    if isinstance(written, list):
+        return [_read(each) for each in written]
     return {key: _read(value) for key, value in written.items()} if isinstance(written, dict) else written
 
 

@@ -38,7 +38,7 @@ class Fitting(Selection):
         self._schemes = read_schemes("scheme", schemes)
         self._fit, self._reserve = read_size("fit", fit), read_size("reserve", reserve)
         self.config = QuantConfig(None, None, targets={})
-        self.ignore = () if ignore is DEFAULT_IGNORE else pattern_list("ignore", ignore)
+        self.ignore = () if tuple(ignore) == DEFAULT_IGNORE else pattern_list("ignore", ignore)
         self.targets = {}
         self._unused = {*self.ignore} - set(DEFAULT_IGNORE)
         self._places: dict[str, int] = {}
