@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qtensor import QTensorError, fp8_per_block, fp8_per_channel, mxfp8, nvfp4
+from qtensor import QTensorError, fp8_per_block, fp8_per_channel, mxfp8, nvfp4, plan
 from qtensor.integrations.vllm import compat, register
 from qtensor.integrations.vllm.config import NAMES, QTensorConfig
 from qtensor.integrations.vllm.moe import expert_method
@@ -126,6 +126,22 @@ def test_targets_by_json() -> None:
         "gate_up_proj": "int4_per_group",
         "down_proj": "int4_per_group",
     }
+
+
+def test_a_plan_is_served() -> None:
+    """As the file that `qtensor plan --engine vllm` writes: fused layers and experts find their schemes."""
+    folder = checkpoint("qwen3-moe")
+    full = (folder / "model.safetensors").stat().st_size
+    made = plan(folder, int(0.55 * full), schemes=["int4_per_group", "fp8_per_channel"], engine="vllm")
+    assert {str(scheme) for scheme in made.targets.values()} == {"int4_per_group", "fp8_per_channel"}
+    with engine(folder, "qtensor", **_by_json(**made.to_json())) as llm:
+        seen = look(llm)
+    assert seen.report is not None
+    found = {layer["name"]: (layer["scheme"], layer["bytes"]) for layer in seen.report["layers"]}
+    kept = {w.name: w for w in made.weights if w.scheme is not None}
+    assert sum(size for _, size in found.values()) == sum(w.bytes for w in kept.values())
+    for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        assert (found[name][0] if name in found else None) == (kept[name].scheme.name if name in kept else None)
 
 
 def test_config_route_and_quantized_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
