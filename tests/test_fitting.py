@@ -69,6 +69,25 @@ def test_what_is_kept_back_goes_to_a_weight_that_loses_more_than_planned(state: 
     assert sum("less than planned" in layer.note for layer in found.values()) == 1
 
 
+def test_buffers_count_and_stay(state: Any) -> None:
+    class Counted(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ids", torch.arange(4 * SIZE).view(4, SIZE))
+            self.register_buffer("table", torch.zeros(SIZE, SIZE))
+
+    values = state | {"ids": torch.arange(4 * SIZE).view(4, SIZE), "table": torch.ones(SIZE, SIZE)}
+    fit = sum(t.nbytes for t in values.values()) // 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with online_quant(fit=fit) as session:
+            model = Counted()
+            model.load_state_dict(values)
+    assert session.plan is not None
+    assert in_memory(model) == session.plan.bytes <= fit
+    assert torch.equal(model.table, values["table"])
+
+
 def test_a_weight_that_was_not_there_when_the_plan_was_made_is_refused(state: Any) -> None:
     with pytest.raises(ConfigError, match=r"qtensor\.plan"), online_quant(fit="1GB"):
         model = Model()

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from ..extras import require
+from ..kernels import SOURCE_DTYPES
 from ..modules import full_name, local_tensor, parameters
 from ..schemes.plan import Plan, Tensor
 from ..schemes.planning import DEFAULT_SCHEMES, Engine, Size, make_plan, tensors_of
@@ -74,7 +75,7 @@ def _with_ties(checkpoint: Checkpoint) -> Iterator[Tensor]:
     tied = checkpoint.config.get("tie_word_embeddings") and _HEAD not in checkpoint.tensors
     for name, stored in checkpoint.tensors.items():
         names = (name, _HEAD) if tied and name.endswith(_EMBEDDING) else (name,)
-        yield Tensor(names, stored.shape, stored.dtype.itemsize)
+        yield Tensor(names, stored.shape, stored.dtype.itemsize, stored.dtype in SOURCE_DTYPES)
 
 
 def _on_meta(folder: Path) -> nn.Module:

@@ -21,11 +21,13 @@ class Tensor:
     """A tensor of a model that is going to be loaded.
 
     names: every name it has, as `named_parameters` gives them. itemsize: bytes of an element in high precision.
+    is_weight: a parameter in high precision; not a buffer, nor integers.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     itemsize: int
+    is_weight: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Plan:
                 "names": list(weight.tensor.names),
                 "shape": list(weight.shape),
                 "itemsize": weight.tensor.itemsize,
+                "is_weight": weight.tensor.is_weight,
                 "kind": weight.kind,
                 "layer": weight.layer,
                 "scheme": weight.scheme and weight.scheme.name,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from ..kernels import SOURCE_DTYPES
 from .plan import Plan, PlannedWeight, Tensor, in_gb
 from .scheme import SCHEMES, Scheme, SchemeLike, as_scheme
 from .selection import NORMS, ROUTERS, Selection, ignoring
@@ -89,8 +90,10 @@ def tensors_of(parameters: Iterable[tuple[str, Any]], buffers: Iterable[tuple[st
     for name, param in parameters:
         names.setdefault(id(param), []).append(name)
         held[id(param)] = param
-    found = [Tensor(tuple(names[key]), tuple(param.shape), param.dtype.itemsize) for key, param in held.items()]
-    return found + [Tensor((name,), tuple(buffer.shape), buffer.dtype.itemsize) for name, buffer in buffers]
+    found = [
+        Tensor(tuple(names[key]), tuple(p.shape), p.dtype.itemsize, p.dtype in SOURCE_DTYPES) for key, p in held.items()
+    ]
+    return found + [Tensor((name,), tuple(b.shape), b.dtype.itemsize, False) for name, b in buffers]
 
 
 def read_size(key: str, value: Size) -> int:
@@ -195,7 +198,7 @@ def load_plan(path: str | Path) -> Plan:
 
 def _weight(entry: Mapping[str, Any], selection: Selection) -> PlannedWeight:
     names, shape = tuple(map(str, entry["names"])), tuple(map(int, entry["shape"]))
-    tensor = Tensor(names, shape, int(entry["itemsize"]))
+    tensor = Tensor(names, shape, int(entry["itemsize"]), entry["is_weight"] is True)
     kind, layer = str(entry["kind"]), entry["layer"]
     chosen = selection.of_matrix(names[0].removesuffix(".weight"), names[0], shape[-2])[0] if kind else None
     return PlannedWeight(tensor, chosen, bytes_of(tensor, chosen), kind, None if layer is None else int(layer))
@@ -261,7 +264,7 @@ def _options(
     tensor: Tensor, kind: str, schemes: Sequence[Scheme], ignore: Sequence[str], engine: Engine
 ) -> list[Scheme | None]:
     """What a tensor may become."""
-    if len(tensor.shape) not in (2, 3) or 0 in tensor.shape or tensor.names[0].endswith("bias"):
+    if not tensor.is_weight or len(tensor.shape) not in (2, 3) or 0 in tensor.shape or tensor.names[0].endswith("bias"):
         return [None]
     rows, cols = tensor.shape[-2:]
     for name in tensor.names:
