@@ -1,9 +1,8 @@
 """What a first load waits for: CPU loops that compile, or are read from numba's cache.
 
-Each run is a process of its own that imports qtensor and then loads a checkpoint of one size, in three states: an empty
-cache; an empty cache, without asking for loops beforehand; and a full one. With `--beside FOLDER`, a checkout of
-another version, that one with an empty and a full cache, too. Runs take turns; printed are the medians of the whole
-load, its processor time, and the longest call of the loader, which is the first as a rule.
+Each run is a process of its own that imports qtensor and then loads a checkpoint of one size, with an empty cache and
+with a full one. With `--beside FOLDER`, a checkout of another version, that one, too. Runs take turns; printed are the
+medians of the whole load, its processor time, and the longest call of the loader, which is the first as a rule.
 
     python bench/first_load.py --beside ../qtensor-before --out bench/results/first_load.json
 """
@@ -23,18 +22,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"4 MB": (8, 512, 512), "1 GB": (32, 4096, 4096)}
-STATES = ("empty cache", "empty, nothing beforehand", "full cache")
+STATES = ("empty cache", "full cache")
 
 
-def one_load(file: str, layers: int, rows: int, cols: int, scheme: str, ahead: bool) -> dict[str, float]:
+def one_load(file: str, layers: int, rows: int, cols: int, scheme: str) -> dict[str, float]:
     import torch
     from safetensors import safe_open
     from torch import nn
 
-    from qtensor import kernels, online_quant
+    from qtensor import online_quant
 
-    if not ahead:
-        kernels.foresee = lambda *_: None
     longest, started, processor = 0.0, time.perf_counter(), time.process_time()
     with online_quant(scheme, device="cpu", progress=False), torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16) for _ in range(layers)))
@@ -60,8 +57,8 @@ def package(tree: Path, folder: Path) -> Path:
     return folder
 
 
-def run(tree: Path, cache: Path, file: Path, size: str, scheme: str, ahead: bool) -> dict[str, float]:
-    arguments = [str(file), *map(str, SHAPES[size]), scheme, str(int(ahead))]
+def run(tree: Path, cache: Path, file: Path, size: str, scheme: str) -> dict[str, float]:
+    arguments = [str(file), *map(str, SHAPES[size]), scheme]
     environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(tree)}
     command = [sys.executable, __file__, "--one", *arguments]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -71,15 +68,15 @@ def run(tree: Path, cache: Path, file: Path, size: str, scheme: str, ahead: bool
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--scheme", default="fp8_per_channel")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--beside", type=Path, help="a checkout of another version")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.one:
-        file, layers, rows, cols, scheme, ahead = args.one
-        print(json.dumps(one_load(file, int(layers), int(rows), int(cols), scheme, ahead == "1")))
+        file, layers, rows, cols, scheme = args.one
+        print(json.dumps(one_load(file, int(layers), int(rows), int(cols), scheme)))
         return
     import torch
     from safetensors.torch import save_file
@@ -96,10 +93,9 @@ def main() -> None:
         for turn in range(args.runs):
             for size in SHAPES:
                 for name, tree in trees.items():
-                    for state in STATES if name == "this" else (STATES[0], STATES[2]):
-                        ahead = state != STATES[1]
-                        cache = Path(folder) / f"cache {turn} {size} {name} {ahead}"
-                        found = run(tree, cache, files[size], size, args.scheme, ahead)
+                    for state in STATES:
+                        cache = Path(folder) / f"cache {turn} {size} {name}"
+                        found = run(tree, cache, files[size], size, args.scheme)
                         results.setdefault(f"{size}, {name}, {state}", []).append(found)
                         print(f"{size}, {name}, {state}: {found}", flush=True)
     rows: dict[str, Any] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .audit import Audit
-from .backend import Backend, UnsupportedBackend, choose, describe, foresee, serving
+from .backend import Backend, UnsupportedBackend, choose, describe, serving
 from .formats import (
     FORMATS,
     FP8_PER_BLOCK,
@@ -48,7 +48,6 @@ __all__ = [
     "dequantize",
     "describe",
     "experts",
-    "foresee",
     "linear",
     "quantize_activation",
     "quantize_into",

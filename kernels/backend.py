@@ -89,10 +89,6 @@ class Backend(Protocol):
         """x `[M, K]` → fp8 `[M, K]` and its scales: `[M, 1]`, `[M, ceil(K/128)]` or `[M, ceil(K/32)]` by the weight's
         format."""
 
-    def foresee(self, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
-        """A weight of so many elements will be quantized from values of this dtype: what has to be compiled for that
-        may be, meanwhile."""
-
     def compile(self, fmt: WeightFormat, dtype: torch.dtype) -> None:
         """Compile all that weights of this format and values of this dtype take, as far as it can be kept on disk for
         other processes."""
@@ -145,27 +141,6 @@ def serving(tensor: torch.Tensor, *others: torch.Tensor | None, backend: str | N
     if compiled.must_trace(tensor, *others):
         return compiled.TRACED
     return choose(tensor.device, backend)
-
-
-def foresee(device: torch.device, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
-    """A weight of so many elements will be quantized on a device, from values of this dtype. Returns at once.
-
-    On a CPU, what can be compiled beforehand, or read from a cache, is, so that the first write waits for less. Errors
-    are those of the write.
-
-    Args:
-        device: Where the weight will be.
-        fmt: The format that it will have.
-        dtype: Of the values that will be written.
-        numel: Elements of the weight.
-    """
-    key = (fmt, dtype, numel.bit_length(), os.environ.get(VARIABLE))
-    if device.type == "cpu" and key not in _foreseen:
-        _foreseen.add(key)
-        Task(lambda: choose(device).foresee(fmt, dtype, numel)).foresee()
-
-
-_foreseen: set[tuple[WeightFormat, torch.dtype, int, str | None]] = set()
 
 
 def describe() -> list[Choice]:

@@ -52,9 +52,6 @@ class Torch:
         """Some rows of a matrix whose largest magnitude is known, for formats that need it; `parts` are theirs."""
         _quantize_matrix(source, parts, fmt, audit, origin, amax.view(()))
 
-    def foresee(self, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
-        pass
-
     def compile(self, fmt: WeightFormat, dtype: torch.dtype) -> None:
         pass
 

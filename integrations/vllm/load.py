@@ -7,14 +7,12 @@ and keeps the report.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from qtensor import kernels
 from qtensor.lazy.counter import CopyCounter
 from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor, close, parameter
 from qtensor.lazy.quant_store import QuantStore
@@ -76,7 +74,6 @@ class Load(Filling):
         split: the dimensions of its matrices that are split over ranks. read: see `Slot`.
         """
         device = torch.get_default_device()
-        kernels.foresee(device, scheme.format, dtype, math.prod(shape))
         weight = ArmedWeight(self, shape, dtype, device, (layer, name))
         weight.scheme = scheme
         self.slots[weight] = slot = Slot(prefix, layer, name, publish, dict(attributes), split, read)

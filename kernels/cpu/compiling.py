@@ -1,9 +1,8 @@
-"""Where loops are compiled: in a thread that no signal reaches, once, for callers that wait or will come later.
+"""Where loops are compiled: in a thread that no signal reaches, once, for callers that wait.
 
 An exception in the midst of numba's own set-up (its import, a compilation, a look into its cache) leaves numba broken
 for the rest of the process, and Python raises what a signal's handler raises in the main thread. So whoever needs a
 loop asks a thread for it and waits: an interrupt ends the wait alone, and the loop is there for whoever comes next.
-What will be needed later can be asked for beforehand.
 
 To ask is one step of a dictionary, one of a deque, and a new thread, which serves until nothing is asked for: an
 interrupt finds nothing half done. Threads take turns. They are not those of `threading`, whose `start` waits for a lock
@@ -44,7 +43,6 @@ not_kept: dict[str, str] = {}
 """Functions that are in no cache, and why: they compile in every process."""
 _COMPILING = object()
 _needed: deque[Task[Any]] = deque()
-_foreseen: deque[Task[Any]] = deque()
 _waiting: dict[SimpleQueue[Any], tuple[Task[Any], int]] = {}  # and which thread waits
 _turn = threading.RLock()  # The thread that builds has it; so do a fork and the end of the process.
 _builder: int | None = None
@@ -65,13 +63,6 @@ class Task(Generic[T]):
         if not self.done:
             self._wait(purpose)
         return self._value  # type: ignore[no-any-return]
-
-    def foresee(self) -> None:
-        """It will be needed: build it when nothing else is."""
-        if not self.done and not _ending:
-            _foreseen.append(self)
-            with suppress(RuntimeError):  # This process may have no more threads.
-                _start()
 
     def build(self) -> None:
         """For the thread whose turn it is."""
@@ -115,9 +106,6 @@ class Once(Generic[T]):
             pass
         value = self._ready[key] = self._task(key).result(purpose)
         return value
-
-    def foresee(self, *key: Any) -> None:
-        self._task(key).foresee()
 
     def _task(self, key: tuple[Any, ...]) -> Task[T]:
         return self._tasks.setdefault(key, Task(partial(self._build, *key)))
@@ -190,16 +178,18 @@ def _start() -> None:
 def _serve() -> None:
     """Build what is asked for, a task at a turn."""
     global _builder, _compiling
-    while _needed or _foreseen:
+    while _needed:
         with _turn:
             if _forking or _ending:
                 return
-            task = _next()
+            try:
+                task = _needed.popleft()
+            except IndexError:  # Another thread of these was faster.
+                return
             answer: BaseException | None = None
             _builder = threading.get_ident()
             try:
-                if task is not None:
-                    task.build()
+                task.build()
             except BaseException as error:
                 answer = error
             finally:
@@ -207,13 +197,6 @@ def _serve() -> None:
             for mail, (wanted, _) in list(_waiting.items()):
                 if wanted is task:
                     mail.put(answer)
-
-
-def _next() -> Task[Any] | None:
-    for tasks in (_needed, _foreseen):
-        with suppress(IndexError):
-            return tasks.popleft()
-    return None
 
 
 # Forks and the end of the process
@@ -239,7 +222,7 @@ def _after_fork_in_parent() -> None:
     with suppress(RuntimeError):  # It is not held any more.
         while True:
             _turn.release()
-    if _needed or _foreseen:
+    if _needed:
         _start()
 
 
@@ -247,7 +230,6 @@ def _after_fork_in_child() -> None:
     """The child has one thread, the one that forked. It waits for something if it forked in a signal's handler."""
     global _forking, _turn
     _forking, _turn = False, threading.RLock()
-    _foreseen.clear()
     _needed.clear()
     for mail, (task, thread) in list(_waiting.items()):
         if thread == threading.get_ident():

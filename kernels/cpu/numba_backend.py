@@ -57,14 +57,6 @@ class Numba(Torch):
             else:
                 fused.quantize(matrix, own, fmt, audit, amax[i])
 
-    def foresee(self, fmt: WeightFormat, dtype: torch.dtype, numel: int) -> None:
-        if dtype not in SOURCE_DTYPES:
-            return
-        if fused.is_fused(fmt) and numel <= PIECE:
-            fused.piece_loop(fmt).of.foresee(ELEMENTS[dtype])
-        else:
-            vectors.foresee_quantizing(fmt, dtype)
-
     def compile(self, fmt: WeightFormat, dtype: torch.dtype) -> None:
         is_fused = fused.is_fused(fmt)
         for loop in (*([fused.large_loop(fmt), fused.piece_loop(fmt)] if is_fused else []), jit.first_nonfinite):

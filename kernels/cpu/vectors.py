@@ -141,28 +141,16 @@ def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
 
 def quantize_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
     """The stored elements of finite rows of `dtype`, and scales that are not the whole matrix's; whole blocks."""
-    loop, key = _quantizer(fmt, dtype)
-    return loop(*key, purpose=fmt.name)
+    if fmt.granularity in ("tensor", "block"):
+        loop = _scaled_loop if fmt.granularity == "tensor" else _block_loop
+        return loop(DTYPES[dtype], purpose=fmt.name)
+    group = fmt.block[1] if fmt.granularity == "group" else 0
+    return _quantize_loop(DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group, purpose=fmt.name)
 
 
 def amax_loop(dtype: torch.dtype, purpose: str) -> Loop:
     """The largest magnitude of some rows."""
     return _amax_loop(DTYPES[dtype], purpose=purpose)
-
-
-def foresee_quantizing(fmt: WeightFormat, dtype: torch.dtype) -> None:
-    """`quantize_loop` will be needed, and `amax_loop`."""
-    _amax_loop.foresee(DTYPES[dtype])
-    loop, key = _quantizer(fmt, dtype)
-    loop.foresee(*key)
-
-
-def _quantizer(fmt: WeightFormat, dtype: torch.dtype) -> tuple[Once[Loop], tuple[int, ...]]:
-    """The loop of `quantize_loop`, and what it is compiled for."""
-    if fmt.granularity in ("tensor", "block"):
-        return (_scaled_loop if fmt.granularity == "tensor" else _block_loop), (DTYPES[dtype],)
-    group = fmt.block[1] if fmt.granularity == "group" else 0
-    return _quantize_loop, (DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group)
 
 
 @Once

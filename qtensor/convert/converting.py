@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from .. import kernels
 from ..checkpoint.files import LIST_BYTES, read_json
 from ..checkpoint.gguf import open_checkpoint
 from ..checkpoint.layouts import (
@@ -249,9 +248,6 @@ def prepare(
         kind = f" ({tensor.scheme})" if tensor.scheme is not None else ""
         for name in _specs_of(tensor, format):
             names.claim(name, tensor.stored.name + kind)
-        if tensor.scheme is not None:
-            size = tensor.stored.nbytes // tensor.stored.dtype.itemsize
-            kernels.foresee(torch.device("cpu"), tensor.scheme.format, tensor.stored.dtype, size)
     return Conversion(checkpoint, schemes, format, tasks, report)
 
 

@@ -99,12 +99,6 @@ class Selection:
         built_in = type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Module
         return param.dim() == 3 and not built_in
 
-    def likely_scheme(self, module: nn.Module) -> Scheme | None:
-        """What a candidate will probably get, as long as its full name is not known."""
-        if self.targets is None:
-            return self.config.linear if isinstance(module, nn.Linear) else self.config.moe
-        return next(iter(self.targets.values()), None)
-
     def scheme_for(self, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
         """The scheme of a weight known under these names; None to leave it alone.
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import kernels
 from ..callers import builds_adapter, initialising, is_constructing
 from ..errors import ConfigError, QTensorError
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor, attributes_of, parameter, reopen
@@ -298,9 +297,6 @@ class Load(ModelTransaction):
         values = param.detach().contiguous() if has_values else None
         if quantizable is None:
             quantizable = self._selection.candidate(module, name, param)
-            likely = self._selection.likely_scheme(module) if quantizable else None
-            if likely is not None:
-                kernels.foresee(target, likely.format, param.dtype, param.numel())
         if not quantizable:
             weight.scheme = None
             if values is not None:
@@ -336,7 +332,6 @@ class Load(ModelTransaction):
     def _decide(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
         scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
-            kernels.foresee(weight.device, scheme.format, weight.dtype, weight.coverage.numel)
             _, module, name = owners[0]
             self._progress.expect(int((id(module), name) not in self._expected))  # Of a shard, its weight was.
             self._expected.add((id(module), name))

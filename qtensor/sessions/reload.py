@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import kernels
 from ..errors import QTensorError, WeightShapeError
 from ..interrupts import without_grad
 from ..lazy.lazy_tensor import LAZY, LazyWeight, arm, attributes_of, close, parameter
@@ -180,7 +179,6 @@ class Reload(ModelTransaction):
 
     def _arm_quantized(self, param: QTensor, owners: list[Owner], held: torch.Tensor) -> None:
         weight = self._weight(param, owners[0])
-        kernels.foresee(param.device, param.scheme.format, param.dtype, param.numel())
         self._agreements.share(weight, owners, held, param.scheme.format)
         self._open(weight, param.with_parts(*param.parts()))
         self._arming[weight] = arming = _ArmedQuantized(param, weight)
