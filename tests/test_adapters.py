@@ -228,6 +228,36 @@ def test_parameters_named_like_adapters_need_no_checkpoint() -> None:
         other.load_state_dict({n: t for n, t in base.items() if "head" not in n}, strict=False)
 
 
+class LayersOfItsOwn(nn.Module):
+    """As torchtune writes them: the adapter's matrices are linear layers, nothing but their names says whose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.lora_a, self.lora_b = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["made inside", "a model that exists"])
+@pytest.mark.parametrize("saved", [False, True], ids=["new", "loaded"])
+def test_layers_named_like_adapters_are_adapters(given: bool, saved: bool) -> None:
+    state = nn.ModuleDict({"layer": LayersOfItsOwn()}).state_dict()
+    model = nn.ModuleDict({"layer": LayersOfItsOwn()}) if given else None
+    with online_quant(fp8, model) as session:
+        model = model or nn.ModuleDict({"layer": LayersOfItsOwn()})
+        model.load_state_dict({n: t for n, t in state.items() if saved or "lora" not in n}, strict=False)
+    found = model["layer"]
+    assert type(found.linear.weight) is QTensor
+    assert type(found.lora_a.weight) is type(found.lora_b.weight) is nn.Parameter
+    assert found.lora_a.weight.requires_grad
+    assert found.lora_a.weight.std() > 0.1
+    assert not found.lora_b.weight.any()
+    assert not saved or torch.equal(found.lora_a.weight, state["layer.lora_a.weight"])
+    assert session.report().passthrough["layer.lora_a.weight"].startswith("part of an adapter")
+    found.lora_b(found.lora_a(found.linear(torch.ones(2, 8)))).sum().backward()
+    assert found.lora_b.weight.grad.any()
+
+
 def test_a_wrapper_that_is_let_go_takes_no_weight_along(state: Any) -> None:
     with online_quant(fp8) as session:
         model = loaded(state)

@@ -470,8 +470,8 @@ class ArmedWeight:
     def fill_missing(self, policy: str) -> bool:
         """Apply on_missing "zero", "keep" or "init" to the unwritten elements. False if there is nothing to use."""
         with self.lock:
+            values = self.initial.fallback(policy)  # Of a weight that stays plain, its store forgets them.
             store = self._open_store()
-            values = self.initial.fallback(policy)
             if policy == "zero":
                 values = torch.zeros((), dtype=self.dtype, device="cpu").expand(self.shape)
             if values is not None:

@@ -1,7 +1,7 @@
 """Adapters: the parameters that peft and its like add to a model. They are trained, so they stay in high precision.
 
 They are told from the model's own without importing peft: a module of peft's holds what it wraps under one of a few
-names, and the rest is the adapter's. Where other libraries add parameters, their names say so.
+names, and the rest is the adapter's. Where other libraries add parameters, or layers, their names say so.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from torch import nn
 
 from ..lazy.plain_store import PlainStore
 from ..lazy.weight import ArmedWeight
-from ..modules import named_modules, parameters
+from ..modules import full_name, named_modules, parameters
 
 ADAPTER = "part of an adapter"
 """Why such a parameter is not quantized, for the report."""
 _WRAPPED = ("base_layer", "original_module", "model", "base_model")
+_LOW_RANK = re.compile(r"(^|\.)lora_")
 _NAMES = re.compile(r"(.*\.)?(lora_\w+|\w*adapters?(_\w+)?|gating_factor)(\.|$)")
 
 
 def adapter_parameters(root: nn.Module) -> set[int]:
     """The ids of the parameters that adapters have added to a model."""
-    found = {id(param) for *_, name, param in parameters(root) if is_low_rank(name)}
+    found = {id(param) for *owner, param in parameters(root) if is_low_rank(full_name((owner[0], owner[1], owner[2])))}
     layers = [layer for _, layer in named_modules(root, distinct=True)]
     of_peft = {
         kind: any(base.__module__.startswith("peft.") for base in kind.__mro__) for kind in set(map(type, layers))
@@ -35,13 +36,16 @@ def adapter_parameters(root: nn.Module) -> set[int]:
 
 
 def is_low_rank(name: str) -> bool:
-    """Is it what every library calls the matrices of LoRA? name: the parameter's in its module."""
-    return name.startswith("lora_")
+    """Is it what every library calls the matrices of LoRA, or the layers that hold them? name: the parameter's, full
+    or in its module."""
+    return _LOW_RANK.search(name) is not None
 
 
-def keep_initial(weight: ArmedWeight) -> bool:
+def keep_initial(weight: ArmedWeight, name: str) -> bool:
     """Let a weight that stays plain keep the values it was initialised with. False if it has none."""
     store = weight.store
+    if store is None and is_low_rank(name):  # A layer, made before anybody knew what it would be called.
+        return weight.fill_missing("init")
     return isinstance(store, PlainStore) and store.initialised and weight.fill_missing("keep")
 
 

@@ -214,7 +214,7 @@ class ModelTransaction(LoadHost, Transaction):
             if weight.error is not None:
                 raise weight.error
             self.incoming.finish(weight)
-            if not weight.coverage.complete and may_be_new(name) and keep_initial(weight):
+            if not weight.coverage.complete and may_be_new(name) and keep_initial(weight, name):
                 self._notes[name] = f"{ADAPTER}; keeps its initial values"
             if not weight.coverage.complete:
                 gaps = weight.coverage.missing()

@@ -31,7 +31,7 @@ from ..schemes.scheme import Scheme, SchemeLike, Targets
 from ..schemes.selection import DEFAULT_IGNORE, Selection
 from ..tensor.qtensor import QTensor
 from . import registration
-from .adapters import adapter_parameters, is_low_rank
+from .adapters import ADAPTER, adapter_parameters, is_low_rank
 from .model_transaction import ModelTransaction, waits_for_its_end
 from .options import LoadOptions, OnMissing, OnNonfinite, StrictSource
 from .replacing import WHEN_FINISHED, Replacement, final_step, plain_parameter, values_of
@@ -312,7 +312,7 @@ class Load(ModelTransaction):
         return self.options.device is None and weight.on_meta and not weight.coverage.covered
 
     def _why_left(self, owners: Sequence[Owner], values: torch.Tensor) -> str:
-        return self._selection.why_left(owners, values)
+        return ADAPTER if is_low_rank(full_name(owners[0])) else self._selection.why_left(owners, values)
 
     def touch(self, weight: ArmedWeight) -> None:
         self._agreements.advance()
@@ -330,6 +330,8 @@ class Load(ModelTransaction):
         return self._decide(weight, owners, held if is_dtensor(held) and held is not None else weight.params[0])
 
     def _decide(self, weight: ArmedWeight, owners: Sequence[Owner], param: torch.Tensor) -> Scheme | None:
+        if any(is_low_rank(full_name(owner)) for owner in owners):
+            return None
         scheme = self._selection.scheme_for(owners, param)
         if scheme is not None:
             _, module, name = owners[0]
