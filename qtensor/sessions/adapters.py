@@ -23,7 +23,7 @@ _NAMES = re.compile(r"(.*\.)?(lora_\w+|\w*adapters?(_\w+)?|gating_factor)(\.|$)"
 
 def adapter_parameters(root: nn.Module) -> set[int]:
     """The ids of the parameters that adapters have added to a model."""
-    found = {id(param) for *owner, param in parameters(root) if is_low_rank(full_name((owner[0], owner[1], owner[2])))}
+    found = {id(p) for place, layer, name, p in parameters(root) if is_low_rank(full_name((place, layer, name)))}
     layers = [layer for _, layer in named_modules(root, distinct=True)]
     of_peft = {
         kind: any(base.__module__.startswith("peft.") for base in kind.__mro__) for kind in set(map(type, layers))
