@@ -7,7 +7,7 @@ for a stack of E experts, each quantized as a matrix of its own).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,6 +16,36 @@ from qtensor.errors import QTensorError
 
 Granularity = Literal["tensor", "channel", "block", "group"]
 Element = Literal["e4m3", "e2m1", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """That each scale is chosen among candidates, by the error that its elements have with it.
+
+    The error is a sum of integers, and so the same whatever adds it up, in whichever order and pieces: the sum of d^2
+    of all elements that share the scale, times the square of the scale's step in fp64. The first candidate with the
+    least error is taken.
+
+    With e4m3 and int8, r is an element in units of the scale as the format computes it, before int8 rounds it to the
+    weight's dtype, q is the value of its code, and d = (r - q) * `resolution`, rounded.
+
+    With 4-bit elements, X = |x| * (1 / plain step) * 4 * `resolution`, rounded: of 15 bits. With a candidate, an
+    element is R = (X * M + 2^14) >> 15, where M = 8192 * (plain step / its step), rounded; d is R's distance from the
+    nearest of all codes' values times `resolution`.
+
+    A candidate that is no normal scale, or with which the largest r (R, in units of `resolution`) exceeds `limit`, is
+    none. Where the plain scale is such, or its largest X is 2^15 or more, it stays.
+
+    Attributes:
+        candidates: The plain scale first. Of e8m0 scales: what is added to the exponent; of e4m3: to the code; of fp32:
+            factors, rounded as the scale itself is.
+        resolution: A power of two, with which the d^2 of 128 elements (of 32, in e2m1) add up to less than 2^31.
+        limit: The largest element, in units of the scale.
+    """
+
+    candidates: tuple[float, ...]
+    resolution: float
+    limit: float
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -70,6 +100,8 @@ class WeightFormat:
         scale_dtype: uint8 stands for e8m0, powers of two by their biased exponent: the bytes of torch.float8_e8m0fnu, a
             dtype that compilers for CPUs do not take.
         block: Rows and columns that share a scale, where neither is the matrix's own.
+        search: How scales are chosen by their error. None: by the formula above, and "plain". The stored form is the
+            same.
     """
 
     name: str
@@ -79,6 +111,12 @@ class WeightFormat:
     block: tuple[int, int] = (1, 1)
     element: Element = "e4m3"
     scale_dtype: torch.dtype = torch.float32
+    search: Search | None = None
+
+    @property
+    def plain(self) -> WeightFormat:
+        """The same stored form, with scales by the formula alone: what tells whether bytes mean the same."""
+        return self if self.search is None else replace(self, search=None)
 
     @property
     def per_byte(self) -> int:
@@ -196,4 +234,15 @@ INT4_PER_GROUP = WeightFormat("int4_per_group", torch.uint8, 7.0, "group", (1, 1
 
 _ALL = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK, MXFP8, MXFP4, NVFP4, INT8_PER_CHANNEL, INT4_PER_GROUP)
 FORMATS = {f.name: f for f in _ALL}
+_POWERS, _OCTAVE = Search((0, -1), 1024.0, 12.0), Search((1.0, 1.25, 1.5, 1.75), 64.0, 480.0)
+SEARCHES = {
+    "fp8_per_channel": _OCTAVE,
+    "fp8_per_block": _OCTAVE,
+    "mxfp8": Search((0, -1), 64.0, 480.0),
+    "mxfp4": _POWERS,
+    "nvfp4": Search((0, -1, 1, 4, 5), 1024.0, 12.0),
+    "int8_per_channel": Search((1.0, 127 / 128, 126 / 128), 256.0, 142.0),
+    "int4_per_group": Search((1.0, 0.9, 0.85, 0.8, 0.75), 1024.0, 10.0),
+}
+"""By the format's name; fp8_per_tensor has none, because its one scale gains next to nothing (docs/schemes.md)."""
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,7 +13,7 @@ import torch
 
 from .audit import Audit
 from .codes import decode, encode
-from .formats import FP8_PER_CHANNEL, NonFinite, WeightFormat, ceil_div
+from .formats import FP8_PER_CHANNEL, NonFinite, Search, WeightFormat, ceil_div
 from .parts import Parts
 
 CHUNK_ELEMENTS = 1 << 18
@@ -177,6 +177,8 @@ def _quantize_matrix(
         if fmt.granularity != "tensor":
             by_unit = _amax(x, fmt, audit, origin + chunk.start * cols)
             here.scale.copy_(scale_of(by_unit, fmt, source.dtype, gain))
+            if fmt.search is not None:
+                _search(x, by_unit, here, fmt, fmt.search, source.dtype)
         here.qdata.copy_(_quantized(x, here, fmt, source.dtype))
         if audit.measure_sqnr:
             restored = _restore(here, fmt, cols)
@@ -241,15 +243,89 @@ def _step(parts: Parts, fmt: WeightFormat) -> torch.Tensor:
 
 def _quantized(x: torch.Tensor, parts: Parts, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
     """The elements to store of one fp32 chunk that came from `dtype`, by the scales in its `parts`."""
-    step, blocks = _step(parts, fmt), _blocks(x, fmt)
-    if fmt.divides:
-        scaled = torch.where(step == 0.0, 0.0, blocks / step)
-        if fmt.element == "int8":
-            scaled = _round_through(scaled, dtype)
-    else:
-        inverse = 1.0 / step
-        scaled = blocks * torch.where(torch.isfinite(inverse), inverse, 0.0)
+    scaled = _in_units(_blocks(x, fmt), _step(parts, fmt), fmt)
+    if fmt.element == "int8":
+        scaled = _round_through(scaled, dtype)
     return encode(_unblock(scaled, *x.shape), fmt)
+
+
+def _in_units(x: torch.Tensor, step: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """fp32 values in units of their step, which 8-bit integers round to the weight's dtype yet."""
+    if fmt.divides:
+        return torch.where(step == 0.0, 0.0, x / step)
+    inverse = 1.0 / step
+    return x * torch.where(torch.isfinite(inverse), inverse, 0.0)
+
+
+def _search(
+    x: torch.Tensor, amax: torch.Tensor, parts: Parts, fmt: WeightFormat, search: Search, dtype: torch.dtype
+) -> None:
+    """Replace the plain scales in `parts`, of an fp32 chunk with those largest magnitudes, by the best candidates."""
+    blocks = _blocks(torch.where(torch.isfinite(x), x, 0.0), fmt)  # What was let through counts for nothing.
+    plain = parts.scale.clone()
+    plain_step = step_of(plain, fmt, parts.global_scale)
+    fixed = _to_fixed(blocks.abs_(), plain_step[:, None, :, None], search) if fmt.per_byte == 2 else None
+    most = None if fixed is None else fixed.amax((1, 3))
+    best, may = torch.empty(0), torch.empty(0)
+    for i, candidate in enumerate(search.candidates):
+        scale, usable = _candidate(plain, amax, candidate, fmt, dtype)
+        step = step_of(scale, fmt, parts.global_scale)
+        if fixed is None or most is None:
+            usable &= _in_units(amax, step, fmt) <= search.limit
+            scaled = _in_units(blocks, step[:, None, :, None], fmt)
+            rounded = scaled.to(dtype) if fmt.element == "int8" else scaled
+            codes = encode(rounded.to(torch.float32, copy=True), fmt)
+            counted = (scaled - decode(codes, fmt)).mul_(search.resolution).round_()
+        else:
+            ratio = (plain_step / step * 8192.0).round().nan_to_num(0.0, 0.0, 0.0).clamp_max(32767.0).int()
+            usable &= (most < 32768) & (_rescaled(most, ratio) <= int(search.limit * search.resolution))
+            counted = _distance(_rescaled(fixed, ratio[:, None, :, None]), fmt, int(search.resolution))
+        error = counted.double().square_().sum((1, 3)) * step.double().square()
+        if i == 0:
+            best, may = error, usable
+            continue
+        better = may & usable & (error < best)
+        best = torch.where(better, error, best)
+        chosen = torch.where(better, _bits(scale), _bits(parts.scale))
+        parts.scale.copy_(chosen.view(scale.dtype))
+
+
+def _to_fixed(magnitudes: torch.Tensor, step: torch.Tensor, search: Search) -> torch.Tensor:
+    """Magnitudes in units of the plain step, times 4 * `resolution`, int32; 2^15 is more than is searched."""
+    inverse = 1.0 / step
+    scaled = magnitudes * torch.where(torch.isfinite(inverse), inverse, 0.0)
+    return (scaled * (4.0 * search.resolution)).round_().clamp_max_(32768.0).int()
+
+
+def _rescaled(fixed: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    return (fixed * ratio + (1 << 14)) >> 15
+
+
+def _distance(value: torch.Tensor, fmt: WeightFormat, unit: int) -> torch.Tensor:
+    """From the value of the nearest code, in units of which `unit` are the number one."""
+    if fmt.element == "int4":
+        return value - ((value + unit // 2) & -unit).clamp_max(7 * unit)
+    # Codes are half of one apart below 2, one below 4, then two.
+    span = torch.where(value < 2 * unit, unit // 2, torch.where(value < 4 * unit, unit, 2 * unit))
+    return value - ((value + span // 2) & -span).clamp_max(6 * unit)
+
+
+def _candidate(
+    plain: torch.Tensor, amax: torch.Tensor, candidate: float, fmt: WeightFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stored scales that a candidate of a search stands for, and which of them there are."""
+    if plain.dtype == torch.float32:
+        scale = fmt.scale_from_amax(amax) * candidate
+        scale = _round_through(scale, dtype) if fmt.element == "int8" else scale
+        return scale, (scale >= torch.finfo(torch.float32).tiny) & torch.isfinite(scale)
+    code = _bits(plain).int() + int(candidate)
+    last = 254 if fmt.has_e8m0_scale else 126
+    return code.clamp(0, last).to(torch.uint8).view(plain.dtype), (code >= 1) & (code <= last)
+
+
+def _bits(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as integers, since not every operation takes every kind of them."""
+    return scale.view(torch.int32 if scale.dtype == torch.float32 else torch.uint8)
 
 
 def _restore(parts: Parts, fmt: WeightFormat, cols: int) -> torch.Tensor:

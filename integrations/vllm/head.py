@@ -69,7 +69,7 @@ class QTensorEmbeddingMethod(QTensorLinearMethod):
         """input_ `[...]` of row numbers → `[..., K]`; only these rows are dequantized."""
         parts = published_parts(layer, self.scheme.format)
         out: torch.Tensor = torch.ops.qtensor_vllm.embedding(
-            input_, parts, self.scheme.name, layer.orig_dtype, layer.input_size_per_partition
+            input_, parts, self.scheme.format.name, layer.orig_dtype, layer.input_size_per_partition
         )
         return out
 

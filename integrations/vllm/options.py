@@ -67,11 +67,11 @@ class Options:
         if self.targets and (self.linear or self.moe):
             raise ConfigError(TARGETS_ALONE)
         for scheme in filter(None, (self.linear, self.moe, self.lm_head, *self.targets.values())):
-            if scheme not in SCHEMES.values():
+            if scheme.plain() not in SCHEMES.values():
                 raise ConfigError(
                     f"qtensor: {scheme}: give the scheme by its name, and the option activation beside it"
                 )
-            if self.activation == "int8" and scheme is not int8_per_channel:
+            if self.activation == "int8" and scheme.plain() != int8_per_channel:
                 raise ConfigError(
                     f'qtensor: activation="int8" multiplies int8 activations with int8 weights, and {scheme.name} has '
                     "others; choose int8_per_channel, or leave the option out"

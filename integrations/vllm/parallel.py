@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from qtensor.kernels import WeightFormat
 from qtensor.lazy.weight import ArmedWeight
-from qtensor.ranks.sharding import Agreement, refuse_split_group
+from qtensor.ranks.sharding import Agreement, refuse_split_group, refuse_split_search
 from qtensor.ranks.vote import describe
 from qtensor.sessions.host import LoadHost
 from qtensor.sessions.transaction import State
@@ -46,6 +46,8 @@ class RankHost(LoadHost):
             refuse_split_group(slot.full_name, "a rank's", cols, len(weight.shape) - 1, width, fmt)
         if group is None or not shares_scales(fmt, slot.split):
             return
+        if fmt.search is not None and fmt.granularity == "channel":
+            refuse_split_search(slot.full_name, fmt)
         weight.shared = True
         if self.agreement is None:
             self.agreement = Agreement(group, TIMEOUT_SECONDS)

@@ -365,13 +365,22 @@ class Encoder(Instructions):
     def row(self, source: Any, codes: Any, scales: Any, cols: Any, gain: Any) -> None:
         """A row with one scale."""
         b = self.b
-        scale, factor = self.scales(self.row_amax(source, cols), gain)
+        amax = self.row_amax(source, cols)
+        scale, factor = self.choose_for_row(source, cols, amax, *self.scales(amax, gain))
         self.store(b.extract_element(scale, ir.Constant(I32, 0)), scales, self.scale_size)
         factors = [factor, b.fdiv(splat(FLOAT, 1.0), factor)]
         with b.if_else(self.are_usual(factor)) as usual_or_not:
             for case, exactly in zip(usual_or_not, (False, True), strict=True):
                 with case:
                     self.pieces(source, codes, cols, CHUNK, functools.partial(self.encode_piece, factors, exactly))
+
+    def choose_for_row(self, source: Any, cols: Any, amax: Any, scale: Any, factor: Any) -> tuple[Any, Any]:
+        """The scale of a row and its factor; `searching` has others than the plain ones."""
+        return scale, factor
+
+    def choose(self, source: Any, amax: Any, scale: Any, factor: Any, gain: Any) -> tuple[Any, Any]:
+        """The same for the groups that are worked on together."""
+        return scale, factor
 
     def encode_piece(
         self, factors: list[Any], exactly: bool, _index: Any, source: Any, codes: Any, _is_last: Any
@@ -420,7 +429,8 @@ class Encoder(Instructions):
         def work(index: Any, here: Any, out: Any, is_last: Any) -> None:
             starts = [b.add(here, int64(g * self.group * self.size)) for g in range(self.groups)]
             found = [self.largest(start, self.group) for start in starts]
-            scale, factor = self.scales(self.as_floats(self.across(found)), gain)
+            amax = self.as_floats(self.across(found))
+            scale, factor = self.choose(here, amax, *self.scales(amax, gain), gain)
             first = b.mul(index, int64(self.groups))
             target = self.at(scales, first, self.scale_size)
             with b.if_else(is_last) as (partly, wholly):

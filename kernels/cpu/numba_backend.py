@@ -18,6 +18,7 @@ from ..parts import Parts
 from ..reference import Torch, room
 from . import fused, jit, layouts, prepared, products, quantizing, vectors
 from .rows import ELEMENTS, PIECE, adjacent, flat_rows, share, slabs
+from .searching import is_searched_here
 
 _INFINITY_BITS = 0x7F800000
 
@@ -37,8 +38,9 @@ class Numba(Torch):
         if source.is_neg():  # The loops see memory, not torch's bit that says to negate what is there.
             source = source.resolve_neg()
         plain = audit.refuse_nonfinite and not audit.measure_sqnr
-        is_fused = fused.is_fused(fmt)
-        if source.numel() == 0 or not (is_fused or plain):
+        is_searched = fmt.search is not None
+        is_fused = fused.is_fused(fmt) and not is_searched
+        if source.numel() == 0 or not (is_fused or plain) or (is_searched and not is_searched_here(fmt)):
             super().quantize_into(source, parts, fmt, audit, origin)
             return
         small = source.dim() == 2 and source.numel() <= PIECE

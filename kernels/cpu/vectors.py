@@ -27,6 +27,7 @@ from .compiling import Once, compiled
 from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, QUICK_SCALES, STRIPE, UNITS, decode_row, dots, is_quick
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, chip_features, float32s, int64s, take, uint8s
+from .searching import search_row
 from .tiles import (
     ROW_PADDING,
     TILE,
@@ -145,7 +146,8 @@ def quantize_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
         loop = _scaled_loop if fmt.granularity == "tensor" else _block_loop
         return loop(DTYPES[dtype], purpose=fmt.name)
     group = fmt.block[1] if fmt.granularity == "group" else 0
-    return _quantize_loop(DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group, purpose=fmt.name)
+    loop = _quantize_loop if fmt.search is None else _search_loop
+    return loop(DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group, purpose=fmt.name)
 
 
 def amax_loop(dtype: torch.dtype, purpose: str) -> Loop:
@@ -290,6 +292,18 @@ def _quantize_loop(dtype: int, element: int, scale: int, group: int) -> Loop:
             source, codes = p.source + n * p.source_stride, p.codes + n * p.codes_stride
             scales = p.scale + n * p.scale_stride
             quantize_row(dtype, element, scale, group, source, codes, scales, p.cols, p.gain)
+
+    return _compiled(loop, QUANTIZE)
+
+
+@Once
+def _search_loop(dtype: int, element: int, scale: int, group: int) -> Loop:
+    def loop(pointer):
+        p = carray(pointer, 1)[0]
+        for n in range(p.rows):
+            source, codes = p.source + n * p.source_stride, p.codes + n * p.codes_stride
+            scales = p.scale + n * p.scale_stride
+            search_row(dtype, element, scale, group, source, codes, scales, p.cols, p.gain)
 
     return _compiled(loop, QUANTIZE)
 

@@ -41,7 +41,7 @@ class Triton(Torch):
     ) -> None:
         """Non-finite elements are reported by `audit.verify()`, the rest is stored."""
         _check(source.dtype, fmt)
-        if source.numel() == 0:
+        if source.numel() == 0 or fmt.search is not None:
             super().quantize_into(source, parts, fmt, audit, origin)
             return
         source = source.resolve_neg()  # Kernels see memory, not torch's bit that says to negate what is there.
@@ -68,6 +68,9 @@ class Triton(Torch):
         self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.Tensor, audit: Audit, origin: int
     ) -> None:
         _check(source.dtype, fmt)
+        if fmt.search is not None:
+            super().quantize_rows(source, parts, fmt, amax, audit, origin)
+            return
         source = source.resolve_neg()
         if fmt.granularity == "group":
             per_group.quantize(source, parts, fmt, audit, origin, amax)

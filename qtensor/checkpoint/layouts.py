@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..kernels import Parts, WeightFormat
+from ..kernels import SEARCHES, Parts, WeightFormat
 from ..schemes.scheme import (
     Scheme,
     fp8_per_block,
@@ -223,19 +223,19 @@ def require_format(format: str) -> None:
 def layout_of(scheme: Scheme, format: str, name: str) -> Layout:
     """The row for a scheme. Raises CheckpointError that says which rows there are."""
     rows = LAYOUTS[format]
-    if scheme.name not in rows:
-        others = [f for f, table in LAYOUTS.items() if scheme.name in table]
+    stored = scheme.format.name
+    if stored not in rows:
+        others = [f for f, table in LAYOUTS.items() if stored in table]
         advice = f'pass format="{others[0]}"' if others else "it can be used, but not saved"
         raise CheckpointError(
-            f"{name}: the checkpoint format {format!r} has no place for {scheme.name} (it takes "
-            f"{', '.join(rows)}); {advice}"
+            f"{name}: the checkpoint format {format!r} has no place for {stored} (it takes {', '.join(rows)}); {advice}"
         )
     if scheme.activation == "none" and format == FP8:
         raise CheckpointError(
             f'{name}: the checkpoint format "fp8" cannot say that activations are not quantized; pass '
             f'format="{COMPRESSED_TENSORS}"'
         )
-    return rows[scheme.name]
+    return rows[stored]
 
 
 def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Iterable[str]) -> dict[str, Any]:
@@ -251,6 +251,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
             "fmt": "e4m3",
             "weight_block_size": [128, 128],
             "modules_to_not_convert": sorted(plain),
+            **({"searched": True} if any(s.is_searched for s in schemes.values()) else {}),
         }
     distinct = sorted(set(schemes.values()), key=str)
     # vLLM's mixtures of experts take per-tensor weights with per-tensor activations only.
@@ -258,7 +259,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
     groups: dict[str, Any] = {}
     packings: list[str] = []
     for i, scheme in enumerate(distinct):
-        layout = LAYOUTS[COMPRESSED_TENSORS][scheme.name]
+        layout = LAYOUTS[COMPRESSED_TENSORS][scheme.format.name]
         activations: dict[str, Any] | None = None
         # The file's one word for "auto" and "dynamic": whoever reads it quantizes activations if it can.
         if scheme.activation != "none" and layout.activations is not None:
@@ -275,6 +276,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
     if len(set(packings)) > 1:
         for group, packing in zip(groups.values(), packings, strict=True):
             group["format"] = packing
+    searched = [name for name, scheme in zip(groups, distinct, strict=True) if scheme.is_searched]
     return {
         "quant_method": COMPRESSED_TENSORS,
         "producer": {**PRODUCER},
@@ -284,6 +286,8 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
         "ignore": sorted(plain),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+        # For us alone: a reload quantizes as the load did. No reader needs to know how a scale was found.
+        **({"searched": searched} if searched else {}),
     }
 
 
@@ -299,6 +303,7 @@ def reader(config: Mapping[str, Any]) -> Callable[[str], Layout | None]:
                 'config.json: of "fp8" checkpoints only those with weight_block_size [128, 128] can be read'
             )
         layout = LAYOUTS[FP8][fp8_per_block.name]
+        layout = replace(layout, scheme=layout.scheme.searched()) if config.get("searched") is True else layout
         return lambda module: layout
     if method != COMPRESSED_TENSORS:
         raise CheckpointError(
@@ -306,8 +311,12 @@ def reader(config: Mapping[str, Any]) -> Callable[[str], Layout | None]:
         )
     named = _object(config, "config_groups")
     groups = {name: group for name in named if (group := _object(named, name))}
+    searched = config.get("searched") if isinstance(config.get("searched"), list) else ()
     read = [
-        (Targets(f"{name}.targets", group.get("targets"), only=len(groups) == 1), _layout_of_group(group))
+        (
+            Targets(f"{name}.targets", group.get("targets"), only=len(groups) == 1),
+            _layout_of_group(group, name in searched),
+        )
         for name, group in groups.items()
     ]
 
@@ -325,13 +334,15 @@ def _object(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found or {}
 
 
-def _layout_of_group(group: Mapping[str, Any]) -> Layout:
+def _layout_of_group(group: Mapping[str, Any], searched: bool) -> Layout:
     weights, activations = _object(group, "weights"), _object(group, "input_activations") or None
     for layout in LAYOUTS[COMPRESSED_TENSORS].values():
         if not all(weights.get(key) == value for key, value in layout.weights.items()):
             continue
         if weights.get("actorder") in ("group", "dynamic"):
             break  # columns in another order, which a further tensor gives
+        if searched and layout.scheme.format.name in SEARCHES:
+            layout = replace(layout, scheme=layout.scheme.searched())
         if activations is None:
             return replace(layout, scheme=layout.scheme.weight_only())
         if activations.get("dynamic") and layout.activations is not None:

@@ -19,9 +19,10 @@ from ..convert.cluster import LOST_AFTER, launched
 from ..convert.converting import ConversionReport, quantize_checkpoint
 from ..convert.launch import quantize_on_ranks, quantize_on_ray
 from ..errors import QTensorError
+from ..kernels import SEARCHES
 from ..schemes.config import SchemeSpec
 from ..schemes.planning import DEFAULT_SCHEMES, load_plan
-from ..schemes.scheme import SCHEMES, as_scheme
+from ..schemes.scheme import SCHEMES, SEARCHED, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE
 from ..text import joined
 from .output import OutputLost, complain
@@ -35,8 +36,10 @@ def add_parsers(commands: Any) -> None:
         "source", type=Path, metavar="SRC", help="folder of a safetensors checkpoint, or a .gguf file"
     )
     quantize.add_argument("target", type=Path, metavar="DST", help="folder to write; it must not exist")
+    saveable = [name for name in saveable if name in SCHEMES]
+    searchable = [name + SEARCHED for name in saveable if SCHEMES[name].format.name in SEARCHES]
     chosen = quantize.add_mutually_exclusive_group()
-    chosen.add_argument("--scheme", choices=[n for n in saveable if n in SCHEMES], default="fp8")
+    chosen.add_argument("--scheme", choices=[*saveable, *searchable], default="fp8")
     chosen.add_argument("--plan", type=Path, metavar="FILE", help="a scheme per weight, as `qtensor plan` writes it")
     quantize.add_argument("--weight-only", action="store_true", help="servers are told not to quantize activations")
     quantize.add_argument(

@@ -295,7 +295,7 @@ class QuantStore:
         of this weight, or are a part of a matrix that has one scale, and bring another than the parts before them.
         (During a reload no such part is taken: the matrix's other rows are live.)"""
         fmt = self.scheme.format
-        if self._staging.whole or values.scheme.format != fmt or values.transposed:
+        if self._staging.whole or values.scheme.format.plain != fmt.plain or values.transposed:
             return False
         (e0, e1), (start, stop), cols = self._units.split(box)
         aligned = start % self._unit == 0 and (stop % self._unit == 0 or stop == self._n)

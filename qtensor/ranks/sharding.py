@@ -88,6 +88,8 @@ def sharing_group(
         if block > 1 and part[dim] % block and goes_on:
             refuse_split_group(name, "a rank's" if whole else "this rank's", part[dim], dim, block, fmt)
         if fmt.needs_whole_matrix or (fmt.granularity == "channel" and axis == 1):
+            if fmt.search is not None and fmt.granularity == "channel":
+                refuse_split_search(name, fmt)
             found.append(group)
     if len(found) > 1:
         raise QTensorError(
@@ -102,6 +104,14 @@ def refuse_split_group(name: str, whose: str, size: int, dim: int, block: int, f
     raise QTensorError(
         f"{name}: {whose} {size} of dimension {dim} end inside a group of {block} with one {fmt.name} scale. Split at "
         f"multiples of {block}, or choose another scheme for this weight."
+    )
+
+
+def refuse_split_search(name: str, fmt: WeightFormat) -> NoReturn:
+    """Raise QTensorError: a scale is to be searched, and its elements are on several ranks."""
+    raise QTensorError(
+        f"{name}: a searched {fmt.name} scale is chosen by the error of all elements that share it, and they are split "
+        f"over ranks. Split the weight by rows, or use {fmt.name} without the search for it."
     )
 
 

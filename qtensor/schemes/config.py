@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ConfigError
-from .scheme import SCHEMES, Scheme, SchemeLike, Targets, as_scheme
+from .scheme import SCHEMES, SEARCHED, Scheme, SchemeLike, Targets, as_scheme
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -101,11 +101,19 @@ def read_scheme(key: str, value: Any) -> Scheme | None:
         if value.get("activation") is not None:
             raise ConfigError(f"qtensor: {key}: activations follow from the weight's scheme; leave out `activation`")
         value = value["weight"]
+    if isinstance(value, str):
+        plain = value.removesuffix(SEARCHED)
+        value = _VLLM_NAMES.get(plain, plain) + value[len(plain) :]
     try:
-        return as_scheme(_VLLM_NAMES.get(value, value) if isinstance(value, str) else value)
-    except ConfigError:
+        return as_scheme(value)
+    except ConfigError as error:
+        if isinstance(value, str) and value.removesuffix(SEARCHED) in SCHEMES:
+            raise ConfigError(f"qtensor: {key}: {error}") from None
         known = ", ".join(sorted(SCHEMES))
-        raise ConfigError(f"qtensor: {key}={value!r} is no scheme; use one of {known}, or none") from None
+        raise ConfigError(
+            f'qtensor: {key}={value!r} is no scheme; use one of {known}, with "{SEARCHED}" behind it if its scales are '
+            "to be searched, or none"
+        ) from None
 
 
 def pattern_list(key: str, value: Any) -> tuple[str, ...]:

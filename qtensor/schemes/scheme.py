@@ -16,6 +16,7 @@ from ..kernels import (
     MXFP4,
     MXFP8,
     NVFP4,
+    SEARCHES,
     WeightFormat,
 )
 
@@ -43,7 +44,37 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        return self.format.name
+        """What `as_scheme` reads: the format's name, and ":searched" after it where scales are searched."""
+        return self.format.name + (SEARCHED if self.is_searched else "")
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether each scale is chosen by the error that it leaves."""
+        return self.format.search is not None
+
+    def searched(self) -> Scheme:
+        """The same stored format, with each scale chosen among candidates by the squared error that it leaves.
+
+        The candidates are the plain scale, which is taken where none is better, and some beside it (docs/schemes.md).
+        Its name is that of this scheme followed by ":searched".
+
+        Returns:
+            The scheme.
+
+        Raises:
+            ConfigError: The format has no search: fp8_per_tensor.
+        """
+        search = SEARCHES.get(self.format.name)
+        if search is None:
+            raise ConfigError(
+                f"{self.format.name} cannot be searched: one scale for a whole matrix leaves next to nothing to gain. "
+                "Use fp8_per_channel or fp8_per_block"
+            )
+        return replace(self, format=replace(self.format, search=search))
+
+    def plain(self) -> Scheme:
+        """The same scheme with scales by the formula alone, as `searched` found it."""
+        return replace(self, format=self.format.plain)
 
     def weight_only(self) -> Scheme:
         """The same weights with unquantized activations."""
@@ -66,6 +97,7 @@ nvfp4 = Scheme(NVFP4, "none")
 int8_per_channel = Scheme(INT8_PER_CHANNEL, "none")
 int4_per_group = Scheme(INT4_PER_GROUP, "none")
 
+SEARCHED = ":searched"
 _NAMED = (fp8_per_tensor, fp8_per_channel, fp8_per_block, mxfp8, mxfp4, nvfp4, int8_per_channel, int4_per_group)
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _NAMED} | {"fp8": fp8}
 
@@ -74,9 +106,15 @@ Targets = Sequence[str] | Mapping[str, SchemeLike]
 
 
 def as_scheme(value: SchemeLike) -> Scheme:
-    """A `Scheme`, or its name as a string ("fp8_per_block"), as a `Scheme`. Raises ConfigError for another name."""
+    """A `Scheme`, or its name as a string ("fp8_per_block", "nvfp4:searched"), as a `Scheme`. Raises ConfigError for
+    another name."""
     if isinstance(value, Scheme):
         return value
-    if isinstance(value, str) and value in SCHEMES:
-        return SCHEMES[value]
-    raise ConfigError(f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, or a qtensor.Scheme")
+    if isinstance(value, str):
+        plain = value.removesuffix(SEARCHED)
+        if plain in SCHEMES:
+            return SCHEMES[plain] if plain == value else SCHEMES[plain].searched()
+    raise ConfigError(
+        f'unknown scheme {value!r}: use one of {", ".join(sorted(SCHEMES))}, each but fp8_per_tensor with "{SEARCHED}" '
+        "behind it if its scales are to be searched, or a qtensor.Scheme"
+    )

@@ -58,7 +58,11 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
     if not isinstance(dst, QTensor):
         return func(dst, src.dequantize(), non_blocking)
     if isinstance(src, QTensor):
-        if src.scheme.format == dst.scheme.format and src.shape == dst.shape and src.transposed == dst.transposed:
+        if (
+            src.scheme.format.plain == dst.scheme.format.plain
+            and src.shape == dst.shape
+            and src.transposed == dst.transposed
+        ):
             if not dst.whole_units:
                 rewrite(dst, src.dequantize())
                 return dst

@@ -19,7 +19,7 @@ import torch
 from .. import kernels
 from ..callers import compares_addresses, copies_to_train, replaced_by_module, writes_to_disk
 from ..errors import ConfigError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
-from ..kernels import FORMATS, SOURCE_DTYPES, Audit, NonFinite, Parts
+from ..kernels import SOURCE_DTYPES, Audit, NonFinite, Parts
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
 from .table import OpTable
 
@@ -323,9 +323,10 @@ def rebuild(
     cols: int | None = None,
 ) -> QTensor:
     """What a pickled QTensor calls: made of tensors and strings alone, so that weights_only loading accepts it."""
-    how, fmt = (Scheme(FORMATS[scheme], activation), dtype, transposed), FORMATS[scheme]
+    fmt = as_scheme(scheme).format
     qdata, scale = qdata.view(fmt.dtype), scale.view(fmt.scale_dtype)
-    result = QTensor(qdata, scale, *how, global_scale=global_scale, cols=cols)
+    made = Scheme(fmt, activation)
+    result = QTensor(qdata, scale, made, dtype, transposed, global_scale=global_scale, cols=cols)
     if is_param:
         result._is_param = True  # type: ignore[attr-defined]
     return result

@@ -22,7 +22,9 @@ from qtensor import (
 Box = tuple[tuple[int, int], ...]
 ROW_WISE = (fp8_per_channel, mxfp8, mxfp4, int8_per_channel, int4_per_group)
 """Schemes whose unit is a row."""
-SCHEMES = (*ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4)
+SEARCHED = tuple(s.searched() for s in (*ROW_WISE, fp8_per_block, nvfp4))
+ROW_WISE = (*ROW_WISE, *SEARCHED[: len(ROW_WISE)])
+SCHEMES = (*ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4, *SEARCHED[-2:])
 LARGEST_ERROR = {"e4m3": 0.07, "e2m1": 0.2, "int8": 0.01, "int4": 0.08}
 """Of an element, as a share of the largest magnitude beside it. mxfp4 saturates from 6 to 7 in units of its scale."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
