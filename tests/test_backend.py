@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qtensor import kernels, quantize
 from qtensor.kernels import (
     FORMATS,
+    SEARCHES,
     Audit,
     Backend,
     NonFinite,
@@ -67,6 +68,11 @@ def test_every_backend_has_the_operations(name: str) -> None:
 @pytest.mark.parametrize("name", ["numba", "traced"])  # triton: in tests/gpu/test_kernels.py
 def test_every_backend_gives_the_references_results(name: str, fmt: WeightFormat) -> None:
     assert_gives_the_references_results(the(name), fmt)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_numba_gives_the_references_results_with_searched_scales(name: str) -> None:
+    assert_gives_the_references_results(the("numba"), SCHEMES[name].searched().format)
 
 
 def test_argument_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,12 +22,13 @@ from qtensor import (
     fp8_per_block,
     fp8_per_channel,
     fp8_per_tensor,
+    int4_per_group,
     online_quant,
     online_reload,
     quantize,
 )
 from support.helpers import Experts, assert_oracle, same_bytes
-from support.programs import SCHEMES
+from support.programs import PLAIN
 from support.ranks import at_length, spawn
 
 State = dict[str, torch.Tensor]
@@ -119,7 +120,7 @@ def records(model: Any) -> list[Any]:
 
 def products_equal_the_unsharded(rank: int, world: int) -> None:
     rng = random.Random(world)
-    for scheme in SCHEMES:
+    for scheme in (*PLAIN, int4_per_group.searched()):
         sizes = sizes_for(scheme, world, rng)
         state = state_of(sizes, seed=world)
         x = torch.randn(3, sizes[0], generator=torch.Generator().manual_seed(1)).bfloat16()

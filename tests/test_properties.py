@@ -15,12 +15,12 @@ from torch import nn
 from qtensor import IncompleteLoadError, QTensor, fp8_per_block, fp8_per_channel, online_quant
 from support.helpers import assert_no_hooks, assert_oracle, holder
 from support.programs import (
-    LARGEST_ERROR,
     ROW_WISE,
     SCHEMES,
     WRITERS,
     Case,
     cases,
+    largest_error,
     partitions,
     row_partitions,
     slices,
@@ -80,7 +80,7 @@ def test_scattered_writes_and_reads_agree_with_a_plain_tensor(data: st.DataObjec
             if seen[probe].all():
                 scale = full.float().abs().max()
                 error = (getattr(model, name).data[probe].clone().float() - full[probe].float()).abs().max()
-                assert error <= LARGEST_ERROR[case.scheme.format.element] * scale + 2e-3
+                assert error <= largest_error(case.scheme) * scale + 2e-3
             else:
                 with pytest.raises(IncompleteLoadError, match="never written"):
                     getattr(model, name).data[probe].clone()
@@ -170,7 +170,7 @@ def test_reads_tell_the_truth_at_every_step(data: st.DataObject, case: Case) -> 
                 assert torch.equal(got, want)
             else:
                 scale = case.weight.float().abs().max()
-                step = LARGEST_ERROR[case.scheme.format.element]
+                step = largest_error(case.scheme)
                 assert (got.float() - want.float()).abs().max() <= step * scale + 2e-3
 
 

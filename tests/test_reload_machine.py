@@ -17,7 +17,7 @@ from qtensor import IncompleteLoadError, QTensor, QTensorError, online_quant, on
 from qtensor.sessions.reload import ReloadSession
 from support.helpers import assert_no_hooks, copy_unit, holder, same_bytes
 from support.interrupts import InOperation
-from support.programs import LARGEST_ERROR, SCHEMES
+from support.programs import SCHEMES, largest_error
 
 SHAPES = [(40, 24), (300, 40), (2, 150, 24)]
 Where = tuple[Any, ...]
@@ -296,7 +296,7 @@ class Reloading(RuleBasedStateMachine):
         got = it.param.data[where].clone().float()
         if it.seen[where].all() or not it.seen[where].any():
             want = it.full[where].float()
-            assert (got - want).abs().max() <= LARGEST_ERROR[it.scheme.format.element] * want.abs().max() + 0.02
+            assert (got - want).abs().max() <= largest_error(it.scheme) * want.abs().max() + 0.02
 
     # What must hold
 

@@ -21,8 +21,9 @@ import qtensor
 from qtensor import ConfigError, QTensor, load_checkpoint, online_quant, online_reload, quantize
 from qtensor.checkpoint.quantization_config import QTensorConfig
 from qtensor.errors import QTensorError
-from qtensor.kernels import FORMATS, SEARCHES, WeightFormat
+from qtensor.kernels import FORMATS, SEARCHES, Parts, WeightFormat, choose
 from qtensor.kernels.codes import decode
+from qtensor.kernels.reference import TORCH
 from qtensor.ranks.sharding import sharing_group
 from qtensor.schemes.config import read_config
 from qtensor.schemes.scheme import SCHEMES, Scheme, as_scheme
@@ -130,6 +131,25 @@ def test_no_unit_is_worse_than_with_its_plain_scale(
         blind = weight[place].numel() ** 0.5 * (float(a) + float(b)) / fmt.search.resolution
         rounded = 1e-6 * float(weight[place].double().norm())
         assert mine**0.5 <= old**0.5 + blind + rounded
+
+
+@schemes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_loops_for_cpus_choose_what_the_reference_chooses(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Of all sizes, short last groups, and numbers that divide only the long way; in one piece and by two threads."""
+    pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
+    numba = choose(torch.device("cpu"), "numba")
+    sources = [make_values(kind, (9, 1300), dtype, 5) for kind in VALUES]
+    sources += [make_values("normal", shape, dtype, 6) * spread for shape, spread in SIZES.items()]
+    for source in sources:
+        ours, wanted = (Parts.of(tuple(source.shape), scheme.format) for _ in range(2))
+        numba.quantize_into(source, ours, scheme.format)
+        TORCH.quantize_into(source, wanted, scheme.format)
+        for part, other in zip(ours, wanted, strict=True):
+            assert torch.equal(part.view(torch.uint8), other.view(torch.uint8)), (scheme, dtype, source.shape)
+
+
+SIZES = {(33, 1): 1.0, (7, 5): 1e-3, (19, 130): 30.0, (3, 20000): 0.02, (2, 40, 96): 1.0, (700, 512): 0.02}
 
 
 @schemes

@@ -87,6 +87,8 @@ def random_case(scheme: Any, rank: int, world: int, rng: random.Random) -> Case:
         shape = [rng.randint(world, 9) if rng.random() < 0.3 else 0, rng.randint(30, 700), rng.randint(30, 700)]
         shape = shape[1:] if not shape[0] else shape
         dim = rng.randrange(len(shape))
+        if scheme.is_searched and scheme.format.granularity == "channel" and dim == len(shape) - 1:
+            dim -= 1  # A row's scale is searched where the row is.
         step = scheme.format.block[dim - len(shape) + 2] if dim >= len(shape) - 2 else 1
         if step > 1:
             shape[dim] = rng.randint(step * world, 900)

@@ -5,6 +5,7 @@ per_group
 activation                           dynamic activations, per token or per token and group of 128
 dequant                              back to bf16, fp16 or fp32
 product                              of a few rows with a weight, decoded on the way
+searching                            scales chosen by their error, in the kernels per channel and group
 encode, findings, launch             what they share: number formats, fused checks, launch geometry
 
 All equal kernels/reference.py byte for byte. None of them waits for the device, except that a call without an audit
@@ -21,7 +22,7 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
-from . import activation, dequant, per_block, per_channel, per_group, per_tensor, product
+from . import activation, dequant, per_block, per_channel, per_group, per_tensor, product, searching
 
 __all__ = ["TRITON", "Triton"]
 
@@ -41,7 +42,7 @@ class Triton(Torch):
     ) -> None:
         """Non-finite elements are reported by `audit.verify()`, the rest is stored."""
         _check(source.dtype, fmt)
-        if source.numel() == 0 or fmt.search is not None:
+        if source.numel() == 0 or _takes_reference(fmt):
             super().quantize_into(source, parts, fmt, audit, origin)
             return
         source = source.resolve_neg()  # Kernels see memory, not torch's bit that says to negate what is there.
@@ -68,7 +69,7 @@ class Triton(Torch):
         self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.Tensor, audit: Audit, origin: int
     ) -> None:
         _check(source.dtype, fmt)
-        if fmt.search is not None:
+        if _takes_reference(fmt):
             super().quantize_rows(source, parts, fmt, amax, audit, origin)
             return
         source = source.resolve_neg()
@@ -120,6 +121,11 @@ def _multiplies(x: torch.Tensor, parts: Parts, fmt: WeightFormat) -> bool:
     """Whether the product kernel takes these. A gradient comes by the operations of the reference."""
     gradient = x.requires_grad and torch.is_grad_enabled()
     return x.dtype in SOURCE_DTYPES and fmt.dtype != torch.float8_e5m2 and x.shape[1] > 0 and not gradient
+
+
+def _takes_reference(fmt: WeightFormat) -> bool:
+    """For a search that the kernels do not know."""
+    return fmt.search is not None and not searching.is_searched_here(fmt)
 
 
 def _check(dtype: torch.dtype, fmt: WeightFormat) -> None:

@@ -16,9 +16,10 @@ import triton.language as tl
 from ..audit import Audit
 from ..formats import WeightFormat
 from ..parts import Parts
-from . import launch
+from . import launch, searching
 from .encode import bring_within, decode_element, divide, divide_or_zero, encode, encode_int, narrow, widen, without_nan
 from .findings import add_sums, add_sums_of, finite_amax
+from .searching import channel_candidate, channel_off, channel_there, squared_step, total, without_nonfinite
 
 ONE_PASS_COLS = 16384
 
@@ -60,6 +61,7 @@ def one_pass(
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
     ELEMENT: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): ROWS rows of matrix e, each whole in BLOCK + TAIL >= cols columns: see `launch.split`."""
     expert = tl.program_id(1).to(tl.int64)
@@ -79,6 +81,22 @@ def one_pass(
         amax = tl.maximum(amax, rest_amax)
         dirty = dirty | rest_dirty
     scale = channel_scale(amax, raw.dtype, ELEMENT, CAST)
+    if len(CANDIDATES) > 0:
+        value = without_nonfinite(widen(raw), dirty)
+        plain = scale
+        for i in tl.static_range(len(CANDIDATES)):
+            other = channel_candidate(plain, amax, CANDIDATES[i], raw.dtype, ELEMENT, CAST)
+            there = channel_there(other, amax, LIMIT)
+            counted = total(channel_off(value, other, raw.dtype, RESOLUTION, ELEMENT, CAST, FUSED))
+            if TAIL:
+                rest_value = without_nonfinite(widen(rest_raw), dirty)
+                counted += total(channel_off(rest_value, other, raw.dtype, RESOLUTION, ELEMENT, CAST, FUSED))
+            error = counted.to(tl.float64) * squared_step(other)
+            if i == 0:
+                least, may = error, there
+            else:
+                better = may & there & (error < least)
+                least, scale = tl.where(better, error, least), tl.where(better, other, scale)
     tl.store(s + expert * s_e + row * s_n, scale, mask=row < rows)
     q += expert * q_e + row * q_n
     scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED)
@@ -98,8 +116,10 @@ def two_reads(
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
     BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
     ELEMENT: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, e): row i of matrix e, BLOCK columns at a time, once for its amax and once to store it."""
+    """Program (i, e): row i of matrix e, BLOCK columns at a time, once for its amax, once for each scale that is tried,
+    and once to store it."""
     expert = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     x += expert * x_e + row * x_n
@@ -115,6 +135,23 @@ def two_reads(
         amax = tl.maximum(amax, largest)
         dirty = dirty | dirt
     scale = channel_scale(amax, x.dtype.element_ty, ELEMENT, CAST)
+    if len(CANDIDATES) > 0:
+        plain = scale
+        for i in tl.static_range(len(CANDIDATES)):
+            other = channel_candidate(plain, amax, CANDIDATES[i], x.dtype.element_ty, ELEMENT, CAST)
+            there = channel_there(other, amax, LIMIT)
+            counted = tl.zeros((1, 1), tl.int64)
+            for start in range(0, cols, BLOCK):
+                col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+                value = widen(tl.load(x + col * x_k, mask=col < cols, other=0.0))
+                value = without_nonfinite(value, dirty)
+                counted += total(channel_off(value, other, x.dtype.element_ty, RESOLUTION, ELEMENT, CAST, FUSED))
+            error = counted.to(tl.float64) * squared_step(other)
+            if i == 0:
+                least, may = error, there
+            else:
+                better = may & there & (error < least)
+                least, scale = tl.where(better, error, least), tl.where(better, other, scale)
     tl.store(s + expert * s_e + row * s_n, scale)
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
@@ -141,6 +178,7 @@ def quantize(
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale)[:2])
     args = (source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides)
     flags = {"ELEMENT": fmt.element, "CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
+    flags |= searching.constants(fmt)
     with launch.on(qdata.device):
         if cols > one_pass_cols:
             two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=launch.warps(256), **flags)

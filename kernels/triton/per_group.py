@@ -19,7 +19,7 @@ import triton.language as tl
 from ..audit import Audit
 from ..formats import WeightFormat
 from ..parts import Parts
-from . import launch, per_tensor
+from . import launch, per_tensor, searching
 from .encode import (
     bring_within,
     decode,
@@ -34,6 +34,7 @@ from .encode import (
     without_nan,
 )
 from .findings import add_sums_of, finite_amax
+from .searching import best_of_group, without_nonfinite
 
 TILE = 4096  # Elements of a program.
 
@@ -80,6 +81,7 @@ def quantize_kernel(
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n, s_k,
     TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr,
     CAST: tl.constexpr, FUSED: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): TILE_GROUPS groups, in row-major order, of matrix e. `gain`: fp32, one per matrix, for nvfp4."""
     expert = tl.program_id(1).to(tl.int64)
@@ -94,15 +96,38 @@ def quantize_kernel(
     value = widen(raw)
     if SCALE == "e8m0":
         exponent = mx_exponent(amax, ELEMENT)
+        if len(CANDIDATES) > 0:
+            exponent = best_of_group(
+                without_nonfinite(value, dirty),
+                amax,
+                exponent,
+                1.0,
+                ELEMENT,
+                SCALE,
+                CAST,
+                CANDIDATES,
+                RESOLUTION,
+                LIMIT,
+            )
         step = power_of_two(exponent)
         tl.store(s, exponent.to(tl.uint8), mask=row < rows)
     elif SCALE == "e4m3":
         matrix_gain = tl.load(gain + expert)
         scale = encode(tl.minimum(matrix_gain * (amax * 0.16666666666666666), 448.0), CAST)
-        step = decode(scale, CAST) * tl.math.div_rn(1.0, matrix_gain)
+        whole = tl.math.div_rn(1.0, matrix_gain)
+        if len(CANDIDATES) > 0:
+            finite = without_nonfinite(value, dirty)
+            code = best_of_group(
+                finite, amax, scale.to(tl.int32), whole, ELEMENT, SCALE, CAST, CANDIDATES, RESOLUTION, LIMIT
+            )
+            scale = code.to(tl.uint8)
+        step = decode(scale, CAST) * whole
         tl.store(s, scale, mask=row < rows)
     else:
         step = tl.math.div_rn(amax, 7.0)
+        if len(CANDIDATES) > 0:
+            finite = without_nonfinite(value, dirty)
+            step = best_of_group(finite, amax, step, 1.0, ELEMENT, SCALE, CAST, CANDIDATES, RESOLUTION, LIMIT)
         tl.store(s, step, mask=row < rows)
     bounded = value
     if (ELEMENT != "e4m3") & dirty:
@@ -195,7 +220,7 @@ def quantize(
         quantize_kernel[_grid(fmt, experts, rows, cols)](
             source, launch.codes(qdata), launch.scales(scale), gain, found, sums, rows, cols, qdata.shape[-1],
             origin, *strides,
-            **constants(fmt), INDEX=_index(fmt, rows, cols), **launch.target(qdata.device),
+            **constants(fmt), **searching.constants(fmt), INDEX=_index(fmt, rows, cols), **launch.target(qdata.device),
             CHECK=audit.refuse_nonfinite, MEASURE=audit.measure_sqnr, num_warps=launch.warps(128),
         )  # fmt: skip
 

@@ -29,9 +29,12 @@ try:
     loop[(1,)](torch.zeros(1, dtype=torch.int32), 2)
 except Exception as error:
     sys.exit(f"not with this NumPy: {error}")
-from qtensor.kernels import FORMATS
+from qtensor.kernels import FORMATS, SEARCHES
+from qtensor.schemes.scheme import SCHEMES
 from qtensor.kernels.triton import TRITON
 from support.kernel_cases import check_dequantize, check_quantize, make_values
+for name in SEARCHES:
+    check_quantize(TRITON, make_values("normal", (3, 40), torch.bfloat16), SCHEMES[name].searched().format)
 for fmt in FORMATS.values():
     check_quantize(TRITON, make_values("edges", (3, 40), torch.bfloat16), fmt)
     check_dequantize(TRITON, (3, 40), fmt, torch.bfloat16, 1)

@@ -33,6 +33,7 @@ from qtensor.kernels import (
     FP8_PER_BLOCK,
     FP8_PER_CHANNEL,
     FP8_PER_TENSOR,
+    SEARCHES,
     SOURCE_DTYPES,
     Audit,
     NonFinite,
@@ -41,6 +42,7 @@ from qtensor.kernels import (
 )
 from qtensor.kernels.reference import TORCH
 from qtensor.kernels.triton import TRITON, activation, launch, per_channel, per_group, per_tensor
+from qtensor.schemes.scheme import SCHEMES
 from support.gpu.driver import CHIPS, Gpu, simulated_gpu
 from support.gpu.ptx import Program
 from support.kernel_cases import (
@@ -123,6 +125,45 @@ def test_equals_the_reference(name: str, kind: str, dtype: torch.dtype, arch: in
         for program, _, executed in gpu.launches:
             assert executed["div"] < 0.5 * math.prod(shape), f"{program.name} divides element by element"
             assert not re.search(r"\b(div|rem)\.[su]64", program.text), f"{program.name} divides 64-bit integers"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype", "arch"),
+    [
+        pytest.param(name, kind, dtype, arch, id=f"{name}-{kind}-sm_{arch}", marks=() if usual else at_length)
+        for name in SEARCHES
+        for kind, dtype, arch in (
+            ("aligned", torch.bfloat16, 90), ("odd", torch.float16, 80), ("K-1408", torch.float32, 89),
+            ("stack", torch.bfloat16, 100),
+        )
+        for usual in [(name, kind) in (("nvfp4", "aligned"), ("int8_per_channel", "odd"), ("int4_per_group", "stack"))]
+    ],
+)  # fmt: skip
+def test_searched_scales_equal_the_reference(name: str, kind: str, dtype: torch.dtype, arch: int, gpu: Gpu) -> None:
+    """Whether or not products and sums are fused; per block, where there is no kernel, by the reference itself."""
+    fmt, (shape, layout) = SCHEMES[name].searched().format, CLASSES[kind]
+    for gpu.contract, values in product((False, True), VALUES) if ENDURANCE else SOME:
+        source = lay_out(make_values(values, shape, dtype, seed=7), layout)
+        gpu.launches.clear()
+        check_quantize(TRITON, source, fmt)
+        assert bool(gpu.launches) == (name != "fp8_per_block")
+    if name != "fp8_per_block":
+        source[..., -1, -1] = math.nan
+        check_nonfinite(TRITON, source, fmt)
+        for program in {program.text: program for program, _, _ in gpu.launches}.values():
+            assert spilled_bytes(program) == 0
+
+
+@at_length
+def test_searched_rows_too_long_for_one_pass(gpu: Gpu) -> None:
+    for name, cols in product(("fp8_per_channel", "int8_per_channel"), (4097, 2 * 8192 + 5)):
+        fmt = SCHEMES[name].searched().format
+        source = make_values("normal", (3, cols), torch.bfloat16, 4000)
+        source[1, cols - 1], source[2, 5] = math.inf, math.nan
+        (expected, _), (actual, _) = (destination(source.shape, fmt) for _ in range(2))
+        TORCH.quantize_into(source, expected, fmt, Audit(False))
+        per_channel.quantize(source, actual, fmt, Audit(False), 0, one_pass_cols=4096)
+        assert_equal_parts(actual, expected)
 
 
 def assert_good_machine_code(program: Program, fmt: WeightFormat) -> None:

@@ -18,15 +18,25 @@ from qtensor import (
     mxfp8,
     nvfp4,
 )
+from qtensor.schemes.scheme import Scheme
 
 Box = tuple[tuple[int, int], ...]
-ROW_WISE = (fp8_per_channel, mxfp8, mxfp4, int8_per_channel, int4_per_group)
+_ROW_WISE = (fp8_per_channel, mxfp8, mxfp4, int8_per_channel, int4_per_group)
+PLAIN = (*_ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4)
+ROW_WISE = (*_ROW_WISE, *(scheme.searched() for scheme in _ROW_WISE))
 """Schemes whose unit is a row."""
-SEARCHED = tuple(s.searched() for s in (*ROW_WISE, fp8_per_block, nvfp4))
-ROW_WISE = (*ROW_WISE, *SEARCHED[: len(ROW_WISE)])
-SCHEMES = (*ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4, *SEARCHED[-2:])
-LARGEST_ERROR = {"e4m3": 0.07, "e2m1": 0.2, "int8": 0.01, "int4": 0.08}
-"""Of an element, as a share of the largest magnitude beside it. mxfp4 saturates from 6 to 7 in units of its scale."""
+SCHEMES = (*ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4, fp8_per_block.searched(), nvfp4.searched())
+
+
+def largest_error(scheme: Scheme) -> float:
+    """Of an element, as a share of the largest magnitude beside it. mxfp4 saturates from 6 to 7 in units of its scale;
+    searched, twice as soon, and int4 from three quarters of the largest on."""
+    element = scheme.format.element
+    if scheme.is_searched and element in ("e2m1", "int4"):
+        return 0.5 if element == "e2m1" else 0.25
+    return {"e4m3": 0.07, "e2m1": 0.2, "int8": 0.02, "int4": 0.08}[element]
+
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
