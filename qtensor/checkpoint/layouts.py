@@ -311,7 +311,7 @@ def reader(config: Mapping[str, Any]) -> Callable[[str], Layout | None]:
         )
     named = _object(config, "config_groups")
     groups = {name: group for name in named if (group := _object(named, name))}
-    searched = config.get("searched") if isinstance(config.get("searched"), list) else ()
+    searched: list[Any] = found if isinstance(found := config.get("searched"), list) else []
     read = [
         (
             Targets(f"{name}.targets", group.get("targets"), only=len(groups) == 1),
