@@ -27,11 +27,13 @@ def state() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("part", [0.32, 0.5, 0.7, 1.0])
-@pytest.mark.parametrize("given_model", [False, True])
-def test_a_load_keeps_to_its_bytes_and_to_the_oracle(part: float, given_model: bool, state: Any) -> None:
+@pytest.mark.parametrize(("given_model", "schemes"), [(False, ["fp8", "nvfp4"]), (True, ["nvfp4:searched", "mxfp8"])])
+def test_a_load_keeps_to_its_bytes_and_to_the_oracle(
+    part: float, given_model: bool, schemes: list[str], state: Any
+) -> None:
     full = sum(t.nbytes for t in state.values())
     model = Model().to("meta") if given_model else None
-    with online_quant(model=model, fit=int(part * full)) as session:
+    with online_quant(schemes, model, fit=int(part * full)) as session:
         model = model or Model()
         model.load_state_dict(state)
     assert session.plan is not None

@@ -66,7 +66,7 @@ def read_config(spec: SchemeSpec, targets: Targets | None = None) -> QuantConfig
         from .plan import Plan
 
         if isinstance(spec, Plan):
-            spec = spec.to_json()
+            spec = {"targets": spec.targets}
     if not isinstance(spec, Mapping):
         scheme = as_scheme(spec)
         if targets is None:

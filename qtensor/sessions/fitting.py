@@ -81,7 +81,7 @@ class Fitting(Selection):
             weight = self.plan.weights[place]
             if scheme is None or scheme != weight.scheme or weight.kind not in _ALONE:
                 return scheme
-            expected = EXPECTED_SQNR[scheme.format.name]
+            expected = EXPECTED_SQNR[scheme.name]
             if sqnr >= expected - MARGIN:
                 return scheme
             left = self.plan.fit - self.plan.reserve - self.plan.bytes
@@ -89,8 +89,7 @@ class Fitting(Selection):
             forms = [
                 (size, form)
                 for size, form in forms
-                if weight.bytes < size <= weight.bytes + left
-                and (form is None or EXPECTED_SQNR[form.format.name] > expected)
+                if weight.bytes < size <= weight.bytes + left and (form is None or EXPECTED_SQNR[form.name] > expected)
             ]
             if not forms:
                 return scheme
