@@ -277,6 +277,24 @@ def test_what_the_initialisers_left_goes_with_the_memory() -> None:
     assert set(error.value.missing) == {"weight", "bias"}
 
 
+def test_values_that_a_constructor_gives_without_an_initialiser_are_its_initial_values() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.full((8,), 0.5)), nn.Parameter(torch.zeros(8))
+            self.linear = nn.Linear(8, 8)
+            self.linear.weight = nn.Parameter(torch.eye(8))
+
+    with online_quant(fp8_per_channel, on_missing="init"):
+        model = Scaled()
+    assert torch.equal(model.scale, torch.full((8,), 0.5))
+    assert not model.shift.any()
+    assert torch.equal(model.linear.weight.dequantize(), torch.eye(8))
+    with pytest.raises(IncompleteLoadError) as error, online_quant(fp8_per_channel):
+        model = Scaled()
+    assert {"scale", "shift"} < set(error.value.missing)
+
+
 def test_a_copy_whose_original_is_gone_and_that_is_wrapped_anew() -> None:
     """As `copy.deepcopy(model).to(device)` is: no hook tells of the copy, and its Parameters are other objects."""
     state = nn.Linear(8, 8).state_dict()

@@ -300,7 +300,8 @@ class Load(ModelTransaction):
         if not quantizable:
             weight.scheme = None
             if values is not None:
-                weight.store = PlainStore(values.to(target), weight.coverage, initialised=trusted, constructed=True)
+                meant = trusted or self.on_missing == "init"
+                weight.store = PlainStore(values.to(target), weight.coverage, initialised=meant, constructed=True)
         elif values is not None and (self.on_missing == "init" or (self.on_missing == "keep" and trusted)):
             weight.initial.values, weight.initial.given = values, trusted
         lazy = parameter(weight, param.requires_grad)
