@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -264,6 +266,28 @@ def test_a_saved_folder_loads_by_itself_and_saves_the_same_again(
     assert contents(tmp_path / "once") == contents(tmp_path / "twice")
     ids = torch.arange(8)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@reads_back
+def test_push_to_hub_uploads_a_folder_that_loads_by_itself(
+    folders: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder here: what is uploaded is copied there."""
+    name = next(iter(folders))
+    model = load_lm(folders[name], quantization_config=config("fp8"))
+    hub, module = Mock(), transformers.utils.hub
+    monkeypatch.setattr(module, "hf_api", lambda: hub, raising=False)
+    monkeypatch.setattr(module, "create_repo", hub.create_repo, raising=False)  # in older versions
+    monkeypatch.setattr(module, "create_and_tag_model_card", Mock())
+
+    def upload(_: Any, source: str, *__: Any, **___: Any) -> None:
+        shutil.copytree(source, tmp_path / "repository", dirs_exist_ok=True)
+
+    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    for _ in range(2):  # Over what is there, too.
+        model.push_to_hub("me/model")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "repository").iterdir()}
+    assert_same(load_lm(tmp_path / "repository"), model)
 
 
 @reads_back

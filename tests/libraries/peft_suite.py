@@ -280,13 +280,17 @@ def pytest_runtest_logreport(report: Any) -> None:
     before = _outcomes.get(report.nodeid, ["passed"])[0]
     if report.when == "call" or report.outcome != "passed":
         outcome = report.outcome if before == "passed" else before
-        crash = getattr(report.longrepr, "reprcrash", None)
-        _outcomes[report.nodeid] = [outcome, _general(crash.message) if crash and outcome == "failed" else ""]
+        _outcomes[report.nodeid] = [outcome, _general(report.longreprtext) if outcome == "failed" else ""]
 
 
-def _general(message: str) -> str:
-    """The first line of an error without its numbers, names and addresses, so that equal ones are counted together."""
-    line = message.strip().partition("\n")[0]
+def _general(text: str) -> str:
+    """The error, or the condition that was not met, without numbers, names and addresses, so that equal ones are
+    counted together."""
+    errors = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
+    asked = [line[1:].strip() for line in text.splitlines() if line.startswith(">")]
+    line = errors[0] if errors else text.strip().rpartition("\n")[2]
+    if asked and line.startswith(("assert", "AssertionError")):
+        line = asked[-1]
     line = re.sub(r"'[^']*'", "'…'", line)
     return re.sub(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e-?\d+)?", "#", line)[:160]
 
