@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
@@ -26,7 +24,6 @@ from .instructions import (
     CHUNK,
     E2M1,
     E4M3,
-    ELEMENTS,
     FLOAT,
     FP16,
     FP32,
@@ -53,52 +50,16 @@ AHEAD = 4  # Rows that are fetched beforehand; chips do so by themselves within 
 
 # What a decoded element is to be multiplied with: a code's bits, shifted into a float16, are this much too small.
 UNITS = {E4M3: 2.0**8, E2M1: 2.0**14, INT8: 1.0, INT4: 1.0}
-_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TABLES = {
-    E2M1: [sign * value / UNITS[E2M1] for sign in (1.0, -1.0) for value in _E2M1_VALUES],
+    E2M1: [sign * value / UNITS[E2M1] for sign in (1.0, -1.0) for value in E2M1_VALUES],
     INT4: [float(value) for value in (*range(8), *range(-8, 0))],
 }
-
-# Stored powers of two up to these are scales that `quick_row` can subtract; see `_bfloat_bits`.
-QUICK_SCALES = {E4M3: 245, E2M1: 252}
-
-
-def _bfloat_bits(element: int, scaled: bool) -> list[int]:
-    """The bits of bfloat16 of each code; of its magnitude only, for e4m3 and with a scale. `scaled`: times a power of
-    two so large that scales need only divide, by a subtraction in which zero stays zero."""
-    if element == E2M1:
-        values = [value for _ in range(2) for value in _E2M1_VALUES]
-    else:
-        values = [(m & 7) * 2.0**-9 if m < 8 else (8 + (m & 7)) * 2.0 ** ((m >> 3) - 10) for m in range(127)] + [0.0]
-    if scaled:
-        values = [value * 2.0 ** (QUICK_SCALES[element] - 127) for value in values]
-    bits = [int(np.float32(value).view(np.uint32)) >> 16 for value in values]
-    return bits if element == E2M1 else [*bits[:127], 0x7FC0]
-
-
-def is_quick(element: int, scale: int, group: int) -> bool:
-    """Whether `quick_row` can decode rows for the tile unit."""
-    return element in (E4M3, E2M1) and (group == CHUNK or (element == E4M3 and scale == PER_ROW))
-
-
-def subtrahends(fmt: WeightFormat) -> torch.Tensor:
-    """For each code of e8m0, what `quick_row` takes from the bits of a bfloat16, twice: int32, seen as float32."""
-    less = (QUICK_SCALES[ELEMENTS[fmt.element]] - torch.arange(256, dtype=torch.int32, device="cpu")).clamp_min(0) << 7
-    return (less | less << 16).view(torch.float32)
 
 
 def interleaved(fmt: WeightFormat) -> bool:
     """Whether a decoded chunk comes as its even columns, then its odd ones: two elements share a byte."""
     return fmt.per_byte == 2
-
-
-def has_quick_product(element: int, scale: int) -> bool:
-    """Whether e4m3 is decoded by table, to bfloat16 that is then widened: that takes half the instructions. Only where
-    a row has one scale; x is fp32 in the order of `quick_values`, of each vector the even columns first."""
-    return (element, scale) == (E4M3, PER_ROW) and "+avx512vbmi" in chip_features()
-
-
-HALVES = [[16 * q + 8 * half + i for q in range(4) for i in range(8)] for half in range(2)]  # of the 16s of a stripe
 
 
 class Decoder(Instructions):
@@ -277,75 +238,6 @@ class Decoder(Instructions):
 
         self.chunks(cols, [codes], step)
 
-    def quick_values(self, address: Any, scales: Any, table: Any, stripe: Any, last: Any, seen: Any) -> list[Any]:
-        """The two vectors of a stripe; see `quick_row`."""
-        b, wide = self.b, vector(I16, STRIPE // 2)
-        scaled = self.scale == BYTES
-        bits = _bfloat_bits(self.element, scaled)
-        raw = self.load(address, vector(I8, STRIPE // self.per_byte))
-        if self.element == E4M3:
-            if scaled:
-                self.see(raw, seen)
-            low, high = (self.bytes_of(raw, [value >> shift & 0xFF for value in bits]) for shift in (0, 8))
-            if not scaled:
-                high = b.or_(high, b.and_(raw, splat(I8, -128, STRIPE)))
-            values = self.unpacked(low, high)
-            signs = [b.and_(v, splat(I16, -0x8000, 32)) for v in self.unpacked(raw, raw)] if scaled else []
-        else:
-            codes = b.zext(raw, wide)
-            both = [codes, b.lshr(codes, splat(I16, 4, 32))]
-            entries = ir.Constant(wide, [value - (value >> 15 << 16) for value in bits * 2])
-            # Reads the low five bits of each index; the table repeats after sixteen.
-            values = [self.call("llvm.x86.avx512.permvar.hi.512", wide, entries, index) for index in both]
-            signs = [b.and_(b.shl(codes, splat(I16, by, 32)), splat(I16, -0x8000, 32)) for by in (12, 8)]
-        if not scaled:
-            return values
-        first = b.mul(stripe, int64(2))
-        second = b.add(first, int64(1))
-        both = []
-        for index in (first, b.select(b.icmp_signed("<", second, last), second, last)):
-            code = b.zext(self.load(b.add(scales, index), I8), I64)
-            one = self.load(self.at(table, code, 4), I32, 4)
-            lane = b.insert_element(ir.Constant(vector(I32), ir.Undefined), one, ir.Constant(I32, 0))
-            both.append(self.shuffle(lane, lane, [0] * LANES))
-        less = b.bitcast(self.shuffle(*both, [0] * 8 + [LANES] * 8), wide)
-        values = [self.call("llvm.usub.sat.v32i16", wide, value, less) for value in values]
-        return [b.or_(value, sign) for value, sign in zip(values, signs, strict=True)]
-
-    def quick_dots(
-        self, rows: int, batch: int, codes: Any, scales: Any, table: Any, xs: Any, cols: Any, out: Any
-    ) -> None:
-        """As `dots`, where there is `has_quick_product`."""
-        b = self.b
-        zero = splat(FLOAT, 0.0)
-        sums = [[[cgutils.alloca_once(b, zero.type) for _ in range(2)] for _ in range(batch)] for _ in range(rows)]
-        for pointer in (p for row in sums for of_x in row for p in of_x):
-            b.store(zero, pointer)
-        ahead = b.mul(b.sub(codes[1], codes[0]), int64(AHEAD))
-
-        def step(stripe: Any, addresses: list[Any], left: Any) -> None:
-            weights = []
-            for r in range(rows):
-                if left is None:
-                    self.prefetch(b.add(addresses[r], ahead))
-                values = []
-                for pairs in self.quick_values(addresses[r], scales[r], table, stripe, None, None):
-                    both = b.bitcast(pairs, vector(I32))
-                    upper = b.and_(both, splat(I32, -0x10000))
-                    values += [b.bitcast(half, zero.type) for half in (b.shl(both, splat(I32, 16)), upper)]
-                weights.append(values)
-            for m in range(batch):
-                for v in range(4):
-                    x = self.load(b.add(self.at(xs[m], stripe, 4 * STRIPE), int64(64 * v)), zero.type, 4)
-                    for r in range(rows):
-                        pointer = sums[r][m][v % 2 if rows * batch <= 8 else 0]
-                        name = f"llvm.fmuladd.v{LANES}f32"
-                        b.store(self.call(name, zero.type, weights[r][v], x, b.load(pointer)), pointer)
-
-        self.chunks(cols, codes, step, STRIPE)
-        for r in range(rows):
-            self.store_totals(sums[r], self.load(scales[r], FLOAT, 4), [out[m][r] for m in range(batch)])
-
     def store_totals(self, sums: Any, factor: Any, out: Any) -> None:
         """The sum of each vector (or two) of sums, times a factor."""
         for pointers, address in zip(sums, out, strict=True):
@@ -355,18 +247,6 @@ class Decoder(Instructions):
             name = f"llvm.vector.reduce.fadd.v{LANES}f32"
             total = self.call(name, FLOAT, ir.Constant(FLOAT, 0.0), total, fastmath=("reassoc",))
             self.store(self.b.fmul(total, factor), address, 4)
-
-    def bytes_of(self, index: Any, entries: list[int]) -> Any:
-        """A byte per index, of 128; the indices' upper bit does not count."""
-        low, high = (
-            ir.Constant(vector(I8, STRIPE), [e - (e >> 7 << 8) for e in half]) for half in (entries[:64], entries[64:])
-        )
-        return self.call("llvm.x86.avx512.vpermi2var.qi.512", low.type, low, index, high)
-
-    def unpacked(self, low: Any, high: Any) -> list[Any]:
-        """Bytes side by side: of the first halves of each 16, and of the second."""
-        pairs = [[at for lane in half for at in (lane, STRIPE + lane)] for half in HALVES]
-        return [self.b.bitcast(self.shuffle(low, high, pair), vector(I16, STRIPE // 2)) for pair in pairs]
 
     def see(self, raw: Any, seen: Any) -> None:
         """Keep the largest magnitudes among codes of e4m3."""
@@ -406,40 +286,6 @@ class Decoder(Instructions):
             nan = b.fcmp_unordered("uno", value, value)
             upper.append(b.bitcast(b.select(nan, splat(I32, 0x7FC00000), rounded), vector(I16, CHUNK)))
         return self.shuffle(*upper, [2 * lane + 1 for lane in order])  # bfloat16 is the upper half of float32
-
-
-@intrinsic(prefer_literal=True)
-def dots(
-    typing_context, element, scale, group, rows, batch, quick, codes, codes_stride, last, scales, scale_stride, down,
-    table, x, x_stride, last_x, cols, out, out_stride, n, m
-):  # fmt: skip
-    """The product of `rows` weight rows from n and `batch` rows of x from m; beyond `last` and `last_x` those again.
-    `quick`: by `Decoder.quick_dots`."""
-    numbers = [kind.literal_value for kind in (element, scale, group)]
-    tile = rows.literal_value, batch.literal_value
-    way = quick.literal_value
-
-    def emit(context, b, signature, args):
-        codes, codes_stride, last, scales, scale_stride, down, table, x, x_stride, last_x, cols, out, out_stride, n, m = args[6:]  # fmt: skip  # noqa: E501
-
-        def up_to(first, count, end):
-            found = [b.add(first, int64(i)) for i in range(count)]
-            return [b.select(b.icmp_signed("<", i, end), i, end) for i in found]
-
-        at_rows, at_x = up_to(n, tile[0], last), up_to(m, tile[1], last_x)
-        vectors = Decoder(context, b, *numbers)
-        (vectors.quick_dots if way else vectors.dots)(
-            *tile,
-            [b.add(codes, b.mul(r, codes_stride)) for r in at_rows],
-            [b.add(scales, b.mul(b.sdiv(r, down), scale_stride)) for r in at_rows],
-            table,
-            [b.add(x, b.mul(i, x_stride)) for i in at_x],
-            cols,
-            [[b.add(b.add(out, b.mul(i, out_stride)), b.mul(r, int64(4))) for r in at_rows] for i in at_x],
-        )
-        return context.get_dummy_value()
-
-    return types.void(element, scale, group, rows, batch, quick, *[types.int64] * 15), emit
 
 
 @intrinsic(prefer_literal=True)

@@ -67,6 +67,13 @@ def chip_features() -> list[str]:
     return features.split(",")
 
 
+@Once
+def chip_name() -> str:
+    """Of the chip that numba compiles for, as LLVM calls it."""
+    name: str = registry.cpu_target.target_context.codegen().magic_tuple()[1]
+    return name
+
+
 class Instructions:
     """Writes vector instructions."""
 

@@ -19,28 +19,26 @@ from numba import carray, extending, types  # type: ignore[attr-defined]
 from ..formats import ceil_div
 from . import products, rows, vectors
 from .compiling import Once
-from .instructions import take
+from .instructions import BF16, FP32, take
+from .orders import EVEN_FIRST, IN_ORDER, PAIRED, PAIRED_EVEN, STRIPED, STRIPED_EVEN, lay_row
 
 PURPOSE = "products"
-IN_ORDER, EVEN_FIRST, STRIPED = range(3)  # See `products._arranged` and `_striped`.
 _JOB = vectors.JOB
 _PIECE = 1 << 16  # Elements to round that are worth another thread.
 
 LAY_OUT = np.dtype(
-    [(name, np.int64) for name in ("x", "x_stride", "rows", "cols", "order", "out", "out_stride", "whole")]
+    [(name, np.int64) for name in ("x", "x_stride", "rows", "cols", "order", "out", "out_stride")]
     + [(name, np.int64) for name in ("values", "gain", "table", "counter", "job")]
 )
 ROUND = np.dtype(
     [(name, np.int64) for name in ("sums", "sums_stride", "rows", "cols", "bias", "out", "steps", "counter")]
 )
 ROUTE = np.dtype(
-    [(name, np.int64) for name in ("x", "x_stride", "cols", "order", "whole", "out", "out_stride")]
+    [(name, np.int64) for name in ("x", "x_stride", "cols", "order", "out", "out_stride")]
     + [(name, np.int64) for name in ("ids", "pairs", "each", "experts", "most", "ends", "where", "found")]
     + [(f"{name}{i}", np.int64) for i in (1, 2) for name in ("matrices", "jobs", "counter", "values", "gains")]
 )
-LAY_OUT_SUMS = np.dtype(
-    [(name, np.int64) for name in ("x", "x_stride", "rows", "cols", "order", "whole", "out", "out_stride")]
-)
+LAY_OUT_SUMS = np.dtype([(name, np.int64) for name in ("x", "x_stride", "rows", "cols", "order", "out", "out_stride")])
 COMBINE = np.dtype(
     [(name, np.int64) for name in ("sums", "sums_stride", "where", "weights", "each", "rows", "cols", "out")]
 )
@@ -103,20 +101,20 @@ def _widened(typing_context, bits):
 
 
 @numba.njit(nogil=True)
-def _lay_row(x, cols, whole, order, out):
-    """One row of bfloat16 as float32, zeros up to whole chunks, in the order that a loop of products decodes in."""
-    if whole > cols:
-        for k in range(max(0, whole - 64), whole):
-            out[k] = 0
-    if order == STRIPED:
-        for k in range(cols):
-            out[k & ~63 | (k & 8) << 2 | (k & 1) << 4 | (k & 48) >> 2 | (k & 6) >> 1] = _widened(x[k])
+def _lay_row(x, cols, order, out):
+    """One row of bfloat16, laid out as a loop of products reads it."""
+    if order == PAIRED:
+        lay_row(PAIRED, BF16, x, cols, out)
+    elif order == PAIRED_EVEN:
+        lay_row(PAIRED_EVEN, BF16, x, cols, out)
+    elif order == STRIPED:
+        lay_row(STRIPED, BF16, x, cols, out)
+    elif order == STRIPED_EVEN:
+        lay_row(STRIPED_EVEN, BF16, x, cols, out)
     elif order == EVEN_FIRST:
-        for k in range(cols):
-            out[k & ~31 | (k & 1) << 4 | (k & 30) >> 1] = _widened(x[k])
+        lay_row(EVEN_FIRST, BF16, x, cols, out)
     else:
-        for k in range(cols):
-            out[k] = _widened(x[k])
+        lay_row(IN_ORDER, BF16, x, cols, out)
 
 
 @Once
@@ -131,8 +129,7 @@ def lay_out() -> Any:
         if p.table != 0:
             _with_gain(p.values, p.gain, p.table)
         for m in range(p.rows):
-            x = carray(_uint16s(p.x + m * p.x_stride), p.cols)
-            _lay_row(x, p.cols, p.whole, p.order, carray(_float32s(p.out + m * p.out_stride), p.whole))
+            _lay_row(p.x + m * p.x_stride, p.cols, p.order, p.out + m * p.out_stride)
 
     return _compiled(loop, LAY_OUT)
 
@@ -177,8 +174,7 @@ def route() -> Any:
             e = ids[i]
             where[i] = ends[e]
             ends[e] += 1
-            x = carray(_uint16s(p.x + i // p.each * p.x_stride), p.cols)
-            _lay_row(x, p.cols, p.whole, p.order, carray(_float32s(p.out + where[i] * p.out_stride), p.whole))
+            _lay_row(p.x + i // p.each * p.x_stride, p.cols, p.order, p.out + where[i] * p.out_stride)
         carray(_int64s(p.counter1), 1)[0] = 0
         carray(_int64s(p.counter2), 1)[0] = 0
         found[0] = count
@@ -193,20 +189,15 @@ def lay_out_sums() -> Any:
     def loop(pointer):
         p = carray(pointer, 1)[0]
         for m in range(p.rows):
-            x = carray(_float32s(p.x + m * p.x_stride), p.cols)
-            out = carray(_float32s(p.out + m * p.out_stride), p.whole)
-            if p.whole > p.cols:
-                for k in range(max(0, p.whole - 64), p.whole):
-                    out[k] = 0
+            x, out = p.x + m * p.x_stride, p.out + m * p.out_stride
             if p.order == STRIPED:
-                for k in range(p.cols):
-                    out[k & ~63 | (k & 8) << 2 | (k & 1) << 4 | (k & 48) >> 2 | (k & 6) >> 1] = x[k]
+                lay_row(STRIPED, FP32, x, p.cols, out)
+            elif p.order == STRIPED_EVEN:
+                lay_row(STRIPED_EVEN, FP32, x, p.cols, out)
             elif p.order == EVEN_FIRST:
-                for k in range(p.cols):
-                    out[k & ~31 | (k & 1) << 4 | (k & 30) >> 1] = x[k]
+                lay_row(EVEN_FIRST, FP32, x, p.cols, out)
             else:
-                for k in range(p.cols):
-                    out[k] = x[k]
+                lay_row(IN_ORDER, FP32, x, p.cols, out)
 
     return _compiled(loop, LAY_OUT_SUMS)
 

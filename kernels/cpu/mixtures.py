@@ -78,13 +78,16 @@ class _Mixture:
     def __init__(self, first: Parts, second: Parts, fmt: WeightFormat, hidden: int, inner: int) -> None:
         experts = first.qdata.shape[0]
         self.cols = hidden, inner
-        self._first, self._second = Multiplication(first, fmt, hidden), Multiplication(second, fmt, inner)
+        self._first, self._second = (
+            Multiplication(first, fmt, hidden),
+            Multiplication(second, fmt, inner, torch.float32),
+        )
         self._ends, self._found = np.zeros(experts + 1, np.int64), np.zeros(2, np.int64)
         self._where = np.zeros(_MOST_PAIRS, np.int64)
         self._route, self._combine = np.zeros(1, layouts.ROUTE), np.zeros(1, layouts.COMBINE)
         self._between = np.zeros(1, layouts.LAY_OUT_SUMS)
         one = self._first
-        route = {"cols": hidden, "order": one.order, "whole": one.whole, "out_stride": one.x_stride, "experts": experts}
+        route = {"cols": hidden, "order": one.order, "out_stride": one.x_stride, "experts": experts}
         route |= {"most": 2 * AT_ONCE, "ends": self._ends.ctypes.data}
         route |= {"where": self._where.ctypes.data, "found": self._found.ctypes.data}
         for i, stack in ((1, self._first), (2, self._second)):
@@ -94,7 +97,7 @@ class _Mixture:
                 route[f"values{i}"] = stack.values.data_ptr()
         set_places(self._route, route)
         two = self._second
-        between = {"x_stride": one.sums_stride, "cols": inner, "order": two.order, "whole": two.whole}
+        between = {"x_stride": one.sums_stride, "cols": inner, "order": two.order}
         set_places(self._between, between | {"out_stride": two.x_stride})
         set_places(self._combine, {"sums_stride": two.sums_stride, "where": self._where.ctypes.data, "cols": two.rows})
         self._pairs = 0
@@ -117,7 +120,7 @@ class _Mixture:
         if threads != one.threads or one.room is not prepared._room or pairs > self._pairs:
             self._place(pairs, threads)
         route, between, combine = (p.view(np.int64) for p in (self._route, self._between, self._combine))
-        route[0], route[1], route[7], route[8], route[9] = x.data_ptr(), 2 * x.stride(0), ids.data_ptr(), pairs, each
+        route[0], route[1], route[6], route[7], route[8] = x.data_ptr(), 2 * x.stride(0), ids.data_ptr(), pairs, each
         if gains:
             route[_GAINS[0]], route[_GAINS[1]] = gains[0].data_ptr(), gains[1].data_ptr()
         layouts.route(purpose=PURPOSE)(route.ctypes.data)

@@ -16,7 +16,7 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts
 from ..reference import Torch, room
-from . import fused, jit, layouts, prepared, products, quantizing, vectors
+from . import fused, jit, layouts, prepared, products, quantizing, stripes, vectors
 from .rows import ELEMENTS, PIECE, adjacent, flat_rows, share, slabs
 from .searching import is_searched_here
 
@@ -66,7 +66,8 @@ class Numba(Torch):
         vectors.amax_loop(dtype, fmt.name)
         vectors.quantize_loop(fmt, dtype)
         vectors.decode_loop(fmt, dtype)
-        vectors.product_loop(fmt, vectors.has_quick_product(fmt))
+        for x in (torch.bfloat16, torch.float32):  # What x may be.
+            vectors.product_loop(fmt, stripes.way_of(fmt, x))
         layouts.compile_loops()
         if vectors.has_tiles():
             vectors.tile_loop(fmt)

@@ -19,14 +19,14 @@ import torch
 
 from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
-from . import products, rows, vectors
-from .decoders import STRIPE, interleaved
-from .instructions import CHUNK
-from .layouts import EVEN_FIRST, IN_ORDER, LAY_OUT, PURPOSE, ROUND, STRIPED, function, lay_out, round_rows
+from . import products, rows, stripes, vectors
+from .decoders import STRIPE
+from .layouts import LAY_OUT, PURPOSE, ROUND, function, lay_out, round_rows
+from .orders import ORDERS, order_of
 from .tiles import BLOCK_FOR_FEW, BLOCK_FOR_MANY, TILE, TILE_SCRATCH
 
 _MOST_KEPT = 4096  # Weights.
-_WIDTHS = {IN_ORDER: CHUNK, EVEN_FIRST: CHUNK, STRIPED: STRIPE}
+_GAIN = list(LAY_OUT.names or ()).index("gain")
 _MOST_IN_TILES = 64  # Rows of x; for more, what a call costs is little beside them.
 
 
@@ -80,17 +80,16 @@ def most_rows() -> int:
 
 
 class Multiplication:
-    """The loop over a weight `[N, K]`, or a stack of them, at one address. jobs: `vectors.JOB` for each matrix; the
-    first three of a row are set."""
+    """The loop over a weight `[N, K]`, or a stack of them, at one address, for x of a dtype. jobs: `vectors.JOB` for
+    each matrix; the first three of a row are set."""
 
-    def __init__(self, parts: Parts, fmt: WeightFormat, cols: int) -> None:
+    def __init__(self, parts: Parts, fmt: WeightFormat, cols: int, dtype: torch.dtype = torch.bfloat16) -> None:
         qdata, scale = parts.qdata, parts.scale
         count = qdata.shape[0] if qdata.dim() == 3 else 1
         self.rows, self.cols = qdata.shape[-2], cols
-        quick = vectors.has_quick_product(fmt)
-        self.order = STRIPED if quick else EVEN_FIRST if interleaved(fmt) else IN_ORDER
-        self.whole = ceil_div(cols, _WIDTHS[self.order]) * _WIDTHS[self.order]
-        self.x_stride, self.sums_stride = 4 * (self.whole + products._X_PADDING), 4 * self.rows
+        way = stripes.way_of(fmt, dtype)
+        self.order = order_of(fmt, way)
+        self.x_stride, self.sums_stride = ORDERS[self.order].stride(cols), 4 * self.rows
         self.jobs, self.counters = np.zeros((count, vectors.JOB), np.int64), np.zeros(2, np.int64)
         self.matrices = np.zeros((count, 3), np.int64)
         for column, part in enumerate((qdata, scale)):
@@ -117,7 +116,7 @@ class Multiplication:
             "jobs": self.jobs.ctypes.data,
         }
         set_places(self.places, places)
-        loop = vectors.product_loop(fmt, quick)
+        loop = vectors.product_loop(fmt, way)
         self._loop_address, self._alone, self._address = loop.address, function(loop.address), self.places.ctypes.data
         self.room: torch.Tensor | None = None
         self.threads = 0
@@ -149,7 +148,7 @@ class _FewRows:
         self.cols = cols
         self._product = product = Multiplication(parts, fmt, cols)
         self._lay_out, self._round = np.zeros(1, LAY_OUT), np.zeros(1, ROUND)
-        values: dict[str, int] = {"cols": cols, "order": product.order, "whole": product.whole}
+        values: dict[str, int] = {"cols": cols, "order": product.order}
         values |= {"out_stride": product.x_stride, "counter": product.counters.ctypes.data}
         values["job"] = product.jobs.ctypes.data
         if product.tables is not None and product.values is not None:
@@ -174,7 +173,7 @@ class _FewRows:
         out = torch.empty((count, product.rows), dtype=torch.bfloat16, device="cpu")
         now[0], now[1], now[2] = x.data_ptr(), 2 * x.stride(0), count
         if len(parts) == 3:
-            now[9] = parts[2].data_ptr()
+            now[_GAIN] = parts[2].data_ptr()
         self._loops[0](self._addresses[0])
         product.run(team, product.pieces)
         after[2], after[4], after[5] = count, 0 if bias is None else bias.data_ptr(), out.data_ptr()

@@ -17,8 +17,9 @@ import torch
 
 from ..formats import WeightFormat, ceil_div, e8m0_to_float
 from ..parts import Parts
-from . import decoders, vectors
-from .instructions import CHUNK
+from . import stripes, vectors
+from .decoders import STRIPE
+from .orders import ORDERS, arranged, order_of
 from .rows import run_loop
 from .tiles import BLOCK_FOR_FEW, BLOCK_FOR_MANY, TILE, TILE_SCRATCH
 
@@ -26,7 +27,6 @@ FEW = 8  # Rows of x that are decoded for in registers, four at a time, where th
 FEW_BESIDE_TILES = 4  # and where there are.
 _BAND = 1 << 20  # Elements of a weight decoded at a time: what stays in cache beside x.
 _PIECE = 1 << 16  # Elements that are worth another thread.
-_X_PADDING = 16  # Keeps rows of x from falling on the same cache sets when K is a power of two.
 
 Span = tuple[int, int, int]  # (matrix of a stack, first row of x, last + 1)
 
@@ -108,12 +108,12 @@ def _in_registers(
     x: torch.Tensor, parts: Parts, fmt: WeightFormat, spans: list[Span], bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """`spans` cover x."""
-    quick = vectors.has_quick_product(fmt)
-    arranged = _striped(x.detach()) if quick else _arranged(x.detach(), fmt)
+    way = stripes.way_of(fmt, x.dtype)
+    laid_out = arranged(x.detach(), ORDERS[order_of(fmt, way)])
     sums = torch.empty(out.shape, dtype=torch.float32, device="cpu")
-    place = arranged.data_ptr(), arranged.stride(0) * 4
+    place = laid_out.data_ptr(), laid_out.stride(0) * laid_out.itemsize
     _run(
-        vectors.product_loop(fmt, quick),
+        vectors.product_loop(fmt, way),
         parts,
         fmt,
         x.shape[1],
@@ -151,7 +151,7 @@ def _in_tiles(
         jobs.append((e, first, len(tiles), offset, start, stop - start))
     most = max(end - first for _, first, end, *_ in jobs)
     block = BLOCK_FOR_FEW if most <= 2 else BLOCK_FOR_MANY
-    per_tile = ceil_div(cols, decoders.STRIPE) * decoders.STRIPE * TILE * 2
+    per_tile = ceil_div(cols, STRIPE) * STRIPE * TILE * 2
     per_thread = TILE_SCRATCH + block[0] * most * TILE * 4
     threads = torch.get_num_threads()
     with _scratch(len(tiles) * per_tile + threads * per_thread + 64) as room:
@@ -242,36 +242,6 @@ def _step(rows: int, cols: int, unit: int) -> int:
     return max(1, wanted // unit) * unit
 
 
-def _arranged(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """x in fp32, zeros up to whole chunks, in the order in which a chunk of the weight is decoded."""
-    rows, cols = x.shape
-    chunks = ceil_div(cols, CHUNK)
-    whole = chunks * CHUNK
-    out = torch.empty((rows, whole + _X_PADDING), dtype=torch.float32, device="cpu")
-    if whole != cols:
-        x = torch.nn.functional.pad(x, (0, whole - cols))
-    if decoders.interleaved(fmt):
-        halves = out[:, :whole].view(rows, chunks, 2, CHUNK // 2)
-        halves.copy_(x.reshape(rows, chunks, CHUNK // 2, 2).mT)
-    else:
-        out[:, :whole] = x
-    return out
-
-
-def _striped(x: torch.Tensor) -> torch.Tensor:
-    """As `_arranged`, for `vectors.has_quick_product`: of each stripe the first halves of its 16s before the second,
-    and of either the even columns before the odd."""
-    rows, cols = x.shape
-    stripes = ceil_div(cols, decoders.STRIPE)
-    whole = stripes * decoders.STRIPE
-    out = torch.empty((rows, whole + _X_PADDING), dtype=torch.float32, device="cpu")
-    if whole != cols:
-        x = torch.nn.functional.pad(x, (0, whole - cols))
-    places = out[:, :whole].view(rows, stripes, 2, 2, 4, 4)
-    places.copy_(x.reshape(rows, stripes, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4))
-    return out
-
-
 def _readable(scale: torch.Tensor) -> torch.Tensor:
     """Scales of a row next to each other."""
     return scale if scale.stride(-1) == 1 or scale.shape[-1] == 1 else scale.contiguous()
@@ -292,7 +262,7 @@ def _values(fmt: WeightFormat) -> torch.Tensor:
         if fmt.scale_dtype != torch.uint8:
             return codes.view(fmt.scale_dtype).float()
         values = e8m0_to_float(codes)
-        return torch.cat([values, decoders.subtrahends(fmt)])
+        return torch.cat([values, stripes.subtrahends(fmt)])
 
 
 _kept: list[torch.Tensor] = []

@@ -16,8 +16,9 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
-from .decoders import BYTES, HALVES, PER_ROW, STRIPE, UNITS, Decoder, is_quick
+from .decoders import BYTES, PER_ROW, STRIPE, UNITS
 from .instructions import CHUNK, E4M3, FLOAT, I8, I16, I32, I64, int64, intrinsic, splat, vector
+from .stripes import HALVES, StripeDecoder, is_quick
 
 TILE = 16
 TILE_ROWS = 2 * TILE
@@ -29,7 +30,7 @@ ROW_PADDING = 64  # Bytes; keeps rows from falling on the same cache sets.
 TILE_SCRATCH = max(rows * (2 * cols + ROW_PADDING) for rows, cols in (BLOCK_FOR_FEW, BLOCK_FOR_MANY))
 
 
-class TileDecoder(Decoder):
+class TileDecoder(StripeDecoder):
     """Writes what decodes weights of one format for the tile unit, and what packs x alike."""
 
     def is_quick(self) -> bool:
@@ -81,14 +82,17 @@ class TileDecoder(Decoder):
 
         def step(stripe: Any, addresses: list[Any], left: Any) -> None:
             self.prefetch(b.add(addresses[0], ahead))
-            values = self.quick_values(addresses[0], scales, table, stripe, last, seen)
+            if self.scale == PER_ROW:
+                values = self.values(addresses[0])
+            else:
+                values = self.scaled_values(addresses[0], scales, table, stripe, last, seen)
             self.store_stripe(values, out, stripe)
 
         self.chunks(cols, [codes], step, STRIPE)
         return self.quick_nan(seen)
 
     def quick_nan(self, seen: Any) -> Any:
-        """Whether a code that `quick_values` saw is NaN and its value is not."""
+        """Whether a code that `scaled_values` saw is NaN and its value is not."""
         if self.element == E4M3 and self.scale == BYTES:
             return self.has_nan(seen)
         return ir.Constant(ir.IntType(1), 0)

@@ -22,12 +22,12 @@ import torch
 from numba import carray, types  # type: ignore[attr-defined]
 
 from ..formats import WeightFormat
-from . import decoders
 from .compiling import Once, compiled
-from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, QUICK_SCALES, STRIPE, UNITS, decode_row, dots, is_quick
+from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, STRIPE, UNITS, decode_row
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, chip_features, float32s, int64s, take, uint8s
 from .searching import search_row
+from .stripes import QUICK_SCALES, dots, is_quick
 from .tiles import (
     ROW_PADDING,
     TILE,
@@ -51,7 +51,7 @@ def _places(*names: str) -> np.dtype[Any]:
 # columns. `down` rows share a row of scales, and a table has the 256 fp32 values of scales of one byte.
 PRODUCT = _places(
     "counter", "pieces", "pieces_per_job", "step", "rows", "cols", "codes_stride", "scale_stride", "down",
-    "x", "x_stride", "out", "out_stride",  # fp32; rows of x are whole chunks, see `interleaved`
+    "x", "x_stride", "out", "out_stride",  # rows of x are laid out as `orders` has them; out is fp32
     "block_rows", "block_cols", "scratch", "scratch_stride",  # of each thread; a second counter says which is whose
     "jobs",  # int64 [J, 8], see `JOB`
 )  # fmt: skip
@@ -105,16 +105,10 @@ def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
     return element, BYTES if fmt.scale_dtype.itemsize == 1 else FLOATS, fmt.block[1]
 
 
-@functools.cache
-def has_quick_product(fmt: WeightFormat) -> bool:
-    """See `decoders.has_quick_product`."""
-    return decoders.has_quick_product(*_kind(fmt)[:2])
-
-
-def product_loop(fmt: WeightFormat, quick: bool = False) -> Loop:
+def product_loop(fmt: WeightFormat, way: int) -> Loop:
     """out = x times the dequantized rows of some weights, transposed: sums in fp32, each weight decoded once for up to
-    4 rows of x. `quick`: see `has_quick_product`."""
-    return _product_loop(*_kind(fmt), quick, purpose=fmt.name)
+    4 rows of x. `way`: see `stripes.way_of`."""
+    return _product_loop(*_kind(fmt), way, purpose=fmt.name)
 
 
 def tile_loop(fmt: WeightFormat) -> Loop:
@@ -156,7 +150,7 @@ def amax_loop(dtype: torch.dtype, purpose: str) -> Loop:
 
 
 @Once
-def _product_loop(element: int, scale: int, group: int, quick: bool) -> Loop:
+def _product_loop(element: int, scale: int, group: int, way: int) -> Loop:
     def loop(pointer):
         p = carray(pointer, 1)[0]
         while True:
@@ -171,12 +165,12 @@ def _product_loop(element: int, scale: int, group: int, quick: bool) -> Loop:
                 for m in range(first, end, 4):
                     if end - m == 1:
                         dots(
-                            element, scale, group, 4, 1, quick, job[0], p.codes_stride, stop - 1, job[1],
+                            way, element, scale, group, 4, 1, job[0], p.codes_stride, stop - 1, job[1],
                             p.scale_stride, p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
                         )  # fmt: skip
                     else:
                         dots(
-                            element, scale, group, 4, 4, quick, job[0], p.codes_stride, stop - 1, job[1],
+                            way, element, scale, group, 4, 4, job[0], p.codes_stride, stop - 1, job[1],
                             p.scale_stride, p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
                         )  # fmt: skip
 

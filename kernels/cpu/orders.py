@@ -1,0 +1,118 @@
+"""In what order the loops of products read x: as their weights are decoded, which saves shuffling those.
+
+A row of x is laid out anew for each call, in whole chunks or stripes of columns, with zeros after the last column.
+"""
+
+# The loops carry no annotations: numba compiles each for the types it is called with.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types  # type: ignore[attr-defined]
+from numba.core import cgutils
+
+from ..formats import WeightFormat, ceil_div
+from .decoders import interleaved
+from .instructions import BF16, CHUNK, FLOAT, I16, I32, I64, LANES, Instructions, int64, intrinsic, splat, vector
+from .stripes import CHUNKS, EVEN_ODD, HALVES, PAIRS, SINGLES
+
+_PADDING = 64  # Bytes; keeps rows of x from falling on the same cache sets when K is a power of two.
+
+
+class Order(NamedTuple):
+    """columns: Of a chunk or stripe. pairs: Whether they stay bfloat16; else they are float32."""
+
+    columns: list[int]
+    pairs: bool = False
+
+    def whole(self, cols: int) -> int:
+        """Columns with the zeros after the last."""
+        return ceil_div(cols, len(self.columns)) * len(self.columns)
+
+    def stride(self, cols: int) -> int:
+        """Bytes from row to row."""
+        return self.whole(cols) * (2 if self.pairs else 4) + _PADDING
+
+
+def _widened(pairs: list[list[int]]) -> list[int]:
+    """The columns of pairs of bfloat16, as `stripes.terms` makes floats of them."""
+    return [column for vector in pairs for half in (vector[0::2], vector[1::2]) for column in half]
+
+
+IN_ORDER, EVEN_FIRST, STRIPED, STRIPED_EVEN, PAIRED, PAIRED_EVEN = range(6)
+ORDERS = (
+    Order(list(range(CHUNK))),
+    Order([*range(0, CHUNK, 2), *range(1, CHUNK, 2)]),
+    Order(_widened(HALVES)),
+    Order(_widened(EVEN_ODD)),
+    Order([*HALVES[0], *HALVES[1]], pairs=True),
+    Order([*EVEN_ODD[0], *EVEN_ODD[1]], pairs=True),
+)
+
+
+def order_of(fmt: WeightFormat, way: int) -> int:
+    """For a product by `stripes.way_of`."""
+    return {CHUNKS: IN_ORDER, SINGLES: STRIPED, PAIRS: PAIRED}[way] + interleaved(fmt)
+
+
+def arranged(x: torch.Tensor, order: Order) -> torch.Tensor:
+    """x laid out; of pairs, in bfloat16."""
+    rows, cols = x.shape
+    whole = order.whole(cols)
+    dtype = torch.bfloat16 if order.pairs else torch.float32
+    out = torch.empty((rows, order.stride(cols) // dtype.itemsize), dtype=dtype, device="cpu")
+    if whole != cols:
+        x = torch.nn.functional.pad(x, (0, whole - cols))
+    columns = torch.tensor(order.columns, device="cpu")
+    out[:, :whole] = x.reshape(rows, -1, len(order.columns))[:, :, columns].view(rows, whole)
+    return out
+
+
+@intrinsic(prefer_literal=True)
+def lay_row(typing_context, order, dtype, x, cols, out):
+    """One row of x, in bfloat16 or float32, laid out; an order of pairs takes bfloat16 alone."""
+    columns, pairs = ORDERS[order.literal_value]
+    single = dtype.literal_value != BF16
+
+    def emit(context, b, signature, args):
+        i = Instructions(context, b)
+        x, cols, out = args[2:]
+        width, size = len(columns), 4 if single else 2
+
+        def step(source: Any, target: Any) -> None:
+            if single:
+                values = i.load(source, vector(FLOAT, width), 4)
+                for at in range(0, width, LANES):
+                    i.store(i.shuffle(values, values, columns[at : at + LANES]), b.add(target, int64(4 * at)), 4)
+                return
+            first = i.load(source, vector(I16, CHUNK), 2)
+            second = first if width == CHUNK else i.load(b.add(source, int64(2 * CHUNK)), vector(I16, CHUNK), 2)
+            lanes = CHUNK if pairs else LANES
+            for at in range(0, width, lanes):
+                some = i.shuffle(first, second, columns[at : at + lanes])
+                if not pairs:
+                    some = b.bitcast(b.shl(b.zext(some, vector(I32)), splat(I32, 16)), vector(FLOAT))
+                i.store(some, b.add(target, int64((2 if pairs else 4) * at)), 4)
+
+        def place(index: Any) -> tuple[Any, Any]:
+            return i.at(x, index, width * size), i.at(out, index, width * (2 if pairs else 4))
+
+        whole, left = b.udiv(cols, int64(width)), b.urem(cols, int64(width))
+        with cgutils.for_range(b, whole) as loop:
+            step(*place(loop.index))
+        with b.if_then(b.icmp_signed(">", left, int64(0)), likely=False):
+            kind = FLOAT if single else I16
+            copy = cgutils.alloca_once(b, ir.ArrayType(kind, width))
+            b.store(ir.Constant(ir.ArrayType(kind, width), [0] * width), copy)
+            source, target = place(whole)
+            copy_at = b.ptrtoint(copy, I64)
+            with cgutils.for_range(b, left) as loop:
+                i.store(i.load(i.at(source, loop.index, size), kind, size), i.at(copy_at, loop.index, size), size)
+            step(copy_at, target)
+        return context.get_dummy_value()
+
+    return types.void(order, dtype, *[types.int64] * 3), emit
