@@ -103,9 +103,9 @@ class Instructions:
         one = self.b.insert_element(ir.Constant(vector(value.type), ir.Undefined), value, ir.Constant(I32, 0))
         return self.shuffle(one, one, [0] * LANES)
 
-    def prefetch(self, address: Any) -> None:
+    def prefetch(self, address: Any, nearest: bool = True) -> None:
         pointer = self.b.inttoptr(address, I8.as_pointer())
-        flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # to read, into the nearest cache, data
+        flags = [ir.Constant(I32, flag) for flag in (0, 3 if nearest else 2, 1)]  # to read, into which cache, data
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
 
     def from_half(self, bits: Any) -> Any:

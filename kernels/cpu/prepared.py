@@ -23,7 +23,7 @@ from . import products, rows, stripes, vectors
 from .decoders import STRIPE
 from .layouts import LAY_OUT, PURPOSE, ROUND, function, lay_out, round_rows
 from .orders import ORDERS, order_of
-from .tiles import BLOCK_FOR_FEW, BLOCK_FOR_MANY, TILE, TILE_SCRATCH
+from .tiles import ROWS_FOR_FEW, ROWS_FOR_MANY, TILE, TILE_SCRATCH
 
 _MOST_KEPT = 4096  # Weights.
 _GAIN = list(LAY_OUT.names or ()).index("gain")
@@ -75,8 +75,7 @@ def _is_plain(bias: torch.Tensor) -> bool:
 
 @functools.cache
 def most_rows() -> int:
-    """Rows of x in bfloat16 that are decoded for in registers."""
-    return products.FEW_BESIDE_TILES if vectors.has_tiles() else products.FEW
+    return products.most_in_registers(torch.bfloat16)
 
 
 class Multiplication:
@@ -257,13 +256,13 @@ class _FewTiles:
         tile = TILE
         tiles = ceil_div(count, tile)
         self._where[:tiles] = [(row, min(tile, count - row)) for row in range(0, count, tile)]
-        block = BLOCK_FOR_FEW if tiles <= 2 else BLOCK_FOR_MANY
-        per_thread = ceil_div(TILE_SCRATCH + block[0] * tiles * tile * 4, 64) * 64
+        block_rows = ROWS_FOR_FEW if tiles <= 2 else ROWS_FOR_MANY
+        per_thread = ceil_div(TILE_SCRATCH + block_rows * tiles * tile * 4, 64) * 64
         room, packed = roomy(tiles * self._per_tile + threads * per_thread)
-        step = products._step(self._rows, self.cols, block[0])
+        step = products._step(self._rows, self.cols, block_rows)
         pieces = ceil_div(self._rows, step)
         multiply = {"x": packed, "pieces": pieces, "pieces_per_job": pieces, "step": step}
-        multiply |= {"block_rows": block[0], "block_cols": block[1]}
+        multiply |= {"block_rows": block_rows}
         multiply |= {"scratch": packed + tiles * self._per_tile, "scratch_stride": per_thread}
         set_places(self._multiply, multiply)
         set_places(self._pack, {"out": packed, "pieces": tiles})

@@ -21,10 +21,10 @@ from . import stripes, vectors
 from .decoders import STRIPE
 from .orders import ORDERS, arranged, order_of
 from .rows import run_loop
-from .tiles import BLOCK_FOR_FEW, BLOCK_FOR_MANY, TILE, TILE_SCRATCH
+from .tiles import AMX, ROWS_FOR_FEW, ROWS_FOR_MANY, TILE, TILE_SCRATCH
 
 FEW = 8  # Rows of x that are decoded for in registers, four at a time, where there are no tiles;
-FEW_BESIDE_TILES = 4  # and where there are.
+FEW_BESIDE_TILES = 4  # and where there are the chip's.
 _BAND = 1 << 20  # Elements of a weight decoded at a time: what stays in cache beside x.
 _PIECE = 1 << 16  # Elements that are worth another thread.
 
@@ -50,7 +50,7 @@ def _products(
 ) -> torch.Tensor:
     parts = Parts(parts.qdata.detach(), _readable(parts.scale.detach()), *(part.detach() for part in parts[2:]))
     tiled = x.dtype == torch.bfloat16 and vectors.has_tiles()
-    most = FEW_BESIDE_TILES if tiled else FEW
+    most = most_in_registers(x.dtype)
     few = [span for span in spans if span[2] - span[1] <= most]
     many = [span for span in spans if span[2] - span[1] > most]
     out = torch.empty((x.shape[0], parts.qdata.shape[1]), dtype=x.dtype, device="cpu")
@@ -64,6 +64,11 @@ def _products(
         for e, start, stop in many:
             _by_torch(x[start:stop], parts.matrix(e), fmt, None if bias is None else bias[e], out[start:stop])
     return out
+
+
+def most_in_registers(dtype: torch.dtype) -> int:
+    """Rows of x that are decoded for in registers."""
+    return FEW_BESIDE_TILES if dtype == torch.bfloat16 and vectors.tile_unit() == AMX else FEW
 
 
 def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:
@@ -119,7 +124,7 @@ def _in_registers(
         x.shape[1],
         place,
         sums,
-        (4, 0, 0, 0),
+        (4, 0, 0),
         spans,
         torch.get_num_threads(),
     )
@@ -150,9 +155,9 @@ def _in_tiles(
         offset = offsets.data_ptr() + (0 if bias is None else e * offsets.stride(0) * 4)
         jobs.append((e, first, len(tiles), offset, start, stop - start))
     most = max(end - first for _, first, end, *_ in jobs)
-    block = BLOCK_FOR_FEW if most <= 2 else BLOCK_FOR_MANY
+    block_rows = ROWS_FOR_FEW if most <= 2 else ROWS_FOR_MANY
     per_tile = ceil_div(cols, STRIPE) * STRIPE * TILE * 2
-    per_thread = TILE_SCRATCH + block[0] * most * TILE * 4
+    per_thread = TILE_SCRATCH + block_rows * most * TILE * 4
     threads = torch.get_num_threads()
     with _scratch(len(tiles) * per_tile + threads * per_thread + 64) as room:
         packed = ceil_div(room.data_ptr(), 64) * 64
@@ -169,7 +174,7 @@ def _in_tiles(
             per_tile,
         )
         run_loop(vectors.pack_loop(fmt), places, len(tiles), threads)
-        own = (*block, packed + len(tiles) * per_tile, per_thread)
+        own = (block_rows, packed + len(tiles) * per_tile, per_thread)
         _run(vectors.tile_loop(fmt), parts, fmt, cols, (packed, per_tile), out, own, jobs, threads)
 
 
@@ -180,14 +185,14 @@ def _run(
     cols: int,
     x: tuple[int, int],
     out: torch.Tensor,
-    own: tuple[int, int, int, int],
+    own: tuple[int, int, int],
     jobs: Sequence[tuple[int, ...]],
     threads: int,
 ) -> None:
     """Run a loop of `vectors` for some matrices of a stack.
 
     x: Address, bytes from row to row (or tile).
-    own: Rows and columns of the weight that the loop takes at a time, the address of memory for each thread, its size.
+    own: Rows of the weight that the loop takes at a time, the address of memory for each thread, its size.
     jobs: Matrix, and what `vectors.JOB` has after the addresses.
     """
     qdata, scale = parts.qdata, parts.scale

@@ -17,17 +17,20 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from .decoders import BYTES, PER_ROW, STRIPE, UNITS
-from .instructions import CHUNK, E4M3, FLOAT, I8, I16, I32, I64, int64, intrinsic, splat, vector
-from .stripes import HALVES, StripeDecoder, is_quick
+from .instructions import CHUNK, E4M3, FLOAT, I8, I16, I32, I64, LANES, int64, intrinsic, splat, vector
+from .stripes import HALVES, PAIRS, StripeDecoder, is_quick
 
+NONE, AMX, BY_PAIRS = range(3)  # Tile units: none, the chip's, and one made of products of pairs.
 TILE = 16
 TILE_ROWS = 2 * TILE
-# (rows, columns) decoded at a time: columns so that memory is read in long stretches; for more than 32 rows of x more
-# of the weight's, as all of x is read for each block.
-BLOCK_FOR_FEW = 32, 2048
-BLOCK_FOR_MANY = 128, 2048
+# Rows and columns of a weight that are decoded at a time: columns so that memory is read in long stretches; for more
+# than 32 rows of x more of the weight's, as all of x is read for each block.
+ROWS_FOR_FEW, ROWS_FOR_MANY = 32, 128
+BLOCK_COLS = 2048
+PAIRS_AT_ONCE = 4
 ROW_PADDING = 64  # Bytes; keeps rows from falling on the same cache sets.
-TILE_SCRATCH = max(rows * (2 * cols + ROW_PADDING) for rows, cols in (BLOCK_FOR_FEW, BLOCK_FOR_MANY))
+BLOCK_STRIDE = 2 * BLOCK_COLS + ROW_PADDING
+TILE_SCRATCH = ROWS_FOR_MANY * BLOCK_STRIDE
 
 
 class TileDecoder(StripeDecoder):
@@ -130,6 +133,57 @@ class TileDecoder(StripeDecoder):
                             value = self.load(self.at(source, loop.index, 2), I16, 2)
                             self.store(value, self.at(target, loop.index, 2), 2)
 
+    def multiply(
+        self, wide: int, weights: Any, x: Any, x_stride: Any, chunks: Any, out: Any, out_stride: Any, adds: Any,
+        ahead: Any, ahead_stride: Any,
+    ) -> None:  # fmt: skip
+        """What `multiply_tiles` does, by pairs: sixteen sums at a time, each of a row of the weight and of 16 of x.
+
+        Meanwhile the rows at `ahead`, if that is not 0, are fetched, which are decoded next.
+        """
+        b = self.b
+        zero = splat(FLOAT, 0.0)
+        height = TILE // wide
+        with cgutils.for_range(b, int64(TILE_ROWS // height)) as block:
+            first = b.mul(block.index, int64(height))
+            top = b.add(weights, b.mul(first, int64(BLOCK_STRIDE)))
+            top_ahead = b.add(ahead, b.mul(first, ahead_stride))
+            places = [
+                [b.add(b.add(out, b.mul(b.add(first, int64(r)), out_stride)), int64(64 * j)) for j in range(wide)]
+                for r in range(height)
+            ]
+            sums = [[cgutils.alloca_once(b, zero.type) for _ in range(wide)] for _ in range(height)]
+            with b.if_else(b.icmp_signed("!=", adds, int64(0))) as (then, otherwise):
+                with then:
+                    for pointers, here in zip(sums, places, strict=True):
+                        for pointer, place in zip(pointers, here, strict=True):
+                            b.store(self.load(place, zero.type, 4), pointer)
+                with otherwise:
+                    for pointers in sums:
+                        for pointer in pointers:
+                            b.store(zero, pointer)
+            tiles = [b.add(x, b.mul(x_stride, int64(j))) for j in range(wide)]
+            with cgutils.for_range(b, b.mul(chunks, int64(LANES // PAIRS_AT_ONCE))) as loop:
+                # A line of one of the rows, or two: when all columns are through, all lines are.
+                line, row = b.udiv(loop.index, int64(height)), b.urem(loop.index, int64(height))
+                with b.if_then(b.icmp_signed("!=", ahead, int64(0))):
+                    for i in range(height // 8):
+                        lines = b.add(b.mul(line, int64(height // 8)), int64(i))
+                        self.prefetch(b.add(self.at(top_ahead, lines, 64), b.mul(row, ahead_stride)), nearest=False)
+                for pair in range(PAIRS_AT_ONCE):
+                    at = b.add(b.mul(loop.index, int64(PAIRS_AT_ONCE)), int64(pair))
+                    of_x = [self.load(self.at(tile, at, 64), vector(I16, CHUNK), 64) for tile in tiles]
+                    for r in range(height):
+                        place = b.add(self.at(top, at, 4), int64(r * BLOCK_STRIDE))
+                        one = self.broadcast(self.load(place, I32, 4))
+                        weight = b.bitcast(one, vector(I16, CHUNK))
+                        for j in range(wide):
+                            pointer = sums[r][j]
+                            b.store(self.add_product(PAIRS, weight, of_x[j], b.load(pointer)), pointer)
+            for pointers, here in zip(sums, places, strict=True):
+                for pointer, place in zip(pointers, here, strict=True):
+                    self.store(b.load(pointer), place, 4)
+
     def pack(self, rows: list[Any], cols: Any, out: Any) -> None:
         """Sixteen rows of x in bfloat16 as tiles, one after the other, in the order of `tile_row`."""
         b = self.b
@@ -158,11 +212,14 @@ class TileDecoder(StripeDecoder):
         self.per_byte = outer
 
 
-@intrinsic()
-def configure_tiles(typing_context):
+@intrinsic(prefer_literal=True)
+def configure_tiles(typing_context, unit):
     """All eight registers at their full size, for this thread."""
+    is_amx = unit.literal_value == AMX
 
     def emit(context, b, signature, args):
+        if not is_amx:
+            return context.get_dummy_value()
         config = cgutils.alloca_once(b, ir.ArrayType(I8, 64))
         content = [1, 0] + [0] * 14 + [64, 0] * 8 + [0] * 16 + [TILE] * 8 + [0] * 8
         b.store(ir.Constant(ir.ArrayType(I8, 64), content), config)
@@ -173,27 +230,37 @@ def configure_tiles(typing_context):
         b.call(function, [pointer])
         return context.get_dummy_value()
 
-    return types.void(), emit
-
-
-@intrinsic()
-def release_tiles(typing_context):
-    def emit(context, b, signature, args):
-        function = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.tilerelease")
-        b.call(function, [])
-        return context.get_dummy_value()
-
-    return types.void(), emit
+    return types.void(unit), emit
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tiles(typing_context, across, weights, stride, x, x_stride, chunks, out, out_stride, adds):
-    """out `[32, 16 * across]` = weights `[32, 32 * chunks]` times x, or plus it if `adds`; `x_stride` is that between
-    the tiles of 16 rows of x."""
-    wide = across.literal_value
+def release_tiles(typing_context, unit):
+    is_amx = unit.literal_value == AMX
 
     def emit(context, b, signature, args):
-        weights, stride, x, x_stride, chunks, out, out_stride, adds = args[1:]
+        kind = ir.FunctionType(ir.VoidType(), [])
+        if is_amx:
+            b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.tilerelease"), [])
+        return context.get_dummy_value()
+
+    return types.void(unit), emit
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tiles(
+    typing_context, unit, across, weights, x, x_stride, chunks, out, out_stride, adds, ahead, ahead_stride
+):  # fmt: skip
+    """out `[32, 16 * across]` = weights `[32, 32 * chunks]` times x, or plus it if `adds`; `x_stride` is that between
+    the tiles of 16 rows of x. `ahead`: see `TileDecoder.multiply`."""
+    wide = across.literal_value
+    is_amx = unit.literal_value == AMX
+
+    def emit(context, b, signature, args):
+        weights, x, x_stride, chunks, out, out_stride, adds = args[2:9]
+        stride = int64(BLOCK_STRIDE)
+        if not is_amx:
+            TileDecoder(context, b, E4M3, PER_ROW, 0).multiply(wide, *args[2:])
+            return context.get_dummy_value()
 
         def call(name, *operands):
             kinds = [operand.type for operand in operands]
@@ -233,7 +300,7 @@ def multiply_tiles(typing_context, across, weights, stride, x, x_stride, chunks,
             call("tilestored64", number, pointer(place), out_stride)
         return context.get_dummy_value()
 
-    return types.void(across, *[types.int64] * 8), emit
+    return types.void(unit, across, *[types.int64] * 9), emit
 
 
 @intrinsic(prefer_literal=True)

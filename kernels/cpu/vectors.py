@@ -27,9 +27,13 @@ from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, STRIPE, UNITS, decode_row
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, chip_features, float32s, int64s, take, uint8s
 from .searching import search_row
-from .stripes import QUICK_SCALES, dots, is_quick
+from .stripes import QUICK_SCALES, dots, has_pairs, is_quick
 from .tiles import (
-    ROW_PADDING,
+    AMX,
+    BLOCK_COLS,
+    BLOCK_STRIDE,
+    BY_PAIRS,
+    NONE,
     TILE,
     TILE_ROWS,
     TILE_SCRATCH,
@@ -52,7 +56,7 @@ def _places(*names: str) -> np.dtype[Any]:
 PRODUCT = _places(
     "counter", "pieces", "pieces_per_job", "step", "rows", "cols", "codes_stride", "scale_stride", "down",
     "x", "x_stride", "out", "out_stride",  # rows of x are laid out as `orders` has them; out is fp32
-    "block_rows", "block_cols", "scratch", "scratch_stride",  # of each thread; a second counter says which is whose
+    "block_rows", "scratch", "scratch_stride",  # of each thread; a second counter says which is whose
     "jobs",  # int64 [J, 8], see `JOB`
 )  # fmt: skip
 # Addresses of codes, scales, their table, and the first and last + 1 of the rows (tiles, of `tile_loop`) of x that they
@@ -114,7 +118,7 @@ def product_loop(fmt: WeightFormat, way: int) -> Loop:
 def tile_loop(fmt: WeightFormat) -> Loop:
     """As `product_loop` with the tile unit, for x as `pack_loop` leaves it and out in bfloat16; jobs count tiles of x,
     their biases end with 16 values more, and `block_rows` is a multiple of 32."""
-    return _tile_loop(*_kind(fmt), purpose=fmt.name)
+    return _tile_loop(*_kind(fmt), tile_unit(), purpose=fmt.name)
 
 
 def pack_loop(fmt: WeightFormat) -> Loop:
@@ -123,10 +127,17 @@ def pack_loop(fmt: WeightFormat) -> Loop:
 
 
 @functools.cache
-def has_tiles() -> bool:
-    """Whether numba compiles for a chip with tiles of bfloat16, and the system lets this process use them."""
+def tile_unit() -> int:
+    """`AMX` where numba compiles for a chip with tiles of bfloat16, and the system lets this process use them;
+    `BY_PAIRS` where pairs of bfloat16 are multiplied at full speed; else `NONE`."""
     needed = {"+amx-tile", "+amx-bf16", "+avx512bf16", "+avx512vbmi"}
-    return needed <= set(chip_features()) and hasattr(torch.cpu, "_init_amx") and bool(torch.cpu._init_amx())
+    if needed <= set(chip_features()) and hasattr(torch.cpu, "_init_amx") and bool(torch.cpu._init_amx()):
+        return AMX
+    return BY_PAIRS if has_pairs() else NONE
+
+
+def has_tiles() -> bool:
+    return tile_unit() != NONE
 
 
 def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
@@ -178,9 +189,9 @@ def _product_loop(element: int, scale: int, group: int, way: int) -> Loop:
 
 
 @Once
-def _tile_loop(element: int, scale: int, group: int) -> Loop:
+def _tile_loop(element: int, scale: int, group: int, unit: int) -> Loop:
     quick = is_quick(element, scale, group)
-    unit = np.float32(1.0 if quick else UNITS[element])
+    whole = np.float32(1.0 if quick else UNITS[element])
     largest = QUICK_SCALES.get(element, 0)
     width = 1 if scale == BYTES else 4
     per_byte = 1 if element in (E4M3, INT8) else 2
@@ -189,9 +200,8 @@ def _tile_loop(element: int, scale: int, group: int) -> Loop:
         p = carray(pointer, 1)[0]
         weights = p.scratch + take(p.counter + 8) * p.scratch_stride
         buffer = weights + TILE_SCRATCH
-        stride = 2 * p.block_cols + ROW_PADDING
         factors = np.empty(p.block_rows, np.float32)
-        configure_tiles()
+        configure_tiles(unit)
         while True:
             piece = take(p.counter)
             if piece >= p.pieces:
@@ -204,17 +214,17 @@ def _tile_loop(element: int, scale: int, group: int) -> Loop:
             for top in range(start, stop, p.block_rows):
                 height = min(p.block_rows, (stop - top + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS)
                 for r in range(height):
-                    factors[r] = unit
+                    factors[r] = whole
                     if scale == PER_ROW:
                         row = min(top + r, stop - 1)
                         factors[r] *= carray(float32s(job[1] + row // p.down * p.scale_stride), 1)[0]
-                for left in range(0, p.cols, p.block_cols):
-                    cols = min(p.block_cols, p.cols - left)
+                for left in range(0, p.cols, BLOCK_COLS):
+                    cols = min(BLOCK_COLS, p.cols - left)
                     for r in range(height):
                         row = min(top + r, stop - 1)
                         codes = job[0] + row * p.codes_stride + left // per_byte
                         scales = job[1] + row // p.down * p.scale_stride
-                        out = weights + r * stride
+                        out = weights + r * BLOCK_STRIDE
                         ahead = AHEAD * p.codes_stride
                         if group:
                             scales += left // group * width
@@ -228,15 +238,25 @@ def _tile_loop(element: int, scale: int, group: int) -> Loop:
                             factors[r] = np.float32(np.nan)
                     chunks = (cols + STRIPE - 1) // STRIPE * 2
                     x = p.x + left // CHUNK * 1024
+                    # What is decoded next: of the same rows, or the next ones.
+                    down, right = (0, left + BLOCK_COLS) if left + BLOCK_COLS < p.cols else (p.block_rows, 0)
+                    after = job[0] + (top + down) * p.codes_stride + right // per_byte
                     for m in range(first, end, 2):
                         x_tile = x + m * p.x_stride
                         for r in range(0, height, TILE_ROWS):
-                            rows = weights + r * stride
+                            rows = weights + r * BLOCK_STRIDE
                             out = buffer + r * sums_stride + (m - first) * 64
+                            ahead = after + r * p.codes_stride if m == first else 0
                             if m + 1 < end:
-                                multiply_tiles(2, rows, stride, x_tile, p.x_stride, chunks, out, sums_stride, left)
+                                multiply_tiles(
+                                    unit, 2, rows, x_tile, p.x_stride, chunks, out, sums_stride, left, ahead,
+                                    p.codes_stride,
+                                )  # fmt: skip
                             else:
-                                multiply_tiles(1, rows, stride, x_tile, p.x_stride, chunks, out, sums_stride, left)
+                                multiply_tiles(
+                                    unit, 1, rows, x_tile, p.x_stride, chunks, out, sums_stride, left, ahead,
+                                    p.codes_stride,
+                                )  # fmt: skip
                 for m in range(0, job[7], TILE):
                     for r in range(0, min(height, stop - top), TILE):
                         n = top + r
@@ -244,7 +264,7 @@ def _tile_loop(element: int, scale: int, group: int) -> Loop:
                         out = p.out + (job[6] + m) * p.out_stride + 2 * n
                         at = factors.ctypes.data + 4 * r
                         store_sums(sums, sums_stride, at, job[5] + 4 * n, out, p.out_stride, stop - n, job[7] - m)
-        release_tiles()
+        release_tiles(unit)
 
     return _compiled(loop, PRODUCT)
 
