@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
 
 from qtensor.kernels import FORMATS, Audit, Parts, WeightFormat
-from qtensor.kernels.cpu import products, rows, vectors
+from qtensor.kernels.cpu import products, rows, stripes, tiles, vectors
 from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.formats import SOURCE_DTYPES
 from qtensor.kernels.reference import TORCH
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 relaxed = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-TILES = pytest.mark.skipif(not vectors.has_tiles(), reason="this chip has no tile unit for bfloat16 (AMX)")
+AMX = pytest.mark.skipif(vectors.tile_unit() != tiles.AMX, reason="this chip has no tile unit for bfloat16 (AMX)")
 
 
 def quantized(fmt: WeightFormat, shape: tuple[int, ...], seed: int, size: float = 0.05) -> Parts:
@@ -51,7 +51,7 @@ def assert_within(
     terms = x.double().abs() @ weight.abs().T
     if bias is not None:
         want, terms = want + bias.double(), terms + bias.double().abs()
-    rounded = step if x.shape[0] > products.FEW_BESIDE_TILES else 0.0
+    rounded = step if x.shape[0] > products.most_in_registers(x.dtype) else 0.0
     assert got.dtype == x.dtype
     assert got.shape == want.shape
     lost = max(torch.finfo(x.dtype).smallest_normal * step, 2.0**-126) * (1 + x.double().abs().sum(1, keepdim=True))
@@ -180,7 +180,7 @@ def test_gradients_of_x_and_bias(fmt: WeightFormat) -> None:
         assert torch.equal(bias.grad, torch.full((40,), float(count)))
 
 
-@TILES
+@AMX
 def test_torch_and_the_loops_take_turns_with_the_tile_unit() -> None:
     """Each sets it up for itself: what one leaves must not be what the other finds."""
     fmt = FORMATS["mxfp4"]
@@ -202,6 +202,41 @@ def test_without_tiles_and_without_openmp(fmt: WeightFormat, monkeypatch: pytest
     for count in (1, 6, 30):
         x = torch.randn(count, 300).bfloat16()
         assert_within(NUMBA.linear(x, parts, fmt), x, weight, None, fmt)
+
+
+@formats
+@pytest.mark.parametrize("way", [stripes.CHUNKS, stripes.SINGLES, stripes.PAIRS], ids=["chunks", "singles", "pairs"])
+def test_every_way_to_multiply_a_few_rows(fmt: WeightFormat, way: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that this chip can take, also the ones that it does not choose: partial stripes, more scales than are
+    made floats at once, rows that are no multiple of four."""
+    if way == stripes.PAIRS and not stripes.has_pairs():
+        pytest.skip("this chip does not multiply pairs of bfloat16 at full speed")
+    if way == stripes.SINGLES and stripes.way_of(fmt, torch.float32) != way:
+        pytest.skip("this chip has no table look-ups in registers, or the format none that pays")
+    monkeypatch.setattr(stripes, "way_of", lambda fmt, dtype: way)
+    monkeypatch.setattr(vectors, "has_tiles", lambda: False)
+    for height, cols in ((7, 130), (33, 2050), (4, 4288)):
+        parts = quantized(fmt, (height, cols), 4)
+        weight = exact(parts, fmt, cols)
+        for count in (1, 2, 7):
+            x = torch.randn(count, cols).bfloat16()
+            assert_within(products.linear(x, parts, fmt, None), x, weight, None, fmt)
+
+
+def test_every_code_in_stripes() -> None:
+    """Also those that no quantizer makes: -128 of int8, -0 of e2m1 and e4m3; x says which column is which."""
+    for fmt in FORMATS.values():
+        cols = 512
+        parts = quantized(fmt, (1, cols), 5)
+        codes = torch.arange(cols // fmt.per_byte).to(torch.uint8)
+        codes = torch.where(codes & 0x7F == 0x7F, 0, codes) if fmt.element == "e4m3" else codes
+        parts = Parts(codes.view(fmt.dtype).view(1, -1), *parts[1:])
+        x = torch.eye(cols)
+        weight = exact(parts, fmt, cols)
+        for dtype in (torch.bfloat16, torch.float32):
+            for at in range(0, cols, 4):
+                some = x[at : at + 4].to(dtype)
+                assert_within(NUMBA.linear(some, parts, fmt), some, weight, None, fmt)
 
 
 def test_an_older_chip(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ..formats import ceil_div
 from . import products, rows, vectors
 from .compiling import Once
 from .instructions import BF16, FP32, take
-from .orders import EVEN_FIRST, IN_ORDER, PAIRED, PAIRED_EVEN, STRIPED, STRIPED_EVEN, lay_row
+from .orders import EVEN_FIRST, IN_ORDER, PAIRED, PAIRED_QUARTERS, STRIPED, STRIPED_QUARTERS, lay_row
 
 PURPOSE = "products"
 _JOB = vectors.JOB
@@ -105,12 +105,12 @@ def _lay_row(x, cols, order, out):
     """One row of bfloat16, laid out as a loop of products reads it."""
     if order == PAIRED:
         lay_row(PAIRED, BF16, x, cols, out)
-    elif order == PAIRED_EVEN:
-        lay_row(PAIRED_EVEN, BF16, x, cols, out)
+    elif order == PAIRED_QUARTERS:
+        lay_row(PAIRED_QUARTERS, BF16, x, cols, out)
     elif order == STRIPED:
         lay_row(STRIPED, BF16, x, cols, out)
-    elif order == STRIPED_EVEN:
-        lay_row(STRIPED_EVEN, BF16, x, cols, out)
+    elif order == STRIPED_QUARTERS:
+        lay_row(STRIPED_QUARTERS, BF16, x, cols, out)
     elif order == EVEN_FIRST:
         lay_row(EVEN_FIRST, BF16, x, cols, out)
     else:
@@ -192,8 +192,8 @@ def lay_out_sums() -> Any:
             x, out = p.x + m * p.x_stride, p.out + m * p.out_stride
             if p.order == STRIPED:
                 lay_row(STRIPED, FP32, x, p.cols, out)
-            elif p.order == STRIPED_EVEN:
-                lay_row(STRIPED_EVEN, FP32, x, p.cols, out)
+            elif p.order == STRIPED_QUARTERS:
+                lay_row(STRIPED_QUARTERS, FP32, x, p.cols, out)
             elif p.order == EVEN_FIRST:
                 lay_row(EVEN_FIRST, FP32, x, p.cols, out)
             else:

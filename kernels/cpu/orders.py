@@ -16,9 +16,9 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import WeightFormat, ceil_div
-from .decoders import interleaved
+from .decoders import STRIPE, interleaved
 from .instructions import BF16, CHUNK, FLOAT, I16, I32, I64, LANES, Instructions, int64, intrinsic, splat, vector
-from .stripes import CHUNKS, EVEN_ODD, HALVES, PAIRS, SINGLES
+from .stripes import CHUNKS, HALVES, PAIRS, QUARTERS, SINGLES
 
 _PADDING = 64  # Bytes; keeps rows of x from falling on the same cache sets when K is a power of two.
 
@@ -43,14 +43,15 @@ def _widened(pairs: list[list[int]]) -> list[int]:
     return [column for vector in pairs for half in (vector[0::2], vector[1::2]) for column in half]
 
 
-IN_ORDER, EVEN_FIRST, STRIPED, STRIPED_EVEN, PAIRED, PAIRED_EVEN = range(6)
+IN_ORDER, EVEN_FIRST, STRIPED, STRIPED_QUARTERS, PAIRED, PAIRED_QUARTERS = range(6)
+_BOTH = [[at + column for column in half] for at in (0, STRIPE) for half in HALVES]
 ORDERS = (
     Order(list(range(CHUNK))),
     Order([*range(0, CHUNK, 2), *range(1, CHUNK, 2)]),
-    Order(_widened(HALVES)),
-    Order(_widened(EVEN_ODD)),
-    Order([*HALVES[0], *HALVES[1]], pairs=True),
-    Order([*EVEN_ODD[0], *EVEN_ODD[1]], pairs=True),
+    Order(_widened(_BOTH)),
+    Order(_widened(QUARTERS)),
+    Order([column for vector in _BOTH for column in vector], pairs=True),
+    Order([column for vector in QUARTERS for column in vector], pairs=True),
 )
 
 
@@ -84,17 +85,11 @@ def lay_row(typing_context, order, dtype, x, cols, out):
         width, size = len(columns), 4 if single else 2
 
         def step(source: Any, target: Any) -> None:
-            if single:
-                values = i.load(source, vector(FLOAT, width), 4)
-                for at in range(0, width, LANES):
-                    i.store(i.shuffle(values, values, columns[at : at + LANES]), b.add(target, int64(4 * at)), 4)
-                return
-            first = i.load(source, vector(I16, CHUNK), 2)
-            second = first if width == CHUNK else i.load(b.add(source, int64(2 * CHUNK)), vector(I16, CHUNK), 2)
+            values = i.load(source, vector(FLOAT if single else I16, width), size)
             lanes = CHUNK if pairs else LANES
             for at in range(0, width, lanes):
-                some = i.shuffle(first, second, columns[at : at + lanes])
-                if not pairs:
+                some = i.shuffle(values, values, columns[at : at + lanes])
+                if not (pairs or single):
                     some = b.bitcast(b.shl(b.zext(some, vector(I32)), splat(I32, 16)), vector(FLOAT))
                 i.store(some, b.add(target, int64((2 if pairs else 4) * at)), 4)
 

@@ -21,7 +21,7 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import WeightFormat
-from .decoders import AHEAD, BYTES, E2M1_VALUES, PER_ROW, STRIPE, Decoder
+from .decoders import AHEAD, BYTES, E2M1_VALUES, FLOATS, PER_ROW, STRIPE, Decoder
 from .instructions import (
     CHUNK,
     E2M1,
@@ -100,26 +100,30 @@ def way_of(fmt: WeightFormat, dtype: torch.dtype) -> int:
 
 HALVES = [[16 * q + 8 * half + i for q in range(4) for i in range(8)] for half in range(2)]  # of the 16s of a stripe
 EVEN_ODD = [list(range(STRIPE))[first::2] for first in range(2)]
+DOUBLE = 2 * STRIPE
+QUARTERS = [list(range(DOUBLE))[first::4] for first in range(4)]  # of a double stripe
 
 
 class StripeDecoder(Decoder):
     """Writes what decodes stripes of weights, and what multiplies them."""
 
-    def order(self) -> list[list[int]]:
-        """The columns of `values`."""
-        return HALVES if self.per_byte == 1 else EVEN_ODD
+    def width(self) -> int:
+        """Columns that are decoded together for a few rows of x: two stripes where they share a scale, or its lanes can
+        be had so."""
+        return DOUBLE if self.per_byte == 2 or self.scale == FLOATS else STRIPE
 
     def values(self, address: Any) -> list[Any]:
-        """The two vectors of a stripe, in bits of bfloat16, without a scale."""
+        """The vectors of a stripe, in bits of bfloat16, without a scale: of `HALVES`; of a double one of `QUARTERS`,
+        for elements that share a byte."""
         b, wide = self.b, vector(I16, STRIPE // 2)
         bits = _bfloat_bits(self.element, False)
-        raw = self.load(address, vector(I8, STRIPE // self.per_byte))
         if self.per_byte == 2:
-            codes = b.zext(raw, wide)
+            raw = self.load(address, wide)
             entries = ir.Constant(wide, [value - (value >> 15 << 16) for value in bits * 2])
             # Reads the low five bits of each index; the table repeats after sixteen.
-            both = [codes, b.lshr(codes, splat(I16, 4, 32))]
-            return [self.call("llvm.x86.avx512.permvar.hi.512", wide, entries, index) for index in both]
+            indices = [raw, *(b.lshr(raw, splat(I16, by, 32)) for by in (4, 8, 12))]
+            return [self.call("llvm.x86.avx512.permvar.hi.512", wide, entries, index) for index in indices]
+        raw = self.load(address, vector(I8, STRIPE))
         low, high = (self.bytes_of(raw, [value >> shift & 0xFF for value in bits[:128]]) for shift in (0, 8))
         if self.element == E4M3:
             high = b.or_(high, b.and_(raw, splat(I8, -128, STRIPE)))
@@ -169,7 +173,8 @@ class StripeDecoder(Decoder):
         for pointer in (p for row in sums for of_x in row for p in of_x):
             b.store(zero, pointer)
         ahead = b.mul(b.sub(codes[1], codes[0]), int64(AHEAD))
-        x_size = STRIPE * (2 if way == PAIRS else 4)
+        width = self.width()
+        x_size = width * (2 if way == PAIRS else 4)
 
         def part(codes: list[Any], factors: Any, xs: list[Any], cols: Any) -> None:
             def step(stripe: Any, addresses: list[Any], left: Any) -> None:
@@ -177,7 +182,11 @@ class StripeDecoder(Decoder):
                 for r in range(rows):
                     if left is None:
                         self.prefetch(b.add(addresses[r], ahead))
-                    weights.append(self.terms(way, self.values(addresses[r])))
+                    values = self.values(addresses[r])
+                    if width == DOUBLE and self.per_byte == 1:
+                        values += self.values(b.add(addresses[r], int64(STRIPE)))
+                        self.prefetch(b.add(addresses[r], b.add(ahead, int64(STRIPE))))
+                    weights.append(self.terms(way, values))
                     if self.scale != PER_ROW:
                         by.append(factors(r, stripe))
                 for m in range(batch):
@@ -197,14 +206,14 @@ class StripeDecoder(Decoder):
                             own = self.add_product(way, weight, of_x, own)
                         b.store(self.add_product(SINGLES, own, by[r], b.load(sums[r][m][0])), sums[r][m][0])
 
-            self.chunks(cols, codes, step, STRIPE)
+            self.chunks(cols, codes, step, width)
 
         if self.scale == BYTES:
             self._parts(part, rows, codes, scales, xs, cols, x_size)
         else:
 
             def factors(r: int, stripe: Any) -> Any:
-                index = b.lshr(stripe, int64((self.group // STRIPE).bit_length() - 1))
+                index = b.lshr(stripe, int64((self.group // width).bit_length() - 1))
                 return self.broadcast(self.load(self.at(scales[r], index, 4), FLOAT, 4))
 
             part(codes, factors, xs, cols)
@@ -238,14 +247,14 @@ class StripeDecoder(Decoder):
                     self.store(floats, place, 64)
 
             def factors(r: int, stripe: Any) -> Any:
-                each = STRIPE // self.group
+                each = self.width() // self.group
                 some = self.load(self.at(b.add(kept_at, int64(4 * r * count)), stripe, 4 * each), vector(FLOAT, each))
                 return self.shuffle(some, some, [lane * each // LANES for lane in range(LANES)])
 
             end = b.sub(cols, first)
             here_cols = b.select(b.icmp_signed("<", end, int64(_PART)), end, int64(_PART))
             at_codes = [b.add(row, b.udiv(first, int64(self.per_byte))) for row in codes]
-            at_xs = [b.add(x, b.mul(b.udiv(first, int64(STRIPE)), int64(x_size))) for x in xs]
+            at_xs = [b.add(x, b.mul(b.udiv(first, int64(self.width())), int64(x_size))) for x in xs]
             part(at_codes, factors, at_xs, here_cols)
 
     def _scales(self, address: Any, count: Any) -> Any:
