@@ -26,8 +26,8 @@ class Search:
     of all elements that share the scale, times the square of the scale's step in fp64. The first candidate with the
     least error is taken.
 
-    With e4m3 and int8, r is an element in units of the scale as the format computes it, before int8 rounds it to the
-    weight's dtype, q is the value of its code, and d = (r - q) * `resolution`, rounded.
+    With e4m3, r = x * (1 / step) and d = (r - q) * `resolution`, rounded, where q is the value of r's code. With int8,
+    r = x / step, and q is the value of the code that is stored, for which r is first rounded to the weight's dtype.
 
     With 4-bit elements, X = |x| * (1 / plain step) * 4 * `resolution`, rounded: of 15 bits. With a candidate, an
     element is R = (X * M + 2^14) >> 15, where M = 8192 * (plain step / its step), rounded; d is R's distance from the

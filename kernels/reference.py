@@ -13,7 +13,7 @@ import torch
 
 from .audit import Audit
 from .codes import decode, encode
-from .formats import FP8_PER_CHANNEL, NonFinite, Search, WeightFormat, ceil_div
+from .formats import FP8_PER_BLOCK, FP8_PER_CHANNEL, NonFinite, Search, WeightFormat, ceil_div
 from .parts import Parts
 
 CHUNK_ELEMENTS = 1 << 18
@@ -271,8 +271,10 @@ def _search(
         scale, usable = _candidate(plain, amax, candidate, fmt, dtype)
         step = step_of(scale, fmt, parts.global_scale)
         if fixed is None or most is None:
-            usable &= _in_units(amax, step, fmt) <= search.limit
-            scaled = _in_units(blocks, step[:, None, :, None], fmt)
+            # As e4m3 is multiplied wherever its error is measured, divided or not where it is stored.
+            rule = FP8_PER_BLOCK if fmt.element == "e4m3" else fmt
+            usable &= _in_units(amax, step, rule) <= search.limit
+            scaled = _in_units(blocks, step[:, None, :, None], rule)
             rounded = scaled.to(dtype) if fmt.element == "int8" else scaled
             codes = encode(rounded.to(torch.float32, copy=True), fmt)
             counted = (scaled - decode(codes, fmt)).mul_(search.resolution).round_()

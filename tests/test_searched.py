@@ -58,7 +58,9 @@ def measured(weight: torch.Tensor, got: QTensor) -> list[tuple[int, float]]:
             scaled = [(int(v) * ratio + 2**14) >> 15 if math.isfinite(v) else 0 for v in fixed]
             counted = [min(abs(v - number) for number in numbers) for v in scaled]
         else:
-            r = x / step if fmt.divides else x * (inverse if inverse.isfinite() else 0.0)
+            r = x / step if fmt.element == "int8" else x * (inverse if inverse.isfinite() else 0.0)
+            if fmt.element == "e4m3":  # Dividing may fall to the other side of a tie.
+                q = r.clamp(-448, 448).to(torch.float8_e4m3fn).float()
             counted = (((r if step else torch.zeros_like(r)) - q) * search.resolution).round().flatten().tolist()
         found.append((sum(int(d) ** 2 for d in counted), float(step)))
     return found

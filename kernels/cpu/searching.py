@@ -17,7 +17,7 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import E4M3_MAX, SEARCHES, WeightFormat
-from .encoders import _ROUND, E8M0, IN_FP32, NV, Encoder
+from .encoders import _ROUND, BLOCK, E8M0, IN_FP32, NV, Encoder
 from .instructions import (
     CHUNK,
     E2M1,
@@ -46,13 +46,12 @@ _BY_KIND = {
     (INT8, IN_FP32): "int8_per_channel",
     (E4M3, IN_FP32): "fp8_per_channel",
 }
-_SMALLEST_NORMAL = 0x00800000
 _PIECE = 4 * CHUNK  # Columns whose errors add up in 32 bits.
 
 
 def is_searched_here(fmt: WeightFormat) -> bool:
-    """Whether the loops know the format's search."""
-    return fmt.granularity in ("group", "channel") and fmt.search == SEARCHES.get(fmt.name)
+    """Whether the loops know the format's search, for it may be somebody's own."""
+    return fmt.search == SEARCHES.get(fmt.name)
 
 
 def _nearest_e2m1(value: float) -> float:
@@ -85,11 +84,12 @@ class Searcher(Encoder):
                 factor = scale
             bits = b.bitcast(scale, vector(I32))
             there = b.and_(
-                b.icmp_unsigned(">=", bits, splat(I32, _SMALLEST_NORMAL)),
+                b.icmp_unsigned(">=", bits, splat(I32, 0x00800000)),
                 b.icmp_unsigned("<", bits, splat(I32, 0x7F800000)),
             )
             if self.per_byte == 1:
-                there = b.and_(there, b.fcmp_ordered("<=", b.fdiv(amax, factor), splat(FLOAT, self.limit)))
+                largest = b.fdiv(amax, factor) if self.element == INT8 else b.fmul(amax, self.inverse(factor))
+                there = b.and_(there, b.fcmp_ordered("<=", largest, splat(FLOAT, self.limit)))
             return bits, factor, scale, there
         code = b.add(b.zext(scale, vector(I32)), splat(I32, int(number)))
         last = 254 if self.scale == E8M0 else 126
@@ -132,10 +132,10 @@ class Searcher(Encoder):
     # Errors of a chunk: 16 sums of two squares, those of an even column and the odd one beside it.
 
     def squares(self, magnitudes: list[Any], factors: list[Any], exactly: bool) -> Any:
-        """Of e4m3 and int8; `factors` as in `encode`."""
+        """Of e4m3, by an inverse; of int8, by `factors` as in `encode`."""
         b = self.b
-        if self.scale != IN_FP32:
-            scaled = [b.fmul(value, factors[0]) for value in magnitudes]
+        if self.element == E4M3:
+            scaled = [b.fmul(value, factors[-1]) for value in magnitudes]
         elif exactly:
             scaled = [b.fdiv(value, factors[0]) for value in magnitudes]
         else:
@@ -182,7 +182,8 @@ class Searcher(Encoder):
             value = self.through(value)
             value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, 127.0)), value, splat(FLOAT, 127.0))
             return b.fsub(b.fadd(value, splat(FLOAT, _ROUND)), splat(FLOAT, _ROUND))
-        value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, E4M3_MAX)), value, splat(FLOAT, E4M3_MAX))
+        if self.scale == E8M0:  # Other candidates clip nothing.
+            value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, E4M3_MAX)), value, splat(FLOAT, E4M3_MAX))
         binade = b.and_(b.bitcast(value, vector(I32)), splat(I32, 0x7F800000))
         binade = self.extreme([binade, splat(I32, 0x3C800000)])  # 2^-6
         near = b.bitcast(b.add(binade, splat(I32, 20 << 23)), vector(FLOAT))  # One last place is the codes' distance.
@@ -208,17 +209,12 @@ class Searcher(Encoder):
         even, odd = b.ashr(b.shl(both, splat(I32, 16)), splat(I32, 16)), b.ashr(both, splat(I32, 16))
         return b.add(b.mul(even, even), b.mul(odd, odd))
 
-    def totals(self, vectors: list[Any], segments: int) -> Any:
-        """The sums of so many equal segments of each vector, those of the first vector first, repeated."""
-        b, length = self.b, LANES // segments
-        while length > 1:
-            half = length // 2
-            low = [at for first in range(0, 2 * LANES, length) for at in range(first, first + half)]
-            high = [at + half for at in low]
-            pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [(vectors[0],) * 2]
-            vectors = [b.add(self.shuffle(x, y, low), self.shuffle(x, y, high)) for x, y in pairs]
-            length = half
-        return vectors[0]
+    def totals(self, vectors: list[Any]) -> Any:
+        """The sums of the lanes of sixteen vectors."""
+        rows = self.transposed(vectors)
+        while len(rows) > 1:
+            rows = [self.b.add(x, y) for x, y in zip(rows[::2], rows[1::2], strict=True)]
+        return rows[0]
 
     def space(self, nbytes: int) -> Any:
         """As `room`, without zeros."""
@@ -247,7 +243,10 @@ class Searcher(Encoder):
                 mine = self.broadcast(self.load(b.add(self.at(held, loop.index, 4), int64(64 * i)), FLOAT, 4))
                 total = self.squares(values, [mine], False)
                 self.store(total, b.add(self.at(sums, loop.index, 64), int64(64 * self.groups * i)))
-        return [self.added(b.add(sums, int64(64 * self.groups * i)), self.groups, 1) for i in range(count)]
+        found = [
+            [self.at(sums, int64(i), 64) for i in range(i * self.groups, (i + 1) * self.groups)] for i in range(count)
+        ]
+        return [self.totals([self.load(place, vector(I32)) for place in places]) for places in found]
 
     def fixed_sums(self, source: Any, amax: Any, factor: Any, found: list[tuple[Any, Any, Any, Any]]) -> list[Any]:
         """Of each candidate the sums of 16 groups, of 4-bit elements. Takes candidates out of `found` that clip too
@@ -313,16 +312,9 @@ class Searcher(Encoder):
         two = self.load(self.b.add(units, int64(4 * (column // self.group))), vector(FLOAT, 2), 4)
         return self.shuffle(two, two, [0] * 8 + [1] * 8)  # Even and odd columns alike: 8 of the first group, 8 more.
 
-    def added(self, address: Any, vectors: int, segments: int) -> Any:
-        """`totals` of vectors in memory."""
-        return self.totals([self.load(b, vector(I32)) for b in self.addresses(address, vectors)], segments)
-
-    def addresses(self, first: Any, count: int) -> list[Any]:
-        return [self.b.add(first, int64(64 * i)) for i in range(count)]
-
     def if_usual(self, factor: Any, write: Any) -> None:
-        """write(exactly), for divisors whose inverses do and for others; once where nothing is divided."""
-        if self.scale != IN_FP32:
+        """write(exactly), for divisors whose inverses do and for others; once where all is multiplied."""
+        if self.element != INT8:
             write(False)
             return
         with self.b.if_else(self.are_usual(factor)) as usual_or_not:
@@ -337,7 +329,7 @@ class Searcher(Encoder):
         places = [cgutils.alloca_once(b, kind) for _ in found]
         for place in places:
             b.store(ir.Constant(kind, None), place)
-        inverses = [b.fdiv(splat(FLOAT, 1.0), divisor) for _, divisor, _, _ in found]
+        inverses = [self.inverse(divisor) for _, divisor, _, _ in found]
 
         def measure(exactly: bool) -> None:
             def work(_index: Any, here: Any, _codes: Any, _is_last: Any) -> None:
@@ -359,6 +351,40 @@ class Searcher(Encoder):
             one = b.insert_element(ir.Constant(kind, ir.Undefined), whole, ir.Constant(I32, 0))
             sums.append(self.shuffle(one, one, [0] * LANES))
         return self.best(found, sums, (scale, factor))
+
+    def add_block_errors(self, source: Any, cols: Any, inverses: Any, across: Any, sums: Any) -> None:
+        """Of a row in blocks: add to the 16 int64 that `sums` has for each block and candidate, in this order, by the
+        inverses of steps at an address, in the other."""
+        b, count, kind = self.b, len(self.candidates), vector(I64)
+
+        def work(index: Any, here: Any, _codes: Any, _is_last: Any) -> None:
+            factors = []
+            for i in range(count):
+                at = b.add(index, b.mul(across, int64(i)))
+                factors.append(self.broadcast(self.load(self.at(inverses, at, 4), FLOAT, 4)))
+            totals: list[Any] = [None] * count
+            for column in range(0, BLOCK, CHUNK):
+                values = self.magnitudes(b.add(here, int64(column * self.size)))
+                for i, factor in enumerate(factors):
+                    squares = self.squares(values, [factor], False)
+                    totals[i] = squares if totals[i] is None else b.add(totals[i], squares)
+            for i, total in enumerate(totals):
+                place = b.add(self.at(sums, index, 128 * count), int64(128 * i))
+                self.store(b.add(self.load(place, kind, 8), b.zext(total, kind)), place, 8)
+
+        self.pieces(source, None, cols, BLOCK, work)
+
+
+@intrinsic(prefer_literal=True)
+def add_block_errors(typing_context, dtype, source, cols, inverses, across, sums):
+    """See `Searcher.add_block_errors`."""
+    kind = dtype.literal_value
+
+    def emit(context, builder, signature, args):
+        Searcher(context, builder, kind, E4M3, IN_FP32, 0).add_block_errors(*args[1:])
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.int64] * 5), emit
 
 
 @intrinsic(prefer_literal=True)

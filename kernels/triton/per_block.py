@@ -14,9 +14,10 @@ import triton.language as tl
 from ..audit import Audit
 from ..formats import WeightFormat
 from ..parts import Parts
-from . import launch
+from . import launch, searching
 from .encode import encode, reciprocal_or_zero, widen
 from .findings import add_sums, finite_amax
+from .searching import channel_off, squared_step, total, without_nonfinite
 
 
 @triton.jit(do_not_specialize=["rows", "origin"])
@@ -25,6 +26,7 @@ def per_block(
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n, s_k,
     DOWN: tl.constexpr, ACROSS: tl.constexpr, CAST: tl.constexpr,
     CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): the i-th block, in row-major order, of matrix e."""
     expert = tl.program_id(1).to(tl.int64)
@@ -39,8 +41,19 @@ def per_block(
     first = origin + (expert * rows + row) * cols
     start = (strip * ACROSS).to(tl.int32)
     stop = tl.minimum(start + ACROSS, cols)
-    amax, _ = finite_amax(raw, x, x_k, start, stop, first, tl.where(row < rows, cols, 0), found, CHECK)
+    amax, dirty = finite_amax(raw, x, x_k, start, stop, first, tl.where(row < rows, cols, 0), found, CHECK)
     scale = tl.math.div_rn(tl.maximum(tl.max(amax), 1e-4), 448.0)
+    if len(CANDIDATES) > 0:
+        value = without_nonfinite(widen(raw), dirty)
+        plain = scale
+        for i in tl.static_range(len(CANDIDATES)):  # None of them clips anything.
+            other = plain * CANDIDATES[i]
+            off = channel_off(value, other, raw.dtype, RESOLUTION, "e4m3", CAST, False)
+            error = tl.sum(tl.sum(total(off), axis=1)).to(tl.float64) * squared_step(other)
+            if i == 0:
+                least = error
+            else:
+                least, scale = tl.where(error < least, error, least), tl.where(error < least, other, scale)
     tl.store(s + expert * s_e + band * s_n + strip * s_k, scale)
     scaled = widen(raw) * reciprocal_or_zero(scale)
     code = encode(scaled, CAST)
@@ -61,4 +74,5 @@ def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit
             source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides,
             DOWN=down, ACROSS=across, CAST=launch.target(qdata.device)["CAST"],
             CHECK=audit.refuse_nonfinite, MEASURE=audit.measure_sqnr, num_warps=launch.warps(256),
+            **searching.constants(fmt), **searching.options(fmt),
         )  # fmt: skip

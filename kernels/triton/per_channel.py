@@ -86,7 +86,7 @@ def one_pass(
         plain = scale
         for i in tl.static_range(len(CANDIDATES)):
             other = channel_candidate(plain, amax, CANDIDATES[i], raw.dtype, ELEMENT, CAST)
-            there = channel_there(other, amax, LIMIT)
+            there = channel_there(other, amax, LIMIT, ELEMENT)
             counted = total(channel_off(value, other, raw.dtype, RESOLUTION, ELEMENT, CAST, FUSED))
             if TAIL:
                 rest_value = without_nonfinite(widen(rest_raw), dirty)
@@ -139,7 +139,7 @@ def two_reads(
         plain = scale
         for i in tl.static_range(len(CANDIDATES)):
             other = channel_candidate(plain, amax, CANDIDATES[i], x.dtype.element_ty, ELEMENT, CAST)
-            there = channel_there(other, amax, LIMIT)
+            there = channel_there(other, amax, LIMIT, ELEMENT)
             counted = tl.zeros((1, 1), tl.int64)
             for start in range(0, cols, BLOCK):
                 col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
@@ -178,7 +178,7 @@ def quantize(
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale)[:2])
     args = (source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides)
     flags = {"ELEMENT": fmt.element, "CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
-    flags |= searching.constants(fmt)
+    flags |= searching.constants(fmt) | searching.options(fmt)
     with launch.on(qdata.device):
         if cols > one_pass_cols:
             two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=launch.warps(256), **flags)

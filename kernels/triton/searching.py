@@ -1,7 +1,8 @@
 """Searched scales: the choice that `formats.Search` defines, on values that are in registers anyway.
 
-Errors are sums of integers, which no layout and no order changes. Where one comes from a product (4-bit elements), that
-is followed by nothing that a compiler could fuse with it but exact steps.
+Errors are sums of integers, which no layout and no order changes. Where one comes from a product, either nothing but
+exact steps follow that a compiler could fuse with it (4-bit elements, and powers of two), or `options` has the compiler
+fuse nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -14,7 +15,6 @@ from ..formats import SEARCHES, WeightFormat
 from .encode import (
     decode,
     decode_element,
-    divide,
     divide_or_zero,
     encode,
     encode_int,
@@ -29,8 +29,8 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 def is_searched_here(fmt: WeightFormat) -> bool:
-    """Whether the kernels know the format's search."""
-    return fmt.granularity in ("group", "channel") and fmt.search == SEARCHES.get(fmt.name)
+    """Whether the kernels know the format's search, for it may be somebody's own."""
+    return fmt.search == SEARCHES.get(fmt.name)
 
 
 def constants(fmt: WeightFormat) -> dict[str, object]:
@@ -38,6 +38,12 @@ def constants(fmt: WeightFormat) -> dict[str, object]:
     if fmt.search is None:
         return {"CANDIDATES": (), "RESOLUTION": 1.0, "LIMIT": 1.0}
     return {"CANDIDATES": fmt.search.candidates, "RESOLUTION": fmt.search.resolution, "LIMIT": fmt.search.limit}
+
+
+def options(fmt: WeightFormat) -> dict[str, bool]:
+    """What a launch has to tell the compiler. Where it fuses by itself is Triton's to say otherwise."""
+    fusible = fmt.search is not None and fmt.granularity in ("channel", "block")
+    return {"enable_fp_fusion": False} if fusible else {}
 
 
 @triton.jit
@@ -157,14 +163,18 @@ def channel_off(
         scaled = divide_or_zero(value, scale, FUSED)
         code = encode_int(widen(narrow(scaled, dtype, CAST)), 127.0).to(tl.uint8)
     else:
-        scaled = divide(value, scale, FUSED)
+        scaled = value * reciprocal_or_zero(scale)
         code = encode(scaled, CAST)
     return rounded((scaled - decode_element(code, ELEMENT, CAST)) * RESOLUTION)
 
 
 @triton.jit
-def channel_there(scale, amax, LIMIT: tl.constexpr):
-    return is_normal(scale) & (tl.math.div_rn(amax, tl.where(is_normal(scale), scale, 1.0)) <= LIMIT)
+def channel_there(scale, amax, LIMIT: tl.constexpr, ELEMENT: tl.constexpr):
+    if ELEMENT == "int8":
+        largest = tl.math.div_rn(amax, tl.where(is_normal(scale), scale, 1.0))
+    else:
+        largest = amax * reciprocal_or_zero(scale)
+    return is_normal(scale) & (largest <= LIMIT)
 
 
 @triton.jit

@@ -89,6 +89,14 @@ def test_groups_take_parts_of_fused_weights() -> None:
         assert state(llm) == before
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4:searched", pytest.param("fp8:searched", marks=pytest.mark.slow)])
+def test_searched_scales_are_searched_again(scheme: str) -> None:
+    settings = {"hf_overrides": {"quantization_config_dict_json": json.dumps({"linear": scheme})}}
+    with engine(checkpoint("llama"), "qtensor", **settings) as llm:
+        assert mistakes(tensors_of(checkpoint("llama")), runtime(llm), scheme) == []
+        _reload_whole(llm, scheme)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["nvfp4", "int4_per_group"])
 def test_packed_experts(scheme: str) -> None:

@@ -113,17 +113,17 @@ def test_files_follow_vllms_formulas(scheme, format, tmp_path):
         assert "lm_head" in understood.ignore
 
 
-def test_a_cpu_serves_int4(tmp_path):
+@pytest.mark.parametrize("scheme", ["int4_per_group", "int4_per_group:searched"])
+def test_a_cpu_serves_int4(scheme, tmp_path):
     """As the bf16 model whose weights are what the codes and scales stand for."""
 
     def decode(tensors: dict[str, torch.Tensor]) -> None:
         for name in [n for n in tensors if "_proj.weight" in n]:
-            tensors[name] = quantize(tensors[name], "int4_per_group").dequantize()
+            tensors[name] = quantize(tensors[name], scheme).dequantize()
 
-    quantize_checkpoint(checkpoint("llama"), tmp_path / "made", "int4_per_group")
-    stock, expected, source = (
-        seen(folder) for folder in (tmp_path / "made", variant("llama", "int4", decode), checkpoint("llama"))
-    )
+    quantize_checkpoint(checkpoint("llama"), tmp_path / "made", scheme)
+    bf16 = variant("llama", scheme.replace(":", "-"), decode)
+    stock, expected, source = (seen(folder) for folder in (tmp_path / "made", bf16, checkpoint("llama")))
     assert stock.distance(expected) < source.distance(expected) / 4
 
 
@@ -137,7 +137,7 @@ CLASSES = {
 _PACKAGE = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
 
 
-@pytest.mark.parametrize("scheme", CLASSES)
+@pytest.mark.parametrize("scheme", [*CLASSES, "nvfp4:searched", "mxfp4:searched"])
 def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeypatch):
     """Only what multiplies them is left out: it is chosen by the device, and a CPU has little."""
     quantize_checkpoint(checkpoint("llama"), tmp_path / "made", scheme)
@@ -158,7 +158,7 @@ def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeyp
     found: Any = understood._get_scheme_from_parts(
         parts["weights"], parts["input_activations"], format=parts["format"], layer_name="down_proj"
     )
-    assert type(found).__name__ == CLASSES[scheme]
+    assert type(found).__name__ == CLASSES[scheme.removesuffix(":searched")]
     layer, (rows, cols) = torch.nn.Module(), (128, 256)
     found.create_weights(
         layer=layer,
@@ -173,7 +173,7 @@ def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeyp
     made = {n.removeprefix(prefix): t for n, t in tensors_of(tmp_path / "made").items() if n.startswith(prefix)}
     wanted = {n: (p.dtype, tuple(p.shape)) for n, p in layer.named_parameters()}
     assert {n: (t.dtype, tuple(t.shape)) for n, t in made.items()} == wanted
-    if scheme == "nvfp4":
+    if scheme.startswith("nvfp4"):
         source = tensors_of(checkpoint("llama"))[f"{prefix}weight"]
         # As vLLM inverts it after loading.
         assert torch.equal(1.0 / made["weight_global_scale"], quantize(source, "nvfp4").parts()[2])

