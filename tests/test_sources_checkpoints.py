@@ -24,6 +24,7 @@ from qtensor import (
 from qtensor.checkpoint import quantize_checkpoint
 from qtensor.schemes.scheme import SCHEMES
 from support.helpers import assert_oracle, same_bytes
+from support.sources import FORMS, whole
 
 SOURCES = ["fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8", "mxfp4", "nvfp4"]
 LOSSLESS = {(s, s) for s in SOURCES} | {("fp8_per_tensor", "fp8_per_channel"), ("fp8_per_tensor", "fp8_per_block")}
@@ -117,6 +118,25 @@ def test_moved_files_are_the_very_bytes(folders: dict[str, Path], tmp_path: Path
     after = load_file(tmp_path / "out" / "model.safetensors")
     for name in ("up.weight", "up.weight_scale", "down.weight", "down.weight_scale"):
         assert same_bytes(before[name], after[name])
+
+
+@pytest.mark.parametrize("form", ["bitsandbytes nf4", "bitsandbytes fp4"])
+def test_bitsandbytes_files_tell_their_shape(form: str, tmp_path: Path) -> None:
+    parts = {name: FORMS[form].parts(*shape) for name, shape in (("up", (384, 128)), ("down", (128, 384)))}
+    tensors = {f"{name}.{part.replace('*', 'weight')}": t for name, held in parts.items() for part, t in held.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    report = quantize_checkpoint(tmp_path, tmp_path / "out", "fp8_per_channel")
+    assert sum(report.sources.values()) == 2
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, held in parts.items():
+        wanted = quantize(whole(held, torch.bfloat16, (384, 128) if name == "up" else (128, 384)), "fp8_per_channel")
+        assert same_bytes(found[f"{name}.weight"], wanted.qdata)
+        assert same_bytes(found[f"{name}.weight_scale"], wanted.scale)
+    state = next(name for name in tensors if "up.weight.quant_state" in name)
+    text = bytes(tensors[state].tolist()).replace(b"384", b"385")
+    save_file({**tensors, state: torch.tensor(list(text), dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up\.weight: .*says that its shape is \[385, 128\]"):
+        quantize_checkpoint(tmp_path, tmp_path / "again", "fp8_per_channel")
 
 
 def test_a_lossy_pair_is_refused_and_nothing_is_written(folders: dict[str, Path], tmp_path: Path) -> None:

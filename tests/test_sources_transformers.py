@@ -13,10 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qtensor
-from qtensor import LossySourceError, QTensor, fp8_per_block, load_checkpoint, online_quant, quantize, save_checkpoint
+from qtensor import (
+    LossySourceError,
+    QTensor,
+    fp8_per_block,
+    load_checkpoint,
+    online_quant,
+    quantize,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from qtensor.checkpoint.transformers import transformers_asks
+from qtensor.convert import quantize_checkpoint
 from qtensor.schemes.scheme import SCHEMES
 from support.helpers import assert_oracle, same_bytes
+from support.sources import FORMS, whole
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not transformers_asks(), reason="needs transformers 5.21 or newer")
@@ -167,6 +178,37 @@ def test_gpt_oss_becomes_another_scheme(gpt_oss_folder: Path, way: str, config: 
     assert_became(model, expected, "fp8_per_channel")
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts.gate_up_proj, QTensor)
+
+
+@pytest.mark.parametrize("way", ["configuration", "folder"])  # In a block transformers asks for bitsandbytes itself.
+def test_parts_with_dots_in_their_names_are_parts(way: str, config: Any, tmp_path: Path) -> None:
+    """bitsandbytes' "weight.absmax"."""
+    model, tensors, wanted = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).bfloat16(), {}, {}
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+            continue
+        parts = FORMS["bitsandbytes nf4"].parts(*tensor.shape)
+        wanted[name] = whole(parts, torch.bfloat16, tuple(tensor.shape))
+        tensors |= {name.removesuffix("weight") + part.replace("*", "weight"): t for part, t in parts.items()}
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    loaded = load(save(tmp_path / "nf4", model, settings, tensors), "fp8_per_channel", way, config)
+    for name, values in wanted.items():
+        assert_oracle(loaded.get_parameter(name), values, SCHEMES["fp8_per_channel"])
+
+
+def test_gpt_oss_becomes_files(gpt_oss_folder: Path, tmp_path: Path) -> None:
+    """Stacks of experts have no quantized form in files: they are written in high precision, and said to be left."""
+    report = quantize_checkpoint(gpt_oss_folder, tmp_path / "out", "fp8_per_channel")
+    assert report.sources == {"mxfp4 (blocks)": 2}
+    assert set(report.left.values()) >= {"a stack of matrices in one tensor"}
+    assert verify_checkpoint(tmp_path / "out") == []
+    expected, found = dequantized(gpt_oss_folder).state_dict(), load_file(tmp_path / "out" / "model.safetensors")
+    experts = "model.layers.0.mlp.experts."
+    for name in (f"{experts}gate_up_proj", f"{experts}down_proj", f"{experts}gate_up_proj_bias"):
+        assert same_bytes(found[name], expected[name])
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    assert same_bytes(found[weight], quantize(expected[weight], "fp8_per_channel").qdata)
 
 
 @ways

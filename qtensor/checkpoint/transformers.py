@@ -37,6 +37,14 @@ def _part_names() -> dict[str, str]:
     return {name.replace("*", "weight"): name for name in part_names()}
 
 
+def _split(pattern: str) -> tuple[str, str]:
+    """The pattern of a weight's tensor as that of its module, with the dot, and the tensor's name, which may have dots
+    of its own ("weight.absmax")."""
+    ends = [name for name in _part_names() if "." in name and (pattern == name or pattern.endswith(f".{name}"))]
+    name = max(ends, key=len) if ends else pattern.rpartition(".")[2]
+    return pattern.removesuffix(name), name
+
+
 def choose(original: Callable[..., Any], config: Any, **kwargs: Any) -> Any:
     if registration.listening() is None or not kwargs.get("pre_quantized", True):
         return original(config, **kwargs)
@@ -84,8 +92,8 @@ def _classes() -> tuple[Any, Any]:
             dtype = model.get_parameter(full_layer_name).dtype
             weights: dict[str, dict[str, list[Any]]] = {}
             for pattern, tensors in input_dict.items():
-                prefix, dot, suffix = pattern.removesuffix("$").rpartition(".")
-                weights.setdefault(prefix + dot, {})[suffix] = _listed(tensors)
+                prefix, suffix = _split(pattern.removesuffix("$"))
+                weights.setdefault(prefix, {})[suffix] = _listed(tensors)
             out: dict[str, Any] = {}
             for prefix, given in weights.items():
                 if given.keys() == {"weight"}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..kernels import NonFinite
 from ..schemes.scheme import Scheme
 from ..sources.families import recognise
 from ..sources.scales import has_nan
-from ..sources.source import Source, Spec
+from ..sources.source import Matrix, Source, Spec, Specs
 from ..tensor.qtensor import QTensor
 
 
@@ -111,6 +111,31 @@ class Decoded:
         return parts
 
 
+@dataclass(frozen=True)
+class DecodedStack(Decoded):
+    """A stack of such matrices in one tensor, `[E, …]`, which is only read in high precision, matrix by matrix."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        a, b = self.shape[1:]
+        return (b, a) if self.source.transposed else (a, b)
+
+    def matrix_at(self, e: int) -> torch.Tensor:
+        """One of them, as it lies in the stack."""
+        parts = {}
+        for name, spec in self.source.parts(self.matrix).items():
+            if spec.needed:
+                stored = self.group[name]
+                piece = torch.empty(stored.shape[1:], dtype=stored.dtype, device="cpu")
+                parts[name] = stored.read(e * piece.numel(), piece)
+        try:
+            self.source.check(parts, self.matrix)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from None
+        values = self.source.decode(parts, self.matrix, self.dtype)
+        return (values.t() if self.source.transposed else values).contiguous()
+
+
 def decoded(checkpoint: Checkpoint, lossless: bool) -> Checkpoint:
     """The checkpoint with each quantized weight as one tensor, under the name that it has in high precision.
 
@@ -125,17 +150,20 @@ def decoded(checkpoint: Checkpoint, lossless: bool) -> Checkpoint:
             source = recognise(specs, config)
             if source is None:
                 continue
-            shape = source.shape(specs)
+            count, shape = _laid_out(source, group, specs)
             for part, spec in source.parts(shape).items():
                 if spec.needed and part not in specs:
                     raise CheckpointError(f"is in {source}, and has no {part}")
-                if part in specs and not spec.fits(specs[part]):
-                    raise CheckpointError(f"{group[part].name} does not fit a weight {list(shape)} in {source}")
+                if part in specs and not replace(spec, shape=(*count, *spec.shape)).fits(specs[part]):
+                    raise CheckpointError(f"{group[part].name} does not fit a weight {[*count, *shape]} in {source}")
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
         for stored in group.values():
             tensors.pop(stored.name, None)
-        tensors[name] = Decoded(name, source, group, _dtype_of(checkpoint.config), shape, lossless)
+        if count:
+            shape = (*count, *(reversed(shape) if source.transposed else shape))
+        make = DecodedStack if count else Decoded
+        tensors[name] = make(name, source, group, _dtype_of(checkpoint.config), shape, lossless)
     left = [t.name for t in tensors.values() if isinstance(t, Stored) and len(t.shape) > 1 and _is_quantized(t.dtype)]
     if left and (checkpoint.quantization is not None or any(isinstance(t, Decoded) for t in tensors.values())):
         raise CheckpointError(
@@ -145,6 +173,17 @@ def decoded(checkpoint: Checkpoint, lossless: bool) -> Checkpoint:
     found = copy.copy(checkpoint)
     found.tensors = tensors
     return found
+
+
+def _laid_out(source: Source, group: Mapping[str, Stored], specs: Specs) -> tuple[tuple[int, ...], Matrix]:
+    """How many matrices a weight is a stack of, `(E,)`, or `()` for one; and the shape of each."""
+    try:
+        return (), source.shape_told(specs, lambda part: group[part].read())
+    except CheckpointError:
+        counts = {spec.shape[:1] for spec in specs.values()}
+        if len(counts) != 1 or counts == {()}:
+            raise
+        return counts.pop(), source.shape({part: Spec(spec.dtype, spec.shape[1:]) for part, spec in specs.items()})
 
 
 def _is_quantized(dtype: torch.dtype) -> bool:

@@ -21,7 +21,7 @@ from ..errors import LossySourceError, NonFiniteWeightError
 from ..kernels import NonFinite
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor, nonfinite_message
-from .decoding import Decoded
+from .decoding import Decoded, DecodedStack
 
 CHUNK_BYTES = 4 << 20
 OnBytes = Callable[[int], None]
@@ -54,6 +54,11 @@ _buffers = _Buffers()
 
 
 def copy(stored: Stored | Decoded, writer: ShardWriter, out: IO[bytes], on_bytes: OnBytes) -> None:
+    if isinstance(stored, DecodedStack):
+        for e in range(stored.shape[0]):
+            writer.write(out, stored.name, stored.matrix_at(e))
+            on_bytes(_read(stored, e, e + 1))
+        return
     if isinstance(stored, Decoded):
         for start, stop in _chunks(stored, 1):
             size = (stop - start, stored.shape[1])

@@ -12,7 +12,7 @@ To add a format: a frozen dataclass that derives from `Source`, a function `reco
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, Literal, NamedTuple, Protocol
@@ -124,6 +124,10 @@ class Source(ABC):
     def shape(self, specs: Specs) -> Matrix:
         """The shape of the matrix with those parts. Raises Unusable where a part that tells it is not there, or has a
         shape that it cannot have. (Where a model tells the shape, this is not called.)"""
+
+    def shape_told(self, specs: Specs, read: Callable[[str], torch.Tensor]) -> Matrix:
+        """As `shape`, where the values of a part can be read: some formats write their shape there."""
+        return self.shape(specs)
 
     @abstractmethod
     def parts(self, shape: Matrix) -> dict[str, PartSpec]:
