@@ -70,10 +70,10 @@ class FourBit(Source):
     def shape_told(self, specs: Specs, read: Callable[[str], torch.Tensor]) -> Matrix:
         part = STATES[self.kind]
         found = _parsed(bytes(read(part).tolist()), part).get("shape")
-        sound = isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
-        if not sound or ceil_div(found[0] * found[1], 2) != self.count:
+        sizes = found if isinstance(found, list) and all(type(n) is int and n > 0 for n in found) else []
+        if len(sizes) != 2 or ceil_div(sizes[0] * sizes[1], 2) != self.count:
             raise Unusable(f"{part} says that its shape is {found!r:.60}, and its values are {self.count} bytes")
-        return found[0], found[1]
+        return sizes[0], sizes[1]
 
     def parts(self, shape: Matrix) -> dict[str, PartSpec]:
         rows, cols = shape
