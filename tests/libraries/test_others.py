@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from qtensor import QTensor, QTensorConfig, QTensorError, online_quant, quantize, weight_checksums
+from qtensor.schemes.scheme import SCHEMES
 
 
 def assert_quantized(model: nn.Module, plain: nn.Module, session: Any, dtype: torch.dtype) -> None:
@@ -288,3 +290,21 @@ def test_huggingface_hubs_mixin(tmp_path: Path) -> None:
     assert_quantized(model, plain, session, torch.float32)
     with pytest.raises(QTensorError, match="save_checkpoint"):
         model.save_pretrained(tmp_path / "quantized")
+
+
+def test_cloudpickle_takes_models_whose_classes_are_in_no_file() -> None:
+    import cloudpickle
+
+    class Local(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    state = Local().state_dict()
+    for scheme in sorted({scheme.name for scheme in SCHEMES.values()}):
+        with online_quant(scheme):
+            model = Local()
+            model.load_state_dict(state)
+        again = pickle.loads(cloudpickle.dumps(model))
+        assert type(again.up.weight) is QTensor
+        assert weight_checksums(again) == weight_checksums(model)
