@@ -107,11 +107,7 @@ def main() -> None:
         hub = make_hub(folder / "hub")
         for file in args.files:
             if file not in found:
-                runs = {
-                    scheme: run(folder, hub, file, scheme, args.sample, pytest_arguments)
-                    for scheme in ("", args.scheme)
-                }
-                found[file] = compared(runs[""], runs[args.scheme])
+                found[file] = one_file(folder, hub, file, args.scheme, args.sample, pytest_arguments)
                 print(summary(file, found[file]), flush=True)
                 if args.out:
                     args.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -120,6 +116,13 @@ def main() -> None:
         print(f"\n{sum(tests.values())}: {error}")
         for test, count in Counter(tests).most_common():
             print(f"    {count:4} {test}")
+
+
+def one_file(folder: Path, hub: Path, file: str, scheme: str, sample: int, arguments: list[str]) -> dict[str, Any]:
+    plain = run(folder, hub, file, arguments, "", sample)
+    quantized = run(folder, hub, file, arguments, scheme, sample)
+    failed = [test for test in plain if plain[test][0] == "passed" and quantized.get(test, [""])[0] == "failed"]
+    return compared(plain, quantized, run(folder, hub, file, arguments, scheme, only=failed) if failed else {})
 
 
 def make_hub(folder: Path) -> Path:
