@@ -169,7 +169,7 @@ class TileDecoder(StripeDecoder):
                 with b.if_then(b.icmp_signed("!=", ahead, int64(0))):
                     for i in range(height // 8):
                         lines = b.add(b.mul(line, int64(height // 8)), int64(i))
-                        self.prefetch(b.add(self.at(top_ahead, lines, 64), b.mul(row, ahead_stride)), nearest=False)
+                        self.prefetch(b.add(self.at(top_ahead, lines, 64), b.mul(row, ahead_stride)))
                 for pair in range(PAIRS_AT_ONCE):
                     at = b.add(b.mul(loop.index, int64(PAIRS_AT_ONCE)), int64(pair))
                     of_x = [self.load(self.at(tile, at, 64), vector(I16, CHUNK), 64) for tile in tiles]
