@@ -5,10 +5,13 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # Before PyTorch: two suites share the cores, and none spins.
+# One of ours: a process that was killed leaves files behind that break the compiler of whoever comes next.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
 from hypothesis import settings
 
