@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from qtensor import (
+    ConfigError,
     LoadReport,
     QTensor,
     QTensorError,
@@ -190,6 +191,12 @@ def scales_split_between_ranks_that_no_rank_can_hold_are_refused(rank: int, worl
         online_quant(fp8_per_block, model)
 
 
+def bytes_of_one_rank_decide_nothing_for_all(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    with pytest.raises(ConfigError, match=r"split over ranks.*qtensor\.plan"):
+        online_quant(model=parallel(mesh, meta=True), fit="1GB")
+
+
 def from_pretrained_with_a_plan(folder: str, rank: int, world: int) -> None:
     """transformers splits the model it has built, on the meta device, and assigns each rank's part."""
     import transformers
@@ -259,6 +266,7 @@ def test_two_ranks() -> None:
         a_model_that_is_split_while_a_session_is_open_gives_them_too,
         reloads_give_the_unsharded_bytes_on_all_ranks_or_none,
         scales_split_between_ranks_that_no_rank_can_hold_are_refused,
+        bytes_of_one_rank_decide_nothing_for_all,
     )
 
 

@@ -349,7 +349,14 @@ class Load(ModelTransaction):
     def _tensors(self) -> list[Tensor]:
         from ..schemes.planning import tensors_of
 
-        named = ((full_name((module, owner, name)), param) for module, owner, name, param in self._tree.parameters())
+        named = []
+        for owner_name, module, name, param in self._tree.parameters():
+            named.append((weight := full_name((owner_name, module, name)), param))
+            if is_dtensor(module._parameters.get(name)):
+                raise ConfigError(
+                    f"{weight} is split over ranks, and fit= chooses by what one rank sees: give all of them a plan that "
+                    "qtensor.plan has made"
+                )
         return tensors_of(named, self._tree.plain_buffers())
 
     def judge(self, weight: ArmedWeight, sqnr: float) -> Scheme | None:
