@@ -354,8 +354,8 @@ class Load(ModelTransaction):
             named.append((weight := full_name((owner_name, module, name)), param))
             if is_dtensor(module._parameters.get(name)):
                 raise ConfigError(
-                    f"{weight} is split over ranks, and fit= chooses by what one rank sees: give all of them a plan that "
-                    "qtensor.plan has made"
+                    f"{weight} is split over ranks, and fit= chooses by what one rank sees: give all of them a plan "
+                    "that qtensor.plan has made"
                 )
         return tensors_of(named, self._tree.plain_buffers())
 
