@@ -3,11 +3,12 @@
 `CAST`, a constexpr, says how fp32 becomes e4m3fn on the target:
 
 satfinite    NVIDIA from compute capability 8.9: cvt.rn.satfinite.e4m3x2.f32, two elements an instruction
+e2m1x2       NVIDIA from 10.0: that, and cvt.rn.satfinite.e2m1x2.f32 for pairs of 4-bit elements (`encode_e2m1_pairs`)
 clamp        AMD gfx950 and gfx12: the hardware converts to OCP e4m3fn, but saturating is left to us
 integer      everything else: sm_80 has no fp8; gfx942 only the fnuz format, whose bytes differ (bias 8, no -0)
 interpreter  as integer; and since Triton's CPU interpreter truncates fp32 → bf16, that rounding is done on integers too
 
-All four give the same byte for every finite input: that of torch's round-to-nearest-even cast after a clamp to ±448.
+All of them give the same byte for every finite input: that of torch's round-to-nearest-even cast after a clamp to ±448.
 NaN becomes a NaN byte; its sign is not promised.
 """
 
@@ -49,7 +50,7 @@ def restore(x, dtype: tl.constexpr, CAST: tl.constexpr):
 @triton.jit
 def encode(x, CAST: tl.constexpr):
     """fp32 → e4m3fn code as uint8."""
-    if CAST == "satfinite":
+    if CAST == "satfinite" or CAST == "e2m1x2":
         # In so many words, because Triton before 3.9 goes through a truncated fp16 on compute capability 8.9.
         return tl.inline_asm_elementwise(
             """{
@@ -82,7 +83,7 @@ def encode(x, CAST: tl.constexpr):
 @triton.jit
 def decode(code, CAST: tl.constexpr):
     """e4m3fn code as uint8 → fp32."""
-    if CAST == "satfinite" or CAST == "clamp":
+    if CAST == "satfinite" or CAST == "e2m1x2" or CAST == "clamp":
         return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     wide = code.to(tl.int32)
     magnitude = wide & 0x7F
@@ -163,6 +164,26 @@ def encode_e2m1(x):
     near = binade * ((1 << 23) + 2) + ((22 << 23) - 254)
     count = (magnitude + near.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     return (count & 7) | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def encode_e2m1_pairs(low, high):
+    """Where CAST is "e2m1x2": fp32, no NaN, of the same shape → bytes of two e2m1 codes each, the first one low."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b8 first, second, third, fourth;
+        cvt.rn.satfinite.e2m1x2.f32 first, $5, $1;
+        cvt.rn.satfinite.e2m1x2.f32 second, $6, $2;
+        cvt.rn.satfinite.e2m1x2.f32 third, $7, $3;
+        cvt.rn.satfinite.e2m1x2.f32 fourth, $8, $4;
+        mov.b32 $0, {first, second, third, fourth};
+        }""",
+        "=r,r,r,r,r,r,r,r,r",
+        [low, high],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit

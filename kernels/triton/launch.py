@@ -87,5 +87,5 @@ def target(device: torch.device) -> dict[str, Any]:
 def cast(backend: str, arch: int | str) -> str:
     """How a target ("cuda", 90) or ("hip", "gfx942") turns fp32 into e4m3fn; see encode.py."""
     if backend == "cuda":
-        return "satfinite" if int(arch) >= 89 else "integer"
+        return "e2m1x2" if int(arch) >= 100 else "satfinite" if int(arch) >= 89 else "integer"
     return "clamp" if str(arch).startswith(("gfx950", "gfx12")) else "integer"

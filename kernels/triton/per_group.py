@@ -26,6 +26,7 @@ from .encode import (
     decode_element,
     divide_or_zero,
     encode,
+    encode_e2m1_pairs,
     encode_element,
     power_of_two,
     reciprocal_or_zero,
@@ -40,9 +41,15 @@ TILE = 4096  # Elements of a program.
 
 
 @triton.jit
+def pairs(x):
+    """`[T, G]` → the even and the odd columns, `[T, G/2]` each."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
 def pack(code):
     """Nibbles in int32 `[T, G]` → bytes `[T, G/2]`."""
-    low, high = tl.split(tl.reshape(code, (code.shape[0], code.shape[1] // 2, 2)))
+    low, high = pairs(code)
     return (low | (high << 4)).to(tl.uint8)
 
 
@@ -140,14 +147,20 @@ def quantize_kernel(
         scaled = bounded * reciprocal_or_zero(step)
     else:
         scaled = divide_or_zero(bounded, step, FUSED)
-    code = encode_element(scaled, ELEMENT, CAST)
     q += expert * q_e + row * q_n
     if ELEMENT == "e4m3":
+        code = encode_element(scaled, ELEMENT, CAST)
         tl.store(q + col * q_k, code, mask=inside)
     else:
         byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-        tl.store(q + byte * q_k, pack(code), mask=(row < rows) & (byte < q_cols))
+        if ELEMENT == "e2m1" and CAST == "e2m1x2":
+            low, high = pairs(scaled)
+            packed = encode_e2m1_pairs(low, high)
+        else:
+            packed = pack(encode_element(scaled, ELEMENT, CAST))
+        tl.store(q + byte * q_k, packed, mask=(row < rows) & (byte < q_cols))
     if MEASURE:
+        code = encode_element(scaled, ELEMENT, CAST)  # The compiler has it already, where there are no pairs.
         restored = decode_element(code.to(tl.uint8), ELEMENT, CAST) * step
         add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, restored)
 

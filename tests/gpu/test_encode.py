@@ -54,6 +54,42 @@ def cast(request: pytest.FixtureRequest) -> Iterator[str]:
         yield launch.cast("cuda", request.param)
 
 
+@triton.jit
+def encode_e2m1_kernel(x, out, N: tl.constexpr, CAST: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    low, high = tl.load(x + 2 * at), tl.load(x + 2 * at + 1)
+    if CAST == "e2m1x2":
+        byte = encode.encode_e2m1_pairs(low, high)
+    else:
+        byte = (encode.encode_e2m1(low) | (encode.encode_e2m1(high) << 4)).to(tl.uint8)
+    tl.store(out + at, byte)
+
+
+@pytest.mark.parametrize("arch", [90, 100], ids=["sm_90", "sm_100"])
+def test_encode_e2m1(arch: int) -> None:
+    """Every code, every midpoint, and the fp32 numbers next to them; and of all magnitudes."""
+    codes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    points = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, torch.tensor([7.0, 1e30, math.inf])])
+    bits = (points.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)).clamp(0, 0x7F800000)
+    x = torch.cat([bits.flatten().view(torch.float32), torch.logspace(-44, 38, 2 * N - 7 * len(points))])
+    x = torch.cat([x, -x])
+    out = torch.empty(len(x) // 2, dtype=torch.uint8)
+    with simulated_gpu(arch):
+        encode_e2m1_kernel[(len(out) // N,)](x, out, N=N, CAST=launch.cast("cuda", arch))
+    assert_equal(out, pack_e2m1(x))
+
+
+def pack_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """As the format says: to the nearest value, of two that are as near the one with an even code."""
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    distance = (x.double().abs().clamp_max(6.0)[:, None] - values).abs()
+    near = distance == distance.min(1, keepdim=True).values
+    even = torch.arange(8) % 2 == 0
+    code = torch.where((near & even).any(1), (near & even).int().argmax(1), near.int().argmax(1))
+    code = code | (torch.signbit(x).long() << 3)
+    return (code[::2] | (code[1::2] << 4)).to(torch.uint8)
+
+
 def check_encode(x: torch.Tensor, cast: str) -> None:
     padded = torch.nn.functional.pad(x, (0, -len(x) % N))
     out = torch.empty(len(padded), dtype=torch.uint8)

@@ -52,6 +52,7 @@ def execute(instruction: str, inputs: tuple[float | int, ...], arch: int = 90) -
 INF, NAN, TINY = float("inf"), float("nan"), 2.0**-149
 THIRD = struct.unpack("<f", struct.pack("<f", 1 / 3))[0]
 
+E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
 ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
     ("add.s32 %r9, %r1, %r2;", (7, -9), -2),
     ("sub.s32 %r9, %r1, 0x10;", (7,), -9),
@@ -82,6 +83,7 @@ ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
     ("neg.f32 %r9, %r1;", (0.0,), -0.0),
     ("neg.s32 %r9, %r1;", (5,), -5),
     ("abs.f32 %r9, %r1;", (-2.0,), 2.0),
+    ("copysign.f32 %r9, %r1, %r2;", (-0.0, 3.0), -3.0),
     ("not.b32 %r9, %r1;", (0xF0,), 0xFFFFFF0F),
     ("and.b32 %r9, %r1, %r2;", (0b1100, 0b1010), 0b1000),
     ("or.b32 %r9, %r1, %r2;", (0b1100, 0b1010), 0b1110),
@@ -126,6 +128,8 @@ ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
     ("cvt.rn.f16x2.f32 %r9, %r1, %r2;", (1.0, -2.0), 0x3C00_C000),
     ("cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2; cvt.u32.u16 %r9, %rs1;", (1000.0, NAN), 0x7E7F),
     ("cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2; cvt.u32.u16 %r9, %rs1;", (17.0, -(2.0**-10)), 0x5880),  # to even
+    (f"{{ .reg .b8 a; {E2M1} a, %r1, %r2; mov.b32 %r9, {{a, a, a, a}}; }}", (2.5, -0.25), 0x48484848),  # to even, twice
+    (f"{{ .reg .b8 a; {E2M1} a, %r1, %r2; mov.b32 %r9, {{a, a, a, a}}; }}", (-100.0, NAN), 0xF7F7F7F7),
     ("cvt.u16.u32 %rs1, %r1; cvt.rn.f16x2.e4m3x2 %r9, %rs1;", (0x7E38,), 0x5F00_3C00),
     ("mov.b64 %rd9, {%r1, %r2}; add.rn.f32x2 %rd9, %rd9, %rd9; mov.b64 {_, %r9}, %rd9;", (1.0, 2.0), 4.0),
     ("cvt.f64.f32 %rd9, %r1; mul.f64 %rd9, %rd9, %rd9; cvt.rn.f32.f64 %r9, %rd9;", (3.0,), 9.0),
@@ -140,7 +144,7 @@ ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
 
 @pytest.mark.parametrize(("instruction", "inputs", "expected"), ROWS, ids=[row[0] for row in ROWS])
 def test_operation(instruction: str, inputs: tuple[float | int, ...], expected: float | int) -> None:
-    assert hex(execute(instruction, inputs)) == hex(bits(expected))
+    assert hex(execute(instruction, inputs, arch=100 if E2M1 in instruction else 90)) == hex(bits(expected))
 
 
 def test_what_ptxas_may_fuse() -> None:
@@ -186,6 +190,8 @@ def test_faults(body: str, message: str) -> None:
 def test_an_older_chip_has_no_fp8() -> None:
     with pytest.raises(Fault, match="not on sm_80"):
         execute("cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r1;", (1.0,), arch=80)
+    with pytest.raises(Fault, match="not on sm_90"):
+        execute(f"{{ .reg .b8 a; {E2M1} a, %r1, %r1; }}", (1.0,), arch=90)
 
 
 def test_gaps_of_a_strided_tensor_are_inside_and_what_follows_it_is_not() -> None:

@@ -238,6 +238,12 @@ def _move(m: Machine, i: Instruction, mask: Mask) -> None:
         m.write(out, m.read(source, kind), mask)
 
 
+@_operation("copysign")
+def _copysign(m: Machine, i: Instruction, mask: Mask) -> None:
+    sign, size = (m.read(operand, "f32") for operand in i.operands[1:])
+    m.write(i.operands[0], np.copysign(size, sign), mask)
+
+
 # Predicates ----------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +301,11 @@ def _convert(m: Machine, i: Instruction, mask: Mask) -> None:
             pair = np.broadcast_to(m.read(sources[0], "u16"), (m.lanes,)).copy().view(np.uint8)
             halves = torch.from_numpy(pair).view(torch.float8_e4m3fn).to(torch.float16).view(torch.int16).numpy()
             m.write(out, halves.view(np.uint32), mask)
+    elif to == "e2m1x2":
+        if m.arch < 100:
+            raise Fault(f"not on sm_{m.arch}: {i.text}")
+        high, low = (_to_e2m1(m.read(operand, kind)) for operand in sources)
+        m.write(out, high << np.uint8(4) | low, mask)
     elif to in ("bf16x2", "f16x2"):
         high, low = (_narrow(m.read(operand, kind), to[:-2]).astype(np.uint32) for operand in sources)
         m.write(out, high << np.uint32(16) | low, mask)
@@ -336,6 +347,18 @@ def _to_e4m3(value: np.ndarray) -> np.ndarray:
     near = torch.from_numpy(np.ascontiguousarray(np.clip(value, np.float32(-448), np.float32(448))))
     code = near.to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint16)
     return np.where(np.isnan(value), np.uint16(0x7F), code)
+
+
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def _to_e2m1(value: np.ndarray) -> np.ndarray:
+    """cvt.rn.satfinite: fp32 → code in uint8, half to even; NaN is 7, the largest."""
+    distance = np.abs(np.minimum(np.abs(value), np.float32(6)).astype(np.float64)[..., None] - _E2M1)
+    # Of two codes that are equally near, one is even: it is half a unit nearer in this order.
+    nearest = np.lexsort((np.broadcast_to(np.arange(8) % 2, distance.shape), distance), axis=-1)[..., 0]
+    code = np.where(np.isnan(value), 7, nearest).astype(np.uint8)
+    return code | (np.signbit(value) & ~np.isnan(value)).astype(np.uint8) << np.uint8(3)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
