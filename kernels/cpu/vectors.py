@@ -2,7 +2,8 @@
 finite sources (`encoders`).
 
 They are C functions of one argument, a structure of sizes and addresses. No Python runs in them, so the threads of
-OpenMP can (`rows.run_loop`): of `PRODUCT`, `PACK` and `DECODE` each takes the next rows that nobody has taken.
+OpenMP can (`rows.run_loop`): of `PRODUCT`, `PACK` and `DECODE` each takes the next rows that nobody has taken. This is
+one file because they share that structure, and the way in which each is compiled.
 """
 
 # The loops carry no annotations: numba compiles each for the types it is called with.
