@@ -23,7 +23,7 @@ from qtensor.kernels.reference import TORCH
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 relaxed = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-AMX = pytest.mark.skipif(vectors.tile_unit() != tiles.AMX, reason="this chip has no tile unit for bfloat16 (AMX)")
+AMX = pytest.mark.skipif(tiles.tile_unit() != tiles.AMX, reason="this chip has no tile unit for bfloat16 (AMX)")
 
 
 def quantized(fmt: WeightFormat, shape: tuple[int, ...], seed: int, size: float = 0.05) -> Parts:

@@ -21,7 +21,7 @@ from . import stripes, vectors
 from .decoders import STRIPE
 from .orders import ORDERS, arranged, order_of
 from .rows import run_loop
-from .tiles import AMX, ROWS_FOR_FEW, ROWS_FOR_MANY, TILE, TILE_SCRATCH
+from .tiles import AMX, ROWS_FOR_FEW, ROWS_FOR_MANY, TILE, TILE_SCRATCH, tile_unit
 
 FEW = 8  # Rows of x that are decoded for in registers, four at a time, where there are no tiles;
 FEW_BESIDE_TILES = 4  # and where there are the chip's.
@@ -68,7 +68,7 @@ def _products(
 
 def most_in_registers(dtype: torch.dtype) -> int:
     """Rows of x that are decoded for in registers."""
-    return FEW_BESIDE_TILES if dtype == torch.bfloat16 and vectors.tile_unit() == AMX else FEW
+    return FEW_BESIDE_TILES if dtype == torch.bfloat16 and tile_unit() == AMX else FEW
 
 
 def dequantize(parts: Parts, fmt: WeightFormat, out: torch.Tensor) -> None:

@@ -10,15 +10,17 @@ of the weight by 32 of x.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from .decoders import BYTES, PER_ROW, STRIPE, UNITS
-from .instructions import CHUNK, E4M3, FLOAT, I8, I16, I32, I64, LANES, int64, intrinsic, splat, vector
-from .stripes import HALVES, PAIRS, StripeDecoder, is_quick
+from .instructions import CHUNK, E4M3, FLOAT, I8, I16, I32, I64, LANES, chip_features, int64, intrinsic, splat, vector
+from .stripes import HALVES, PAIRS, StripeDecoder, has_pairs, is_quick
 
 NONE, AMX, BY_PAIRS = range(3)  # Tile units: none, the chip's, and one made of products of pairs.
 TILE = 16
@@ -31,6 +33,16 @@ PAIRS_AT_ONCE = 4
 ROW_PADDING = 64  # Bytes; keeps rows from falling on the same cache sets.
 BLOCK_STRIDE = 2 * BLOCK_COLS + ROW_PADDING
 TILE_SCRATCH = ROWS_FOR_MANY * BLOCK_STRIDE
+
+
+@functools.cache
+def tile_unit() -> int:
+    """`AMX` where numba compiles for a chip with tiles of bfloat16, and the system lets this process use them;
+    `BY_PAIRS` where pairs of bfloat16 are multiplied at full speed; else `NONE`."""
+    needed = {"+amx-tile", "+amx-bf16", "+avx512bf16", "+avx512vbmi"}
+    if needed <= set(chip_features()) and hasattr(torch.cpu, "_init_amx") and bool(torch.cpu._init_amx()):
+        return AMX
+    return BY_PAIRS if has_pairs() else NONE
 
 
 class TileDecoder(StripeDecoder):

@@ -26,14 +26,12 @@ from ..formats import SEARCHES, WeightFormat
 from .compiling import Once, compiled
 from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, STRIPE, UNITS, decode_row
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
-from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, chip_features, float32s, int64s, take, uint8s
+from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, float32s, int64s, take, uint8s
 from .searching import add_block_errors, search_row
-from .stripes import QUICK_SCALES, dots, has_pairs, is_quick
+from .stripes import QUICK_SCALES, dots, is_quick
 from .tiles import (
-    AMX,
     BLOCK_COLS,
     BLOCK_STRIDE,
-    BY_PAIRS,
     NONE,
     TILE,
     TILE_ROWS,
@@ -44,6 +42,7 @@ from .tiles import (
     release_tiles,
     store_sums,
     tile_row,
+    tile_unit,
 )
 
 
@@ -127,17 +126,8 @@ def pack_loop(fmt: WeightFormat) -> Loop:
     return _pack_loop(ELEMENTS[fmt.element], purpose=fmt.name)
 
 
-@functools.cache
-def tile_unit() -> int:
-    """`AMX` where numba compiles for a chip with tiles of bfloat16, and the system lets this process use them;
-    `BY_PAIRS` where pairs of bfloat16 are multiplied at full speed; else `NONE`."""
-    needed = {"+amx-tile", "+amx-bf16", "+avx512bf16", "+avx512vbmi"}
-    if needed <= set(chip_features()) and hasattr(torch.cpu, "_init_amx") and bool(torch.cpu._init_amx()):
-        return AMX
-    return BY_PAIRS if has_pairs() else NONE
-
-
 def has_tiles() -> bool:
+    """Whether many rows of bfloat16 are multiplied in tiles."""
     return tile_unit() != NONE
 
 
