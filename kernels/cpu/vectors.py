@@ -138,10 +138,10 @@ def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
 
 def quantize_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
     """The stored elements of finite rows of `dtype`, and scales that are not the whole matrix's; whole blocks."""
-    if fmt.granularity in ("tensor", "block"):
-        block_loop = _block_loop if fmt.search is None else _searched_block_loop
-        loop = _scaled_loop if fmt.granularity == "tensor" else block_loop
-        return loop(DTYPES[dtype], purpose=fmt.name)
+    if fmt.granularity == "tensor":
+        return _scaled_loop(DTYPES[dtype], purpose=fmt.name)
+    if fmt.granularity == "block":
+        return _block_loop(DTYPES[dtype], fmt.search is not None, purpose=fmt.name)
     group = fmt.block[1] if fmt.granularity == "group" else 0
     loop = _quantize_loop if fmt.search is None else _search_loop
     return loop(DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group, purpose=fmt.name)
@@ -325,28 +325,8 @@ def _scaled_loop(dtype: int) -> Loop:
 
 
 @Once
-def _block_loop(dtype: int) -> Loop:
-    def loop(pointer):
-        p = carray(pointer, 1)[0]
-        across = (p.cols + BLOCK - 1) // BLOCK
-        found, factors = np.empty(16 * across, np.int32), np.empty(across, np.float32)
-        for top in range(0, p.rows, BLOCK):
-            found[:] = 0
-            bottom = min(top + BLOCK, p.rows)
-            for n in range(top, bottom):
-                keep_block_amax(dtype, p.source + n * p.source_stride, p.cols, found.ctypes.data)
-            scales = p.scale + top // BLOCK * p.scale_stride
-            block_scales(dtype, found.ctypes.data, across, scales, factors.ctypes.data)
-            for n in range(top, bottom):
-                codes = p.codes + n * p.codes_stride
-                scaled_row(dtype, p.source + n * p.source_stride, codes, p.cols, factors.ctypes.data, 4)
-
-    return _compiled(loop, QUANTIZE)
-
-
-@Once
-def _searched_block_loop(dtype: int) -> Loop:
-    candidates = np.array(SEARCHES["fp8_per_block"].candidates, np.float32)
+def _block_loop(dtype: int, searched: bool) -> Loop:
+    candidates = np.array(SEARCHES["fp8_per_block"].candidates if searched else (), np.float32)
     count = len(candidates)
 
     def loop(pointer):
@@ -356,29 +336,26 @@ def _searched_block_loop(dtype: int) -> Loop:
         inverses, sums = np.empty(count * across, np.float32), np.empty(16 * count * across, np.int64)
         for top in range(0, p.rows, BLOCK):
             found[:] = 0
-            sums[:] = 0
             bottom = min(top + BLOCK, p.rows)
             for n in range(top, bottom):
                 keep_block_amax(dtype, p.source + n * p.source_stride, p.cols, found.ctypes.data)
             address = p.scale + top // BLOCK * p.scale_stride
             block_scales(dtype, found.ctypes.data, across, address, factors.ctypes.data)
-            scales = carray(float32s(address), across)
-            for i in range(count):
+            if searched:
+                scales = carray(float32s(address), across)
+                for i in range(count * across):
+                    inverses[i] = np.float32(1.0) / (scales[i % across] * candidates[i // across])
+                sums[:] = 0
+                for n in range(top, bottom):
+                    source = p.source + n * p.source_stride
+                    add_block_errors(dtype, source, p.cols, inverses.ctypes.data, across, sums.ctypes.data)
                 for j in range(across):
-                    inverses[i * across + j] = np.float32(1.0) / (scales[j] * candidates[i])
-            for n in range(top, bottom):
-                source = p.source + n * p.source_stride
-                add_block_errors(dtype, source, p.cols, inverses.ctypes.data, across, sums.ctypes.data)
-            for j in range(across):
-                plain, least = scales[j], 0.0
-                for i in range(count):
-                    total = 0
-                    for lane in range(16):
-                        total += sums[(j * count + i) * 16 + lane]
-                    scale = plain * candidates[i]
-                    error = np.float64(total) * (np.float64(scale) * np.float64(scale))
-                    if i == 0 or error < least:
-                        scales[j], factors[j], least = scale, inverses[i * across + j], error
+                    plain, least = scales[j], np.inf
+                    for i in range(count):
+                        scale, at = plain * candidates[i], 16 * (j * count + i)
+                        error = np.float64(sums[at : at + 16].sum()) * (np.float64(scale) * np.float64(scale))
+                        if error < least:
+                            scales[j], factors[j], least = scale, inverses[i * across + j], error
             for n in range(top, bottom):
                 codes = p.codes + n * p.codes_stride
                 scaled_row(dtype, p.source + n * p.source_stride, codes, p.cols, factors.ctypes.data, 4)
