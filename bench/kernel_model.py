@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from gpu_cache import Launch, compiling_for
 
-from qtensor.kernels import FORMATS, Audit, Parts, WeightFormat
+from qtensor.kernels import FORMATS, SEARCHES, Audit, Parts, WeightFormat
+from qtensor.schemes.scheme import as_scheme
 
 SIZE = 4096
 
@@ -164,7 +165,7 @@ def launches_of(fmt: WeightFormat, chip: int, operation: str, size: int = SIZE) 
 
 def rows_of(name: str, chip: int, operation: str) -> list[Row]:
     """A row for each launch of an operation on a format."""
-    fmt, found = FORMATS[name], []
+    fmt, found = as_scheme(name).format, []
     stored = 1 / fmt.per_byte
     for launch in launches_of(fmt, chip, operation):
         if operation == "quantize":
@@ -204,12 +205,13 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--chips", type=int, nargs="+", default=list(CHIPS))
+    parser.add_argument("--searched", action="store_true", help="only what quantizes with searched scales")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [
         found
-        for operation in ("quantize", "dequantize")
-        for name in FORMATS
+        for operation in (("quantize",) if args.searched else ("quantize", "dequantize"))
+        for name in ([f"{name}:searched" for name in SEARCHES] if args.searched else FORMATS)
         for chip in args.chips
         for found in rows_of(name, chip, operation)
     ]

