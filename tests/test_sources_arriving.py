@@ -212,6 +212,22 @@ def test_a_loader_that_assigns_parts_one_by_one(order: str) -> None:
     assert_arrived(model.weight, parts)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_zero_points_that_come_last_have_to_be_foretold(told: bool) -> None:
+    form = FORMS["int4 groups, zero points"]
+    parts = form.parts(64, 256)
+    late = ["*_scale", "*_shape", "*_packed", "*_zero_point"]
+    refused = pytest.raises(CheckpointError, match=r"zero_point, of which .* came too late: hand it over before")
+    with contextlib.nullcontext() if told else refused, online_quant("fp8", source=form.config if told else {}):
+        model = layer(64, 256)
+        for part in late:
+            setattr(model, part.replace("*", "weight"), nn.Parameter(parts[part], requires_grad=False))
+    if told:
+        wanted = source_of(parts, dict(form.config))
+        needed = {name: parts[name] for name, spec in wanted.parts((64, 256)).items() if spec.needed}
+        assert_oracle(model.weight, wanted.decode(needed, (64, 256), torch.bfloat16), SCHEMES["fp8"])
+
+
 def test_a_loader_that_registers_buffers() -> None:
     parts = FORMS["mxfp4"].parts(300, 256)
     with online_quant("fp8"):

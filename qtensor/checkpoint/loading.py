@@ -27,7 +27,7 @@ from ..tensor.qtensor import QTensor
 from .gguf import GGUF, open_checkpoint
 from .mapping import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint
-from .requantizing import collectors, fill, groups_of
+from .requantizing import Buffer, collectors, fill, groups_of
 from .saving import expert_names
 from .verify import Weight, weights_of
 
@@ -136,8 +136,9 @@ def _load_in(selection: Selection, model: nn.Module, checkpoint: Checkpoint, opt
             for name, stored in plain.items():
                 part = places[name]
                 targets[part.name].as_strided(*part.view).copy_(stored.read())
+            buffer = Buffer()
             for name, group in groups.items():
-                fill(takers[name], group)
+                fill(takers[name], group, buffer)
 
         without_grad(fill_all)
     return session.report()

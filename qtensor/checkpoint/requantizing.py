@@ -6,7 +6,7 @@ Every weight is looked at before the first is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..regions.coverage import Box
 from ..sources.collecting import Collector
 from ..sources.families import part_names
 from ..sources.source import Spec
+from ..tensor.rooms import room_for
 from .mapping import Part
 from .reading import Stored
 
@@ -83,23 +84,37 @@ def collectors(
     return found
 
 
-def fill(collector: Collector, group: Group, on_bytes: Callable[[int], object] = lambda n: None) -> None:
+def fill(collector: Collector, group: Group, buffer: Buffer) -> None:
     """Read the parts of a weight: the small ones first, so that values are decoded as they are read."""
     for part, stored in sorted(group.items(), key=lambda item: item[1].nbytes):
-        for box, piece in pieces(stored):
+        for box, piece in pieces(stored, buffer):
             collector.write(part, piece, box, stored.shape)
-            on_bytes(piece.nbytes)
 
 
-def pieces(stored: Stored, every: int = CHUNK_BYTES) -> Iterable[tuple[Box, torch.Tensor]]:
+class Buffer:
+    """Memory that tensors are read to, one after the other. Were it new for each, and freed, the C allocator would keep
+    holes of its size between the finished weights."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Of that shape, valid until the next is taken."""
+        nbytes = int(torch.Size(shape).numel()) * dtype.itemsize
+        if nbytes > self._held.numel():
+            self._held = room_for((max(nbytes, CHUNK_BYTES),), torch.uint8, self._held.device)
+        return self._held[:nbytes].view(dtype).view(shape)
+
+
+def pieces(stored: Stored, buffer: Buffer, every: int = CHUNK_BYTES) -> Iterable[tuple[Box, torch.Tensor]]:
     """A tensor in runs along its first dimension, each in memory that the next is read to, and of whole blocks."""
     if stored.nbytes <= every or not stored.shape:
-        yield tuple((0, n) for n in stored.shape), stored.read()
+        yield tuple((0, n) for n in stored.shape), stored.read(0, buffer.take(stored.shape, stored.dtype))
         return
     length, *rest = stored.shape
     row = stored.nbytes // stored.dtype.itemsize // length
     step = max(1, every // max(1, row * stored.dtype.itemsize * 128)) * 128
-    buffer = torch.empty((min(step, length), *rest), dtype=stored.dtype, device="cpu")
+    memory = buffer.take((min(step, length), *rest), stored.dtype)
     for start in range(0, length, step):
-        piece = stored.read(start * row, buffer[: min(step, length - start)])
+        piece = stored.read(start * row, memory[: min(step, length - start)])
         yield ((start, start + len(piece)), *((0, n) for n in rest)), piece

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from ..errors import CheckpointError, IncompleteLoadError, LossySourceError, QTensorError
+from ..errors import CheckpointError, IncompleteLoadError, LossySourceError, MissingExtraError, QTensorError
 from ..regions.coverage import Box
 from ..regions.views import View
 from ..schemes.scheme import Scheme
@@ -123,6 +123,8 @@ class Collector:
             except Unusable as error:
                 self.source = None
                 self._refuse(str(error))
+            except MissingExtraError as error:
+                self._fail(error)
             waiting, self._waiting = (self._waiting, []) if self.source is not None else ([], self._waiting)
             for part, box, tensor in waiting:
                 self._take(part, box, tensor)
@@ -175,7 +177,10 @@ class Collector:
         for name, spec in specs.items():
             part = parts.get(name)
             if part is None:
-                return f"has {self._called(name)}, of which {source} knows nothing"
+                return f"has {self._called(name)}, of which {source} knows nothing" + (
+                    ". If it belongs to the weight, it came too late: hand it over before the scales, or tell of it by "
+                    "`source`, config.json's quantization_config"
+                ) * bool(self._matrices)
             wanted = replace(part, shape=(*shape[:-2], *part.shape))
             if not wanted.fits(spec):
                 dtypes = " or ".join(str(d).removeprefix("torch.") for d in part.dtypes)
