@@ -238,7 +238,9 @@ def test_schemes_may_differ_by_layer(sources, tmp_path):
 # What others make of it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", dict.fromkeys([*SCHEMES, *(s.weight_only() for s in SCHEMES)]), ids=str)
+@pytest.mark.parametrize(
+    "scheme", dict.fromkeys([*SCHEMES, *(s.weight_only() for s in SCHEMES), nvfp4.searched()]), ids=str
+)
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_the_config_is_what_compressed_tensors_defines(name, scheme, sources, tmp_path):
     folder = save_quietly(load_online(sources[name], scheme), tmp_path / "saved")
@@ -251,7 +253,7 @@ def test_the_config_is_what_compressed_tensors_defines(name, scheme, sources, tm
     assert group.weights.group_size == (fmt.block[1] if fmt.granularity == "group" else None)
     assert (group.input_activations is None) == (scheme.activation == "none")
     packing = "naive-quantized" if scheme.activation == "none" else "float-quantized"
-    assert config.format == {s.format: packing for s, packing in PACKINGS.items()}.get(fmt, packing)
+    assert config.format == {s.format: packing for s, packing in PACKINGS.items()}.get(fmt.plain, packing)
     assert "lm_head" in config.ignore
     assert any("gate" in module for module in config.ignore) == (name == "mixtral"), "routers are named"
 
@@ -310,13 +312,15 @@ def test_global_scales_survive_being_stored_as_divisors():
     [
         *(("llama", scheme, "compressed-tensors") for scheme in SCHEMES),
         *(("llama", scheme, "fp8") for scheme in (fp8_per_tensor, fp8_per_block, mxfp4)),
+        *(("llama", scheme.searched(), "compressed-tensors") for scheme in (nvfp4, int4_per_group)),
+        ("llama", fp8_per_block.searched(), "fp8"),
         *(("mixtral", scheme, "compressed-tensors") for scheme in (mxfp4, int8_per_channel, int4_per_group)),
     ],
     ids=str,
 )
 def test_transformers_reads_it_by_itself(name, scheme, format, sources, tmp_path):
     model = load_online(sources[name], scheme)
-    if format == "fp8" and scheme is not fp8_per_block:
+    if format == "fp8" and scheme.plain() != fp8_per_block:
         with pytest.raises(CheckpointError, match=f"no place for {scheme.name}"):
             save_checkpoint(model, tmp_path / "saved", format)
         return
