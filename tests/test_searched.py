@@ -15,11 +15,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qtensor
 from qtensor import ConfigError, QTensor, load_checkpoint, online_quant, online_reload, quantize
 from qtensor.checkpoint.quantization_config import QTensorConfig
+from qtensor.cli.main import main
 from qtensor.errors import QTensorError
 from qtensor.kernels import FORMATS, SEARCHES, Parts, WeightFormat, choose
 from qtensor.kernels.codes import decode
@@ -249,6 +251,25 @@ def test_a_checkpoint_is_read_as_any_other_and_remembers(scheme: Scheme, tmp_pat
     for name, weight in new.items():
         for part, wanted in zip(again.get_parameter(name).parts(), quantize(weight, scheme).parts(), strict=True):
             assert torch.equal(part.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_the_command_line_searches_and_verifies(tmp_path: Path) -> None:
+    """File to file: the bytes of `quantize`, in a folder that is whole."""
+    torch.manual_seed(0)
+    source, made = tmp_path / "source", tmp_path / "made"
+    source.mkdir()
+    weight = torch.randn(64, 256).bfloat16()
+    save_file({"model.layers.0.mlp.down_proj.weight": weight}, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text("{}")
+    assert main(["quantize", str(source), str(made), "--scheme", "nvfp4:searched"]) == 0
+    held = load_file(next(made.glob("*.safetensors")))
+    wanted = quantize(weight, "nvfp4:searched")
+    prefix = "model.layers.0.mlp.down_proj."
+    assert torch.equal(held[f"{prefix}weight_packed"], wanted.qdata)
+    assert torch.equal(held[f"{prefix}weight_scale"].view(torch.uint8), wanted.scale.view(torch.uint8))
+    assert main(["verify", str(made)]) == 0
+    with pytest.raises(SystemExit):
+        main(["quantize", str(source), str(tmp_path / "other"), "--scheme", "fp8_per_tensor:searched"])
 
 
 @schemes
