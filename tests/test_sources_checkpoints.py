@@ -166,6 +166,26 @@ def test_what_is_wrong_with_a_folder_is_told_before_the_first_write(
     assert quantize(before["up.weight"], "fp8").shape == model.up.weight.shape
 
 
+@pytest.mark.parametrize("way", ["all parts", "values into the weight"])
+def test_a_distributed_checkpoint_of_parts(way: str, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    shapes = {"up": (384, 128), "down": (128, 384)}
+    parts = {name: FORMS["fp8 blocks"].parts(*shape) for name, shape in shapes.items()}
+    stored = {f"{name}.{part.replace('*', 'weight')}": t for name, held in parts.items() for part, t in held.items()}
+    dcp.save(stored, checkpoint_id=tmp_path, no_dist=True)
+    with online_quant("mxfp8", source={}, on_missing="zero"):
+        model = Net()
+        state = {name: torch.empty_like(tensor) for name, tensor in stored.items()}
+        if way != "all parts":
+            state |= {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in shapes}
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+        rest = state if way == "all parts" else {n: t for n, t in state.items() if n.endswith("_scale_inv")}
+        model.load_state_dict(rest, strict=False)
+    for name, held in parts.items():
+        assert_oracle(model.get_submodule(name).weight, whole(held, torch.bfloat16, shapes[name]), SCHEMES["mxfp8"])
+
+
 def test_a_weights_parts_may_lie_in_several_files(folders: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(folders["mxfp4"] / "model.safetensors")
     files = {name: f"{int(name.endswith('scale'))}.safetensors" for name in tensors}
