@@ -17,6 +17,7 @@ and scheme: quantized once, and quantized again from the source.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import subprocess
@@ -105,6 +106,7 @@ def measure(folder: Path, way: str, source: str, scheme: str, layers: int, repea
     where = folder / kind
     for _ in range(2):  # What is compiled, or loaded, at a first use is there before anything counts.
         load(folder / "warm" / kind, 1, scheme)
+    ctypes.CDLL(None).malloc_trim(0)  # What is free goes back to the system, and counts when it is used again.
     Path("/proc/self/clear_refs").write_text("5")  # The high-water mark is where memory is now.
     before = high_water()
     seconds, cpu, peak, final = math.inf, math.inf, 0, 0

@@ -195,11 +195,22 @@ class Collector:
         if not self._parts[part].needed:
             return
         if not self._stacked:
+            self._settle(self._matrices[0])
             self._matrices[0].take(part, box, tensor, self._decode)
             return
         (first, last), inner = box[0], box[1:]
         for e in range(first, last):
+            self._settle(self._matrices[e])
             self._matrices[e].take(part, inner, tensor[e - first], self._decode)
+
+    def _settle(self, matrix: MatrixParts) -> None:
+        """A matrix whose scales tell that it cannot be moved need not wait for all of its values."""
+        if self._moves != "matrix" or not matrix.movable or self._needs_whole():
+            return
+        assert self.source is not None
+        parts = matrix.beside_values()
+        if parts is not None and self._scheme is not None and self.source.never_moves(parts, self._scheme.format):
+            matrix.in_units(self.source.unit((matrix.view.size[0], matrix.view.size[1])))
 
     def _decode(self, matrix: MatrixParts, start: int, stop: int, parts: Mapping[str, torch.Tensor]) -> None:
         """Rows start:stop of a matrix, in chunks, into the weight."""
@@ -209,7 +220,7 @@ class Collector:
             source.check(parts, (stop - start, cols))
         except Unusable as error:
             self._refuse(str(error))
-        if scheme is not None and self._moves is not None:
+        if scheme is not None and self._moves is not None and matrix.movable:
             moved = source.move(parts, (stop - start, cols), scheme.format)
             if moved is not None and not (self._sink.refuses_nonfinite and has_nan(moved.qdata)):
                 whole, dtype = moved.global_scale, self._sink.dtype

@@ -95,6 +95,9 @@ class Fp8(Source):
         scales = as_exponents(scales) if fmt.has_e8m0_scale else in_fp32(scales)
         return None if scales is None else Parts(parts[VALUES], scales.reshape(fmt.scale_shape(shape)))
 
+    def never_moves(self, parts: Mapping[str, torch.Tensor], fmt: WeightFormat) -> bool:
+        return as_exponents(self._grid(parts)) is None
+
     def _grid(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The scales as `[bands of rows, bands of columns]`."""
         scales = parts[self.scale]

@@ -32,12 +32,27 @@ class MatrixParts:
     """One matrix: its parts, as far as they are held, and which of its units are decoded.
 
     view: of the weight, in the orientation of the source. unit: rows that are decoded together.
+    movable: nobody knows yet that it cannot be moved.
     """
 
     def __init__(self, parts: Mapping[str, PartSpec], view: View, unit: int) -> None:
         self.view, self._n, self._unit = view, view.size[0], max(unit, 1)
         self._parts = {name: HeldPart(spec) for name, spec in parts.items() if spec.needed}
         self._bulk = max(self._parts, key=lambda name: prod(self._parts[name].spec.shape))
+        self._done = np.zeros(ceil_div(self._n, self._unit), dtype=bool)
+        self.movable = True
+
+    def beside_values(self) -> dict[str, torch.Tensor] | None:
+        """All parts but the largest, if they are whole, and nothing of that has come."""
+        others = {name: part for name, part in self._parts.items() if name != self._bulk}
+        begun = self._done.any() or self._parts[self._bulk].nbytes
+        if begun or any(part.coverage is None or not part.coverage.complete for part in others.values()):
+            return None
+        return {name: part.held(0, self._n) for name, part in others.items()}
+
+    def in_units(self, unit: int) -> None:
+        """Of a matrix that waited to be moved as a whole: it is not going to be, and is decoded unit by unit."""
+        self.movable, self._unit = False, max(unit, 1)
         self._done = np.zeros(ceil_div(self._n, self._unit), dtype=bool)
 
     @property

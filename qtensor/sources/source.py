@@ -170,6 +170,11 @@ class Source(ABC):
         """
         return None
 
+    def never_moves(self, parts: Mapping[str, torch.Tensor], fmt: WeightFormat) -> bool:
+        """Where `moves` says "matrix": do the parts beside the values, all there and whole, tell that `move` is going
+        to return None? Then no matrix waits for its last values."""
+        return False
+
     def exact(self, parts: Mapping[str, torch.Tensor], fmt: WeightFormat) -> bool:
         """Are the numbers that `move` gives those of the source to the last bit? False where codes and scales are moved
         as they are and something else is rounded (a divisor to its inverse): better than a second quantization, but
