@@ -266,7 +266,7 @@ def _search(
     plain_step = step_of(plain, fmt, parts.global_scale)
     fixed = _to_fixed(blocks.abs_(), plain_step[:, None, :, None], search) if fmt.per_byte == 2 else None
     most = None if fixed is None else fixed.amax((1, 3))
-    best, may = torch.empty(0), torch.empty(0)
+    best, may = x.new_empty(0), x.new_empty(0)
     for i, candidate in enumerate(search.candidates):
         scale, usable = _candidate(plain, amax, candidate, fmt, dtype)
         step = step_of(scale, fmt, parts.global_scale)

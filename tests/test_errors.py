@@ -153,7 +153,9 @@ def options() -> list[tuple[Callable[..., Any], str]]:
         (function, name)
         for function in FUNCTIONS
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not parameter.empty and name != "model"
+        if parameter.default is not parameter.empty
+        and name != "model"
+        and (function, name) != (qtensor.online_quant, "scheme")  # It is among the arguments above.
     ]
 
 

@@ -68,7 +68,7 @@ def arranged(x: torch.Tensor, order: Order) -> torch.Tensor:
     out = torch.empty((rows, order.stride(cols) // dtype.itemsize), dtype=dtype, device="cpu")
     if whole != cols:
         x = torch.nn.functional.pad(x, (0, whole - cols))
-    columns = torch.tensor(order.columns, device="cpu")
+    columns = torch.tensor(order.columns, dtype=torch.int64, device="cpu")
     out[:, :whole] = x.reshape(rows, -1, len(order.columns))[:, :, columns].view(rows, whole)
     return out
 

@@ -129,7 +129,9 @@ def choose(
     """The rule for those arguments of `online_quant`. Raises ConfigError."""
     if fit is None:
         if scheme is None or (not isinstance(scheme, str) and isinstance(scheme, Sequence)):
-            raise ConfigError("online_quant takes one scheme, or with fit= several to choose from")
+            raise ConfigError(f"scheme is one scheme, or with fit= a list to choose from, not {scheme!r}")
+        if reserve != 0:
+            raise ConfigError(f"reserve={reserve!r} is kept free of what fit= gives, and there is no fit")
         return Selection(scheme, ignore, targets)
     from ..schemes.planning import DEFAULT_SCHEMES
     from .fitting import Fitting
