@@ -38,7 +38,9 @@ def test_bits_are_those_of_products(fmt: WeightFormat, data: st.DataObject) -> N
     bias = data.draw(st.sampled_from([None, torch.linspace(-1, 1, height)]))
     bias = None if bias is None else bias.to(x.dtype)
     found = prepared.linear(x, parts, fmt, bias)
-    few = count <= prepared.most_rows() or (bias is None and vectors.has_tiles() and count <= prepared._MOST_IN_TILES)
+    few = count <= prepared.most_rows(fmt) or (
+        bias is None and vectors.has_tiles() and count <= prepared._MOST_IN_TILES
+    )
     served = x.dtype == torch.bfloat16 and x.stride(1) == 1 and few
     assert (found is not None) == served
     if found is not None:

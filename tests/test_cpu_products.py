@@ -51,7 +51,7 @@ def assert_within(
     terms = x.double().abs() @ weight.abs().T
     if bias is not None:
         want, terms = want + bias.double(), terms + bias.double().abs()
-    rounded = step if x.shape[0] > products.most_in_registers(x.dtype) else 0.0
+    rounded = step if x.shape[0] > products.most_in_registers(x.dtype, fmt) else 0.0
     assert got.dtype == x.dtype
     assert got.shape == want.shape
     lost = max(torch.finfo(x.dtype).smallest_normal * step, 2.0**-126) * (1 + x.double().abs().sum(1, keepdim=True))

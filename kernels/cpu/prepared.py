@@ -33,9 +33,9 @@ _MOST_IN_TILES = 64  # Rows of x; for more, what a call costs is little beside t
 def linear(x: torch.Tensor, parts: Parts, fmt: WeightFormat, bias: torch.Tensor | None) -> torch.Tensor | None:
     """As `Backend.linear`, for an x whose gradient nobody wants; None for calls that are not of the kind."""
     qdata, scale = parts[0], parts[1]
-    in_tiles = x.shape[0] > most_rows()
+    in_tiles = x.shape[0] > most_rows(fmt)
     if (
-        not 0 < x.shape[0] <= (_MOST_IN_TILES if vectors.has_tiles() else most_rows())
+        not 0 < x.shape[0] <= (_MOST_IN_TILES if vectors.has_tiles() else most_rows(fmt))
         or x.dtype is not torch.bfloat16
         or x.stride(1) != 1
         or x.is_neg()
@@ -74,8 +74,8 @@ def _is_plain(bias: torch.Tensor) -> bool:
 
 
 @functools.cache
-def most_rows() -> int:
-    return products.most_in_registers(torch.bfloat16)
+def most_rows(fmt: WeightFormat) -> int:
+    return products.most_in_registers(torch.bfloat16, fmt)
 
 
 class Multiplication:
@@ -144,7 +144,7 @@ class _FewRows:
     """Products with one weight `[N, K]`."""
 
     def __init__(self, parts: Parts, fmt: WeightFormat, cols: int) -> None:
-        self.cols = cols
+        self.cols, self._most = cols, most_rows(fmt)
         self._product = product = Multiplication(parts, fmt, cols)
         self._lay_out, self._round = np.zeros(1, LAY_OUT), np.zeros(1, ROUND)
         values: dict[str, int] = {"cols": cols, "order": product.order}
@@ -181,7 +181,7 @@ class _FewRows:
 
     def _place(self, threads: int) -> None:
         """In memory that all weights use in turn, for so many threads."""
-        product, most = self._product, most_rows()
+        product, most = self._product, self._most
         x_bytes = ceil_div(most * product.x_stride, 64) * 64
         room, start = roomy(x_bytes + most * product.sums_stride)
         product.place(room, threads, start, start + x_bytes)
