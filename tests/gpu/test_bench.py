@@ -120,7 +120,7 @@ def test_a_step_that_crashes_is_a_line_of_the_report(bench: Any) -> None:
         pytest.param(name, operation, chip, marks=() if (name, operation, chip) in MODELLED else at_length)
         for name in FORMATS
         for operation in ("quantize", "dequantize")
-        for chip in (90,)
+        for chip in (80, 89, 90, 100)
     ],
 )
 def test_no_kernel_has_become_worse_on_paper(bench: Any, name: str, operation: str, chip: int) -> None:
