@@ -46,6 +46,8 @@ _needed: deque[Task[Any]] = deque()
 _waiting: dict[SimpleQueue[Any], tuple[Task[Any], int]] = {}  # and which thread waits
 _turn = threading.RLock()  # The thread that builds has it; so do a fork and the end of the process.
 _builder: int | None = None
+_building: Task[Any] | None = None
+_in_line: set[int] = set()  # threads that wait for their turn, and will look for what is needed then
 _forking = _ending = _compiling = False
 _said: set[str] = set()
 
@@ -77,8 +79,11 @@ class Task(Generic[T]):
         mail: SimpleQueue[Any] = SimpleQueue()
         try:
             _waiting[mail] = self, threading.get_ident()
-            _needed.append(self)
-            _start()
+            # Who waits, is interrupted and asks again, for as long as a compilation takes, needs no thread each time.
+            if _building is not self:
+                _needed.append(self)
+                if not _in_line:
+                    _start()
             if _compiling:
                 _tell(purpose)
             while not self.done:
@@ -177,9 +182,12 @@ def _start() -> None:
 
 def _serve() -> None:
     """Build what is asked for, a task at a turn."""
-    global _builder, _compiling
+    global _builder, _building, _compiling
+    me = threading.get_ident()
     while _needed:
+        _in_line.add(me)
         with _turn:
+            _in_line.discard(me)
             if _forking or _ending:
                 return
             try:
@@ -187,13 +195,13 @@ def _serve() -> None:
             except IndexError:  # Another thread of these was faster.
                 return
             answer: BaseException | None = None
-            _builder = threading.get_ident()
+            _builder, _building = me, task
             try:
                 task.build()
             except BaseException as error:
                 answer = error
             finally:
-                _builder, _compiling = None, False
+                _builder, _building, _compiling = None, None, False
             for mail, (wanted, _) in list(_waiting.items()):
                 if wanted is task:
                     mail.put(answer)
@@ -228,9 +236,10 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     """The child has one thread, the one that forked. It waits for something if it forked in a signal's handler."""
-    global _forking, _turn
-    _forking, _turn = False, threading.RLock()
+    global _forking, _turn, _building
+    _forking, _turn, _building = False, threading.RLock(), None
     _needed.clear()
+    _in_line.clear()
     for mail, (task, thread) in list(_waiting.items()):
         if thread == threading.get_ident():
             _needed.append(task)
