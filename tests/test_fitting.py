@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qtensor
-from qtensor import ConfigError, QTensor, QTensorConfig, load_plan, online_quant, plan, quantize
+from qtensor import ConfigError, QTensor, load_plan, online_quant, plan, quantize
 from qtensor.cli.main import main
 from qtensor.schemes.scheme import SCHEMES
 from qtensor.sessions.fitting import SPARE
@@ -161,13 +161,16 @@ def test_from_pretrained_fits(folder: Path, tmp_path: Path) -> None:
     import transformers
 
     fit = size_of(folder) // 2
-    config = QTensorConfig(fit=fit)
-    again = QTensorConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    config_class = (
+        qtensor.QTensorConfig
+    )  # asked for here: it makes transformers know it, and other tests make it forget
+    config = config_class(fit=fit)
+    again = config_class.from_dict(json.loads(json.dumps(config.to_dict())))
     for each in (config, again):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=each)
         assert 0.8 * fit < in_memory(model) - sum(b.nbytes for b in model.buffers()) <= fit
     made = plan(folder, fit)
-    by_plan = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=QTensorConfig(made))
+    by_plan = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config_class(made))
     assert {n: p.scheme for n, p in by_plan.named_parameters() if type(p) is QTensor} == {
         w.name: w.scheme for w in made.weights if w.scheme
     }
