@@ -205,7 +205,7 @@ def _problem(name: str, device_type: str, index: int | None) -> str | None:
         return None
     if name == "numba":
         return "they run on CPUs only" if device_type != "cpu" else _numba_problem()
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "triton is not installed"
     if device_type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -233,9 +233,15 @@ def multiplies_e4m3fn(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def _is_installed(module: str) -> bool:
+    """Looked up in a thread that no signal reaches: an interrupt as Python looks can leave its import lock held, and
+    every other thread that imports waits for ever."""
+    return Task(lambda: importlib.util.find_spec(module) is not None).result()
+
+
 @functools.cache
 def _numba_problem() -> str | None:
-    if importlib.util.find_spec("numba") is None:
+    if not _is_installed("numba"):
         return "numba is not installed (pip install 'qtensor-online[cpu]')"
     try:
         Task(_numba).result()
