@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from qtensor import (
     save_checkpoint,
     verify_checkpoint,
 )
-from qtensor.checkpoint import quantize_checkpoint
+from qtensor.checkpoint import quantize_checkpoint, requantizing
+from qtensor.checkpoint.requantizing import Buffer
 from qtensor.schemes.scheme import SCHEMES
+from qtensor.sources.mxfp4 import MxFp4
 from support.helpers import assert_oracle, same_bytes
 from support.sources import FORMS, whole
 
@@ -146,6 +149,39 @@ def test_a_lossy_pair_is_refused_and_nothing_is_written(folders: dict[str, Path]
     with pytest.raises(LossySourceError, match=r"^(up|down)\.weight: "):
         load_checkpoint(meta(), folders["mxfp8"], scheme="mxfp4", strict_source="lossless")
     load_checkpoint(meta(), folders["mxfp8"], scheme="mxfp8", strict_source="lossless")
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8", "int8_per_channel"])
+def test_what_is_read_and_decoded_at_a_time_is_bounded(scheme: str, monkeypatch: Any, tmp_path: Path) -> None:
+    """Rows of a matrix, matrices of a stack: by bytes, whether they are moved or decoded."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.empty(6, 256, 1024, dtype=torch.bfloat16))
+            self.up = nn.Linear(1024, 4096, bias=False, dtype=torch.bfloat16)
+            self.plain = nn.Linear(1024, 4096, bias=False, dtype=torch.bfloat16)
+
+    stack = [FORMS["mxfp4 blocks"].parts(1024, 256, seed) for seed in range(6)]
+    tensors = {name.replace("*", "experts"): torch.stack([p[name] for p in stack]) for name in stack[0]}
+    parts = FORMS["mxfp4"].parts(4096, 1024)
+    tensors |= {f"up.{name.replace('*', 'weight')}": t for name, t in parts.items()}
+    tensors["plain.weight"] = torch.randn(4096, 1024, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    at_once, read = [], []
+    take, move, decode = Buffer.take, MxFp4.move, MxFp4.decode
+    monkeypatch.setattr(requantizing, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(requantizing.pieces, "__defaults__", (1 << 18,))
+    monkeypatch.setattr(Buffer, "take", lambda b, size, dtype: (read.append(prod(size)), take(b, size, dtype))[1])
+    monkeypatch.setattr(MxFp4, "move", lambda s, p, size, f: (at_once.append(prod(size)), move(s, p, size, f))[1])
+    monkeypatch.setattr(MxFp4, "decode", lambda s, p, size, d: (at_once.append(prod(size)), decode(s, p, size, d))[1])
+    with torch.device("meta"):
+        model = Mixture()
+    load_checkpoint(model, tmp_path, scheme={"experts": scheme, "*": scheme})
+    assert max(read) <= 1 << 18
+    assert max(at_once) <= 1 << 20
+    assert_became(model.up.weight, whole(parts, torch.bfloat16, (4096, 1024)), "mxfp4", scheme)
+    assert_oracle(model.plain.weight, tensors["plain.weight"], SCHEMES[scheme])
 
 
 @pytest.mark.parametrize("what", ["no scale", "another shape", "another dtype"])

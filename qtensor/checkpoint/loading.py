@@ -27,7 +27,7 @@ from ..tensor.qtensor import QTensor
 from .gguf import GGUF, open_checkpoint
 from .mapping import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint
-from .requantizing import Buffer, collectors, fill, groups_of
+from .requantizing import Buffer, collectors, copy_in_pieces, fill, groups_of
 from .saving import expert_names
 from .verify import Weight, weights_of
 
@@ -132,11 +132,10 @@ def _load_in(selection: Selection, model: nn.Module, checkpoint: Checkpoint, opt
             if is_transformers(model):
                 _compute_buffers(model, options.device)
             targets: dict[str, Any] = tensors_of(model)
-            takers = collectors(targets, places, groups)
+            takers, buffer = collectors(targets, places, groups), Buffer()
             for name, stored in plain.items():
                 part = places[name]
-                targets[part.name].as_strided(*part.view).copy_(stored.read())
-            buffer = Buffer()
+                copy_in_pieces(targets[part.name], part.view, stored, buffer)
             for name, group in groups.items():
                 fill(takers[name], group, buffer)
 

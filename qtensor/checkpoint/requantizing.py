@@ -14,6 +14,7 @@ import torch
 from ..errors import CheckpointError
 from ..lazy.lazy_tensor import LAZY
 from ..regions.coverage import Box
+from ..regions.views import View
 from ..sources.collecting import Collector
 from ..sources.families import part_names
 from ..sources.source import Spec
@@ -22,7 +23,9 @@ from .mapping import Part
 from .reading import Stored
 
 OWN = "*"
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20
+_LARGEST_ROW = 1 << 16
+"""What is larger is no row, but a matrix of a stack."""
 Group = dict[str, Stored]
 """The tensors of one quantized weight, by part name."""
 
@@ -91,6 +94,18 @@ def fill(collector: Collector, group: Group, buffer: Buffer) -> None:
             collector.write(part, piece, box, stored.shape)
 
 
+def copy_in_pieces(target: torch.Tensor, view: View, stored: Stored, buffer: Buffer) -> None:
+    """Read a tensor in high precision into a view of a weight, rows at a time; all at once where they are not rows of
+    it, or are not quantized before the last is there."""
+    at_once = len(view.size) != 2 or view.stride[1] != 1
+    if isinstance(target, LAZY):
+        scheme = target._armed.decided()
+        at_once = at_once or (scheme is not None and scheme.format.needs_whole_matrix)
+    place = target.as_strided(*view)
+    for box, piece in pieces(stored, buffer, stored.nbytes if at_once else CHUNK_BYTES):
+        (place[slice(*box[0])] if box else place).copy_(piece)
+
+
 class Buffer:
     """Memory that tensors are read to, one after the other. Were it new for each, and freed, the C allocator would keep
     holes of its size between the finished weights."""
@@ -107,13 +122,16 @@ class Buffer:
 
 
 def pieces(stored: Stored, buffer: Buffer, every: int = CHUNK_BYTES) -> Iterable[tuple[Box, torch.Tensor]]:
-    """A tensor in runs along its first dimension, each in memory that the next is read to, and of whole blocks."""
+    """A tensor in runs along its first dimension, each in memory that the next is read to: whole blocks of rows, or
+    whole matrices."""
     if stored.nbytes <= every or not stored.shape:
         yield tuple((0, n) for n in stored.shape), stored.read(0, buffer.take(stored.shape, stored.dtype))
         return
     length, *rest = stored.shape
     row = stored.nbytes // stored.dtype.itemsize // length
-    step = max(1, every // max(1, row * stored.dtype.itemsize * 128)) * 128
+    step = max(1, every // max(1, row * stored.dtype.itemsize))
+    if row * stored.dtype.itemsize <= _LARGEST_ROW:
+        step = max(1, step // 128) * 128
     memory = buffer.take((min(step, length), *rest), stored.dtype)
     for start in range(0, length, step):
         piece = stored.read(start * row, memory[: min(step, length - start)])

@@ -166,6 +166,14 @@ class ArmedWeight:
 
     # Writes
 
+    def open(self) -> None:
+        """Have memory for what is going to be written, if there is none yet."""
+        self.host.touch(self)
+        with self.lock:
+            self._require_open()
+            self._end_cut_short()
+            self._open_store()
+
     def write(self, view: View, source: torch.Tensor) -> None:
         """A loader wrote `source` to a view. Nothing of the source is kept once this returns."""
         if source.is_meta and self.is_still_meta():

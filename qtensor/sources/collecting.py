@@ -40,6 +40,7 @@ class Sink(Protocol):
     def decided(self) -> Scheme | None:
         """What it becomes."""
 
+    def open(self) -> None: ...
     def write(self, view: View, source: torch.Tensor) -> None: ...
     def accept(self, source: QTensor, view: View | None = None) -> bool: ...
     def fail(self, error: QTensorError, where: View | torch.Tensor | None = None) -> NoReturn: ...
@@ -220,23 +221,39 @@ class Collector:
             source.check(parts, (stop - start, cols))
         except Unusable as error:
             self._refuse(str(error))
-        if scheme is not None and self._moves is not None and matrix.movable:
-            moved = source.move(parts, (stop - start, cols), scheme.format)
-            if moved is not None and not (self._sink.refuses_nonfinite and has_nan(moved.qdata)):
-                whole, dtype = moved.global_scale, self._sink.dtype
-                values = QTensor(moved.qdata, moved.scale, scheme, dtype, global_scale=whole, cols=cols)
-                exact = source.exact(parts, scheme.format)
-                self._refuse_loss(exact)
-                if self._sink.accept(values, matrix.rows(start, stop)):
-                    self.outcome = self.outcome or (LOSSLESS if exact else MOVED)
-                    return
+        # Before anything is decoded, which then lies behind the weight in memory, and leaves no hole there.
+        self._sink.open()
+        first = start + self._move(matrix, start, stop, parts)
+        if first == stop:
+            return
         self._refuse_loss(scheme is None)
         self.outcome = REQUANTIZED if scheme is not None else DECODED
         step = max(stop - start, 1) if self._needs_whole() else matrix.chunk(self._sink.dtype.itemsize)
-        for a in range(start, stop, step):
+        for a in range(first, stop, step):
             b = min(a + step, stop)
             part = {name: matrix.cut(name, tensor, a - start, b - start) for name, tensor in parts.items()}
             self._sink.write(matrix.rows(a, b), source.decode(part, (b - a, cols), self._sink.dtype))
+
+    def _move(self, matrix: MatrixParts, start: int, stop: int, parts: Mapping[str, torch.Tensor]) -> int:
+        """Rows start:stop as they are, in chunks where that may be. Returns how many the weight took."""
+        source, scheme, cols = self.source, self._scheme, matrix.view.size[1]
+        if source is None or scheme is None or self._moves is None or not matrix.movable:
+            return 0
+        step = max(stop - start, 1) if self._moves == "matrix" else matrix.chunk(1)
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            part = {name: matrix.cut(name, tensor, a - start, b - start) for name, tensor in parts.items()}
+            moved = source.move(part, (b - a, cols), scheme.format)
+            if moved is None or (self._sink.refuses_nonfinite and has_nan(moved.qdata)):
+                return a - start
+            whole, dtype = moved.global_scale, self._sink.dtype
+            values = QTensor(moved.qdata, moved.scale, scheme, dtype, global_scale=whole, cols=cols)
+            exact = source.exact(part, scheme.format)
+            self._refuse_loss(exact)
+            if not self._sink.accept(values, matrix.rows(a, b)):
+                return a - start
+            self.outcome = self.outcome or (LOSSLESS if exact else MOVED)
+        return stop - start
 
     def _refuse_loss(self, lossless: bool) -> None:
         if self._lossless and not lossless:
