@@ -24,7 +24,7 @@ from qtensor.errors import QTensorError
 
 from . import compiled, reference
 from .audit import Audit
-from .cpu.compiling import Task
+from .cpu.compiling import Once
 from .formats import WeightFormat
 from .parts import Parts
 
@@ -170,18 +170,22 @@ def _describe(device: torch.device) -> Choice:
 def _choose(asked: str | None, device_type: str, index: int | None) -> Backend:
     name = _name(asked, device_type, index)
     if name == "numba":
-        return Task(_numba).result()
-    if name == "triton":
-        from .triton import TRITON
-
-        return TRITON
-    return reference.TORCH
+        return _numba()
+    return _triton() if name == "triton" else reference.TORCH
 
 
+@Once
 def _numba() -> Backend:
     from .cpu.numba_backend import NUMBA
 
     return NUMBA
+
+
+@Once
+def _triton() -> Backend:
+    from .triton import TRITON
+
+    return TRITON
 
 
 def _name(asked: str | None, device_type: str, index: int | None) -> str:
@@ -233,10 +237,9 @@ def multiplies_e4m3fn(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@Once
 def _is_installed(module: str) -> bool:
-    """Looked up in a thread that no signal reaches: an interrupt as Python looks can leave its import lock held, and
-    every other thread that imports waits for ever."""
-    return Task(lambda: importlib.util.find_spec(module) is not None).result()
+    return importlib.util.find_spec(module) is not None
 
 
 @functools.cache
@@ -244,7 +247,7 @@ def _numba_problem() -> str | None:
     if not _is_installed("numba"):
         return "numba is not installed (pip install 'qtensor-online[cpu]')"
     try:
-        Task(_numba).result()
+        _numba()
     except ImportError:
         return "numba is installed but does not work here"
     return None

@@ -21,7 +21,8 @@ from qtensor.kernels.cpu import compiling
 from qtensor.kernels.cpu.compiling import Once, Task
 from qtensor.report.progress import Progress, ProgressEvent
 from support.first_use import first_use, timer
-from support.processes import elsewhere
+from support.late_imports import PROGRAMS, late_imports
+from support.processes import elsewhere, in_forks
 
 pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -209,6 +210,16 @@ def test_the_end_of_a_process_waits_for_what_compiles_and_begins_nothing() -> No
     folder = str(Path(compiling.__file__).parent)
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr, done.stdout.split("\n")) == (0, "", ["a begins", "a ends", ""])
+
+
+# Modules that are imported late ---------------------------------------------------------------------------------------
+
+
+def test_no_load_imports_anything_where_an_interrupt_comes() -> None:
+    """An interrupt as Python imports can leave its import lock held and modules half made: torch's own, too."""
+    for ours, others in in_forks(late_imports, PROGRAMS, ("torch", "numpy", "qtensor")):
+        assert ours == []
+        assert {"torch.distributed.tensor", "qtensor.sources.fp8", "numba"} <= set(others)
 
 
 # numba ----------------------------------------------------------------------------------------------------------------

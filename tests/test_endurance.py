@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import sys
@@ -18,7 +17,7 @@ from test_reload import assert_reloaded, quantized
 from torch import nn
 
 from qtensor import Scheme, fp8_per_block, fp8_per_channel, fp8_per_tensor, online_quant, online_reload
-from qtensor.report.memory import resident_bytes
+from support.growth import growth
 from support.helpers import assert_oracle
 from support.loading import TinyNet, assert_equals_oracle, weights_of
 
@@ -102,21 +101,6 @@ def test_sixteen_threads_load_and_reload_exactly(matrices: int, scheme: Scheme) 
             assert_oracle(layer.weight, full, scheme)
 
 
-def live_tensors() -> int:
-    gc.collect()
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-
-def grows_by(cycle: Callable[[int], None], times: int) -> tuple[int, int]:
-    """Live tensors and anonymous bytes that so many cycles leave behind, after some that fill caches."""
-    for i in range(20):
-        cycle(i)
-    tensors, resident = live_tensors(), resident_bytes()[0]
-    for i in range(times):
-        cycle(i)
-    return live_tensors() - tensors, resident_bytes()[0] - resident
-
-
 @pytest.mark.parametrize("fails", [False, True], ids=["finished", "aborted"])
 def test_loading_and_freeing_models_does_not_grow(fails: bool) -> None:
     state = weights_of(TinyNet)
@@ -133,9 +117,9 @@ def test_loading_and_freeing_models_does_not_grow(fails: bool) -> None:
         if i == 0:
             assert_equals_oracle(model, state, TinyNet.QUANTIZED, SCHEMES[0])
 
-    tensors, resident = grows_by(cycle, LOADS)
+    tensors, resident = growth(cycle, LOADS)
     assert tensors <= 0
-    assert resident < 4 << 20
+    assert resident < 256 << 10
 
 
 def test_failed_and_finished_reloads_do_not_grow() -> None:
@@ -151,6 +135,6 @@ def test_failed_and_finished_reloads_do_not_grow() -> None:
         except InterruptedError:
             assert_reloaded(model, versions[(i - 1) % 3], fp8_per_channel)
 
-    tensors, resident = grows_by(cycle, RELOADS)
+    tensors, resident = growth(cycle, RELOADS)
     assert tensors <= 0
-    assert resident < 4 << 20
+    assert resident < 256 << 10

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import hashlib
 import threading
 import warnings
@@ -37,7 +36,7 @@ from qtensor import (
 )
 from qtensor.lazy.quant_store import QuantStore
 from qtensor.lazy.target import InPlace
-from qtensor.report.memory import resident_bytes
+from support.growth import growth
 from support.helpers import assert_no_hooks, assert_oracle, copy_unit, holder, same_bytes
 from support.loading import Experts, TinyNet, weights_of
 from support.programs import SCHEMES, WRITERS, Case, cases, partitions, slices, write
@@ -541,17 +540,9 @@ def test_two_hundred_reloads_leave_nothing_behind(mode: str) -> None:
         with online_reload(model, on_missing="error", **MODES[mode]):
             model.load_state_dict(versions[i % 3])
 
-    def live() -> int:
-        gc.collect()
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-    for i in range(20):
-        reload(i)
-    tensors, resident = live(), resident_bytes()[0]
-    for i in range(200):
-        reload(i)
-    assert live() <= tensors
-    assert resident_bytes()[0] - resident < 4 << 20
+    tensors, resident = growth(reload, 200)
+    assert tensors <= 0
+    assert resident < 256 << 10
     assert addresses == [p.qdata.data_ptr() for p in model.parameters() if isinstance(p, QTensor)]
     assert_reloaded(model, versions[199 % 3], fp8_per_channel)
 

@@ -1,8 +1,10 @@
-"""Where loops are compiled: in a thread that no signal reaches, once, for callers that wait.
+"""Where loops are compiled, and modules imported late: in a thread that no signal reaches, once, for callers that wait.
 
 An exception in the midst of numba's own set-up (its import, a compilation, a look into its cache) leaves numba broken
 for the rest of the process, and Python raises what a signal's handler raises in the main thread. So whoever needs a
-loop asks a thread for it and waits: an interrupt ends the wait alone, and the loop is there for whoever comes next.
+loop asks a thread for it and waits: an interrupt ends the wait alone, and the loop is there for whoever comes next. So
+does whoever needs a module that `import qtensor` leaves out: an interrupt as Python imports can leave its import lock
+held, and every other thread that imports waits for ever.
 
 To ask is one step of a dictionary, one of a deque, and a new thread, which serves until nothing is asked for: an
 interrupt finds nothing half done. Threads take turns. They are not those of `threading`, whose `start` waits for a lock

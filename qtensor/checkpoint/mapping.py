@@ -97,5 +97,5 @@ def matrix(name: str, shape: tuple[int, ...], view: View) -> Box:
 
 def is_transformers(model: nn.Module) -> bool:
     """Is it a model of the transformers library? It is not imported to find out."""
-    library = sys.modules.get("transformers")
+    library = sys.modules.get("transformers.modeling_utils")
     return library is not None and isinstance(model, library.PreTrainedModel)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from ..kernels.cpu.compiling import Once
 from ..sessions import registration
 
 _originals: dict[str, Any] = {}
@@ -19,18 +21,24 @@ def install() -> None:
     registration.PATCHES.append((_take_places, _give_back))
 
 
-def _take_places() -> None:
-    """Take the places in transformers' table, if transformers is there."""
-    if "transformers" not in sys.modules:
-        return
-    from transformers.quantizers import auto
+@Once
+def _imported() -> tuple[dict[str, Any], Callable[..., Any], tuple[str, ...]]:
+    """transformers' table, what is put there, and where: imported where no interrupt comes."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
 
     from ..sources.families import methods
     from .layouts import LAYOUTS
     from .transformers import choose
 
-    table: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
-    for method in (*LAYOUTS, *methods()):
+    return table, choose, (*LAYOUTS, *methods())
+
+
+def _take_places() -> None:
+    """Take the places in transformers' table, if transformers is there."""
+    if "transformers" not in sys.modules:
+        return
+    table, choose, methods = _imported()
+    for method in methods:
         if method in table and method not in _originals:
             _originals[method] = table[method]
             table[method] = functools.partial(choose, table[method])
@@ -38,7 +46,6 @@ def _take_places() -> None:
 
 def _give_back() -> None:
     if _originals:
-        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table
-
+        table, _, _ = _imported()
         table.update(_originals)
         _originals.clear()

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..kernels.cpu import compiling
+from ..kernels.cpu.compiling import Once
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Progress:
                 self._call(self._event())
                 return
             if self._bar is None:
-                self._bar = _tqdm(self._description, self._unit)
+                self._bar = _bar(self._description, self._unit)
                 self._bar_wanted = self._bar is not None
             if self._bar is not None:
                 self._bar.total = self._total
@@ -133,10 +134,19 @@ def from_bytes(on_bytes: Callable[[int, int], None]) -> Callable[[ProgressEvent]
     return hear
 
 
-def _tqdm(description: str, unit: str) -> Any:
+@Once
+def _tqdm() -> Any:
+    """Its class; None if it is not installed. Imported where no interrupt comes."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
+        return None
+    tqdm.get_lock()  # It imports, too.
+    return tqdm
+
+
+def _bar(description: str, unit: str) -> Any:
+    if (tqdm := _tqdm()) is None:
         return None
     in_bytes = unit == "byte"
     return tqdm(total=0, desc=description, unit="B" if in_bytes else unit, unit_scale=in_bytes, dynamic_ncols=True)

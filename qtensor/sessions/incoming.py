@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 
 from ..callers import is_constructing
 from ..errors import WeightDtypeError
+from ..kernels.cpu.compiling import Once
 from ..lazy.lazy_tensor import LAZY
 from ..lazy.sources import is_high_precision, unusable_source
 from ..lazy.weight import ArmedWeight
@@ -27,10 +28,27 @@ from . import registration
 
 if TYPE_CHECKING:
     from ..sources.collecting import Collector
+    from ..sources.source import Spec
 
 OWN = "*"
 """The part that is called as the weight itself."""
 _OURS = "_qtensor_original"
+
+
+class _Sources(NamedTuple):
+    part_names: tuple[str, ...]
+    spec: type[Spec]
+    collector: type[Collector]
+
+
+@Once
+def _sources() -> _Sources:
+    """Imported by the first load: `import qtensor` is quicker without, and here no interrupt comes."""
+    from ..sources.collecting import Collector
+    from ..sources.families import part_names
+    from ..sources.source import Spec
+
+    return _Sources(part_names(), Spec, Collector)
 
 
 class Incoming:
@@ -54,10 +72,8 @@ class Incoming:
             known = self._collectors.get(weight, {})
             if view in known or not make:
                 return known.get(view)
-            from ..sources.collecting import Collector
-
             _, attribute = weight.owner
-            made = Collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
+            made = _sources().collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
             self._collectors.setdefault(weight, {})[view] = made
             return made
 
@@ -102,10 +118,8 @@ def take_part(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
     loaded, the weight takes it."""
     if is_constructing(module) or tensor.is_meta:
         return False
-    from ..sources.families import part_names
-
     for attribute, weight in armed_in(module):
-        for part in part_names():
+        for part in _sources().part_names:
             if part != OWN and part.replace(OWN, attribute) == name:
                 collector = weight.host.collector(weight, make=True)
                 assert collector is not None
@@ -124,13 +138,11 @@ def _on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> Non
 
 def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> list[str]:
     """Take the parts of a module's weights out of a state dict. Returns the weights that some were of."""
-    from ..sources.families import part_names
-    from ..sources.source import Spec
-
     taken = []
+    sources = _sources()
     places = {*module._parameters, *module._buffers}
     for attribute, weight in list(armed_in(module)):
-        names = {part: part.replace(OWN, attribute) for part in part_names()}
+        names = {part: part.replace(OWN, attribute) for part in sources.part_names}
         found = {p: prefix + n for p, n in names.items() if (p == OWN or n not in places) and prefix + n in state}
         tensors = {part: value for part, key in found.items() if isinstance(value := state[key], torch.Tensor)}
         own = tensors.get(OWN)
@@ -141,7 +153,7 @@ def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> list[st
             continue
         collector = weight.host.collector(weight, make=True)
         assert collector is not None
-        collector.expect({part: Spec(t.dtype, tuple(t.shape)) for part, t in tensors.items()})
+        collector.expect({part: sources.spec(t.dtype, tuple(t.shape)) for part, t in tensors.items()})
         for part in sorted(tensors, key=lambda part: tensors[part].nbytes):  # Values meet their scales.
             collector.write(part, tensors[part].detach())
             del state[found[part]]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..callers import builds_adapter, initialising, is_constructing
 from ..errors import ConfigError, QTensorError
+from ..kernels.cpu.compiling import Once
 from ..lazy.lazy_tensor import LAZY, LazyWeight, LiveQTensor, attributes_of, parameter, reopen
 from ..lazy.plain_store import PlainStore
 from ..lazy.swap import Swap
@@ -41,6 +42,7 @@ from .unseen import quantized, unseen_weights
 
 if TYPE_CHECKING:
     from ..schemes.plan import Plan, Tensor
+    from .fitting import Fitting
 
 
 def online_quant(
@@ -133,9 +135,6 @@ def choose(
         if reserve != 0:
             raise ConfigError(f"reserve={reserve!r} is kept free of what fit= gives, and there is no fit")
         return Selection(scheme, ignore, targets)
-    from ..schemes.planning import DEFAULT_SCHEMES
-    from .fitting import Fitting
-
     if targets is not None or options.min_sqnr is not None or options.process_group is not None:
         raise ConfigError(
             "fit= chooses what becomes of each weight, by what one rank sees; it goes with neither targets, min_sqnr "
@@ -143,7 +142,17 @@ def choose(
         )
     if isinstance(scheme, Mapping):
         raise ConfigError("with fit=, give a list of schemes to choose from")
-    return Fitting(DEFAULT_SCHEMES if scheme is None else scheme, ignore, fit, reserve)  # type: ignore[arg-type]
+    fitting, default_schemes = _fitting()
+    return fitting(default_schemes if scheme is None else scheme, ignore, fit, reserve)  # type: ignore[arg-type]
+
+
+@Once
+def _fitting() -> tuple[type[Fitting], Sequence[SchemeLike]]:
+    """Imported when it is asked for, and here no interrupt comes."""
+    from ..schemes.planning import DEFAULT_SCHEMES
+    from .fitting import Fitting
+
+    return Fitting, DEFAULT_SCHEMES
 
 
 def open_load(selection: Selection, model: nn.Module | None, options: LoadOptions) -> Session:

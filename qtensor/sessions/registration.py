@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from ..callers import is_constructing, puts_placeholder
 from ..interrupts import in_turn
+from ..kernels.cpu.compiling import Once
 from ..lazy import uninitialised
 from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, wrap
 from ..modules import local_tensor
@@ -41,6 +42,19 @@ _open: WeakSet[Any] = WeakSet()
 _listening: dict[int, Listener] = {}
 
 
+class _Subclass(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        return None
+
+
+@Once
+def _set_up_subclasses() -> None:
+    """At a process's first operation of any tensor subclass torch imports some 500 modules, half a second long, and
+    what an interrupt leaves of that stops every other thread that imports. Here none comes."""
+    torch.ops.aten.zero_.default(torch.Tensor._make_wrapper_subclass(_Subclass, (1,)))
+
+
 def listening() -> Listener | None:
     """The session that arms what the calling thread constructs."""
     return _listening.get(threading.get_ident())
@@ -59,6 +73,7 @@ def unlisten(listener: object) -> None:
 
 def install(session: object) -> None:
     """A session is open; with the first one the hooks come. May be repeated."""
+    _set_up_subclasses()
     in_turn(_turn, partial(_install, session))
 
 

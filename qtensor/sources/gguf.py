@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..extras import require
+from ..kernels.cpu.compiling import Once
 from .source import Family, Matrix, PartSpec, Source, Specs, Unusable
 
 TYPES: dict[str, tuple[int, int, int]] = {
@@ -85,6 +86,7 @@ class Gguf(Source):
         return values.to(parts[self.part].device).reshape(shape).to(dtype)
 
 
+@Once
 def _owner(kind: str) -> Any:
     """The package that decodes a type. It is asked for when a weight is recognised, before anything is written."""
     return require("gguf", "gguf", f"decoding GGUF's {kind}")

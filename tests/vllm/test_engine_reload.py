@@ -6,7 +6,6 @@ each of them leaves it on checkpoint A.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from qtensor import (
     weight_checksums,
 )
 from qtensor.integrations.vllm import checksums, compat
-from qtensor.report.memory import resident_bytes
+from support.growth import growth
 from support.vllm.checkpoints import checkpoint, tensors_of, variant
 from support.vllm.engines import engine, look
 from support.vllm.oracle import fused, mistakes
@@ -97,10 +96,6 @@ def oracle(folder: Path) -> Tensors:
     names = [LAYER + name for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")]
     given = tensors_of(folder)
     return {f"{name}.weight": quantize(fused(given, f"{name}.weight"), "fp8_per_channel").qdata for name in names}
-
-
-def live_tensors() -> int:
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
 @pytest.fixture(scope="class")
@@ -300,15 +295,9 @@ class TestPlugin:
     def test_twenty_reloads_grow_nothing(self, served: LLM) -> None:
         places = addresses(served)
         checkpoints = [tensors_of(folder("llama")) for folder in (other, checkpoint)]
-        for _ in range(4):
-            reload(served, checkpoints[0].items())
-        gc.collect()
-        resident, tensors = resident_bytes()[0], live_tensors()
-        for i in range(20):
-            reload(served, checkpoints[i % 2].items())
-        gc.collect()
-        assert live_tensors() <= tensors
-        assert resident_bytes()[0] - resident < 2 << 20
+        tensors, resident = growth(lambda i: reload(served, checkpoints[i % 2].items()), 20, first=4)
+        assert tensors <= 0
+        assert resident < 256 << 10
         assert addresses(served) == places
 
     def test_the_page_runs(self, served: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
