@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
 
 from qtensor.kernels import FORMATS, Audit, Parts, WeightFormat
-from qtensor.kernels.cpu import products, rows, stripes, tiles, vectors
+from qtensor.kernels.cpu import instructions, products, rows, stripes, tiles, vectors
 from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.formats import SOURCE_DTYPES
 from qtensor.kernels.reference import TORCH
@@ -43,15 +43,16 @@ def assert_within(
     """|error| ≤ (2^-20 + r) Σ|w·x| + s |product|, with s the spacing of x's dtype at 1.
 
     2^-20 is for fp32 sums in another order, s the rounding of the result; r = s where weights are rounded to x's dtype
-    first, for more than a few rows of x. Beside that, what is too small for x's dtype or for the tile unit (which takes
-    denormals for zero) may be lost, of a weight and of the result.
+    first, for more than a few rows of x, unless they are multiplied as single floats. Beside that, what is too small
+    for x's dtype or for the tile unit (which takes denormals for zero) may be lost, of a weight and of the result.
     """
     step = torch.finfo(x.dtype).eps
     want = x.double() @ weight.T
     terms = x.double().abs() @ weight.abs().T
     if bias is not None:
         want, terms = want + bias.double(), terms + bias.double().abs()
-    rounded = step if x.shape[0] > products.most_in_registers(x.dtype, fmt) else 0.0
+    single = x.dtype == torch.bfloat16 and vectors.has_tiles() and tiles.tile_unit() == tiles.BY_SINGLES
+    rounded = 0.0 if single or x.shape[0] <= products.most_in_registers(x.dtype, fmt) else step
     assert got.dtype == x.dtype
     assert got.shape == want.shape
     lost = max(torch.finfo(x.dtype).smallest_normal * step, 2.0**-126) * (1 + x.double().abs().sum(1, keepdim=True))
@@ -221,6 +222,24 @@ def test_every_way_to_multiply_a_few_rows(fmt: WeightFormat, way: int, monkeypat
         for count in (1, 2, 7):
             x = torch.randn(count, cols).bfloat16()
             assert_within(products.linear(x, parts, fmt, None), x, weight, None, fmt)
+
+
+@pytest.mark.parametrize("unit", [tiles.BY_PAIRS, tiles.BY_SINGLES], ids=["pairs", "singles"])
+def test_units_made_of_products(unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that this chip does not choose: more columns than are decoded or multiplied at once, partial
+    stripes, rows of the weight that are no multiple of 32, an odd and an even number of tiles."""
+    if not {"+avx512bf16", "+avx512vbmi"} <= set(instructions.chip_features()):
+        pytest.skip("this chip has no instructions for bfloat16, or no look-ups in registers")
+    for module in (tiles, vectors, products):
+        monkeypatch.setattr(module, "tile_unit", lambda: unit)
+    for name in ("fp8_per_block", "nvfp4", "int8_per_channel"):
+        fmt = FORMATS[name]
+        for height, cols in ((37, 130), (33, 1298), (130, 4288)):
+            parts = quantized(fmt, (height, cols), 6)
+            weight = exact(parts, fmt, cols)
+            for count in (17, 40):
+                x = torch.randn(count, cols).bfloat16()
+                assert_within(products.linear(x, parts, fmt, None), x, weight, None, fmt)
 
 
 def test_every_code_in_stripes() -> None:

@@ -20,10 +20,10 @@ import torch
 from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
 from . import products, rows, stripes, vectors
-from .decoders import STRIPE
 from .layouts import LAY_OUT, PURPOSE, ROUND, function, lay_out, round_rows
 from .orders import ORDERS, order_of
-from .tiles import ROWS_FOR_FEW, ROWS_FOR_MANY, TILE, TILE_SCRATCH
+from .singles import TILE
+from .tiles import ROWS_FOR_FEW, ROWS_FOR_MANY, TILE_SCRATCH, tile_size
 
 _MOST_KEPT = 4096  # Weights.
 _GAIN = list(LAY_OUT.names or ()).index("gain")
@@ -194,7 +194,7 @@ class _FewTiles:
     def __init__(self, parts: Parts, fmt: WeightFormat, cols: int) -> None:
         qdata, scale = parts.qdata, parts.scale
         self.cols, self._rows = cols, qdata.shape[0]
-        self._per_tile = ceil_div(cols, STRIPE) * STRIPE * TILE * 2
+        self._per_tile = tile_size(fmt, cols)
         self._counters, self._packed = np.zeros(2, np.int64), np.zeros(1, np.int64)
         self._where = np.zeros((_MOST_IN_TILES // TILE, 2), np.int64)
         self._job = np.zeros(vectors.JOB, np.int64)

@@ -18,10 +18,20 @@ import torch
 from ..formats import WeightFormat, ceil_div, e8m0_to_float
 from ..parts import Parts
 from . import stripes, vectors
-from .decoders import STRIPE
 from .orders import ORDERS, arranged, order_of
 from .rows import run_loop
-from .tiles import AMX, BY_PAIRS, NONE, ROWS_FOR_FEW, ROWS_FOR_MANY, TILE, TILE_SCRATCH, tile_unit
+from .singles import TILE
+from .tiles import (
+    AMX,
+    BY_PAIRS,
+    BY_SINGLES,
+    NONE,
+    ROWS_FOR_FEW,
+    ROWS_FOR_MANY,
+    TILE_SCRATCH,
+    tile_size,
+    tile_unit,
+)
 
 FEW = 8  # Rows of x that are decoded for in registers, four at a time, where there are no tiles;
 FEW_BESIDE_TILES = 4  # and where there are the chip's.
@@ -71,6 +81,8 @@ def most_in_registers(dtype: torch.dtype, fmt: WeightFormat) -> int:
     unit = tile_unit() if dtype == torch.bfloat16 else NONE
     if unit == BY_PAIRS:  # Decoding anew for every four of 16 rows costs less than the tiles; more for e4m3 in groups.
         return 12 if fmt.element == "e4m3" and fmt.granularity == "group" else 16
+    if unit == BY_SINGLES and fmt.granularity in ("tensor", "channel"):  # Decoding anew costs least without groups.
+        return 12
     return FEW_BESIDE_TILES if unit == AMX else FEW
 
 
@@ -159,7 +171,7 @@ def _in_tiles(
         jobs.append((e, first, len(tiles), offset, start, stop - start))
     most = max(end - first for _, first, end, *_ in jobs)
     block_rows = ROWS_FOR_FEW if most <= 2 else ROWS_FOR_MANY
-    per_tile = ceil_div(cols, STRIPE) * STRIPE * TILE * 2
+    per_tile = tile_size(fmt, cols)
     per_thread = TILE_SCRATCH + block_rows * most * TILE * 4
     threads = torch.get_num_threads()
     with _scratch(len(tiles) * per_tile + threads * per_thread + 64) as room:

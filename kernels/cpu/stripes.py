@@ -51,7 +51,7 @@ CHUNKS, SINGLES, PAIRS = range(3)
 # Stored powers of two up to these are scales that `quick_row` can subtract; see `_bfloat_bits`.
 QUICK_SCALES = {E4M3: 245, E2M1: 252}
 _PART = 2048  # Columns whose scales are made floats at a time.
-_ONE = {16: 56, 32: 127}  # The code of a scale of 1, by group: of e4m3 and e8m0. A table has the matrix's gain there.
+ONE = {16: 56, 32: 127}  # The code of a scale of 1, by group: of e4m3 and e8m0. A table has the matrix's gain there.
 
 
 def _bfloat_bits(element: int, scaled: bool) -> list[int]:
@@ -104,13 +104,18 @@ DOUBLE = 2 * STRIPE
 QUARTERS = [list(range(DOUBLE))[first::4] for first in range(4)]  # of a double stripe
 
 
+def width_of(element: int, scale: int) -> int:
+    """See `StripeDecoder.width`."""
+    return DOUBLE if element in (E2M1, INT4) or scale == FLOATS else STRIPE
+
+
 class StripeDecoder(Decoder):
     """Writes what decodes stripes of weights, and what multiplies them."""
 
     def width(self) -> int:
         """Columns that are decoded together for a few rows of x: two stripes where they share a scale, or its lanes can
         be had so."""
-        return DOUBLE if self.per_byte == 2 or self.scale == FLOATS else STRIPE
+        return width_of(self.element, self.scale)
 
     def values(self, address: Any) -> list[Any]:
         """The vectors of a stripe, in bits of bfloat16, without a scale: of `HALVES`; of a double one of `QUARTERS`,
@@ -132,6 +137,13 @@ class StripeDecoder(Decoder):
             negative = b.icmp_signed("<", raw, splat(I8, 0, STRIPE))
             low, high = (b.select(negative, *pair) for pair in zip(others, (low, high), strict=True))
         return self.unpacked(low, high)
+
+    def wide_values(self, address: Any) -> list[Any]:
+        """As `values`, of all columns that are decoded together."""
+        values = self.values(address)
+        if self.width() == DOUBLE and self.per_byte == 1:
+            values += self.values(self.b.add(address, int64(STRIPE)))
+        return values
 
     def scaled_values(self, address: Any, scales: Any, table: Any, stripe: Any, last: Any, seen: Any) -> list[Any]:
         """As `values`, times powers of two that 32 columns share; see `TileDecoder.quick_row`."""
@@ -182,11 +194,9 @@ class StripeDecoder(Decoder):
                 for r in range(rows):
                     if left is None:
                         self.prefetch(b.add(addresses[r], ahead))
-                    values = self.values(addresses[r])
-                    if width == DOUBLE and self.per_byte == 1:
-                        values += self.values(b.add(addresses[r], int64(STRIPE)))
-                        self.prefetch(b.add(addresses[r], b.add(ahead, int64(STRIPE))))
-                    weights.append(self.terms(way, values))
+                        if width == DOUBLE and self.per_byte == 1:
+                            self.prefetch(b.add(addresses[r], b.add(ahead, int64(STRIPE))))
+                    weights.append(self.terms(way, self.wide_values(addresses[r])))
                     if self.scale != PER_ROW:
                         by.append(factors(r, stripe))
                 for m in range(batch):
@@ -209,21 +219,21 @@ class StripeDecoder(Decoder):
             self.chunks(cols, codes, step, width)
 
         if self.scale == BYTES:
-            self._parts(part, rows, codes, scales, xs, cols, x_size)
+            self.in_parts(part, rows, codes, scales, xs, cols, x_size)
         else:
-
-            def factors(r: int, stripe: Any) -> Any:
-                index = b.lshr(stripe, int64((self.group // width).bit_length() - 1))
-                return self.broadcast(self.load(self.at(scales[r], index, 4), FLOAT, 4))
-
-            part(codes, factors, xs, cols)
+            part(codes, lambda r, stripe: self.float_scale(scales[r], stripe), xs, cols)
         one = ir.Constant(FLOAT, 1.0)
-        gain = self.load(b.add(table, int64(4 * _ONE[self.group])), FLOAT, 4) if self.scale == BYTES else one
+        gain = self.load(b.add(table, int64(4 * ONE[self.group])), FLOAT, 4) if self.scale == BYTES else one
         for r in range(rows):
             factor = self.load(scales[r], FLOAT, 4) if self.scale == PER_ROW else gain
             self.store_totals(sums[r], factor, [out[m][r] for m in range(batch)])
 
-    def _parts(self, part: Any, rows: int, codes: Any, scales: Any, xs: Any, cols: Any, x_size: int) -> None:
+    def float_scale(self, row: Any, stripe: Any) -> Any:
+        """The scale of a stripe (or a double one), of those in float32 of its row."""
+        index = self.b.lshr(stripe, int64((self.group // self.width()).bit_length() - 1))
+        return self.broadcast(self.load(self.at(row, index, 4), FLOAT, 4))
+
+    def in_parts(self, part: Any, rows: int, codes: Any, scales: Any, xs: Any, cols: Any, x_size: int) -> None:
         """part(...) for some columns after another, whose scales are floats."""
         b = self.b
         count = _PART // self.group

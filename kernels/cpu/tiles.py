@@ -18,31 +18,56 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
+from ..formats import WeightFormat, ceil_div
 from .decoders import BYTES, PER_ROW, STRIPE, UNITS
-from .instructions import CHUNK, E4M3, FLOAT, I8, I16, I32, I64, LANES, chip_features, int64, intrinsic, splat, vector
+from .instructions import (
+    CHUNK,
+    E4M3,
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    INT8,
+    LANES,
+    chip_features,
+    int64,
+    intrinsic,
+    splat,
+    vector,
+)
+from .orders import ORDERS
+from .singles import BLOCK_STRIDE, SINGLE_COLS, TILE, TILE_ROWS, SingleDecoder, single_order
 from .stripes import HALVES, PAIRS, StripeDecoder, has_pairs, is_quick
 
-NONE, AMX, BY_PAIRS = range(3)  # Tile units: none, the chip's, and one made of products of pairs.
-TILE = 16
-TILE_ROWS = 2 * TILE
+# Tile units: none, the chip's, and those made of products of pairs, and of single floats (see `singles`).
+NONE, AMX, BY_PAIRS, BY_SINGLES = range(4)
 # Rows and columns of a weight that are decoded at a time: columns so that memory is read in long stretches; for more
 # than 32 rows of x more of the weight's, as all of x is read for each block.
 ROWS_FOR_FEW, ROWS_FOR_MANY = 32, 128
-BLOCK_COLS = 2048
+BLOCK_COLS = 2 * SINGLE_COLS
 PAIRS_AT_ONCE = 4
-ROW_PADDING = 64  # Bytes; keeps rows from falling on the same cache sets.
-BLOCK_STRIDE = 2 * BLOCK_COLS + ROW_PADDING
 TILE_SCRATCH = ROWS_FOR_MANY * BLOCK_STRIDE
 
 
 @functools.cache
 def tile_unit() -> int:
     """`AMX` where numba compiles for a chip with tiles of bfloat16, and the system lets this process use them;
-    `BY_PAIRS` where pairs of bfloat16 are multiplied at full speed; else `NONE`."""
+    `BY_PAIRS` where pairs of bfloat16 are multiplied at full speed, `BY_SINGLES` where they are at half of that; else
+    `NONE`."""
     needed = {"+amx-tile", "+amx-bf16", "+avx512bf16", "+avx512vbmi"}
     if needed <= set(chip_features()) and hasattr(torch.cpu, "_init_amx") and bool(torch.cpu._init_amx()):
         return AMX
-    return BY_PAIRS if has_pairs() else NONE
+    if has_pairs():
+        return BY_PAIRS
+    return BY_SINGLES if {"+avx512bf16", "+avx512vbmi"} <= set(chip_features()) else NONE
+
+
+def tile_size(fmt: WeightFormat, cols: int) -> int:
+    """Bytes of 16 rows of x as `vectors.pack_loop` leaves them."""
+    if tile_unit() == BY_SINGLES:
+        return ORDERS[single_order(fmt)].whole(cols) * TILE * 4
+    return ceil_div(cols, STRIPE) * STRIPE * TILE * 2
 
 
 class TileDecoder(StripeDecoder):
@@ -260,18 +285,20 @@ def release_tiles(typing_context, unit):
 
 @intrinsic(prefer_literal=True)
 def multiply_tiles(
-    typing_context, unit, across, weights, x, x_stride, chunks, out, out_stride, adds, ahead, ahead_stride
+    typing_context, unit, element, across, weights, x, x_stride, chunks, out, out_stride, adds, ahead, ahead_stride
 ):  # fmt: skip
     """out `[32, 16 * across]` = weights `[32, 32 * chunks]` times x, or plus it if `adds`; `x_stride` is that between
     the tiles of 16 rows of x. `ahead`: see `TileDecoder.multiply`."""
-    wide = across.literal_value
-    is_amx = unit.literal_value == AMX
+    by, kind, wide = unit.literal_value, element.literal_value, across.literal_value
 
     def emit(context, b, signature, args):
-        weights, x, x_stride, chunks, out, out_stride, adds = args[2:9]
+        weights, x, x_stride, chunks, out, out_stride, adds = args[3:10]
         stride = int64(BLOCK_STRIDE)
-        if not is_amx:
-            TileDecoder(context, b, E4M3, PER_ROW, 0).multiply(wide, *args[2:])
+        if by == BY_SINGLES:
+            SingleDecoder(context, b, kind, PER_ROW, 0).multiply_singles(wide, *args[3:])
+            return context.get_dummy_value()
+        if by == BY_PAIRS:
+            TileDecoder(context, b, kind, PER_ROW, 0).multiply(wide, *args[3:])
             return context.get_dummy_value()
 
         def call(name, *operands):
@@ -312,19 +339,22 @@ def multiply_tiles(
             call("tilestored64", number, pointer(place), out_stride)
         return context.get_dummy_value()
 
-    return types.void(unit, across, *[types.int64] * 9), emit
+    return types.void(unit, element, across, *[types.int64] * 9), emit
 
 
 @intrinsic(prefer_literal=True)
-def tile_row(typing_context, element, scale, group, quick, codes, scales, table, cols, ahead, out):
-    """See `TileDecoder.tile_row` and `quick_row`."""
+def tile_row(typing_context, unit, element, scale, group, quick, codes, scales, table, cols, ahead, out):
+    """See `TileDecoder.tile_row` and `quick_row`, and `SingleDecoder.single_row`."""
     numbers, by_table = [kind.literal_value for kind in (element, scale, group)], quick.literal_value
+    single = unit.literal_value == BY_SINGLES
 
     def emit(context, builder, signature, args):
+        if single:
+            return SingleDecoder(context, builder, *numbers).single_row(*args[5:])
         vectors = TileDecoder(context, builder, *numbers)
-        return (vectors.quick_row if by_table else vectors.tile_row)(*args[4:])
+        return (vectors.quick_row if by_table else vectors.tile_row)(*args[5:])
 
-    return types.boolean(element, scale, group, quick, *[types.int64] * 6), emit
+    return types.boolean(unit, element, scale, group, quick, *[types.int64] * 6), emit
 
 
 @intrinsic()
@@ -339,16 +369,20 @@ def store_sums(typing_context, sums, stride, factors, bias, out, out_stride, acr
 
 
 @intrinsic(prefer_literal=True)
-def pack(typing_context, element, x, stride, first, count, cols, out):
-    """See `TileDecoder.pack`: `count` rows of x from `first`, and the last of them again."""
-    kind = element.literal_value
+def pack(typing_context, unit, kind, x, stride, first, count, cols, out):
+    """See `TileDecoder.pack` and `SingleDecoder.pack_singles`: `count` rows of x from `first`, and the last of them
+    again. kind: The element, or the order."""
+    single, number = unit.literal_value == BY_SINGLES, kind.literal_value
 
     def emit(context, b, signature, args):
-        x, stride, first, count, cols, out = args[1:]
+        x, stride, first, count, cols, out = args[2:]
         last = b.sub(count, int64(1))
         rows = [b.select(b.icmp_signed("<", int64(i), last), int64(i), last) for i in range(TILE)]
         addresses = [b.add(x, b.mul(b.add(first, r), stride)) for r in rows]
-        TileDecoder(context, b, kind, PER_ROW, 0).pack(addresses, cols, out)
+        if single:
+            SingleDecoder(context, b, INT8, PER_ROW, 0).pack_singles(ORDERS[number], addresses, cols, out)
+        else:
+            TileDecoder(context, b, number, PER_ROW, 0).pack(addresses, cols, out)
         return context.get_dummy_value()
 
-    return types.void(element, *[types.int64] * 6), emit
+    return types.void(unit, kind, *[types.int64] * 6), emit

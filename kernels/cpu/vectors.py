@@ -28,13 +28,12 @@ from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, STRIPE, UNITS, decode_row
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, float32s, int64s, take, uint8s
 from .searching import add_block_errors, search_row
-from .stripes import QUICK_SCALES, dots, is_quick
+from .singles import BLOCK_STRIDE, SINGLE_COLS, TILE, TILE_ROWS, single_order, single_width
+from .stripes import ONE, QUICK_SCALES, dots, is_quick
 from .tiles import (
     BLOCK_COLS,
-    BLOCK_STRIDE,
+    BY_SINGLES,
     NONE,
-    TILE,
-    TILE_ROWS,
     TILE_SCRATCH,
     configure_tiles,
     multiply_tiles,
@@ -122,8 +121,10 @@ def tile_loop(fmt: WeightFormat) -> Loop:
 
 
 def pack_loop(fmt: WeightFormat) -> Loop:
-    """Rows of x in bfloat16 as `[tiles, chunks, 16, 16, 2]` for `tile_loop`, a piece for each tile."""
-    return _pack_loop(ELEMENTS[fmt.element], purpose=fmt.name)
+    """Rows of x in bfloat16 as `tile_loop` reads them, a piece for each tile: `[chunks, 16, 16, 2]`; of `BY_SINGLES`
+    `[columns, 16]` in float32."""
+    unit = tile_unit()
+    return _pack_loop(unit, single_order(fmt) if unit == BY_SINGLES else ELEMENTS[fmt.element], purpose=fmt.name)
 
 
 def has_tiles() -> bool:
@@ -182,8 +183,12 @@ def _product_loop(element: int, scale: int, group: int, way: int) -> Loop:
 
 @Once
 def _tile_loop(element: int, scale: int, group: int, unit: int) -> Loop:
-    quick = is_quick(element, scale, group)
-    whole = np.float32(1.0 if quick else UNITS[element])
+    single = unit == BY_SINGLES
+    quick = is_quick(element, scale, group) and not single
+    whole = np.float32(1.0 if quick or single else UNITS[element])
+    block_cols, stripe = (SINGLE_COLS, single_width(element, scale)) if single else (BLOCK_COLS, STRIPE)
+    chunk_size = 2048 if single else 1024  # Of 16 rows of x.
+    gain = 4 * ONE[group] if single and scale == BYTES else 0  # Where the table has it.
     largest = QUICK_SCALES.get(element, 0)
     width = 1 if scale == BYTES else 4
     per_byte = 1 if element in (E4M3, INT8) else 2
@@ -210,8 +215,10 @@ def _tile_loop(element: int, scale: int, group: int, unit: int) -> Loop:
                     if scale == PER_ROW:
                         row = min(top + r, stop - 1)
                         factors[r] *= carray(float32s(job[1] + row // p.down * p.scale_stride), 1)[0]
-                for left in range(0, p.cols, BLOCK_COLS):
-                    cols = min(BLOCK_COLS, p.cols - left)
+                    elif gain:
+                        factors[r] = carray(float32s(job[2] + gain), 1)[0]
+                for left in range(0, p.cols, block_cols):
+                    cols = min(block_cols, p.cols - left)
                     for r in range(height):
                         row = min(top + r, stop - 1)
                         codes = job[0] + row * p.codes_stride + left // per_byte
@@ -220,18 +227,19 @@ def _tile_loop(element: int, scale: int, group: int, unit: int) -> Loop:
                         ahead = AHEAD * p.codes_stride
                         if group:
                             scales += left // group * width
-                        if quick and scale == PER_ROW:
-                            nan = tile_row(element, scale, group, True, codes, scales, job[2], cols, ahead, out)
+                        if single or (quick and scale == PER_ROW):
+                            nan = tile_row(unit, element, scale, group, quick, codes, scales, job[2], cols, ahead, out)
                         elif quick and _largest(scales, (cols + group - 1) // group) <= largest:
-                            nan = tile_row(element, scale, group, True, codes, scales, job[2] + 1024, cols, ahead, out)
+                            less = job[2] + 1024  # See `stripes.subtrahends`.
+                            nan = tile_row(unit, element, scale, group, True, codes, scales, less, cols, ahead, out)
                         else:
-                            nan = tile_row(element, scale, group, False, codes, scales, job[2], cols, ahead, out)
+                            nan = tile_row(unit, element, scale, group, False, codes, scales, job[2], cols, ahead, out)
                         if nan:
                             factors[r] = np.float32(np.nan)
-                    chunks = (cols + STRIPE - 1) // STRIPE * 2
-                    x = p.x + left // CHUNK * 1024
+                    chunks = (cols + stripe - 1) // stripe * (stripe // CHUNK)
+                    x = p.x + left // CHUNK * chunk_size
                     # What is decoded next: of the same rows, or the next ones.
-                    down, right = (0, left + BLOCK_COLS) if left + BLOCK_COLS < p.cols else (p.block_rows, 0)
+                    down, right = (0, left + block_cols) if left + block_cols < p.cols else (p.block_rows, 0)
                     after = job[0] + (top + down) * p.codes_stride + right // per_byte
                     for m in range(first, end, 2):
                         x_tile = x + m * p.x_stride
@@ -241,13 +249,13 @@ def _tile_loop(element: int, scale: int, group: int, unit: int) -> Loop:
                             ahead = after + r * p.codes_stride if m == first else 0
                             if m + 1 < end:
                                 multiply_tiles(
-                                    unit, 2, rows, x_tile, p.x_stride, chunks, out, sums_stride, left, ahead,
-                                    p.codes_stride,
+                                    unit, element, 2, rows, x_tile, p.x_stride, chunks, out, sums_stride, left,
+                                    ahead, p.codes_stride,
                                 )  # fmt: skip
                             else:
                                 multiply_tiles(
-                                    unit, 1, rows, x_tile, p.x_stride, chunks, out, sums_stride, left, ahead,
-                                    p.codes_stride,
+                                    unit, element, 1, rows, x_tile, p.x_stride, chunks, out, sums_stride, left,
+                                    ahead, p.codes_stride,
                                 )  # fmt: skip
                 for m in range(0, job[7], TILE):
                     for r in range(0, min(height, stop - top), TILE):
@@ -262,7 +270,7 @@ def _tile_loop(element: int, scale: int, group: int, unit: int) -> Loop:
 
 
 @Once
-def _pack_loop(element: int) -> Loop:
+def _pack_loop(unit: int, kind: int) -> Loop:
     def loop(pointer):
         p = carray(pointer, 1)[0]
         while True:
@@ -270,7 +278,7 @@ def _pack_loop(element: int) -> Loop:
             if piece >= p.pieces:
                 return
             rows = carray(int64s(p.tiles + 16 * piece), 2)
-            pack(element, p.x, p.x_stride, rows[0], rows[1], p.cols, p.out + piece * p.out_stride)
+            pack(unit, kind, p.x, p.x_stride, rows[0], rows[1], p.cols, p.out + piece * p.out_stride)
 
     return _compiled(loop, PACK)
 
