@@ -19,6 +19,7 @@ from .errors import (
     MissingExtraError,
     NonFiniteWeightError,
     QTensorError,
+    SnapshotError,
     WeightDtypeError,
     WeightShapeError,
 )
@@ -45,12 +46,19 @@ from .sessions.online import online_quant
 from .sessions.reload import ReloadSession, online_reload
 from .sessions.session import Session
 from .tensor import ops as quantized_ops
-from .tensor.checksums import weight_checksums
+from .tensor.checksums import weight_checksums, weight_root
 from .tensor.qtensor import QTensor, quantize
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+    from .checkpoint import (
+        inspect_checkpoint,
+        load_checkpoint,
+        load_snapshot,
+        save_checkpoint,
+        save_snapshot,
+        verify_checkpoint,
+    )
     from .checkpoint.planning import plan
     from .checkpoint.quantization_config import QTensorConfig as QTensorConfig
     from .convert import quantize_checkpoint
@@ -80,6 +88,7 @@ __all__ = [
     "Scheme",
     "Session",
     "Sharding",
+    "SnapshotError",
     "WeightDtypeError",
     "WeightShapeError",
     "fp8",
@@ -91,6 +100,7 @@ __all__ = [
     "int8_per_channel",
     "load_checkpoint",
     "load_plan",
+    "load_snapshot",
     "mxfp4",
     "mxfp8",
     "nvfp4",
@@ -100,8 +110,10 @@ __all__ = [
     "quantize",
     "quantize_checkpoint",
     "save_checkpoint",
+    "save_snapshot",
     "verify_checkpoint",
     "weight_checksums",
+    "weight_root",
 ]
 
 quantized_ops.install()
@@ -116,9 +128,11 @@ _FROM = {
     "Plan": "qtensor.schemes.plan",
     "load_checkpoint": "qtensor.checkpoint",
     "load_plan": "qtensor.schemes.planning",
+    "load_snapshot": "qtensor.checkpoint",
     "plan": "qtensor.checkpoint.planning",
     "quantize_checkpoint": "qtensor.convert",
     "save_checkpoint": "qtensor.checkpoint",
+    "save_snapshot": "qtensor.checkpoint",
     "verify_checkpoint": "qtensor.checkpoint",
 }
 

@@ -67,5 +67,12 @@ class CheckpointError(QTensorError, ValueError):
         super().__init__(*(_one_line(arg) if isinstance(arg, str) else arg for arg in args))
 
 
+class SnapshotError(CheckpointError):
+    """A snapshot is damaged, or is of another model, configuration, version or chip; or a model's state cannot be one.
+
+    The message names what differs. What to do: load the model in the ordinary way, and save a new snapshot of it.
+    """
+
+
 def _one_line(text: str) -> str:
     return printable(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…")

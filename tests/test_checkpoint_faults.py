@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import layers, write
 from torch import nn
 
-from qtensor import CheckpointError, fp8, load_checkpoint
+from qtensor import CheckpointError, fp8, load_checkpoint, online_quant, save_checkpoint, weight_checksums
 from qtensor.checkpoint import problems, quantize_checkpoint
 from qtensor.checkpoint.reading import Checkpoint
 from qtensor.cli import main
@@ -342,3 +342,26 @@ def test_a_tensor_of_another_shape_is_not_spread_over_the_models(tmp_path):
     model = nn.Linear(8, 8)
     with pytest.raises(CheckpointError, match=r"weight: is \[1, 8\], and weight needs \[8, 8\]"):
         load_checkpoint(model, tmp_path)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8"])
+def test_a_flipped_bit_is_refused_before_anything_is_loaded(tmp_path, scheme):
+    source = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8))
+    with online_quant(fp8, source):
+        source.load_state_dict(nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8)).state_dict())
+    save_checkpoint(source, tmp_path / "saved")
+    path = tmp_path / "saved" / "model.safetensors"
+    held = bytearray(path.read_bytes())
+    target = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8))
+    load_checkpoint(target, tmp_path / "saved", scheme=scheme, verify=True)
+    for at in (8 + int.from_bytes(held[:8], "little"), len(held) - 1):
+        path.write_bytes(held[:at] + bytes([held[at] ^ 1]) + held[at + 1 :])
+        target = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8))
+        before = weight_checksums(target)
+        with pytest.raises(CheckpointError, match=r"its bytes in model\.safetensors are not those that were written"):
+            load_checkpoint(target, tmp_path / "saved", scheme=scheme, verify=True)
+        assert weight_checksums(target) == before
+        load_checkpoint(target, tmp_path / "saved", scheme=scheme)
+    (tmp_path / "saved" / "qtensor.json").unlink()
+    with pytest.raises(CheckpointError, match="no checksums to verify"):
+        load_checkpoint(target, tmp_path / "saved", scheme=scheme, verify=True)

@@ -8,9 +8,11 @@ only what vLLM has imported by then.
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
-__all__ = ["checksums", "register", "reports"]
+__all__ = ["checksums", "register", "reports", "root", "save_snapshot"]
 
 
 def register() -> None:
@@ -46,10 +48,45 @@ def checksums(llm: Any) -> list[dict[str, str]]:
     return _ask(llm, "qtensor_checksums")
 
 
-def _ask(llm: Any, method: str) -> list[Any]:
+def root(llm: Any) -> str:
+    """One sha256 for all weights that a `vllm.LLM` serves: `qtensor.weight_root` of `checksums`; of several workers, of
+    their roots, by "rank-0", "rank-1", .... Empty if the model was loaded by another method."""
+    from qtensor.tensor.checksums import weight_root
+
+    found = _ask(llm, "qtensor_root")
+    if len(found) < 2:
+        return found[0] if found else ""
+    return weight_root({f"rank-{rank}": value for rank, value in enumerate(found)})
+
+
+def save_snapshot(llm: Any, folder: str | Path) -> list[str]:
+    """Write the weights that a `vllm.LLM` serves, for the option `snapshot` of the next start with as many ranks.
+
+    Every worker writes a file, so all of them have to see the folder. It appears in one step, or not at all.
+
+    Args:
+        llm: Whose model was loaded with one of the plugin's names.
+        folder: It keeps a snapshot for each number of ranks that one was saved for.
+
+    Returns:
+        The root of each worker's weights.
+
+    Raises:
+        SnapshotError: A weight cannot be read back from its kernel's form, or the folder is another's.
+        QTensorError: The model was loaded by another method.
+    """
+    from qtensor.errors import QTensorError
+
+    found = _ask(llm, "qtensor_save_snapshot", os.path.abspath(folder))
+    if not found:
+        raise QTensorError("save_snapshot: this model was not loaded by qtensor; load it with quantization='qtensor'")
+    return found
+
+
+def _ask(llm: Any, method: str, *args: Any) -> list[Any]:
     from .config import NAMES
 
     if llm.llm_engine.vllm_config.model_config.quantization not in NAMES:
         return []
-    found: list[Any] = llm.collective_rpc(method)
+    found: list[Any] = llm.collective_rpc(method, args=args)
     return found

@@ -339,6 +339,12 @@ def tell_all_ranks(problem: str | None) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]
 
 
+def place_among_ranks() -> tuple[int, int]:
+    """This rank among those of the engine, and how many they are."""
+    group = _world()
+    return (0, 1) if group is None else (group.rank_in_group, group.world_size)
+
+
 def answers_last() -> bool:
     """Whether this rank's answer to a call is the last that vLLM reads. It stops at the first error, and takes answers
     that it has not read for those of the next call."""

@@ -18,9 +18,9 @@ from torch import nn
 
 from qtensor.callers import outermost_under_construction
 from qtensor.errors import QTensorError
-from qtensor.tensor.checksums import weight_checksums
+from qtensor.tensor.checksums import weight_checksums, weight_root
 
-from . import compat
+from . import compat, snapshots
 from .incoming import Weights
 from .layers import part_names
 from .load import Load
@@ -87,6 +87,8 @@ def _take_over() -> None:
     compat.wrap_worker("finish_weight_update", _end_of_update)
     compat.add_worker_method("qtensor_report", worker_report)
     compat.add_worker_method("qtensor_checksums", worker_checksums)
+    compat.add_worker_method("qtensor_root", worker_root)
+    compat.add_worker_method("qtensor_save_snapshot", worker_save_snapshot)
 
 
 def begin(model: nn.Module) -> bool:
@@ -171,3 +173,21 @@ def worker_checksums(worker: Any) -> dict[str, str]:
                 tensors.pop(f"{published.slot.prefix}.{name}", None)
             found |= weight_checksums({published.slot.full_name: weight})  # One by one: it may be a copy.
     return weight_checksums(tensors) | found
+
+
+def worker_root(worker: Any) -> str:
+    """What `collective_rpc("qtensor_root")` answers in each worker: `weight_root` of its checksums."""
+    return weight_root(worker_checksums(worker))
+
+
+def worker_save_snapshot(worker: Any, folder: str) -> str:
+    """What `collective_rpc("qtensor_save_snapshot")` does in each worker; the root of what it has written."""
+    served = find_served(worker.model_runner.get_model())
+    if served is None or served.report is None:
+        raise QTensorError("this model was not loaded by qtensor, which has no snapshot of it")
+    root = worker_root(worker)
+    try:
+        snapshots.save(served, folder, root)
+    except QTensorError as error:
+        _raise_on_the_last_rank(error)
+    return root

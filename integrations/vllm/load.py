@@ -25,7 +25,7 @@ from qtensor.sessions.transaction import State
 from qtensor.tensor.qtensor import QTensor
 from qtensor.text import printable
 
-from . import compat
+from . import compat, snapshots
 from .incoming import Weights
 from .layers import Published, Slot, aliases
 from .missing import refuse_incomplete
@@ -118,9 +118,11 @@ class Load(Filling):
         setting, root = self.served.setting, self.served.root
         try:
             self._choice_is_settled()
-            with CopyCounter(root) as counter:
-                loaded = self.served.incoming.load(inner, weights, args, kwargs)
-            self._gaps = self._plain_gaps(counter, set(loaded or ()))
+            loaded = snapshots.load(self)
+            if loaded is None:
+                with CopyCounter(root) as counter:
+                    loaded = self.served.incoming.load(inner, weights, args, kwargs)
+                self._gaps = self._plain_gaps(counter, set(loaded or ()))
         except BaseException as error:
             self.abort(error)
             raise
@@ -167,6 +169,7 @@ class Load(Filling):
         self._verify()
         self.agree()
         self.served.aliases = aliases(self.served.root)
+        self.served.plain = snapshots.plain_names(self.served.root)
         self._report = self._summary()
         for weight, slot in self.slots.items():
             compat.keep_plain_reload_record(slot.layer, slot.name, weight.shape, weight.dtype, slot.attributes)

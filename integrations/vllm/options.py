@@ -45,6 +45,8 @@ class Options:
         quantizes the rest again from its quantized values.
     source: what becomes of a checkpoint that is quantized already: "own" loads it by its own method, "requantize"
         decodes it as it is read.
+    snapshot: a folder that `save_snapshot` has written: its weights are mapped, whatever the checkpoint holds; where it
+        is not there or does not fit, the checkpoint is loaded.
     report: where each worker writes its report, as JSON and HTML unless the path ends in .json or .html; "{rank}" in it
         is replaced.
 
@@ -61,6 +63,7 @@ class Options:
     reload: str = "atomic"
     reload_partial: str = "error"
     source: str = "own"
+    snapshot: str | None = None
     report: str | None = None
 
     def __post_init__(self) -> None:
@@ -115,11 +118,14 @@ def names_experts(given: Mapping[str, Any], environment: Mapping[str, str] = os.
 
 
 def require_harmless(given: Mapping[str, Any]) -> None:
-    """A `quantization_config` may be the checkpoint's, and a stranger's: raise ConfigError if it says where a file is
-    written, or has a pattern that could run for ever."""
+    """A `quantization_config` may be the checkpoint's, and a stranger's: raise ConfigError if it names a file to write
+    or read, or has a pattern that could run for ever."""
     by_user = "give it as quantization_config_dict_json, or as the variable " + PREFIX
-    if "report" in given:
-        raise ConfigError(f"qtensor: a quantization_config may be a checkpoint's and has no report; {by_user}REPORT")
+    for key in ("report", "snapshot"):
+        if key in given:
+            raise ConfigError(
+                f"qtensor: a quantization_config may be a checkpoint's and has no {key}; {by_user}{key.upper()}"
+            )
     for key in ("ignore", "targets"):
         patterns = given.get(key) or ()
         for pattern in patterns.split(",") if isinstance(patterns, str) else patterns:
@@ -196,6 +202,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "reload": _one_of("atomic", "per_weight"),
     "reload_partial": _one_of("error", "keep"),
     "source": _one_of("own", "requantize"),
+    "snapshot": _text,
     "report": _text,
 }
 

@@ -33,9 +33,9 @@ _ATTRIBUTE = "_qtensor_served"
 
 
 class ServedModel:
-    """open: the transaction under way. published: the quantized weights, where their layers have put them. aliases: see
-    `layers.aliases`. report: of the last transaction that succeeded. resident_peak: bytes by which the load raised
-    anonymous memory."""
+    """open: the transaction under way. published: the quantized weights, where their layers have put them. plain: the
+    names of the others that a load fills (see `snapshots.plain_names`). aliases: see `layers.aliases`. report: of the
+    last transaction that succeeded. resident_peak: bytes by which the load raised anonymous memory."""
 
     def __init__(self, root: nn.Module, choice: Choice) -> None:
         self.root, self.choice = root, choice
@@ -46,6 +46,7 @@ class ServedModel:
         kind = type(root).__name__
         self.incoming = Incoming(self.names, kind, lambda: self.setting.folder, decode if asked else None)
         self.published: list[Published] = []
+        self.plain: list[str] = []
         self.aliases: dict[tuple[int, str], torch.Tensor] = {}
         self.open: Filling | None = None
         self.report: LoadReport | None = None

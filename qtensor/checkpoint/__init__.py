@@ -9,14 +9,17 @@ if TYPE_CHECKING:
     from .inspecting import CheckpointReport, inspect_checkpoint
     from .loading import load_checkpoint
     from .saving import save_checkpoint
+    from .snapshots import load_snapshot, save_snapshot
     from .verify import problems, verify_checkpoint
 
 __all__ = [
     "CheckpointReport",
     "inspect_checkpoint",
     "load_checkpoint",
+    "load_snapshot",
     "problems",
     "save_checkpoint",
+    "save_snapshot",
     "verify_checkpoint",
 ]
 
@@ -24,8 +27,10 @@ _FROM = {
     "CheckpointReport": "qtensor.checkpoint.inspecting",
     "inspect_checkpoint": "qtensor.checkpoint.inspecting",
     "load_checkpoint": "qtensor.checkpoint.loading",
+    "load_snapshot": "qtensor.checkpoint.snapshots",
     "problems": "qtensor.checkpoint.verify",
     "save_checkpoint": "qtensor.checkpoint.saving",
+    "save_snapshot": "qtensor.checkpoint.snapshots",
     "verify_checkpoint": "qtensor.checkpoint.verify",
     # These were here in 0.1; what converts files imports this package.
     "ConversionReport": "qtensor.convert",

@@ -29,7 +29,7 @@ from .mapping import Part, is_transformers, parts_of, tensors_of
 from .reading import Checkpoint
 from .requantizing import Buffer, collectors, copy_in_pieces, fill, groups_of
 from .saving import expert_names
-from .verify import Weight, weights_of
+from .verify import Weight, require_written, weights_of
 
 
 def load_checkpoint(
@@ -41,6 +41,7 @@ def load_checkpoint(
     scheme: SchemeSpec | None = None,
     ignore: Sequence[str] = DEFAULT_IGNORE,
     strict_source: StrictSource = "any",
+    verify: bool = False,
 ) -> LoadReport:
     """Fill a model from a folder of safetensors files, or from a `.gguf` file.
 
@@ -58,6 +59,8 @@ def load_checkpoint(
         scheme: What weights become, as `online_quant` takes it; None: what the folder says.
         ignore: Only with a scheme: patterns of weights that stay in, or are decoded to, high precision.
         strict_source: With a scheme, "lossless" refuses a quantized weight that would be quantized a second time.
+        verify: Compare each tensor's bytes with the SHA-256 that `save_checkpoint` and `qtensor quantize` leave in the
+            folder, before anything is loaded. Without them it is an error.
 
     Returns:
         The report of the load.
@@ -68,8 +71,12 @@ def load_checkpoint(
         IncompleteLoadError: The model has what the checkpoint lacks.
         LossySourceError: As `strict_source` says.
     """
+    if not isinstance(verify, bool):
+        raise ConfigError(f"verify is True or False, not {verify!r}")
     if scheme is not None:
         options = LoadOptions(device=device, progress=progress, strict_source=strict_source)  # type: ignore[arg-type]
+        if verify:
+            require_written(Path(folder), open_checkpoint(folder).tensors.values())
         return _load_in(Selection(scheme, ignore, None), model, open_checkpoint(folder), options)
     if ignore is not DEFAULT_IGNORE and ignore != DEFAULT_IGNORE:
         raise ConfigError(f"ignore={ignore!r} needs a scheme: without one the folder says what is quantized")
@@ -77,6 +84,8 @@ def load_checkpoint(
     place, checkpoint = options.device, open_checkpoint(folder)
     if checkpoint.method == GGUF:
         raise ConfigError(f"{folder}: a scheme is needed: what {GGUF} files hold is decoded, and becomes that")
+    if verify:
+        require_written(checkpoint.folder, checkpoint.tensors.values())
     weights, plain = weights_of(checkpoint)
     parts = parts_of(model, tensors_of(model))
     places = _matrices(parts)

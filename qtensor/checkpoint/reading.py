@@ -216,10 +216,15 @@ def _header(path: Path) -> Iterator[Stored]:
     """The tensors of one file, if its header is whole and describes all of the file. It is the rule of the safetensors
     library: the tensors' bytes lie one after the other, from the header to the file's end, and are as many as dtype and
     shape need."""
+    with open_file(path) as file:
+        yield from header_of(path, file)
+
+
+def header_of(path: Path, file: FileIO) -> Iterator[Stored]:
+    """The same of a file that is open, at its beginning. Raises CheckpointError."""
     try:
-        with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            start, entries = _entries(path, file, size)
+        size = os.fstat(file.fileno()).st_size
+        start, entries = _entries(path, file, size)
         if lost := _lost(path, size, start, entries):
             raise CheckpointError(lost)
         end = 0

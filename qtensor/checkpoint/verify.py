@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .reading import DTYPE_NAMES, MANIFEST, Checkpoint, Stored, bytes_of, read_m
 
 _PIECE = 16 << 20
 _FEW_BYTES = 1024
+_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,25 @@ def require_sound(folder: Path, workers: int = 2) -> None:
     found = verify_checkpoint(folder, workers, progress=False)
     if found:
         raise CheckpointError(f"{folder}: what was written does not read back: {found[0]} ({len(found)} problems)")
+
+
+def require_written(folder: Path, tensors: Iterable[Stored]) -> None:
+    """Raises CheckpointError naming a tensor whose bytes are not those that were written, as the folder's list of
+    contents has their SHA-256. They are read in as many threads as there are cores, eight at most."""
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder}: has no {MANIFEST}, and so no checksums to verify. `save_checkpoint` and `qtensor quantize` "
+            "write it; load others without verify"
+        )
+    listed = read_manifest(folder)["tensors"]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_WORKERS)) as pool:
+        for found in pool.map(lambda s: _checksum_problems(s, listed.get(s.name, {}).get("sha256"), _nobody), tensors):
+            if found:
+                raise CheckpointError(f"{folder}: {found[0]}")
+
+
+def _nobody(nbytes: int) -> None:
+    """Nobody hears of progress."""
 
 
 def sha256(stored: Stored, on_bytes: Callable[[int], None] = lambda n: None) -> str:

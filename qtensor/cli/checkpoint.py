@@ -14,6 +14,7 @@ from typing import Any
 from ..checkpoint.inspecting import inspect_checkpoint
 from ..checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS
 from ..checkpoint.planning import plan
+from ..checkpoint.snapshots import is_snapshot, snapshot_roots, verify_snapshot
 from ..checkpoint.verify import verify_checkpoint
 from ..convert.cluster import LOST_AFTER, launched
 from ..convert.converting import ConversionReport, quantize_checkpoint
@@ -191,9 +192,16 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     with _failures(args) as outcome:
-        found = verify_checkpoint(args.path, args.workers)
+        snapshot = is_snapshot(args.path)
+        found = verify_snapshot(args.path) if snapshot else verify_checkpoint(args.path, args.workers)
         text = joined([f"{args.path}: {len(found)} problem{'s' * (len(found) != 1)}", *(f"  {p}" for p in found)])
-        outcome({"path": str(args.path), "ok": not found, "problems": found}, text if found else f"{args.path}: whole")
+        facts: dict[str, Any] = {"path": str(args.path), "ok": not found, "problems": found}
+        if not found:
+            text = joined([f"{args.path}: whole"])
+            if snapshot:
+                facts["roots"] = roots = snapshot_roots(args.path)
+                text = joined([text, *(f"  root of rank {rank}: {root}" for rank, root in enumerate(roots))])
+        outcome(facts, text)
         outcome.code = 1 if found else 0
     return outcome.code
 

@@ -413,6 +413,11 @@ class QuantStore:
         self.stream()
         return values
 
+    def take_all(self) -> None:
+        """`result` holds the values of all of the weight."""
+        self._units.state[...] = QUANTIZED
+        self.coverage.add([(0, n) for n in self.coverage.shape])
+
     def take_nothing(self) -> None:
         """A weight without elements is complete as it is. If it is in use its scales stay, unless ranks agree on new
         ones."""

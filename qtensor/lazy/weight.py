@@ -254,6 +254,25 @@ class ArmedWeight:
             self._after_write()
             return True
 
+    def take(self, values: QTensor) -> bool:
+        """Become values that are in their final form already: their memory is the weight's from now on, and no rank is
+        asked. False if anything was written before, or they are of another form."""
+        self.host.touch(self)
+        with self.lock:
+            self._require_open()
+            scheme = self.decided()
+            form = tuple(values.shape), values.dtype, values.device.type, values.scheme.format
+            if scheme is None or self.store is not None or values.transposed:
+                return False
+            if form != (self.shape, self.dtype, self.device.type, scheme.format):
+                return False
+            self.began = time.perf_counter()
+            self.store, self.shared = self._quant_store(whole=False, result=values), False
+            self.store.take_all()
+            self.writes += 1
+            self._after_write()
+            return True
+
     def initialize(self, view: View, fill: Fill, replaces: bool = False) -> None:
         """An initialiser, not a loader, fills the view: recorded (or done, for a weight that stays plain), and of no
         consequence for coverage. replaces: it does not ask what is there."""
@@ -334,10 +353,10 @@ class ArmedWeight:
         self.store = store
         return store
 
-    def _quant_store(self, whole: bool) -> QuantStore:
+    def _quant_store(self, whole: bool, result: QTensor | None = None) -> QuantStore:
         host = self.host
         audit = Audit(host.refuse_nonfinite, host.judges or host.measure_sqnr)
-        return QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, host.staged, whole)
+        return QuantStore(self.scheme, self.dtype, self.device, self.coverage, audit, host.staged, whole, result)
 
     def _after_write(self) -> None:
         if self._cut_short is not None:

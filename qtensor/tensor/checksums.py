@@ -1,14 +1,20 @@
-"""Checksums of weights, to compare what a trainer sent with what an engine serves."""
+"""Checksums of weights, to compare what a trainer sent with what an engine serves, weight by weight or by one root."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from .qtensor import QTensor
+
+_WORTH_A_THREAD = 1 << 20  # bytes
+_MOST_THREADS = 8
 
 
 def weight_checksums(model: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -17,8 +23,53 @@ def weight_checksums(model: nn.Module | Mapping[str, torch.Tensor]) -> dict[str,
     Of a quantized weight: its quantized values, then its scales, row-major, as they lie in memory. So a trainer's
     `weight_checksums({"fc.weight": quantize(weight, scheme)})` equals the engine's if, and only if, the bytes do.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else model
-    return {name: _sha256(tensor) for name, tensor in tensors.items()}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else dict(model)
+    large = sum(tensor.nbytes >= _WORTH_A_THREAD for tensor in tensors.values() if tensor.device.type == "cpu")
+    workers = min(large, os.cpu_count() or 1, _MOST_THREADS)
+    if workers < 2:
+        return {name: _sha256(tensor) for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(tensors, pool.map(_sha256, tensors.values()), strict=True))
+
+
+def weight_root(weights: nn.Module | Mapping[str, torch.Tensor] | Mapping[str, str]) -> str:
+    """One sha256, in hexadecimal, for all weights: two models have the same if, and only if, names and bytes are equal.
+
+    It is the root of a Merkle tree as RFC 6962 builds it. Its leaves are the names in the order of their UTF-8 bytes,
+    each followed by a zero byte and the weight's checksum.
+
+    Args:
+        weights: A model, tensors by name, or what `weight_checksums` gave for either.
+
+    Returns:
+        The root.
+
+    Raises:
+        ConfigError: A checksum is no sha256 in hexadecimal.
+    """
+    given: Mapping[str, torch.Tensor | str] = (
+        dict(weights.named_parameters(remove_duplicate=False)) if isinstance(weights, nn.Module) else weights
+    )
+    sums = {name: value for name, value in given.items() if isinstance(value, str)}
+    sums |= weight_checksums({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
+    leaves = []
+    for name, checksum in sorted((name.encode(), checksum) for name, checksum in sums.items()):
+        try:
+            digest = bytes.fromhex(checksum)
+        except ValueError:
+            digest = b""
+        if len(digest) != hashlib.sha256().digest_size:
+            raise ConfigError(f"weight_root: {name.decode()} has no sha256 in hexadecimal: {checksum!r:.80}")
+        leaves.append(hashlib.sha256(b"\0" + name + b"\0" + digest).digest())
+    return _root(leaves).hex()
+
+
+def _root(leaves: list[bytes]) -> bytes:
+    """Of two or more: of the largest power of two that is less than all of them, and of the rest."""
+    if len(leaves) < 2:
+        return leaves[0] if leaves else hashlib.sha256().digest()
+    half = 1 << (len(leaves) - 1).bit_length() - 1
+    return hashlib.sha256(b"\1" + _root(leaves[:half]) + _root(leaves[half:])).digest()
 
 
 def _sha256(tensor: torch.Tensor) -> str:

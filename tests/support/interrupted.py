@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtensor import fp8, quantize, save_checkpoint
+from qtensor import fp8, quantize, save_checkpoint, save_snapshot
 from qtensor.checkpoint import ShardTask, convert_shard, quantize_checkpoint
 from support.processes import elsewhere
 
@@ -48,6 +48,15 @@ def save_model(seed: int, target: Path) -> None:
     for layer in model:
         layer.weight = nn.Parameter(quantize(torch.randn(64, 64), fp8), requires_grad=False)
     save_checkpoint(model, target, max_shard_size=40_000)
+
+
+def snapshot_model(seed: int, target: Path) -> None:
+    _quickly()
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+    for layer in model:
+        layer.weight = nn.Parameter(quantize(torch.randn(512, 512), fp8), requires_grad=False)
+    save_snapshot(model, target)
 
 
 def kill_at_random(

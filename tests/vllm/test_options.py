@@ -161,6 +161,7 @@ def test_config_route_and_quantized_head(tmp_path: Path, monkeypatch: pytest.Mon
             {"report": "/etc/passwd"},
             "has no report; give it as quantization_config_dict_json, .*_REPORT",
         ),
+        ({"snapshot": "/etc"}, "has no snapshot; give it as quantization_config_dict_json, .*_SNAPSHOT"),
         ({"ignore": [r"re:(a)\1"]}, "ignore: .* needs backtracking .* QTENSOR_VLLM_IGNORE"),
         ({"ignore": r"x, re:(a)\1"}, "ignore: .* needs backtracking"),
         ({"targets": {"re:(?=a)": "fp8"}}, "targets: .* needs backtracking .* QTENSOR_VLLM_TARGETS"),

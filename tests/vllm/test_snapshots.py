@@ -1,0 +1,132 @@
+"""Engines that start from a snapshot: answers, weights and root of the one it was saved of; reloads; refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from vllm import LLM
+
+from qtensor import SnapshotError, weight_root
+from qtensor.checkpoint.snapshots import snapshot_roots, verify_snapshot
+from qtensor.integrations.vllm import checksums, compat, root, save_snapshot
+from support.vllm.checkpoints import checkpoint
+from support.vllm.engines import engine, look
+from support.vllm.reloads import other, reload
+
+FILE = "ranks-1/rank-0-of-1.safetensors"
+INT8 = {"hf_overrides": {"quantization_config_dict_json": json.dumps({"activation": "int8"})}}
+
+
+def without_weights(architecture: str, folder: Path) -> Path:
+    """The checkpoint's config alone: who reads weights from here fails."""
+    return Path(shutil.copytree(checkpoint(architecture), folder, ignore=shutil.ignore_patterns("*.safetensors*")))
+
+
+def mapped(llm: LLM) -> list[str]:
+    """The parameters whose memory is a file of a snapshot."""
+
+    def read(model: torch.nn.Module) -> list[str]:
+        spans = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith(".safetensors") and "/rank-" in line:
+                spans.append(tuple(int(end, 16) for end in line.split()[0].split("-")))
+        params = [(n, p.data_ptr()) for n, p in model.named_parameters() if p.numel()]
+        return [name for name, address in params if any(start <= address < stop for start, stop in spans)]
+
+    found: list[str] = llm.apply_model(read)[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "quantization", "options"),
+    [
+        ("llama", "qtensor", {}),
+        ("qwen3-tied", "qtensor_nvfp4", {}),
+        ("mixtral", "qtensor_mxfp4", {}),
+        ("qwen3-moe", "qtensor_fp8_per_block", {}),
+        ("llama", "qtensor_int8_per_channel", INT8),
+    ],
+)
+def test_an_engine_starts_from_a_snapshot(architecture, quantization, options, tmp_path, monkeypatch) -> None:
+    with engine(checkpoint(architecture), quantization, **options) as llm:
+        roots = save_snapshot(llm, tmp_path / "s")
+        assert roots == [root(llm)] == [weight_root(checksums(llm)[0])] == snapshot_roots(tmp_path / "s" / "ranks-1")
+        first = look(llm)
+        assert mapped(llm) == []
+        reload(llm, other(architecture))
+        moved = root(llm)
+        llm.reset_prefix_cache()
+        second = look(llm)
+    assert verify_snapshot(tmp_path / "s" / "ranks-1") == []
+    before = (tmp_path / "s" / FILE).read_bytes()
+    monkeypatch.setenv("QTENSOR_VLLM_SNAPSHOT", str(tmp_path / "s"))
+    with engine(without_weights(architecture, tmp_path / "bare"), quantization, **options) as llm:
+        assert root(llm) == roots[0] != moved
+        again = look(llm)
+        assert (again.tokens, again.weights) == (first.tokens, first.weights)
+        assert torch.equal(again.logprobs, first.logprobs)
+        served = [name for name in mapped(llm) if "norm" not in name]
+        assert any("embed_tokens" in name for name in served)
+        if not options:
+            assert sum(name.endswith(("proj.weight", "w13_weight", "w2_weight")) for name in served) >= 4
+        reload(llm, other(architecture))
+        assert root(llm) == moved
+        llm.reset_prefix_cache()
+        assert torch.equal(look(llm).logprobs, second.logprobs)
+        save_snapshot(llm, tmp_path / "t")
+    assert (tmp_path / "s" / FILE).read_bytes() == before
+    assert snapshot_roots(tmp_path / "t" / "ranks-1") == [moved]
+
+
+def test_a_snapshot_that_does_not_fit_is_not_used(tmp_path, monkeypatch) -> None:
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        save_snapshot(llm, tmp_path / "s")
+        own = root(llm)
+    monkeypatch.setenv("QTENSOR_VLLM_SNAPSHOT", str(tmp_path / "s"))
+    said: list[str] = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda text, *args: said.append(text % args))
+    with engine(checkpoint("llama"), "qtensor_fp8_per_tensor") as llm:
+        assert root(llm) != own
+        assert mapped(llm) == []
+    assert any("fp8_per_channel, and here" in line for line in said)
+    path = tmp_path / "s" / FILE
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    said.clear()
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        assert root(llm) == own
+        assert mapped(llm) == []
+    assert any("is damaged" in line for line in said)
+    monkeypatch.setenv("QTENSOR_VLLM_SNAPSHOT", str(tmp_path / "none"))
+    said.clear()
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        assert root(llm) == own
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "ranks-1").write_text("mine")
+        with pytest.raises(Exception, match="is a file") as error:
+            save_snapshot(llm, tmp_path / "other")
+        assert isinstance(error.value, SnapshotError)
+    assert any("it is no snapshot" in line for line in said)
+
+
+@pytest.mark.slow
+def test_every_rank_has_a_file(tmp_path, monkeypatch) -> None:
+    options = {"tensor_parallel_size": 2, "enable_prefix_caching": False}
+    with engine(checkpoint("llama"), "qtensor_fp8_per_tensor", **options) as llm:
+        roots = save_snapshot(llm, tmp_path / "s")
+        whole = root(llm)
+        assert snapshot_roots(tmp_path / "s" / "ranks-2") == roots
+        assert whole == weight_root({"rank-0": roots[0], "rank-1": roots[1]})
+    monkeypatch.setenv("QTENSOR_VLLM_SNAPSHOT", str(tmp_path / "s"))
+    with engine(without_weights("llama", tmp_path / "bare"), "qtensor_fp8_per_tensor", **options) as llm:
+        assert root(llm) == whole
+    # One rank's file is damaged: both load the checkpoint.
+    path = tmp_path / "s" / "ranks-2" / "rank-1-of-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with engine(checkpoint("llama"), "qtensor_fp8_per_tensor", **options) as llm:
+        assert root(llm) == whole
