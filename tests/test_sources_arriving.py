@@ -4,10 +4,12 @@ matrix decoded as a whole and quantized, byte for byte; or, where it is moved, t
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from math import inf
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from qtensor import (
     WeightDtypeError,
     online_quant,
     online_reload,
+    quantize,
 )
 from qtensor.schemes.scheme import SCHEMES
 from qtensor.sources import families
@@ -196,6 +199,83 @@ def test_a_second_version_wins(data: st.DataObject, form: str, scheme: str) -> N
     assert_arrived(model.weight, parts, outcome(session))
 
 
+STACKS = sorted(form for form in FORMS if "bitsandbytes" not in form)
+
+
+class Experts(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.bfloat16))
+
+
+@slow_data
+@given(st.data(), st.sampled_from(STACKS), st.sampled_from(NAMES))
+def test_any_order_of_any_slices_of_a_stack_equals_the_oracle(data: st.DataObject, form: str, scheme: str) -> None:
+    """Matrix by matrix, and nothing is complete before all of it came."""
+    multiple, even = FORMS[form].multiple, FORMS[form].rows
+    count, rows = data.draw(st.integers(2, 3)), even * data.draw(st.integers(1, 160 // even))
+    cols = multiple * data.draw(st.integers(1, 160 // multiple).filter(lambda n: multiple * n != rows))
+    each = [FORMS[form].parts(rows, cols, seed) for seed in range(count)]
+    parts = {name: torch.stack([own[name] for own in each]) for name in each[0]}
+    pieces = [(name, box) for name, part in parts.items() for box in data.draw(boxes(tuple(part.shape)))]
+    lost = data.draw(st.none() | st.sampled_from(pieces))
+    model = Experts(count, rows, cols)
+    session = online_quant(scheme, model, source=FORMS[form].config or {}, targets=["weight"])
+    incoming = session._work.incoming.of(model.weight._armed)
+
+    def run() -> None:
+        with session:
+            for name, box in data.draw(st.permutations(pieces)):
+                if (name, box) != lost:
+                    given = parts[name][tuple(slice(*span) for span in box)].clone()
+                    incoming.write(name, given, box, tuple(parts[name].shape))
+
+    if lost is not None:
+        with pytest.raises((IncompleteLoadError, CheckpointError, WeightDtypeError), match=r"^weight: "):
+            run()
+        return
+    run()
+    assert session.report().timeline[-1].staged_bytes == 0
+    for e, own in enumerate(each):
+        values, found = whole(own, torch.bfloat16, (rows, cols)), model.weight[e]
+        expected = quantize(values, scheme)
+        if not all(same_bytes(a, b) for a, b in zip(found.parts(), expected.parts(), strict=True)):
+            assert outcome(session) != "requantized" or expected_outcome(form, scheme) != "requantized"
+            assert torch.allclose(found.dequantize().float(), values.float(), rtol=2**-7, atol=0)
+
+
+def poison(data: st.DataObject, parts: Tensors) -> str | None:
+    """Make a part mean nothing, somewhere. Returns which; None if it has no such values."""
+    floats = [n for n, t in parts.items() if t.is_floating_point() and n != "*.quant_map" and "nested" not in n]
+    name = data.draw(st.sampled_from(floats)) if floats else None
+    if name is None or parts[name].dtype == torch.float8_e8m0fnu:
+        return None
+    part = parts[name] = parts[name].clone()
+    at = data.draw(st.integers(0, part.numel() - 1))
+    part.reshape(-1, 1).view(torch.uint8)[at] = 0x7F if part.itemsize == 1 else 0xFF  # NaN of any dtype
+    return name
+
+
+@slow_data
+@given(st.data(), st.sampled_from(sorted(FORMS)), st.sampled_from(NAMES))
+def test_what_means_nothing_is_refused_in_any_order_and_good_parts_load_after_it(
+    data: st.DataObject, form: str, scheme: str
+) -> None:
+    rows, cols = 96, 160
+    good = FORMS[form].parts(rows, cols)
+    bad = dict(good)
+    if poison(data, bad) is None:
+        return
+    model = layer(rows, cols)
+    for parts in (bad, good):
+        refused = pytest.raises(QTensorError, match=r"^weight: ") if parts is bad else contextlib.nullcontext()
+        with refused, online_quant(scheme, model, source=FORMS[form].config or {}) as session:
+            incoming = session._work.incoming.of(model.weight._armed)
+            for name in data.draw(st.permutations(sorted(parts))):
+                incoming.write(name, parts[name])
+    assert_arrived(model.weight, good, outcome(session))
+
+
 @pytest.mark.parametrize("order", ["values first", "scales first"])
 def test_a_loader_that_assigns_parts_one_by_one(order: str) -> None:
     parts = FORMS["fp8 blocks"].parts(300, 256)
@@ -212,20 +292,74 @@ def test_a_loader_that_assigns_parts_one_by_one(order: str) -> None:
     assert_arrived(model.weight, parts)
 
 
+GROWING = ["int8 zero points", "int4 groups, zero points", "int3 groups, another order"]
+
+
+@slow_data
+@given(st.data(), st.sampled_from(GROWING), st.sampled_from(NAMES))
+def test_zero_points_and_orders_may_come_last_where_nobody_told_of_them(
+    data: st.DataObject, form: str, scheme: str
+) -> None:
+    """What was decoded without them is decoded again, in a stack of matrices, too."""
+    shape, parts = (96, 160), FORMS[form].parts(96, 160)
+    pieces = [(name, box) for name, part in parts.items() for box in data.draw(boxes(tuple(part.shape)))]
+    with online_quant(scheme, source={}) as session:
+        model = nn.Sequential(layer(*shape), layer(8, 8))
+        incoming = session._work.incoming.of(model[0].weight._armed)
+        for name, box in data.draw(st.permutations(pieces)):
+            incoming.write(name, parts[name][tuple(slice(*span) for span in box)], box, tuple(parts[name].shape))
+        model[1].weight.data.copy_(torch.ones(8, 8))
+        assert incoming._held == 0
+    assert_arrived(model[0].weight, parts)
+    assert session.report().layers[0].source == f"{source_of(parts)}: requantized"
+
+
 @pytest.mark.parametrize("told", [False, True])
-def test_zero_points_that_come_last_have_to_be_foretold(told: bool) -> None:
+def test_zero_points_that_come_after_another_weight_have_to_be_foretold(told: bool) -> None:
+    """Until then a matrix is held; all of them to the end of a load would be a second model."""
     form = FORMS["int4 groups, zero points"]
     parts = form.parts(64, 256)
-    late = ["*_scale", "*_shape", "*_packed", "*_zero_point"]
-    refused = pytest.raises(CheckpointError, match=r"zero_point, of which .* came too late: hand it over before")
+    refused = pytest.raises(CheckpointError, match=r"zero_point, of which .* came too late: hand it over with")
     with contextlib.nullcontext() if told else refused, online_quant("fp8", source=form.config if told else {}):
-        model = layer(64, 256)
-        for part in late:
-            setattr(model, part.replace("*", "weight"), nn.Parameter(parts[part], requires_grad=False))
+        model = nn.Sequential(layer(64, 256), layer(8, 8))
+        for part in ["*_scale", "*_shape", "*_packed", "other", "*_zero_point"]:
+            if part == "other":
+                model[1].weight.data.copy_(torch.ones(8, 8))
+            else:
+                setattr(model[0], part.replace("*", "weight"), nn.Parameter(parts[part], requires_grad=False))
     if told:
         wanted = source_of(parts, dict(form.config))
         needed = {name: parts[name] for name, spec in wanted.parts((64, 256)).items() if spec.needed}
-        assert_oracle(model.weight, wanted.decode(needed, (64, 256), torch.bfloat16), SCHEMES["fp8"])
+        assert_oracle(model[0].weight, wanted.decode(needed, (64, 256), torch.bfloat16), SCHEMES["fp8"])
+
+
+def test_threads_that_take_turns_with_weights_do_not_wait_for_each_other() -> None:
+    """Whoever goes on to another weight lets go of the one before, which another thread may be writing."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    each = [FORMS["fp8 channel"].parts(8, 8, seed) for seed in range(2)]
+    with online_quant("fp8", source={}) as session:
+        model = nn.Sequential(*(layer(8, 8) for _ in each))
+        collectors = [session._work.incoming.of(linear.weight._armed) for linear in model]
+
+        def send(first: int) -> None:
+            for turn in range(400):
+                i, row = (first + turn) % 2, turn % 7
+                collectors[i].write("*", each[i]["*"][row : row + 1], ((row, row + 1), (0, 8)), (8, 8))
+
+        for collector, parts in zip(collectors, each, strict=True):
+            collector.write("*_scale", parts["*_scale"])
+        threads = [Thread(target=send, args=(first,), daemon=True) for first in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        sys.setswitchinterval(interval)
+        assert not any(thread.is_alive() for thread in threads)
+        for collector, parts in zip(collectors, each, strict=True):
+            collector.write("*", parts["*"])
+    for linear, parts in zip(model, each, strict=True):
+        assert_arrived(linear.weight, parts, "lossless")
 
 
 def test_a_loader_that_registers_buffers() -> None:

@@ -114,6 +114,14 @@ class QTensorConfig(QuantizationConfig):
                 'hf_overrides={"quantization_config": {"quant_method": "qtensor", ...}} or QTENSOR_VLLM_... variables.'
             )
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
+        """Models that ask their checkpoint's configuration in which format tensors come (GPT-OSS's) are handed them as
+        if they were in high precision."""
+        for config in (hf_config, getattr(hf_config, "text_config", None)):
+            found = getattr(config, "quantization_config", None)
+            if self.choice.stored and isinstance(found, dict):
+                config.quantization_config = found | {"quant_method": _DECODED}  # type: ignore[union-attr]
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         def rename(name: str) -> str:
             renamed: list[str] = hf_to_vllm_mapper.apply_list([name])
@@ -149,6 +157,9 @@ class QTensorConfig(QuantizationConfig):
             choice.options, choice.packed, experts_by_default=choice.experts_by_default, stored=choice.stored
         )
         return self.__dict__ | {"choice": again}
+
+
+_DECODED = "qtensor decodes it"
 
 
 def _builtin_method(hf_quant_cfg: Any, hf_config: Any) -> str:

@@ -1,8 +1,9 @@
 """Checkpoints that are quantized already, in another scheme: their tensors are decoded as they stream by.
 
-vLLM's loaders take whole tensors by name, split, fuse and shard them. So a matrix is decoded when the last of its parts
-has come, and handed on under the name that it has in high precision: one matrix at a time. What waits is held as the
-quantized bytes that came.
+vLLM's loaders take whole tensors by name, split, fuse and shard them. So a matrix is handed on when the last of its
+parts has come, under the name that it has in high precision; what is copied of it into a weight is moved or decoded
+then, and each rank does so with its part (`qtensor.sources.undecoded`). What waits is held as the quantized bytes that
+came.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from qtensor.errors import CheckpointError, IncompleteLoadError
 from qtensor.lazy.sources import is_high_precision
 from qtensor.sources.families import part_names, recognise
 from qtensor.sources.source import Source, Spec
+from qtensor.sources.undecoded import QuantizedMatrix, Undecoded
 
 OWN = "*"
 
@@ -23,7 +25,7 @@ OWN = "*"
 def decoded(
     weights: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint, or of a trainer, with quantized weights in `dtype`.
+    """The tensors of a checkpoint, or of a trainer, with quantized weights as if they were in `dtype`.
 
     config: its quantization_config, as far as anybody knows it. Raises CheckpointError for parts that mean nothing, and
     IncompleteLoadError for a weight that lacks one.
@@ -81,13 +83,11 @@ def _decode(
             return None
         stacked = _stack_of(source, specs)
         each = [{p: t[e] for p, t in group.items()} for e in range(stacked)] if stacked else [dict(group)]
-        made = [_matrix(source, parts, dtype) for parts in each]
+        made = [_matrix(source, parts) for parts in each]
     except CheckpointError as error:
         raise CheckpointError(f"{weight}: {error}") from None
-    if any(matrix is None for matrix in made):
-        return None
-    found = [matrix.mT if source.transposed and stacked else matrix for matrix in made if matrix is not None]
-    return torch.stack(found) if stacked else found[0]
+    matrices = [matrix for matrix in made if matrix is not None]
+    return Undecoded.of(matrices, dtype, bool(stacked)) if len(matrices) == len(made) else None
 
 
 def _stack_of(source: Source, specs: Mapping[str, Spec]) -> int:
@@ -102,7 +102,7 @@ def _stack_of(source: Source, specs: Mapping[str, Spec]) -> int:
     return 0
 
 
-def _matrix(source: Source, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+def _matrix(source: Source, parts: Mapping[str, torch.Tensor]) -> QuantizedMatrix | None:
     specs = {part: Spec(tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
     shape = source.shape(specs)
     wanted = {part: spec for part, spec in source.parts(shape).items() if spec.needed}
@@ -111,6 +111,4 @@ def _matrix(source: Source, parts: Mapping[str, torch.Tensor], dtype: torch.dtyp
     for part, spec in wanted.items():
         if not spec.fits(specs[part]):
             raise CheckpointError(f"its {part.replace(OWN, '')} is {specs[part]}, which does not fit {list(shape)}")
-    needed = {part: parts[part] for part in wanted}
-    source.check(needed, shape)
-    return source.decode(needed, shape, dtype)
+    return QuantizedMatrix(source, parts, shape)

@@ -107,6 +107,9 @@ def _copy_(func: Any, dst: Any, src: Any, non_blocking: bool = False) -> Any:
         src = src.dequantize(dst.dtype)
     if not isinstance(dst, LAZY):
         return func(dst, src, non_blocking)
+    if (deliver := getattr(src, "deliver", None)) is not None:  # sources.undecoded: it has no values yet.
+        deliver(dst._armed, view_of(dst))
+        return dst
     if copied_by_init():
         values = src.clone()
         dst._armed.initialize(view_of(dst), lambda target: func(target, values), replaces=True)

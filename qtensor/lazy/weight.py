@@ -65,6 +65,9 @@ class Host(Protocol):
     def note_buffer(self, module: Any, name: str) -> None:
         """A loader registered a part of a weight as a buffer of that module."""
 
+    def note_source(self, weight: ArmedWeight, source: str, outcome: str) -> None:
+        """Values of a weight came in that quantized format, all at once, and that became of them."""
+
     def staged(self, delta: int) -> None: ...
     def lossy_read(self, weight: ArmedWeight) -> None: ...
     def submit(self, weight: ArmedWeight) -> None: ...
@@ -165,6 +168,10 @@ class ArmedWeight:
         raise NotImplementedError
 
     # Writes
+
+    def touch(self) -> None:
+        """The calling thread is going to write to it."""
+        self.host.touch(self)
 
     def open(self) -> None:
         """Have memory for what is going to be written, if there is none yet."""

@@ -77,6 +77,7 @@ class LoadHost:
             self._writing[thread] = weight
             if last is not None:
                 last.release()
+                self.incoming.release(last)
 
     def collector(self, weight: ArmedWeight, make: bool = False, view: View | None = None) -> Collector | None:
         """Who takes values of a weight that are quantized already: if anybody said that they come, or parts have."""
@@ -85,6 +86,10 @@ class LoadHost:
     def note_buffer(self, module: nn.Module, name: str) -> None:
         """A loader registered a part of a weight as a buffer, which goes when the session is over."""
         self.incoming.buffers.append((weakref.ref(module), name))
+
+    def note_source(self, weight: ArmedWeight, source: str, outcome: str) -> None:
+        """Values of a weight came in that quantized format, all at once, and that became of them."""
+        self.incoming.note(weight, source, outcome)
 
     def staged(self, delta: int) -> None:
         """Bytes that wait for the rest of their unit changed by so much: in high precision, or as parts of a source."""

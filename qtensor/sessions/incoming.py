@@ -24,6 +24,7 @@ from ..lazy.lazy_tensor import LAZY
 from ..lazy.sources import is_high_precision, unusable_source
 from ..lazy.weight import ArmedWeight
 from ..regions.views import View, whole
+from ..sources import REQUANTIZED
 from . import registration
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Incoming:
         self.config, self.lossless = config, lossless
         self._on_held = on_held
         self._collectors: WeakKeyDictionary[ArmedWeight, dict[View, Collector]] = WeakKeyDictionary()
+        self._noted: WeakKeyDictionary[ArmedWeight, set[tuple[str, str]]] = WeakKeyDictionary()
         self.buffers: list[tuple[weakref.ref[nn.Module], str]] = []  # that a loader registered, of parts
 
     def of(self, weight: ArmedWeight, view: View | None = None, make: bool = True) -> Collector | None:
@@ -77,6 +79,11 @@ class Incoming:
             self._collectors.setdefault(weight, {})[view] = made
             return made
 
+    def release(self, weight: ArmedWeight) -> None:
+        """Its writer has gone on to another."""
+        for collector in list(self._collectors.get(weight, {}).values()):
+            collector.release()
+
     def finish(self, weight: ArmedWeight) -> None:
         """Nothing more comes for a weight. Raises what is wrong with what came, by name."""
         for collector in self._collectors.get(weight, {}).values():
@@ -85,13 +92,19 @@ class Incoming:
                 raise WeightDtypeError(unusable_source(weight.name, alone[OWN].dtype))
             collector.finish()
 
+    def note(self, weight: ArmedWeight, source: str, outcome: str) -> None:
+        """As `Host.note_source`."""
+        with weight.lock:
+            self._noted.setdefault(weight, set()).add((source, outcome))
+
     def told(self, weight: ArmedWeight) -> tuple[str, str]:
         """Of which source a weight was, and what became of its numbers: "" twice if it came in high precision."""
-        found = [c for c in self._collectors.get(weight, {}).values() if c.outcome]
-        outcomes = {c.outcome for c in found}
-        return ", ".join(sorted({str(c.source) for c in found})), outcomes.pop() if len(
-            outcomes
-        ) == 1 else "requantized"
+        collectors = self._collectors.get(weight, {}).values()
+        found = {(str(c.source), c.outcome) for c in collectors if c.outcome} | self._noted.get(weight, set())
+        if not found:
+            return "", ""
+        outcomes = {outcome for _, outcome in found}
+        return ", ".join(sorted({source for source, _ in found})), outcomes.pop() if len(outcomes) == 1 else REQUANTIZED
 
     def discard(self) -> None:
         """Free what is held, and take away the buffers that are parts. May be repeated."""

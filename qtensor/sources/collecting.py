@@ -40,6 +40,7 @@ class Sink(Protocol):
     def decided(self) -> Scheme | None:
         """What it becomes."""
 
+    def touch(self) -> None: ...
     def open(self) -> None: ...
     def write(self, view: View, source: torch.Tensor) -> None: ...
     def accept(self, source: QTensor, view: View | None = None) -> bool: ...
@@ -73,6 +74,7 @@ class Collector:
         self._waiting: list[tuple[str, Box, torch.Tensor]] = []
         self._matrices: list[MatrixParts] = []
         self._held = 0
+        self._expected = False
         self._failed: QTensorError | None = None
         self.source: Source | None = None
         self.outcome = ""
@@ -84,7 +86,9 @@ class Collector:
 
     def expect(self, specs: Mapping[str, Spec]) -> None:
         """These parts are going to come: which format it is may be told by all of them. May be repeated."""
+        self._sink.touch()
         with self._lock:
+            self._expected = True
             self._recognise(specs)
 
     def require_parts(self) -> None:
@@ -103,6 +107,8 @@ class Collector:
         """
         spec = Spec(tensor.dtype, tuple(shape if box is not None else tensor.shape))
         box = box if box is not None else tuple((0, n) for n in tensor.shape)
+        # What the thread wrote to before is let go of now: with this weight's lock held, two could wait for each other.
+        self._sink.touch()
         with self._lock:
             self._recognise({part: spec})
             if self.source is None:
@@ -116,6 +122,9 @@ class Collector:
         for part, spec in specs.items():
             if self._specs.setdefault(part, spec) != spec:
                 self._refuse(f"{self._called(part)} is {_told(spec)}, and was {_told(self._specs[part])} before")
+        old = self._matrices
+        if self.source is not None and specs.keys() & set(self.source.later) and all(m.keeps for m in old):
+            self.source, self._matrices, self.outcome = None, [], ""
         if self.source is None:
             try:
                 self.source = recognise(self._specs, self._config)
@@ -129,6 +138,9 @@ class Collector:
             waiting, self._waiting = (self._waiting, []) if self.source is not None else ([], self._waiting)
             for part, box, tensor in waiting:
                 self._take(part, box, tensor)
+            for matrix, before in zip(self._matrices, old, strict=False):
+                for part, box, tensor in before.held_boxes():
+                    self._take_into(matrix, part, box, tensor)
         else:
             shape = (*self._view.size[:-2], *self._matrices[0].view.size) if self._matrices else self._view.size
             if unfit := self._misfit(self.source, self._parts, shape, specs):
@@ -156,7 +168,9 @@ class Collector:
             unit = view.size[0] if together else source.unit((view.size[0], view.size[1]))
             count, step = (lead[0], stride[0]) if lead else (1, 0)
             views = (View(view.size, view.stride, offset + e * step) for e in range(count))
-            return [MatrixParts(parts, view, unit) for view in views]
+            # Who said which parts are going to come has said all of them.
+            keeps = bool(source.later) and not self._expected
+            return [MatrixParts(parts, view, unit, keeps) for view in views]
         raise Unusable(problem)
 
     def _needs_whole(self) -> bool:
@@ -179,8 +193,8 @@ class Collector:
             part = parts.get(name)
             if part is None:
                 return f"has {self._called(name)}, of which {source} knows nothing" + (
-                    ". If it belongs to the weight, it came too late: hand it over before the scales, or tell of it by "
-                    "`source`, config.json's quantization_config"
+                    ". If it belongs to the weight, it came too late: hand it over with the weight's other parts, "
+                    "before those of the next one, or tell of it by `source`, config.json's quantization_config"
                 ) * bool(self._matrices)
             wanted = replace(part, shape=(*shape[:-2], *part.shape))
             if not wanted.fits(spec):
@@ -196,13 +210,15 @@ class Collector:
         if not self._parts[part].needed:
             return
         if not self._stacked:
-            self._settle(self._matrices[0])
-            self._matrices[0].take(part, box, tensor, self._decode)
+            self._take_into(self._matrices[0], part, box, tensor)
             return
         (first, last), inner = box[0], box[1:]
         for e in range(first, last):
-            self._settle(self._matrices[e])
-            self._matrices[e].take(part, inner, tensor[e - first], self._decode)
+            self._take_into(self._matrices[e], part, inner, tensor[e - first])
+
+    def _take_into(self, matrix: MatrixParts, part: str, box: Box, tensor: torch.Tensor) -> None:
+        self._settle(matrix)
+        matrix.take(part, box, tensor, self._decode)
 
     def _settle(self, matrix: MatrixParts) -> None:
         """A matrix whose scales tell that it cannot be moved need not wait for all of its values."""
@@ -297,6 +313,14 @@ class Collector:
                         f"{self._sink.name}: {self._called(part)}[{where}] of {self.source} did not arrive, and "
                         "without it other parts that did mean nothing"
                     )
+            self.release()
+
+    def release(self) -> None:
+        """The loader has gone on to another weight: what is decoded means what it means."""
+        with self._lock:
+            for matrix in self._matrices:
+                matrix.release()
+            self._account()
 
     def discard(self) -> None:
         """Free everything."""

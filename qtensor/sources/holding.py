@@ -22,7 +22,7 @@ from .source import ANY, PartSpec
 CHUNK_BYTES = 1 << 20
 """Of decoded rows at a time: they stay in a processor's cache until they are quantized, and the C allocator keeps holes
 of a few times that between finished weights."""
-_EVEN_ROWS = 128
+EVEN_ROWS = 128
 """Chunks are of so many rows, or a multiple, so that the weight's blocks are whole in each."""
 
 Decode = Callable[["MatrixParts", int, int, Mapping[str, torch.Tensor]], None]
@@ -32,10 +32,12 @@ class MatrixParts:
     """One matrix: its parts, as far as they are held, and which of its units are decoded.
 
     view: of the weight, in the orientation of the source. unit: rows that are decoded together.
+    keeps: what is decoded stays held, until `release`: a part may come that gives it another meaning.
     movable: nobody knows yet that it cannot be moved.
     """
 
-    def __init__(self, parts: Mapping[str, PartSpec], view: View, unit: int) -> None:
+    def __init__(self, parts: Mapping[str, PartSpec], view: View, unit: int, keeps: bool = False) -> None:
+        self.keeps = keeps
         self.view, self._n, self._unit = view, view.size[0], max(unit, 1)
         self._parts = {name: HeldPart(spec) for name, spec in parts.items() if spec.needed}
         self._bulk = max(self._parts, key=lambda name: prod(self._parts[name].spec.shape))
@@ -66,12 +68,12 @@ class MatrixParts:
 
     def chunk(self, itemsize: int) -> int:
         """Rows to decode at a time: whole units, whole blocks of any format."""
-        even = lcm(self._unit, _EVEN_ROWS)
+        even = lcm(self._unit, EVEN_ROWS)
         return max(1, CHUNK_BYTES // max(1, even * self.view.size[1] * itemsize)) * even
 
     def cut(self, name: str, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The entries for rows start:stop, of a tensor with those of a part from a unit's first row, row 0, on."""
-        return self._parts[name].cut(tensor, start, stop)
+        return self._parts[name].spec.cut(tensor, start, stop)
 
     def take(self, name: str, box: Box, tensor: torch.Tensor, decode: Decode) -> None:
         """Values of a part arrived: decode the units that are whole with them, and hold the rest."""
@@ -85,18 +87,34 @@ class MatrixParts:
         for rest in self._pass_through(name, box, tensor, decode):
             inside = (slice(a - c, b - c) for (a, b), (c, _) in zip(rest, box, strict=True))
             part.hold(rest, tensor[tuple(inside)])
-        for start, stop in self._runs(self._ready(), 0, self._n):
+        for start, stop in self._runs(self._ready() & ~self._done, 0, self._n):
             self._emit(start, stop, decode, {name: part.held(start, stop) for name, part in self._parts.items()})
-        if self._done.all():
+        self._let_go()
+
+    def release(self) -> None:
+        """Nothing gives what is decoded another meaning any more."""
+        self.keeps = False
+        for start, stop in self._runs(self._done, 0, self._n):
+            self._parts[self._bulk].forget(start, stop)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._done.all() and not self.keeps:
             for each in self._parts.values():
                 each.free()
+
+    def held_boxes(self) -> Iterator[tuple[str, Box, torch.Tensor]]:
+        """All that is held."""
+        for name, part in self._parts.items():
+            for box in part.boxes():
+                yield name, box, part.at(box)
 
     def _pass_through(self, name: str, box: Box, tensor: torch.Tensor, decode: Decode) -> list[Box]:
         """Decode what can be straight out of the caller's tensor. Returns the boxes that are left."""
         part = self._parts[name]
         axis = part.spec.span.axis
         others = (span for d, span in enumerate(zip(box, part.shape, strict=True)) if d != axis)
-        if name != self._bulk or axis is None or any(span != (0, n) for span, n in others):
+        if name != self._bulk or axis is None or self.keeps or any(span != (0, n) for span, n in others):
             return [box]
         first, last = part.rows_inside(box, self._n, self._unit)
         at, left = box[axis][0], []
@@ -114,7 +132,8 @@ class MatrixParts:
         place = parts[self._bulk].device
         decode(self, start, stop, {name: part.to(place) for name, part in parts.items()})
         self._done[start // self._unit : ceil_div(stop, self._unit)] = True
-        self._parts[self._bulk].forget(start, stop)
+        if not self.keeps:
+            self._parts[self._bulk].forget(start, stop)
 
     def _ready(self, but: str = "") -> np.ndarray:
         """The units of which every part is held, leaving one out."""
@@ -157,17 +176,10 @@ class HeldPart:
         assert self.spec.span.axis is not None
         return self.spec.span.entries(start, stop, self.shape[self.spec.span.axis])
 
-    def cut(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        span = self.spec.span
-        if span.axis is None:
-            return tensor
-        a, b = span.entries(start, stop, tensor.shape[span.axis])
-        return tensor.narrow(span.axis, a, b - a)
-
     def held(self, start: int, stop: int) -> torch.Tensor:
         """The entries for rows start:stop."""
         assert self._memory is not None
-        return self.in_form(self.cut(self._memory, start, stop))
+        return self.in_form(self.spec.cut(self._memory, start, stop))
 
     def in_form(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.spec.shape else tensor.reshape(())
@@ -176,8 +188,16 @@ class HeldPart:
         """Is this held already, bit for bit?"""
         if self._memory is None or self.coverage is None or not self.coverage.covers(box):
             return False
-        held = self._memory[tuple(slice(*span) for span in box)]
+        held = self.at(box)
         return torch.equal(_bits(held), _bits(tensor.to(held.device)))
+
+    def boxes(self) -> list[Box]:
+        """What is held of it."""
+        return [] if self._memory is None or self.coverage is None else self.coverage.covered_boxes()
+
+    def at(self, box: Box) -> torch.Tensor:
+        assert self._memory is not None
+        return self._memory[tuple(slice(*span) for span in box)]
 
     def hold(self, box: Box, tensor: torch.Tensor) -> None:
         if self.coverage is None:
@@ -185,7 +205,7 @@ class HeldPart:
             self.coverage = Coverage(self.shape)
         if self._memory is None:
             self._memory = room_for(self.shape, tensor.dtype, tensor.device)
-        _bits(self._memory[tuple(slice(*span) for span in box)]).copy_(_bits(tensor))
+        _bits(self.at(box)).copy_(_bits(tensor))
         self.coverage.add(box)
 
     def rows_touched(self, box: Box, n: int) -> tuple[int, int]:

@@ -196,6 +196,7 @@ class CompressedIntegers(IntegerSource):
         zeros: Whether there are zero points.
         ordered: Whether a part says to which group a column belongs.
         group: Columns of a group, where the configuration tells.
+        told: The configuration tells whether there are zero points, and an order.
     """
 
     bits: int
@@ -205,7 +206,12 @@ class CompressedIntegers(IntegerSource):
     zeros: bool = False
     ordered: bool = False
     group: int = 0
+    told: bool = False
     scale: str = SCALE
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        return () if self.told else (ZEROS,) * (not self.zeros) + (ORDER,) * (not self.ordered)
 
     @property
     def name(self) -> str:
@@ -327,7 +333,9 @@ def recognise(specs: Specs, config: Mapping[str, Any]) -> CompressedIntegers | N
     if groups > 1 and not packed and not group and not values.shape[-1] % groups:
         group = values.shape[-1] // groups
     words = values.shape[-1] if packed else 0
-    return CompressedIntegers(bits.pop() if len(bits) == 1 else 0, groups, words, dims, zeros, ordered, group)
+    return CompressedIntegers(
+        bits.pop() if len(bits) == 1 else 0, groups, words, dims, zeros, ordered, group, bool(told)
+    )
 
 
 def _fitting(told: list[Mapping[str, Any]], values: int, groups: int, packed: bool) -> list[Mapping[str, Any]]:

@@ -94,6 +94,13 @@ class PartSpec:
             return False
         return all(wanted in (ANY, found) for wanted, found in zip(self.shape, spec.shape, strict=True))
 
+    def cut(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The entries for output rows start:stop, of a tensor that has those from a unit's first row, row 0, on."""
+        if self.span.axis is None:
+            return tensor
+        a, b = self.span.entries(start, stop, tensor.shape[self.span.axis])
+        return tensor.narrow(self.span.axis, a, b - a)
+
 
 UNNEEDED = PartSpec((), (), Span(None), needed=False)
 
@@ -119,6 +126,11 @@ class Source(ABC):
         """Whether a model's stack holds the matrices that are stored here the other way round, `(K, N)`, if its shape
         allows it."""
         return False
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        """Parts that make it another source, where they come after it was recognised."""
+        return ()
 
     @abstractmethod
     def shape(self, specs: Specs) -> Matrix:

@@ -34,7 +34,7 @@ def _slice(func: Any, w: QTensor, dim: int = 0, start: Any = None, end: Any = No
         shard = rows.with_parts(*rows.parts(), whole_units=True)
         shard._padded = w
         return shard
-    return take_slice(w, dim, part) if _sliceable(w, dim, part) else view_of_values(func, w, dim, start, end, step)
+    return take_slice(w, dim, part) if sliceable(w, dim, part) else view_of_values(func, w, dim, start, end, step)
 
 
 @OPS.implements(aten.split.Tensor, aten.unsafe_split.Tensor)
@@ -74,7 +74,7 @@ def _gather(w: QTensor, experts: torch.Tensor) -> QTensor:
     return w.with_parts(*(index_rows(part, experts) for part in w.parts()), whole_units=True)
 
 
-def _sliceable(w: QTensor, dim: int, part: slice) -> bool:
+def sliceable(w: QTensor, dim: int, part: slice) -> bool:
     """Do the slice's scales come as a slice, too? Steps and cuts inside a block do not."""
     if w.dim() == 3 and dim == 0:
         return True

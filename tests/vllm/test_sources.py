@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qtensor import IncompleteLoadError, quantize
+from qtensor.integrations.vllm import reports
 from qtensor.integrations.vllm.sources import decoded
+from qtensor.kernels import FORMATS
+from qtensor.kernels.codes import decode
 from support.vllm.checkpoints import tensors_of, variant
-from support.vllm.engines import engine, look
+from support.vllm.engines import engine, look, runtime_tensors
+from support.vllm.oracle import fused, mistakes
 from support.vllm.reloads import reload
 
 Tensors = dict[str, torch.Tensor]
@@ -61,6 +66,118 @@ def test_a_quantized_checkpoint_is_requantized(architecture: str) -> None:
         # A trainer that sends fp8 blocks.
         reload(llm, iter(tensors_of(blocks(architecture)).items()))
         assert look(llm).weights == expected.weights
+
+
+# The same numbers -----------------------------------------------------------------------------------------------------
+
+MXFP4 = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": {}}
+
+
+def _to_mxfp4(tensors: Tensors) -> None:
+    """As compressed-tensors packs it; GPT-OSS's experts as it publishes them."""
+    for name in _matrices(tensors):
+        made = quantize(tensors.pop(name), "mxfp4")
+        tensors[name + "_packed"], tensors[name + "_scale"] = made.qdata, made.scale
+    for name in [n for n in tensors if n.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        made = quantize(tensors.pop(name).mT.contiguous(), "mxfp4")
+        tensors[name + "_blocks"] = made.qdata.unflatten(-1, (-1, 16))
+        tensors[name + "_scales"] = made.scale
+
+
+def in_mxfp4(architecture: str) -> Path:
+    folder = variant(architecture, "mxfp4", _to_mxfp4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": MXFP4}))
+    return folder
+
+
+def part_of(tensors: Tensors, part: str, name: str, rank: int = 0, ranks: int = 1, whole_experts: bool = True) -> Any:
+    """The bytes of a part ("packed", "scale") of a checkpoint's matrices that a rank has of a runtime weight."""
+    held = {n.removesuffix(f"_{part}"): t for n, t in tensors.items() if n.endswith(f"weight_{part}")}
+    if whole_experts or "experts" not in name:
+        return fused(held, name, rank, ranks)
+    each = fused(held, name)
+    if name.endswith("w2_weight"):
+        return each.chunk(ranks, 2)[rank]
+    return torch.cat([half.chunk(ranks, 1)[rank] for half in each.chunk(2, 1)], 1)
+
+
+def assert_moved(tensors: Tensors, runtime: Tensors, scheme: str, *where: Any) -> None:
+    """Of mxfp4: scales are the file's, byte for byte, and so are codes, or their values in e4m3."""
+    weights = [name for name in runtime if f"{name}_scale" in runtime]
+    assert len(weights) > 4
+    for name in weights:
+        codes = part_of(tensors, "packed", name, *where)
+        values = codes if scheme == "mxfp4" else decode(codes, FORMATS["mxfp4"]).to(torch.float8_e4m3fn)
+        assert torch.equal(runtime[name].view(torch.uint8), values.view(torch.uint8)), name
+        assert torch.equal(runtime[f"{name}_scale"], part_of(tensors, "scale", name, *where)), name
+
+
+@pytest.mark.usefixtures("_requantize")
+@pytest.mark.parametrize(("architecture", "scheme"), [("llama", "mxfp8"), ("qwen3-moe", "mxfp4")])
+def test_what_is_the_same_numbers_is_moved(architecture: str, scheme: str) -> None:
+    """Fused layers and experts, also in a reload."""
+    folder = in_mxfp4(architecture)
+    with engine(folder, f"qtensor_{scheme}") as llm:
+        seen = look(llm, keep_tensors=True)
+        assert seen.report is not None
+        assert {layer["source"] for layer in seen.report["layers"]} == {"mxfp4: lossless"}
+        assert seen.report["peak_staged_bytes"] == 0
+        assert_moved(tensors_of(folder), seen.tensors, scheme)
+        reload(llm, iter(tensors_of(folder).items()))
+        assert look(llm).weights == seen.weights
+
+
+@pytest.mark.usefixtures("_requantize")
+def test_gpt_oss_is_moved_out_of_its_blocks() -> None:
+    folder = variant("gpt-oss", "mxfp4-blocks", _to_mxfp4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with engine(folder, "qtensor_mxfp4") as llm:
+        seen = look(llm, keep_tensors=True)
+    assert seen.report is not None
+    assert {layer["source"].rpartition(": ")[2] for layer in seen.report["layers"]} == {"lossless"}
+    tensors = tensors_of(folder)
+    for name in [n for n in seen.tensors if n.endswith(("w13_weight", "w2_weight"))]:
+        theirs = "gate_up_proj" if "w13" in name else "down_proj"
+        prefix = name.replace(".routed_experts", "").rpartition(".")[0]
+        assert torch.equal(seen.tensors[name], tensors[f"{prefix}.{theirs}_blocks"].flatten(2))
+        assert torch.equal(seen.tensors[f"{name}_scale"], tensors[f"{prefix}.{theirs}_scales"])
+
+
+# Several ranks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of their own; they are sent the functions of these tests."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+
+
+@pytest.mark.usefixtures("_requantize", "_ranks")
+@pytest.mark.parametrize("whole_experts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_ranks_take_their_parts_of_values_and_scales(whole_experts: bool) -> None:
+    """Attention by rows and by columns; experts, too, or whole ones."""
+    folder = in_mxfp4("qwen3-moe")
+    with engine(folder, "qtensor_mxfp8", tensor_parallel_size=2, enable_expert_parallel=whole_experts) as llm:
+        found, told = llm.apply_model(runtime_tensors), reports(llm)
+    for rank, tensors in enumerate(found):
+        assert_moved(tensors_of(folder), tensors, "mxfp8", rank, 2, whole_experts)
+        assert {layer["source"] for layer in told[rank]["layers"]} == {"mxfp4: lossless"}
+
+
+@pytest.mark.usefixtures("_requantize", "_ranks")
+@pytest.mark.slow
+def test_two_ranks_agree_on_the_scales_of_what_they_decode() -> None:
+    """Rows whose columns are on both ranks have one scale: of the decoded whole."""
+    with engine(blocks("llama"), "qtensor", tensor_parallel_size=2) as llm:
+        found = llm.apply_model(runtime_tensors)
+    values = tensors_of(variant("llama", "values", _to_their_values))
+    assert [mistakes(values, tensors, "fp8_per_channel", rank, 2) for rank, tensors in enumerate(found)] == [[], []]
+
+
+# Options and errors ---------------------------------------------------------------------------------------------------
 
 
 def test_a_user_may_say_so_in_the_place_of_the_checkpoints_configuration() -> None:
