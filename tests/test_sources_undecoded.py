@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from qtensor import QTensorError, online_quant, quantize
-from qtensor.schemes.scheme import SCHEMES
 from qtensor.sources.undecoded import QuantizedMatrix, Undecoded
+from support.arriving import NAMES, slow_data
 from support.helpers import assert_oracle, same_bytes
 from support.sources import FORMS, Tensors, source_of, whole
-
-slow_data = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-NAMES = sorted(SCHEMES)
 
 
 def matrix(parts: Tensors, shape: tuple[int, int]) -> QuantizedMatrix:
