@@ -24,6 +24,7 @@ from qtensor import (
     weight_root,
 )
 from qtensor.checkpoint.snapshot_file import PAGE
+from qtensor.checkpoint.snapshot_tensors import HOW, column_sums
 from qtensor.checkpoint.snapshots import is_snapshot, snapshot_roots, verify_snapshot
 from qtensor.cli.main import main
 from qtensor.schemes.scheme import SCHEMES
@@ -38,7 +39,7 @@ MOST_SCHEMES = sorted({s.name for s in SCHEMES.values()} | {"nvfp4:searched", "i
     scheme=st.sampled_from([None, *MOST_SCHEMES]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     meta=st.booleans(),
-    verify=st.booleans(),
+    verify=st.sampled_from(HOW),
 )
 @settings(max_examples=60)
 def test_a_model_comes_back_as_it_was(tmp_path_factory, kind, scheme, dtype, meta, verify):
@@ -104,7 +105,7 @@ def test_a_reload_writes_to_pages_of_its_own(tmp_path):
     assert snapshot_roots(tmp_path / "s") == [weight_root(wanted)]
 
 
-def resident(folder: Path, verify: bool, reader: Any, writer: Any) -> None:
+def resident(folder: Path, verify: Any, reader: Any, writer: Any) -> None:
     """In a process of its own: map a snapshot and read all of it; when told, say what of it is resident here."""
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(16)))
@@ -131,7 +132,7 @@ def test_processes_share_the_pages(tmp_path):
     save_snapshot(model, tmp_path / "s")
     size = (tmp_path / "s" / FILE).stat().st_size
     ends = []
-    for verify in (True, False):
+    for verify in ("sums", "header"):
         (their_reader, our_writer), (our_reader, their_writer) = elsewhere.Pipe(False), elsewhere.Pipe(False)
         process = elsewhere.Process(target=resident, args=(tmp_path / "s", verify, their_reader, their_writer))
         process.start()
@@ -164,3 +165,26 @@ def test_the_command_verifies_a_snapshot(tmp_path, capsys):
     path.write_bytes(data)
     assert main(["verify", str(tmp_path / "s")]) == 1
     assert "0.weight is damaged" in capsys.readouterr().out
+
+
+@given(
+    size=st.integers(0, 700_000),
+    kind=st.sampled_from(["bits", "zeros", "exchanged", "shifted"]),
+    numbers=st.tuples(*[st.integers(0, 2**20)] * 3),
+    sector=st.sampled_from([512, 4096, 32768]),
+)
+def test_sums_see_the_damage_that_a_disk_does(size, kind, numbers, sector):
+    whole = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    damaged, count = whole.clone(), max(size // sector, 1)
+    a, b = (n % count * sector for n in numbers[:2])
+    if kind == "bits":
+        damaged[a : a + numbers[2] % 4072 + 1] ^= 1 + numbers[2] % 255
+    elif kind == "zeros":
+        damaged[a : a + sector] = 0
+    elif kind == "exchanged":
+        width = min(len(whole[a : a + sector]), len(whole[b : b + sector]))
+        damaged[a : a + width], damaged[b : b + width] = whole[b : b + width], whole[a : a + width]
+    else:
+        damaged[a : a + 2 * sector] = damaged[a : a + 2 * sector].roll(numbers[2])
+    assert (column_sums([whole]) == column_sums([damaged])) == torch.equal(whole, damaged)
+    assert column_sums([whole[: size // 2], whole[size // 2 :]]) != column_sums([whole])

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qtensor.checkpoint import snapshots
-from qtensor.checkpoint.snapshot_tensors import pack, require_sums
+from qtensor.checkpoint.snapshot_tensors import pack, require_bytes
 from qtensor.checkpoint.writing import Staging, build_folder
 from qtensor.errors import CheckpointError, QTensorError, SnapshotError
 from qtensor.lazy.lazy_tensor import LazyWeight, LiveQTensor
@@ -199,7 +199,7 @@ class _Found:
         for name, wanted in self._wanted():
             if (given := _kind(self._tensors[name])) != wanted:
                 raise SnapshotError(f"{self.file.path}: {name} is {given}, and here {wanted}. Save a new snapshot.")
-        require_sums(self._tensors, about, self.file.path)
+        require_bytes(self._tensors, about, self.file.path, "sums")
 
     def _wanted(self) -> Iterator[tuple[str, str]]:
         for name, weight in self._armed.items():

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from ..version import __version__
 from .mapping import is_transformers
 from .reading import MANIFEST, read_manifest
 from .snapshot_file import MappedFile, file_bytes, write_file
-from .snapshot_tensors import Packed, pack, require_sums, unpack
+from .snapshot_tensors import Packed, pack, require_bytes, require_how, unpack
 from .writing import Staging, write_json
 
 VERSION = 1
@@ -35,6 +35,7 @@ FORMAT = "snapshot"
 # Of a transformers model's configuration: what says where it came from, not what it is.
 ORIGIN = ("_name_or_path", "transformers_version", "architectures", "quantization_config", "dtype", "torch_dtype")
 _ANEW = "Load the model in the ordinary way, and save a new snapshot of it"
+Verify = Literal["sums", "sha256", "header"]
 _Place = tuple[nn.Module, str]
 
 
@@ -69,7 +70,7 @@ def save_snapshot(model: nn.Module, folder: str | Path) -> Path:
 
 
 def load_snapshot(
-    model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, verify: bool = True
+    model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, verify: Verify = "sums"
 ) -> str:
     """Give a model the parameters and buffers of a snapshot, whose memory is the mapped file.
 
@@ -81,8 +82,9 @@ def load_snapshot(
         model: As the one that was saved when it was new: on the meta device, or with values, which it loses.
         folder: Of the snapshot.
         device: Where to; None: mapped memory of the CPU. Anything else is a copy.
-        verify: Compare the SHA-256 of every tensor, which reads all of the file, in a few threads. False: the header
-            alone is verified, so that pages are read when they are used.
+        verify: What is compared before the model is touched. "sums": a digest of sums of every tensor's words, which
+            takes as long as reading them; "sha256": the SHA-256 of every tensor, in a few threads; "header": nothing
+            but the header, so that pages are read when they are used.
 
     Returns:
         The `weight_root` of the model.
@@ -91,8 +93,7 @@ def load_snapshot(
         SnapshotError: The snapshot is missing or damaged, or is of another model, configuration or version.
         ConfigError: An option has a value it cannot have.
     """
-    if not isinstance(verify, bool):
-        raise ConfigError(f"verify is True or False, not {verify!r}")
+    require_how(verify)
     try:
         place = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -103,8 +104,7 @@ def load_snapshot(
     held = _held(model)
     _require_same_names(file.path, about, held)
     found = {name: _unpacked(file, name, about[name], state) for name, state in held.items()}
-    if verify:
-        require_sums(found, about, file.path)
+    require_bytes(found, about, file.path, verify)
     made = {id(held[name].tensor): _made(tensor, held[name], about[name], place) for name, tensor in found.items()}
     _require_no_other(model, made)
     in_spite_of_interrupts(lambda: _place(held, made, model))
@@ -123,7 +123,7 @@ def verify_snapshot(folder: str | Path) -> list[str]:
         try:
             file = MappedFile(Path(folder) / name)
             _require_kind(file)
-            require_sums(unpacked(file), file.about["tensors"], file.path)
+            require_bytes(unpacked(file), file.about["tensors"], file.path, "sha256")
         except SnapshotError as error:
             problems.append(str(error))
     return problems
@@ -175,7 +175,7 @@ def write_rank(path: Path, packed: Packed, more: Mapping[str, Any]) -> None:
     about = {"version": VERSION, "rank": int(rank), "ranks": int(ranks), **more, "tensors": packed.about}
     write_file(path, packed.tensors, about)
     again = MappedFile(path)
-    require_sums(unpacked(again), again.about["tensors"], path)
+    require_bytes(unpacked(again), again.about["tensors"], path, "sha256")
 
 
 def seal_folder(path: Path) -> None:
