@@ -169,12 +169,12 @@ def test_what_is_read_and_decoded_at_a_time_is_bounded(scheme: str, monkeypatch:
     tensors["plain.weight"] = torch.randn(4096, 1024, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "model.safetensors")
     at_once, read = [], []
-    take, move, decode = Buffer.take, MxFp4.move, MxFp4.decode
+    take, move, decode = Buffer.take, MxFp4.move, MxFp4.decode_into
     monkeypatch.setattr(requantizing, "CHUNK_BYTES", 1 << 18)
     monkeypatch.setattr(requantizing.pieces, "__defaults__", (1 << 18,))
     monkeypatch.setattr(Buffer, "take", lambda b, size, dtype: (read.append(prod(size)), take(b, size, dtype))[1])
     monkeypatch.setattr(MxFp4, "move", lambda s, p, size, f: (at_once.append(prod(size)), move(s, p, size, f))[1])
-    monkeypatch.setattr(MxFp4, "decode", lambda s, p, size, d: (at_once.append(prod(size)), decode(s, p, size, d))[1])
+    monkeypatch.setattr(MxFp4, "decode_into", lambda s, p, n, out: (at_once.append(prod(n)), decode(s, p, n, out))[1])
     with torch.device("meta"):
         model = Mixture()
     load_checkpoint(model, tmp_path, scheme={"experts": scheme, "*": scheme})

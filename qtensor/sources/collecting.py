@@ -21,6 +21,7 @@ from ..tensor.qtensor import QTensor
 from . import DECODED, LOSSLESS, MOVED, REQUANTIZED
 from .families import recognise
 from .holding import MatrixParts
+from .rooms import decoded
 from .scales import has_nan
 from .source import ANY, PartSpec, Source, Spec, Unusable
 
@@ -248,7 +249,7 @@ class Collector:
         for a in range(first, stop, step):
             b = min(a + step, stop)
             part = {name: matrix.cut(name, tensor, a - start, b - start) for name, tensor in parts.items()}
-            self._sink.write(matrix.rows(a, b), source.decode(part, (b - a, cols), self._sink.dtype))
+            self._sink.write(matrix.rows(a, b), decoded(source, part, (b - a, cols), self._sink.dtype))
 
     def _move(self, matrix: MatrixParts, start: int, stop: int, parts: Mapping[str, torch.Tensor]) -> int:
         """Rows start:stop as they are, in chunks where that may be. Returns how many the weight took."""

@@ -67,14 +67,22 @@ class Fp8(Source):
         finite_scales(parts[self.scale])
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(shape, dtype=dtype, device=parts[VALUES].device)
+        if self.decode_into(parts, shape, out):
+            return out
+        return _times(parts[VALUES], in_fp32(self._grid(parts)), self.block).to(dtype)
+
+    def decode_into(self, parts: Mapping[str, torch.Tensor], shape: Matrix, out: torch.Tensor) -> bool:
         values, scales = parts[VALUES], self._grid(parts)
-        values = values if values.stride(-1) == 1 else values.contiguous()
         fmt = next((fmt for fmt in FORMATS.values() if _block_of(fmt) == self.block), None)
-        if fmt is not None and not overflows(scales, fmt.max, dtype):
-            held = as_exponents(scales) if fmt.has_e8m0_scale else in_fp32(scales)
-            if held is not None:
-                return kernels.dequantize(values, held.reshape(fmt.scale_shape(shape)).contiguous(), fmt, dtype)
-        return _times(values, in_fp32(scales), self.block).to(dtype)
+        if fmt is None or overflows(scales, fmt.max, out.dtype):
+            return False
+        held = as_exponents(scales) if fmt.has_e8m0_scale else in_fp32(scales)
+        if held is None:
+            return False
+        values = values if values.stride(-1) == 1 else values.contiguous()
+        kernels.dequantize(values, held.reshape(fmt.scale_shape(shape)).contiguous(), fmt, out.dtype, out)
+        return True
 
     def moves(self, fmt: WeightFormat) -> Literal["unit", "matrix"] | None:
         """Into what has e4m3 values and scales of blocks that the ones here are made up of."""

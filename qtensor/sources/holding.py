@@ -20,8 +20,7 @@ from ..tensor.rooms import room_for
 from .source import ANY, PartSpec
 
 CHUNK_BYTES = 1 << 20
-"""Of decoded rows at a time: they stay in a processor's cache until they are quantized, and the C allocator keeps holes
-of a few times that between finished weights."""
+"""Of decoded rows at a time: they stay in a processor's cache until they are quantized."""
 EVEN_ROWS = 128
 """Chunks are of so many rows, or a multiple, so that the weight's blocks are whole in each."""
 

@@ -66,12 +66,19 @@ class MxFp4(Source):
         finite_scales(parts[self.scales])
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(shape, dtype=dtype, device=parts[self.values].device)
+        if self.decode_into(parts, shape, out):
+            return out
         codes, exponents = self._plain(parts, shape)
-        scales = exponents.view(torch.float8_e8m0fnu)
-        if overflows(scales, MXFP4.max, dtype):
-            values = decode(codes, MXFP4).unflatten(1, (-1, GROUP))
-            return values.mul_(scales.float().unsqueeze(-1)).flatten(1).to(dtype)
-        return kernels.dequantize(codes, exponents, MXFP4, dtype)
+        values = decode(codes, MXFP4).unflatten(1, (-1, GROUP))
+        return values.mul_(exponents.view(torch.float8_e8m0fnu).float().unsqueeze(-1)).flatten(1).to(dtype)
+
+    def decode_into(self, parts: Mapping[str, torch.Tensor], shape: Matrix, out: torch.Tensor) -> bool:
+        codes, exponents = self._plain(parts, shape)
+        if overflows(exponents.view(torch.float8_e8m0fnu), MXFP4.max, out.dtype):
+            return False
+        kernels.dequantize(codes, exponents, MXFP4, out.dtype, out)
+        return True
 
     def moves(self, fmt: WeightFormat) -> Literal["unit", "matrix"] | None:
         return {"mxfp4": "unit", "mxfp8": "unit", "nvfp4": "matrix"}.get(fmt.name)  # type: ignore[return-value]

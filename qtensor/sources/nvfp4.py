@@ -66,11 +66,19 @@ class NvFp4(Source):
             raise Unusable("its global scale is 0, and scales are divided by it")
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(shape, dtype=dtype, device=parts[self.values].device)
+        if self.decode_into(parts, shape, out):
+            return out
         codes, scales, whole = self._plain(parts)
-        if not self.divides and not overflows(scales.float() * whole, NVFP4.max, dtype):
-            return kernels.dequantize(codes, scales, NVFP4, dtype, global_scale=whole)
         step = scales.float() / whole if self.divides else scales.float() * whole
         return decode(codes, NVFP4).unflatten(1, (-1, GROUP)).mul_(step.unsqueeze(-1)).flatten(1).to(dtype)
+
+    def decode_into(self, parts: Mapping[str, torch.Tensor], shape: Matrix, out: torch.Tensor) -> bool:
+        codes, scales, whole = self._plain(parts)
+        if self.divides or overflows(scales.float() * whole, NVFP4.max, out.dtype):
+            return False
+        kernels.dequantize(codes, scales, NVFP4, out.dtype, out, global_scale=whole)
+        return True
 
     def moves(self, fmt: WeightFormat) -> Literal["unit"] | None:
         return "unit" if fmt.name == "nvfp4" else None

@@ -161,6 +161,10 @@ class Source(ABC):
             `[rows, K]`.
         """
 
+    def decode_into(self, parts: Mapping[str, torch.Tensor], shape: Matrix, out: torch.Tensor) -> bool:
+        """As `decode`, into memory that is there. False, with nothing done, where these numbers are not decoded so."""
+        return False
+
     @abstractmethod
     def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
         """What is called before `decode` and `move` with the same parts. Raises Unusable for values that mean nothing:

@@ -26,6 +26,7 @@ from ..tensor.ops_slices import sliceable, take_slice
 from ..tensor.qtensor import QTensor, written_by
 from . import DECODED, LOSSLESS, MOVED, REQUANTIZED
 from .holding import CHUNK_BYTES, EVEN_ROWS
+from .rooms import decoded
 from .scales import has_nan
 from .source import Matrix, Source
 
@@ -70,8 +71,8 @@ class QuantizedMatrix:
             yield (start, stop), (max(start, rows[0]), min(stop, rows[1]))
 
     def decode(self, rows: Span, dtype: torch.dtype) -> torch.Tensor:
-        """Whole units."""
-        return self.source.decode(self._cut(rows), (rows[1] - rows[0], self.shape[1]), dtype)
+        """Whole units, in memory that the thread's next ones have, too."""
+        return decoded(self.source, self._cut(rows), (rows[1] - rows[0], self.shape[1]), dtype)
 
     def move(self, rows: Span, scheme: Scheme, dtype: torch.dtype) -> QTensor | None:
         """Rows, whole units, in the scheme, if they are the same numbers in it."""
