@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from math import inf
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qtensor import QTensorError, online_quant, quantize
+from qtensor import LossySourceError, QTensorError, online_quant, quantize
 from qtensor.sources.undecoded import QuantizedMatrix, Undecoded
 from support.arriving import NAMES, slow_data
 from support.helpers import assert_oracle, same_bytes
@@ -134,6 +135,14 @@ def test_a_rank_takes_its_part_of_values_and_scales_as_they_are(
     assert session.report().layers[0].source.endswith(": lossless")
     assert session.report().peak_staged_bytes == 0
     assert same_bytes(model.weight.dequantize(), expected)
+
+
+@pytest.mark.parametrize(("form", "scheme"), [("fp8 blocks", "mxfp4"), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp8")])
+def test_loss_is_refused_by_name_where_it_is_not_allowed(form: str, scheme: str) -> None:
+    refused = pytest.raises(LossySourceError, match=r"^weight: .* cannot be moved as it is .* in (mxfp4|nvfp4),")
+    with contextlib.nullcontext() if form == "mxfp4" else refused, online_quant(scheme, strict_source="lossless"):
+        model = nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
+        model.weight.data.copy_(undecoded(FORMS[form].parts(128, 256), (128, 256)))
 
 
 def test_it_is_not_changed_in_place() -> None:

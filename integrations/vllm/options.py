@@ -44,7 +44,7 @@ class Options:
     reload_partial: what a reload does that brings only a part of what shares a scale: "error" refuses it, "keep"
         quantizes the rest again from its quantized values.
     source: what becomes of a checkpoint that is quantized already: "own" loads it by its own method, "requantize"
-        decodes it as it is read.
+        decodes it as it is read, "lossless" does so where the numbers stay the same, and refuses all else.
     snapshot: a folder that `save_snapshot` has written: its weights are mapped, whatever the checkpoint holds; where it
         is not there or does not fit, the checkpoint is loaded.
     report: where each worker writes its report, as JSON and HTML unless the path ends in .json or .html; "{rank}" in it
@@ -109,7 +109,7 @@ def parse(scheme: Scheme, given: Mapping[str, Any], environment: Mapping[str, st
 def requantizes(environment: Mapping[str, str] = os.environ) -> bool:
     """Has the user asked, by a variable, that checkpoints be decoded which are quantized already? Their own
     quantization_config is where vLLM looks, so that no other option can say so."""
-    return _from_environment(environment, _READERS.keys()).get("source") == "requantize"
+    return _from_environment(environment, _READERS.keys()).get("source") in REQUANTIZING
 
 
 def names_experts(given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> bool:
@@ -191,6 +191,8 @@ def _text(key: str, value: Any) -> str:
     return value
 
 
+REQUANTIZING = ("requantize", "lossless")
+"""Values of `source` with which the plugin takes a checkpoint that is quantized already."""
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "linear": read_scheme,
     "moe": read_scheme,
@@ -201,7 +203,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "on_nonfinite": _one_of("error", "keep"),
     "reload": _one_of("atomic", "per_weight"),
     "reload_partial": _one_of("error", "keep"),
-    "source": _one_of("own", "requantize"),
+    "source": _one_of("own", "requantize", "lossless"),
     "snapshot": _text,
     "report": _text,
 }

@@ -24,7 +24,7 @@ from . import compat
 from .incoming import Incoming, Weights
 from .layers import Published
 from .missing import Names
-from .options import Choice
+from .options import REQUANTIZING, Choice
 from .parallel import RankHost
 from .reporting import rank
 from .sources import decoded
@@ -42,7 +42,7 @@ class ServedModel:
         self.setting = Setting.current()
         self.names = Names(choice.parts)
         decode = partial(decoded, config=choice.stored, dtype=self.setting.dtype or torch.bfloat16)
-        asked = choice.options.source == "requantize"
+        asked = choice.options.source in REQUANTIZING
         kind = type(root).__name__
         self.incoming = Incoming(self.names, kind, lambda: self.setting.folder, decode if asked else None)
         self.published: list[Published] = []
@@ -86,6 +86,7 @@ class Filling(RankHost, Transaction):
         self.served = served
         compiling.listeners.add(self)
         self.refuse_nonfinite = served.choice.options.on_nonfinite == "error"
+        self.incoming.lossless = served.choice.options.source == "lossless"
 
     def compiling(self, text: str) -> None:
         """The load waits for CPU loops."""

@@ -65,6 +65,10 @@ class Host(Protocol):
     def note_buffer(self, module: Any, name: str) -> None:
         """A loader registered a part of a weight as a buffer of that module."""
 
+    @property
+    def lossless_only(self) -> bool:
+        """Are weights that arrive quantized refused where they would be quantized a second time?"""
+
     def note_source(self, weight: ArmedWeight, source: str, outcome: str) -> None:
         """Values of a weight came in that quantized format, all at once, and that became of them."""
 

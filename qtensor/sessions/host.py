@@ -87,6 +87,11 @@ class LoadHost:
         """A loader registered a part of a weight as a buffer, which goes when the session is over."""
         self.incoming.buffers.append((weakref.ref(module), name))
 
+    @property
+    def lossless_only(self) -> bool:
+        """Are weights that arrive quantized refused where they would be quantized a second time?"""
+        return self.incoming.lossless
+
     def note_source(self, weight: ArmedWeight, source: str, outcome: str) -> None:
         """Values of a weight came in that quantized format, all at once, and that became of them."""
         self.incoming.note(weight, source, outcome)

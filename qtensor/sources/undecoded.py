@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from math import lcm
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..errors import QTensorError
+from ..errors import LossySourceError, QTensorError
 from ..kernels import WeightFormat
 from ..regions.boxes import BoxView, as_box, contiguous_strides
 from ..regions.coverage import Box
@@ -41,6 +41,8 @@ class Weight(Protocol):
     dtype: torch.dtype
 
     @property
+    def name(self) -> str: ...
+    @property
     def refuses_nonfinite(self) -> bool: ...
     @property
     def host(self) -> Any: ...
@@ -49,6 +51,7 @@ class Weight(Protocol):
     def open(self) -> None: ...
     def write(self, view: View, source: torch.Tensor) -> None: ...
     def accept(self, source: QTensor, view: View | None = None) -> bool: ...
+    def fail(self, error: QTensorError) -> NoReturn: ...
 
 
 class QuantizedMatrix:
@@ -133,6 +136,7 @@ class Undecoded(torch.Tensor):
         """Write it to a view of a weight that is being loaded."""
         source, target = as_box(self._whole_shape, *self._view), as_box(weight.shape, *view)
         if tuple(view.size) != tuple(self.shape) or source is None or target is None or not _alike(source, target):
+            _require_lossless(self._matrices[0], weight)
             weight.write(view, self.values())
             outcomes = {DECODED if weight.decided() is None else REQUANTIZED}
         else:
@@ -210,11 +214,24 @@ def _give(matrix: QuantizedMatrix, part: Box, weight: Weight, at: Box) -> str:
     first = rows[0] if scheme is None else _move(matrix, part, weight, at, scheme)
     if scheme is not None and first == rows[1]:
         return LOSSLESS if matrix.exact(scheme.format) else MOVED
+    _require_lossless(matrix, weight)
     chunks = [(rows, rows)] if together else matrix.chunks((first, rows[1]), weight.dtype.itemsize)
     for units, taken in chunks:
         values = matrix.decode(units, weight.dtype)
         weight.write(_rows_at(weight, at, rows, taken), values[_within(taken, units), slice(*cols, 1)])
     return DECODED if scheme is None else REQUANTIZED
+
+
+def _require_lossless(matrix: QuantizedMatrix, weight: Weight) -> None:
+    """Rows of the matrix are to be quantized again. Raises LossySourceError where that is not allowed."""
+    scheme = weight.decided()
+    if scheme is not None and weight.host.lossless_only:
+        error = (
+            f"{weight.name}: {matrix.source} cannot be moved as it is into this weight, or part of a weight, in "
+            f"{scheme.name}, and only lossless ones are allowed. Choose a scheme in which it is the same numbers "
+            "(docs/sources.md has the table), or allow the loss."
+        )
+        weight.fail(LossySourceError(error))
 
 
 def _move(matrix: QuantizedMatrix, part: Box, weight: Weight, at: Box, scheme: Scheme) -> int:
@@ -228,6 +245,8 @@ def _move(matrix: QuantizedMatrix, part: Box, weight: Weight, at: Box, scheme: S
         return rows[0]
     for units, taken in [(rows, rows)] if fmt.needs_whole_matrix else matrix.chunks(rows, 1):
         moved = matrix.move(units, scheme, weight.dtype)
+        if weight.host.lossless_only and not matrix.exact(fmt):
+            return taken[0]
         for dim, piece in ((0, _within(taken, units)), (1, slice(*cols, 1))):
             if moved is not None:
                 moved = take_slice(moved, dim, piece) if sliceable(moved, dim, piece) else None

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from qtensor import IncompleteLoadError, quantize
+from qtensor import IncompleteLoadError, LossySourceError, quantize
 from qtensor.integrations.vllm import reports
 from qtensor.integrations.vllm.sources import decoded
 from qtensor.kernels import FORMATS
 from qtensor.kernels.codes import decode
 from support.vllm.checkpoints import tensors_of, variant
-from support.vllm.engines import engine, look, runtime_tensors
+from support.vllm.engines import engine, load_error, look, runtime_tensors
 from support.vllm.oracle import fused, mistakes
 from support.vllm.reloads import reload
 
@@ -143,6 +143,15 @@ def test_gpt_oss_is_moved_out_of_its_blocks() -> None:
         prefix = name.replace(".routed_experts", "").rpartition(".")[0]
         assert torch.equal(seen.tensors[name], tensors[f"{prefix}.{theirs}_blocks"].flatten(2))
         assert torch.equal(seen.tensors[f"{name}_scale"], tensors[f"{prefix}.{theirs}_scales"])
+
+
+def test_loss_can_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QTENSOR_VLLM_SOURCE", "lossless")
+    error = load_error(blocks("llama"), "qtensor_mxfp4")
+    assert isinstance(error, LossySourceError)
+    assert "'model.layers.0.self_attn.q_proj.weight'): fp8 (blocks of 128 × 128) cannot be moved" in str(error)
+    with engine(in_mxfp4("llama"), "qtensor_mxfp8") as llm:
+        assert {layer["source"] for layer in reports(llm)[0]["layers"]} == {"mxfp4: lossless"}
 
 
 # Several ranks --------------------------------------------------------------------------------------------------------
