@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--only", choices=SOURCES)
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--losses", action="store_true")
     parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -175,7 +176,7 @@ def main() -> None:
             write(Path(folder), source, layers)
             write(Path(folder, "warm"), source, 1)
             for scheme in args.targets:
-                for way in WAYS:
+                for way in args.ways:
                     command = [sys.executable, __file__, "--threads", str(args.threads), "--repeat", str(args.repeat)]
                     command += ["--row", folder, way, source, scheme, str(layers)]
                     row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

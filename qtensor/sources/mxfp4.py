@@ -7,10 +7,12 @@ code by scale, which is exact, and round once to the model's dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from .. import kernels
@@ -88,7 +90,7 @@ class MxFp4(Source):
         if fmt.name == "mxfp4":
             return Parts(codes, exponents)
         if fmt.name == "mxfp8":  # e4m3 has every number that e2m1 has.
-            return Parts(decode(codes, MXFP4).to(torch.float8_e4m3fn), exponents)
+            return Parts(_in_e4m3(codes), exponents)
         scales = _two_scales(codes, exponents)
         return None if scales is None else Parts(codes, *scales)
 
@@ -96,6 +98,22 @@ class MxFp4(Source):
         """Values as bytes `[rows, K / 2]`, and biased exponents `[rows, K / 32]`."""
         codes, scales = parts[self.values], parts[self.scales]
         return codes.reshape(shape[0], -1).contiguous().view(torch.uint8), scales.contiguous().view(torch.uint8)
+
+
+def _in_e4m3(codes: torch.Tensor) -> torch.Tensor:
+    """The values of two-element bytes `[rows, K / 2]`, as e4m3 `[rows, K]`."""
+    if not codes.is_cpu or codes.shape[1] % 2:
+        return decode(codes, MXFP4).to(torch.float8_e4m3fn)
+    found = np.take(_e4m3_of_four(), codes.numpy().view(np.uint16)).view(np.uint8)
+    return torch.from_numpy(found).view(torch.float8_e4m3fn)
+
+
+@functools.cache
+def _e4m3_of_four() -> np.ndarray:
+    """For every two bytes of e2m1 elements, the four of e4m3: uint32 `[2^16]`."""
+    pairs = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2))
+    found: np.ndarray = decode(pairs, MXFP4).to(torch.float8_e4m3fn).view(torch.uint8).numpy().view(np.uint32)
+    return found.reshape(-1)
 
 
 def _two_scales(codes: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
