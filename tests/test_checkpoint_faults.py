@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -363,5 +364,25 @@ def test_a_flipped_bit_is_refused_before_anything_is_loaded(tmp_path, scheme):
         assert weight_checksums(target) == before
         load_checkpoint(target, tmp_path / "saved", scheme=scheme)
     (tmp_path / "saved" / "qtensor.json").unlink()
-    with pytest.raises(CheckpointError, match="no checksums to verify"):
+    with pytest.raises(CheckpointError, match="there is no checksum to verify it by"):
         load_checkpoint(target, tmp_path / "saved", scheme=scheme, verify=True)
+
+
+def test_files_of_the_hubs_cache_are_called_by_their_checksums(tmp_path):
+    """models--NAME/snapshots/REVISION/FILE is a link to models--NAME/blobs/SHA256."""
+    blobs, folder = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    source = nn.Linear(64, 8)
+    save_file(source.state_dict(), tmp_path / "held")
+    data = (tmp_path / "held").read_bytes()
+    blob = blobs / hashlib.sha256(data).hexdigest()
+    blob.write_bytes(data)
+    (folder / "model.safetensors").symlink_to(blob)
+    assert problems(folder) == []
+    load_checkpoint(nn.Linear(64, 8), folder, verify=True)
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert problems(folder) == ["model.safetensors: its bytes in model.safetensors are not those that were written"]
+    with pytest.raises(CheckpointError, match="not those that were written"):
+        load_checkpoint(nn.Linear(64, 8), folder, verify=True)
+    load_checkpoint(nn.Linear(64, 8), folder)

@@ -30,7 +30,7 @@ from .incoming import Weights
 from .layers import Published, Slot, aliases
 from .missing import refuse_incomplete
 from .reporting import announce, write
-from .served import Filling, ServedModel
+from .served import Filling, ServedModel, require_written
 
 _ARMED = (LazyWeight, LiveQTensor)
 
@@ -120,6 +120,7 @@ class Load(Filling):
             self._choice_is_settled()
             loaded = snapshots.load(self)
             if loaded is None:
+                require_written(self.served)
                 with CopyCounter(root) as counter:
                     loaded = self.served.incoming.load(inner, weights, args, kwargs)
                 self._gaps = self._plain_gaps(counter, set(loaded or ()))

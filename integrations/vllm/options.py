@@ -47,6 +47,7 @@ class Options:
         decodes it as it is read, "lossless" does so where the numbers stay the same, and refuses all else.
     snapshot: a folder that `save_snapshot` has written: its weights are mapped, whatever the checkpoint holds; where it
         is not there or does not fit, the checkpoint is loaded.
+    verify: compares the checkpoint's files with their SHA-256 before any is loaded.
     report: where each worker writes its report, as JSON and HTML unless the path ends in .json or .html; "{rank}" in it
         is replaced.
 
@@ -64,6 +65,7 @@ class Options:
     reload_partial: str = "error"
     source: str = "own"
     snapshot: str | None = None
+    verify: bool = False
     report: str | None = None
 
     def __post_init__(self) -> None:
@@ -205,6 +207,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "reload_partial": _one_of("error", "keep"),
     "source": _one_of("own", "requantize", "lossless"),
     "snapshot": _text,
+    "verify": _flag,
     "report": _text,
 }
 

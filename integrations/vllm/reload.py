@@ -36,7 +36,7 @@ from .incoming import Weights
 from .layers import Processed, Published, Slot
 from .missing import refuse_incomplete
 from .processing import Processing
-from .served import Filling, ServedModel
+from .served import Filling, ServedModel, require_written
 
 
 class Reload(Filling):
@@ -146,6 +146,8 @@ class Reload(Filling):
     def load_weights(self, inner: Any, weights: Weights, args: Any, kwargs: Any) -> Any:
         """One chunk: the model's own `load_weights`, with lazy weights in place. An error ends the reload."""
         try:
+            if self.whole_checkpoint:
+                require_written(self.served)
             with self._lazy_in_place():
                 loaded = self.served.incoming.load(inner, weights, args, kwargs)
             self._names_loaded.update(loaded or ())

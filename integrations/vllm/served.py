@@ -8,11 +8,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from qtensor.checkpoint import verify
+from qtensor.checkpoint.reading import Checkpoint
+from qtensor.errors import ConfigError
 from qtensor.kernels import upload
 from qtensor.kernels.cpu import compiling
 from qtensor.lazy.weight import ArmedWeight
@@ -65,6 +69,19 @@ class ServedModel:
             return None
         where = {"rank": rank()[0], "model": type(self.root).__name__, "resident_peak_bytes": self.resident_peak}
         return where | asdict(self.report)
+
+
+def require_written(served: ServedModel) -> None:
+    """If the option `verify` says so: raise CheckpointError for a file that is not what was written, or of which nobody
+    knows what that was."""
+    if not served.choice.options.verify:
+        return
+    folder = Path(served.setting.folder or "")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"qtensor: verify compares files of a folder, and {folder} is none; download the model, and give the folder"
+        )
+    verify.require_written(folder, Checkpoint(folder).tensors.values())
 
 
 def find_served(model: nn.Module) -> ServedModel | None:

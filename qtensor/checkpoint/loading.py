@@ -60,7 +60,8 @@ def load_checkpoint(
         ignore: Only with a scheme: patterns of weights that stay in, or are decoded to, high precision.
         strict_source: With a scheme, "lossless" refuses a quantized weight that would be quantized a second time.
         verify: Compare each tensor's bytes with the SHA-256 that `save_checkpoint` and `qtensor quantize` leave in the
-            folder, before anything is loaded. Without them it is an error.
+            folder, or each file with the one that the Hub's cache calls it by, before anything is loaded. Where there
+            is neither it is an error.
 
     Returns:
         The report of the load.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .reading import DTYPE_NAMES, MANIFEST, Checkpoint, Stored, bytes_of, read_m
 _PIECE = 16 << 20
 _FEW_BYTES = 1024
 _MOST_WORKERS = 8
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def verify_checkpoint(folder: str | Path, workers: int = 2, *, progress: Progres
     found = list(_against_manifest(checkpoint, content)) if content is not None else []
     listed = content["tensors"] if content is not None else {}
     summed = {stored: listed[name].get("sha256") for name, stored in checkpoint.tensors.items() if name in listed}
+    summed |= _named_by_the_hub(checkpoint.files)
     with (
         Progress(progress, "verifying", sum(s.nbytes for s in summed), "byte") as shown,
         ThreadPoolExecutor(workers) as pool,
@@ -159,18 +162,37 @@ def require_sound(folder: Path, workers: int = 2) -> None:
 
 
 def require_written(folder: Path, tensors: Iterable[Stored]) -> None:
-    """Raises CheckpointError naming a tensor whose bytes are not those that were written, as the folder's list of
-    contents has their SHA-256. They are read in as many threads as there are cores, eight at most."""
-    if not (folder / MANIFEST).exists():
-        raise CheckpointError(
-            f"{folder}: has no {MANIFEST}, and so no checksums to verify. `save_checkpoint` and `qtensor quantize` "
-            "write it; load others without verify"
-        )
-    listed = read_manifest(folder)["tensors"]
+    """Raises CheckpointError naming a tensor, or a file, whose bytes are not those that were written, as the folder's
+    list of contents has their SHA-256, or the Hub's cache the files'. They are read in as many threads as there are
+    cores, eight at most."""
+    expected: dict[Stored, str | None] = {}
+    if (folder / MANIFEST).exists():
+        listed = read_manifest(folder)["tensors"]
+        expected = {stored: listed.get(stored.name, {}).get("sha256") for stored in tensors}
+    else:
+        paths = sorted({stored.path for stored in tensors})
+        expected = _named_by_the_hub(paths)
+        if unknown := [path for path in paths if path not in {stored.path for stored in expected}]:
+            raise CheckpointError(
+                f"{unknown[0]}: there is no checksum to verify it by: no {MANIFEST}, as `save_checkpoint` and `qtensor "
+                "quantize` leave, and it is not in the Hub's cache. Load it without verify"
+            )
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_WORKERS)) as pool:
-        for found in pool.map(lambda s: _checksum_problems(s, listed.get(s.name, {}).get("sha256"), _nobody), tensors):
+        for found in pool.map(lambda stored: _checksum_problems(stored, expected[stored], _nobody), expected):
             if found:
                 raise CheckpointError(f"{folder}: {found[0]}")
+
+
+def _named_by_the_hub(paths: Iterable[Path]) -> dict[Stored, str | None]:
+    """Whole files, and their SHA-256: the Hub's cache keeps a large file as models--NAME/blobs/SHA256, to which the
+    folder's is a link."""
+    found: dict[Stored, str | None] = {}
+    for path in paths:
+        real = path.resolve()
+        if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
+            size = real.stat().st_size
+            found[Stored(path.name, path, torch.uint8, (size,), 0, size)] = real.name
+    return found
 
 
 def _nobody(nbytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from qtensor import SnapshotError, weight_root
 from qtensor.checkpoint.snapshots import snapshot_roots, verify_snapshot
 from qtensor.integrations.vllm import checksums, compat, root, save_snapshot
 from support.vllm.checkpoints import checkpoint
-from support.vllm.engines import engine, look
+from support.vllm.engines import engine, load_error, look
 from support.vllm.reloads import other, reload
 
 FILE = "ranks-1/rank-0-of-1.safetensors"
@@ -112,6 +113,34 @@ def test_a_snapshot_that_does_not_fit_is_not_used(tmp_path, monkeypatch) -> None
             save_snapshot(llm, tmp_path / "other")
         assert isinstance(error.value, SnapshotError)
     assert any("it is no snapshot" in line for line in said)
+
+
+def test_a_shard_with_a_flipped_bit_is_refused_before_it_serves(tmp_path, monkeypatch) -> None:
+    """The folder is one of the Hub's cache, whose files are called by their checksums."""
+    blobs, folder = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    without_weights("llama", folder)
+    data = (checkpoint("llama") / "model.safetensors").read_bytes()
+    blob = blobs / hashlib.sha256(data).hexdigest()
+    (folder / "model.safetensors").symlink_to(blob)
+    flipped = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+    blob.write_bytes(flipped)
+    with engine(folder, "qtensor") as llm:  # Nobody notices,
+        wrong = root(llm)
+    monkeypatch.setenv("QTENSOR_VLLM_VERIFY", "true")
+    assert "its bytes in model.safetensors are not" in str(load_error(folder))  # unless it is asked for.
+    assert "there is no checksum" in str(load_error(checkpoint("llama")))
+    blob.write_bytes(data)
+    with engine(folder, "qtensor") as llm:
+        own = root(llm)
+        assert own != wrong
+        blob.write_bytes(flipped)
+        with pytest.raises(Exception, match="are not those that were written"):
+            reload(llm, folder)
+        assert root(llm) == own
+        blob.write_bytes(data)
+        reload(llm, folder)
+        assert root(llm) == own
 
 
 @pytest.mark.slow
