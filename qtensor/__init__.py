@@ -25,6 +25,7 @@ from .errors import (
 )
 from .lazy import ops as lazy_ops
 from .lazy.lazy_tensor import LazyWeight
+from .lazy.low_rank import write_low_rank
 from .ranks.sharding import Sharding
 from .regions.coverage import Coverage
 from .report.progress import ProgressEvent
@@ -46,7 +47,7 @@ from .sessions.online import online_quant
 from .sessions.reload import ReloadSession, online_reload
 from .sessions.session import Session
 from .tensor import ops as quantized_ops
-from .tensor.checksums import weight_checksums, weight_root
+from .tensor.checksums import changed_weights, weight_checksums, weight_root
 from .tensor.qtensor import QTensor, quantize
 from .version import __version__ as __version__
 
@@ -91,6 +92,7 @@ __all__ = [
     "SnapshotError",
     "WeightDtypeError",
     "WeightShapeError",
+    "changed_weights",
     "fp8",
     "fp8_per_block",
     "fp8_per_channel",
@@ -114,6 +116,7 @@ __all__ = [
     "verify_checkpoint",
     "weight_checksums",
     "weight_root",
+    "write_low_rank",
 ]
 
 quantized_ops.install()

@@ -28,12 +28,15 @@ class Subject:
     values that the open session has been given, `seen` where it has."""
 
     session: ReloadSession | None = None
+    only: str | None = None
+    """The open session is for this parameter alone; None: for both."""
 
     def __init__(self, scheme: Any, shape: tuple[int, ...], mode: str, seed: int) -> None:
         self.scheme, self.mode = scheme, mode
         self.random = torch.Generator().manual_seed(seed)
         first = self.values(shape)
         self.model, name = holder(first)
+        self.name = name
         self.model.register_parameter("bias", torch.nn.Parameter(torch.zeros(shape[-2]).bfloat16()))
         with online_quant(scheme, self.model):
             getattr(self.model, name).data.copy_(first)
@@ -46,8 +49,12 @@ class Subject:
     def values(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self.random).bfloat16()
 
-    def begin(self, on_missing: str) -> None:
-        self.session = online_reload(self.model, on_missing=on_missing, assert_identity=True, **MODES[self.mode])  # type: ignore[arg-type]
+    def begin(self, on_missing: str, only: str | None = None) -> None:
+        self.only = {None: None, "weight": self.name, "bias": "bias"}[only]
+        patterns = None if self.only is None else [self.only]
+        self.session = online_reload(
+            self.model, on_missing=on_missing, assert_identity=True, only=patterns, **MODES[self.mode]  # type: ignore[arg-type]
+        )  # fmt: skip
         self.full = self.expected.dequantize().clone()
         self.seen = torch.zeros(self.full.shape, dtype=torch.bool)
         self.partial: list[Where] = []
@@ -74,9 +81,24 @@ class Subject:
 
     def zero_the_rest(self) -> None:
         """What finishing does with on_missing="zero"."""
-        self.full[~self.seen] = 0
-        self.seen[...] = True
-        self.new_bias = torch.zeros_like(self.expected_bias) if self.new_bias is None else self.new_bias
+        if self.takes_weight:
+            self.full[~self.seen] = 0
+            self.seen[...] = True
+        if self.takes_bias and self.new_bias is None:
+            self.new_bias = torch.zeros_like(self.expected_bias)
+
+    @property
+    def takes_weight(self) -> bool:
+        return self.session is not None and self.only in (None, self.name)
+
+    @property
+    def takes_bias(self) -> bool:
+        return self.session is not None and self.only in (None, "bias")
+
+    @property
+    def is_complete(self) -> bool:
+        weight, bias = bool(self.seen.all()), self.new_bias is not None
+        return (weight or not self.takes_weight) and (bias or not self.takes_bias)
 
     def over(self, committed: bool) -> None:
         self.session = None
@@ -155,15 +177,24 @@ class Reloading(RuleBasedStateMachine):
         return [m for m in self.models if m.session is not None]
 
     @property
+    def writable(self) -> list[Subject]:
+        """Those whose weight the session is for."""
+        return [m for m in self.open if m.takes_weight]
+
+    @property
     def closed(self) -> list[Subject]:
         return [m for m in self.models if m.session is None]
 
     # Rules
 
     @precondition(lambda self: self.closed)
-    @rule(data=st.data(), on_missing=st.sampled_from(["keep", "error", "zero"]))
-    def begin(self, data: st.DataObject, on_missing: str) -> None:
-        data.draw(st.sampled_from(self.closed)).begin(on_missing)
+    @rule(
+        data=st.data(),
+        on_missing=st.sampled_from(["keep", "error", "zero"]),
+        only=st.sampled_from([None, None, None, "weight", "bias"]),
+    )
+    def begin(self, data: st.DataObject, on_missing: str, only: str | None) -> None:
+        data.draw(st.sampled_from(self.closed)).begin(on_missing, only)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -172,19 +203,19 @@ class Reloading(RuleBasedStateMachine):
             online_reload(data.draw(st.sampled_from(self.open)).model)
             raise AssertionError("two sessions on one model")
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.writable)
     @rule(data=st.data())
     def write_units(self, data: st.DataObject) -> None:
         """Whole units, at any time, as often as one likes: the last write wins."""
-        it = data.draw(st.sampled_from(self.open))
+        it = data.draw(st.sampled_from(self.writable))
         where = it.units(data)
         it.write(where, it.values(it.full[where].shape))
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.writable)
     @rule(data=st.data())
     def begin_units(self, data: st.DataObject) -> None:
         """Columns of units that nobody has written to; the rest may come later, or never."""
-        it = data.draw(st.sampled_from(self.open))
+        it = data.draw(st.sampled_from(self.writable))
         where = it.units(data)
         if not it.seen[where].any():
             cut = data.draw(st.integers(1, it.full.shape[-1] - 1))
@@ -192,37 +223,77 @@ class Reloading(RuleBasedStateMachine):
             begun = (*where, slice(None, cut))
             it.write(begun, it.values(it.full[begun].shape))
 
-    @precondition(lambda self: any(it.partial for it in self.open))
+    @precondition(lambda self: any(it.partial for it in self.writable))
     @rule(data=st.data())
     def complete_units(self, data: st.DataObject) -> None:
-        it = data.draw(st.sampled_from([it for it in self.open if it.partial]))
+        it = data.draw(st.sampled_from([it for it in self.writable if it.partial]))
         where = it.partial.pop()
         if not it.seen[where].any():
             it.write(where, it.values(it.full[where].shape))
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.writable)
     @rule(data=st.data())
     def repeat(self, data: st.DataObject) -> None:
         """A duplicate of units that were written whole."""
-        it = data.draw(st.sampled_from(self.open))
+        it = data.draw(st.sampled_from(self.writable))
         where = it.units(data)
         if it.seen[where].all():
             it.write(where, it.full[where].clone())
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.writable)
+    @rule(data=st.data())
+    def write_bucket(self, data: st.DataObject) -> None:
+        """What a trainer packs: several parts in one flat buffer of bytes, unpacked by views, which is used again."""
+        it = data.draw(st.sampled_from(self.writable))
+        places = [it.units(data) for _ in range(data.draw(st.integers(1, 3)))]
+        parts = [it.values(it.full[where].shape) for where in places]
+        bucket = torch.cat([part.flatten().view(torch.uint8) for part in parts])
+        at = 0
+        for where, part in zip(places, parts, strict=True):
+            it.note(where, part)
+            it.param.data[where].copy_(bucket[at : at + part.nbytes].view(torch.bfloat16).view(part.shape))
+            at += part.nbytes
+        bucket.fill_(0xFF)
+
+    @precondition(lambda self: self.writable)
+    @rule(data=st.data(), of=st.sampled_from([torch.bfloat16, torch.float32]))
+    def write_all(self, data: st.DataObject, of: torch.dtype) -> None:
+        """All of a weight, or a stack, in one call."""
+        it = data.draw(st.sampled_from(self.writable))
+        source = torch.randn(it.full.shape, generator=it.random).to(of)
+        it.note((...,), source)
+        it.param.data.copy_(source)
+        source.fill_(float("nan"))
+
+    @precondition(lambda self: any(it.only for it in self.open))
+    @rule(data=st.data(), swallowed=st.booleans())
+    def write_excluded(self, data: st.DataObject, swallowed: bool) -> None:
+        """A write to what a selective reload is not for ends it, at once or when its end comes."""
+        it = data.draw(st.sampled_from([it for it in self.open if it.only]))
+        assert it.session is not None
+        param = it.bias if it.takes_weight else it.param
+        try:
+            with it.session, contextlib.suppress(QTensorError if swallowed else ()):
+                param.data.copy_(it.values(param.shape))
+            raise AssertionError("a write to another weight was accepted")
+        except QTensorError as error:
+            assert "only" in str(error)  # noqa: PT017
+        it.over(committed=False)
+
+    @precondition(lambda self: any(it.takes_bias for it in self.open))
     @rule(data=st.data())
     def write_bias(self, data: st.DataObject) -> None:
-        it = data.draw(st.sampled_from(self.open))
+        it = data.draw(st.sampled_from([it for it in self.open if it.takes_bias]))
         it.new_bias = it.values(it.bias.shape)
         it.bias.data.copy_(it.new_bias)
         if it.mode == "per_weight":
             it.expected_bias = it.new_bias
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.writable)
     @rule(data=st.data(), fault=st.sampled_from(["nan", "shape", "loader"]))
     def fail(self, data: st.DataObject, fault: str) -> None:
         """A write that fails ends the block; what that leaves is what an abort leaves."""
-        it = data.draw(st.sampled_from(self.open))
+        it = data.draw(st.sampled_from(self.writable))
         where = it.units(data)
         source = it.values(it.full[where].shape)
         assert it.session is not None
@@ -248,7 +319,7 @@ class Reloading(RuleBasedStateMachine):
         it = data.draw(st.sampled_from(self.open))
         assert it.session is not None
         with contextlib.suppress(KeyboardInterrupt, IncompleteLoadError, UserWarning), it.session:
-            if step == "write":
+            if step == "write" and it.takes_weight:
                 where = it.units(data)
                 source = it.values(it.full[where].shape)
                 it.full[where], it.seen[where] = source, True
@@ -276,7 +347,7 @@ class Reloading(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         it = data.draw(st.sampled_from(self.open))
         assert it.session is not None
-        if it.session.options.on_missing == "error" and not (it.seen.all() and it.new_bias is not None):
+        if it.session.options.on_missing == "error" and not it.is_complete:
             with contextlib.suppress(IncompleteLoadError):
                 it.session.finish()
                 raise AssertionError("an incomplete reload was committed")
@@ -287,11 +358,11 @@ class Reloading(RuleBasedStateMachine):
             it.session.finish()
         return it.over(committed=True)
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.writable)
     @rule(data=st.data())
     def read_back(self, data: st.DataObject) -> None:
         """A loader's view shows what was written, or else what the weight was."""
-        it = data.draw(st.sampled_from(self.open))
+        it = data.draw(st.sampled_from(self.writable))
         where = it.units(data)
         got = it.param.data[where].clone().float()
         if it.seen[where].all() or not it.seen[where].any():

@@ -98,6 +98,8 @@ class QuantStore:
             for box, part in parts or ():
                 (e0, e1), rows, cols = self._units.split(box)
                 values = part(source)
+                if e1 - e0 > 1 and (rows, cols) == ((0, self._n), (0, self._k)) and self._write_run(e0, e1, values):
+                    continue
                 for e in range(e0, e1):
                     self._write_matrix(e, rows, cols, values[e - e0] if self._units.stacked else values)
         if self._staging.retained:
@@ -136,6 +138,11 @@ class QuantStore:
 
     def _write_matrix(self, e: int, rows: tuple[int, int], cols: tuple[int, int], source: torch.Tensor) -> None:
         start, stop = rows
+        if self._on_cpu and cols == (0, self._k) and not self._staging.whole and stop - start <= self._chunk_rows:
+            unit = self._unit
+            if start % unit == 0 and (stop == self._n or stop % unit == 0):  # what most loaders write, sooner told
+                self._take_rows(e, start, source)
+                return
         first, last = stop, stop
         if cols == (0, self._k) and not self._staging.whole:
             first = min(ceil_div(start, self._unit) * self._unit, stop)
@@ -147,6 +154,33 @@ class QuantStore:
         for a, b in ((start, first), (last, stop)):
             if a < b:
                 self._stage(e, (a, b), cols, _rows_of(source, a - start, b - start))
+
+    def _write_run(self, first: int, last: int, values: torch.Tensor) -> bool:
+        """Neighbouring matrices, in as few calls of the kernel as there are bounded chunks to convert: one, if nothing
+        has to be. False, and nothing is written, if they are to be taken one by one."""
+        if self._staging.whole or self._comes_by_ring(values):
+            return False
+        as_it_is = values.dtype == self.dtype and values.device == self.device
+        step = last - first if as_it_is else max(1, self._chunk_rows // max(1, self._n))
+        for e in range(first, last, step):
+            part = values[e - first : e - first + step]
+            if not as_it_is:
+                part = part.to(device=self.device, dtype=self.dtype)
+            run = range(e, e + len(part))
+            try:
+                if not self._rows.write_run(e, part):
+                    return False  # of the first: the memory of all is of one kind
+            except NonFinite:
+                for each in run:
+                    self._lose(each, 0, self._n)
+                raise
+            self.coverage.add_box(((run.start, run.stop), (0, self._n), (0, self._k)))
+            for each in run:
+                self._units.mark(each, 0, self._n, QUANTIZED)
+                if self._staging.groups:
+                    self._staging.free_unused(each, 0, self._n)
+            self._accepted.difference_update(run)
+        return True
 
     def _quantize_source(self, e: int, start: int, stop: int, source: torch.Tensor) -> None:
         """Rows start:stop, whole units, from the source itself, one bounded chunk at a time."""
@@ -352,8 +386,7 @@ class QuantStore:
         return self.result.dequantize()
 
     def commit(self) -> None:
-        for e in self.target.begun:
-            self._rows.publish(e)
+        self._rows.publish_all()
 
     def rollback(self) -> None:
         self.target.rollback()

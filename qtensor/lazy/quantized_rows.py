@@ -39,6 +39,16 @@ class QuantizedRows:
         parts = self.target.new(e).rows(start, start + rows.shape[0], self._format)
         self._kernels.quantize_into(rows, parts, self._format, self._audit, origin)
 
+    def write_run(self, first: int, matrices: torch.Tensor) -> bool:
+        """Quantize neighbouring matrices in one call of the kernel. False, and nothing is written, if their memory is
+        not one piece."""
+        parts = self.target.new_run(first, first + len(matrices))
+        if parts is None:
+            return False
+        origin = first * self._units.n * self._units.k
+        self._kernels.quantize_into(matrices, parts, self._format, self._audit, origin)
+        return True
+
     def raise_amax(self, e: int, start: int, rows: torch.Tensor, amax: torch.Tensor) -> None:
         """Raise `amax` (fp32 `[1]`) to the largest finite magnitude of these rows of matrix e."""
         self._kernels.raise_amax(rows, amax, self._format, self._audit, (e * self._units.n + start) * self._units.k)
@@ -74,11 +84,25 @@ class QuantizedRows:
 
     def publish(self, e: int) -> None:
         """Make the new rows of matrix e live, and let its second copy go. May be repeated."""
+        if self._units.are_new(e):
+            self.target.publish(e, lambda parts: parts)
+            self._units.state[e] |= LIVE
+            self.target.end(e)
+            return
         for start, stop, live in self._units.runs(e, 0, self._units.n, LIVE):
             if not live:
                 self.target.publish(e, lambda parts, a=start, b=stop: parts.rows(a, b, self._format))  # type: ignore[misc]
         self._units.state[e] |= LIVE
         self.target.end(e)
+
+    def publish_all(self) -> None:
+        """As `publish`, of all matrices that have a second copy."""
+        if self._units.are_new() and self.target.publish_all():
+            self._units.state |= LIVE
+            self.target.end_all()
+            return
+        for e in self.target.begun:
+            self.publish(e)
 
     def _dequantized(self, matrix: Parts, start: int, stop: int) -> torch.Tensor:
         height = self._format.block[0]

@@ -24,6 +24,8 @@ class ReloadedWeight(ArmedWeight):
 
     in_place = True
     store: QuantStore | PlainStore
+    excluded = False
+    """The reload is for others: nothing may be written to this one."""
 
     def open_on(
         self,
@@ -39,7 +41,8 @@ class ReloadedWeight(ArmedWeight):
         """
         # A view that a loader takes is a view of contiguous memory; live memory may be laid out otherwise.
         kind = SHADOWS[shadow if isinstance(live, QTensor) or live.is_contiguous() else "device"]
-        target: Any = partial(kind, on_bytes=on_second_copy, early=early)
+        matrices = live.shape[0] if isinstance(live, QTensor) and live.dim() == 3 else None
+        target: Any = partial(kind, on_bytes=on_second_copy, early=early, matrices=matrices)
         if isinstance(live, QTensor):
             self.scheme, audit = live.scheme, Audit(self.host.refuse_nonfinite)
             self.store = QuantStore(
@@ -56,6 +59,16 @@ class ReloadedWeight(ArmedWeight):
         else:
             self.scheme = None
             self.store = PlainStore(live, self.coverage, target=target)
+
+    def _require_open(self) -> None:
+        super()._require_open()
+        if self.excluded:
+            self.fail(
+                QTensorError(
+                    f"{self.name}: written in a reload that is not for it (`only`). Nothing of the reload is taken; "
+                    "leave the weight out of the update, or add it to `only`."
+                )
+            )
 
     def live_values(self, view: View) -> torch.Tensor:
         with self.lock:

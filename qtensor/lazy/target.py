@@ -7,8 +7,9 @@ way a commit makes the new values live at the old addresses, and a rollback leav
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -21,13 +22,13 @@ Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 class Fresh(Generic[Tensors]):
     """Memory that nobody uses yet: what is written to it is there for good.
 
-    matrix: the tensors of matrix e. in_use: the model computes with them. early: a matrix is committed as soon as all
-    of it has arrived, instead of at the end.
+    matrix: the tensors of matrix e, or those of a run of a stack's matrices, by a slice. in_use: the model computes
+    with them. early: a matrix is committed as soon as all of it has arrived, instead of at the end.
     """
 
     in_use = early = False
 
-    def __init__(self, matrix: Callable[[int], Tensors]) -> None:
+    def __init__(self, matrix: Callable[[Any], Tensors]) -> None:
         self._matrix = matrix
         self._live: dict[int, Tensors] = {}
 
@@ -47,6 +48,11 @@ class Fresh(Generic[Tensors]):
         made = self._live[e] = self._matrix(e)
         return made
 
+    def new_run(self, start: int, stop: int) -> Tensors | None:
+        """Where new values of a stack's matrices start to stop are written, in one piece of memory for each tensor;
+        None if they are not in one."""
+        return self._matrix(slice(start, stop))
+
     @property
     def begun(self) -> list[int]:
         """The matrices that have a second copy."""
@@ -55,23 +61,44 @@ class Fresh(Generic[Tensors]):
     def publish(self, e: int, part: Callable[[Tensors], Tensors]) -> None:
         """Make this part of a matrix's new values live. May be repeated."""
 
+    def publish_all(self) -> bool:
+        """Make all that have a second copy live at once; all of their values are new. False if that is not one copy.
+        May be repeated."""
+        return False
+
     def end(self, e: int) -> None:
         """All new values of matrix e are live: its second copy goes."""
+
+    def end_all(self) -> None:
+        """As `end`, of all."""
 
     def rollback(self) -> None:
         """The values in use are what they were before the first write. May be repeated."""
 
 
 class _InUse(Fresh[Tensors]):
-    """on_bytes: called with the change in bytes of second copies."""
+    """on_bytes: called with the change in bytes of second copies. matrices: of a stack, how many there are."""
 
     in_use = True
 
-    def __init__(self, matrix: Callable[[int], Tensors], on_bytes: Callable[[int], None], early: bool = False) -> None:
+    def __init__(
+        self,
+        matrix: Callable[[Any], Tensors],
+        on_bytes: Callable[[int], None],
+        early: bool = False,
+        matrices: int | None = None,
+    ) -> None:
         super().__init__(matrix)
-        self.early = early
+        self.early, self._matrices = early, None if early else matrices
         self._on_bytes, self._told, self._matrix_bytes = on_bytes, 0, 0
         self._copies: dict[int, Tensors] = {}
+
+    def new_run(self, start: int, stop: int) -> Tensors | None:
+        if self._matrices is None:
+            return None  # With `early`, one after the other: only matrices that arrived in part have a second copy.
+        for e in range(start, stop):
+            self.new(e)
+        return self._matrix(slice(start, stop))
 
     @property
     def begun(self) -> list[int]:
@@ -81,13 +108,18 @@ class _InUse(Fresh[Tensors]):
         self._copies.pop(e, None)
         self._tell()
 
+    def end_all(self) -> None:
+        self._copies.clear()
+        self._tell()
+
     def rollback(self) -> None:
         self._copies.clear()
         self._tell()
 
     def _begin(self, e: int, copy: Tensors) -> None:
         self._copies[e] = copy
-        self._matrix_bytes = sum(t.nbytes for t in copy)
+        if not self._matrix_bytes:
+            self._matrix_bytes = sum([t.nbytes for t in copy])
         self._tell()
 
     def _tell(self) -> None:
@@ -98,19 +130,75 @@ class _InUse(Fresh[Tensors]):
 
 
 class Beside(_InUse[Tensors]):
-    """New values beside the live ones, on the same device."""
+    """New values beside the live ones, on the same device.
+
+    Those of a stack's matrices are in one piece of memory, if they come together or are on a host, where memory counts
+    from when it is written to: each is made by a view then, and all go in one copy.
+    """
+
+    _block: tuple[int, int, Tensors] | None = None  # first matrix, matrix after the last, memory
 
     def latest(self, e: int) -> Tensors:
         return self._copies[e] if e in self._copies else self.live(e)
 
     def new(self, e: int) -> Tensors:
         if e not in self._copies:
-            self._begin(e, _like(self.live(e), map(_room_for, self.live(e))))
+            if self._block is None and self._matrices is not None and not self._copies:
+                self._open_block(0, self._matrices, on_host_only=True)
+            block = self._block
+            if block is not None and block[0] <= e < block[1]:
+                self._begin(e, _like(block[2], [part[e - block[0]] for part in block[2]]))
+            else:
+                self._begin(e, _like(self.live(e), map(_room_for, self.live(e))))
         return self._copies[e]
+
+    def new_run(self, start: int, stop: int) -> Tensors | None:
+        if self._matrices is None:
+            return None
+        if self._block is None and not self._copies:
+            self._open_block(start, stop)
+        block = self._block
+        if block is None or not block[0] <= start < stop <= block[1]:
+            return None
+        for e in range(start, stop):
+            self.new(e)
+        return _like(block[2], [part[start - block[0] : stop - block[0]] for part in block[2]])
+
+    def _open_block(self, start: int, stop: int, on_host_only: bool = False) -> None:
+        live = self._matrix(slice(start, stop))
+        on_host = live[0].device.type == "cpu"
+        if on_host:
+            room = [room_for(tuple(t.shape), t.dtype, t.device, mapped_bytes=mmap.PAGESIZE) for t in live]
+        elif not on_host_only:
+            room = [_room_for(t) for t in live]
+        else:
+            return
+        self._block = start, stop, _like(live, room)
 
     def publish(self, e: int, part: Callable[[Tensors], Tensors]) -> None:
         if e in self._copies:
             _copy(part(self._copies[e]), part(self.live(e)))
+
+    def publish_all(self) -> bool:
+        block = self._block
+        if block is None or len(self._copies) != block[1] - block[0]:
+            return False
+        _copy(block[2], self._matrix(slice(block[0], block[1])))
+        return True
+
+    def end(self, e: int) -> None:
+        super().end(e)
+        if not self._copies:
+            self._block = None
+
+    def end_all(self) -> None:
+        """As `end`, of all."""
+        super().end_all()
+        self._block = None
+
+    def rollback(self) -> None:
+        super().rollback()
+        self._block = None
 
 
 class InPlace(_InUse[Tensors]):

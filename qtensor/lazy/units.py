@@ -53,6 +53,12 @@ class Units:
         """Rows start:stop of matrix e, whole units, are in this state."""
         self.state[e, start // self.height : -(-stop // self.height)] = state
 
+    def are_new(self, e: int | None = None) -> bool:
+        """Were all units (of matrix e) quantized since the reload began, and is nothing else to be said of them? By
+        bytes, in a tenth of numpy's time."""
+        states = (self.state if e is None else self.state[e]).tobytes()
+        return states.count(QUANTIZED) == len(states)
+
     def runs(self, e: int, start: int, stop: int, flag: int) -> Iterator[tuple[int, int, bool]]:
         """Rows start:stop cut where units differ in a flag: first row, row after the last, is it set? Of no rows one
         run, where it is not: a weight without rows may have a scale that it shares with other ranks."""

@@ -206,7 +206,8 @@ class ArmedWeight:
 
     def _take(self, source: torch.Tensor, where: View | torch.Tensor) -> None:
         """Let the store take a write to a view or a mask, and remember an error until its elements are written."""
-        if not is_high_precision(source) and (collector := self.host.collector(self)) is not None:
+        is_plain = is_high_precision(source)
+        if not is_plain and (collector := self.host.collector(self)) is not None:
             self._collect(collector, source, where)
             return
         if self._cut_short is not None:
@@ -215,7 +216,7 @@ class ArmedWeight:
         self.writes += 1
         self._cut_short = "an interrupt"
         try:
-            if isinstance(store, QuantStore) and not is_high_precision(source):
+            if not is_plain and isinstance(store, QuantStore):
                 raise WeightDtypeError(unusable_source(self.name, source.dtype))
             if isinstance(where, View):
                 store.write(where, source)

@@ -307,8 +307,9 @@ class Agreements:
         self.weights[weight].submit(weight.name, weight)
 
     def advance(self) -> None:
-        for agreement in list(self._by_ranks.values()):
-            agreement.advance()
+        if self._by_ranks:  # asked at each write
+            for agreement in list(self._by_ranks.values()):
+                agreement.advance()
 
     def finish(self) -> None:
         for agreement in self._by_ranks.values():

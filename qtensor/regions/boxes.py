@@ -32,6 +32,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+@lru_cache(1 << 14)  # The layers of a model are written alike: most views were met in the layer before.
 def as_box(shape: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> BoxView | None:
     """The view as a box of the array, or None if it is not one (a step, a flattened range, an overlap)."""
     matched = _match(shape, size, stride)

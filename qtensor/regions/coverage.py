@@ -20,6 +20,7 @@ from ..errors import WeightShapeError
 
 Box = tuple[tuple[int, int], ...]
 Region = Sequence[tuple[int, int] | slice]
+_MOST_RUNS = 3  # that wait: rows of an expert, experts, and one more
 
 
 class Coverage:
@@ -36,7 +37,7 @@ class Coverage:
         self._cuts: list[list[int]] = [[0, n] for n in self.shape]
         self._cells = np.zeros((1,) * len(self.shape), dtype=bool)
         self._tidy_above = 64
-        self._run: Box | None = None
+        self._runs: list[Box] = []  # disjoint, and outside of the grid's true cells
         self._gridded = False
 
     @property
@@ -52,22 +53,29 @@ class Coverage:
         """`add` for a box that is known to be inside of the shape and not empty."""
         if self.covered == self.numel:
             return 0
-        run = self._run
-        grown = _joined(run, box) if run is not None else None
-        if grown is None:
-            self._settle_run()
-        if not (self._gridded and self._in_grid(box)):
+        runs = self._runs
+        grown = _joined(runs[-1], box) if runs else None
+        if grown is None and len(runs) == _MOST_RUNS:
+            self._settle_runs()
+        others = runs if grown is None else runs[:-1]
+        if not ((self._gridded and self._in_grid(box)) or (others and _any_overlaps(others, box))):
             # Most boxes continue the last one. Those wait as one run, which enters the grid when something else comes.
-            self._run = grown or box
+            # A run that continues the one before it joins that: rows make an expert, experts a stack.
+            if grown is None:
+                runs.append(box)
+            else:
+                runs[-1] = grown
+                while len(runs) > 1 and (joined := _joined(runs[-2], runs[-1])) is not None:
+                    runs[-2:] = [joined]
             newly = _volume(box)
         else:
-            self._settle_run()
+            self._settle_runs()
             index = self._refine(box)
             newly = self._count(~self._cells[index], index)
             self._cells[index] = True
         self.covered += newly
         if self.covered == self.numel:
-            self._settle_run()
+            self._settle_runs()
             self._tidy()
         return newly
 
@@ -76,7 +84,7 @@ class Coverage:
         box = self._box(region)
         if not self.covered or _is_empty(box):
             return 0
-        self._settle_run()
+        self._settle_runs()
         index = self._refine(box)
         removed = self._count(self._cells[index], index)
         self._cells[index] = False
@@ -92,7 +100,7 @@ class Coverage:
             return 0
         if not self.shape:
             return self.add(()) if mask else 0
-        self._settle_run()
+        self._settle_runs()
         self._gridded = True
         cuts: list[list[int]] = []
         cells, sampled = self._cells, mask
@@ -121,7 +129,7 @@ class Coverage:
 
     def mask(self) -> np.ndarray:
         """True for each covered element; may share memory with the grid."""
-        self._settle_run()
+        self._settle_runs()
         cells = self._cells
         for d, cuts in enumerate(self._cuts):
             if cells.shape[d] != self.shape[d]:
@@ -133,13 +141,13 @@ class Coverage:
         box = self._box(region)
         if self.complete or _is_empty(box):
             return True
-        self._settle_run()
+        self._settle_runs()
         return bool(self._cells[self._touching(box)].all())
 
     def overlaps(self, region: Region) -> bool:
         """Is any element of the box covered?"""
         box = self._box(region)
-        self._settle_run()
+        self._settle_runs()
         return not _is_empty(box) and self._in_grid(box)
 
     def missing(self, within: Region | None = None) -> list[Box]:
@@ -149,7 +157,7 @@ class Coverage:
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
         if _is_empty(box):
             return []
-        self._settle_run()
+        self._settle_runs()
         return _clip(_boxes(~self._cells, self._cuts), box)
 
     def covered_boxes(self, within: Region | None = None) -> list[Box]:
@@ -157,7 +165,7 @@ class Coverage:
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
         if not self.covered or _is_empty(box):
             return []
-        self._settle_run()
+        self._settle_runs()
         return _clip(_boxes(self._cells, self._cuts), box)
 
     def full_rows(self, lead: tuple[int, ...], start: int, stop: int) -> list[tuple[int, int]]:
@@ -173,7 +181,7 @@ class Coverage:
         """
         if self.complete:
             return [(start, stop)] if start < stop else []
-        self._settle_run()
+        self._settle_runs()
         at = tuple(bisect_right(self._cuts[d], i) - 1 for d, i in enumerate(lead))
         cuts = self._cuts[-2]
         first, last = bisect_right(cuts, start) - 1, bisect_left(cuts, stop)
@@ -189,7 +197,7 @@ class Coverage:
         return runs
 
     def copy(self) -> Coverage:
-        self._settle_run()
+        self._settle_runs()
         other = Coverage(self.shape)
         other.covered, other._gridded = self.covered, True
         other._cuts = [list(c) for c in self._cuts]
@@ -239,12 +247,14 @@ class Coverage:
                     self._cuts[d] = np.delete(self._cuts[d], dead).tolist()
             self._tidy_above = max(64, 2 * self._cells.size)
 
-    def _settle_run(self) -> None:
-        """Enter the waiting run into the grid."""
-        if self._run is not None:
-            index = self._refine(self._run)  # replaces self._cells, so it has to come first
-            self._cells[index] = True
-            self._run, self._gridded = None, True
+    def _settle_runs(self) -> None:
+        """Enter the waiting runs into the grid."""
+        if self._runs:
+            for run in self._runs:
+                index = self._refine(run)  # replaces self._cells, so it has to come first
+                self._cells[index] = True
+            self._gridded = True
+            self._runs.clear()
             self._tidy()
 
     def _in_grid(self, box: Box) -> bool:
@@ -285,6 +295,16 @@ def _joined(a: Box, b: Box) -> Box | None:
     if stop == first:
         return (*a[:found], (start, last), *a[found + 1 :])
     return (*a[:found], (first, stop), *a[found + 1 :]) if last == start else None
+
+
+def _any_overlaps(runs: list[Box], box: Box) -> bool:
+    for run in runs:
+        for (start, stop), (first, last) in zip(run, box, strict=True):
+            if stop <= first or last <= start:
+                break
+        else:
+            return True
+    return False
 
 
 def _is_empty(box: Box) -> bool:

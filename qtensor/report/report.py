@@ -101,6 +101,13 @@ class LoadReport:
     timeline: list[MemoryPoint] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def written(self) -> list[str]:
+        """The weights that a loader wrote to, all of them or a part; of a reload, what moved. `untouched` is the
+        rest."""
+        left = set(self.untouched)
+        return [name for name in (*(layer.name for layer in self.layers), *self.passthrough) if name not in left]
+
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as a JSON text, also written to `path` if given. An SQNR that is not finite (infinite: nothing was
         lost; NaN: the source held some) is null."""

@@ -84,6 +84,10 @@ class ModelTransaction(LoadHost, Transaction):
     def on_missing(self) -> str:
         return self.options.on_missing
 
+    def policy_for(self, weight: ArmedWeight) -> str:
+        """`on_missing`, as far as it is about this weight."""
+        return self.on_missing
+
     # The course of it (Transaction)
 
     def enter(self) -> None:
@@ -217,9 +221,9 @@ class ModelTransaction(LoadHost, Transaction):
             if not weight.coverage.complete and may_be_new(name) and keep_initial(weight, name):
                 self._notes[name] = f"{ADAPTER}; keeps its initial values"
             if not weight.coverage.complete:
-                gaps = weight.coverage.missing()
-                self._notes.setdefault(name, f"unwritten elements: {self.on_missing}")
-                if self.on_missing == "error" or not weight.fill_missing(self.on_missing):
+                gaps, policy = weight.coverage.missing(), self.policy_for(weight)
+                self._notes.setdefault(name, f"unwritten elements: {policy}")
+                if policy == "error" or not weight.fill_missing(policy):
                     boxes[name] = gaps
                     missing.append(describe_missing(name, weight.shape, gaps, reopened=weight.was_settled))
                 else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -77,9 +77,13 @@ class ReloadOptions(SessionOptions):
     atomic: bool = True
     shadow: ShadowKind = "device"
     assert_identity: bool = False
+    only: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        only = self.only
+        if isinstance(only, str) or not (only is None or all(isinstance(pattern, str) for pattern in only)):
+            raise ConfigError(f"only is a list of patterns or None, not {only!r}")
         one_of("on_missing", self.on_missing, "error", "zero", "keep")
         one_of("shadow", self.shadow, "device", "host")
         flags(self, "atomic", "assert_identity")

@@ -6,6 +6,7 @@ computing with the old values until `finish` commits the new ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from ..regions.views import whole
 from ..report.progress import ProgressLike
 from ..report.report import LoadReport
 from ..schemes.scheme import Scheme
+from ..schemes.selection import matches
 from ..tensor.qtensor import QTensor
 from ..text import printable
 from . import registration
@@ -50,6 +52,7 @@ def online_reload(
     strict_reads: bool = False,
     process_group: dist.ProcessGroup | Sharding | None = None,
     assert_identity: bool = False,
+    only: Sequence[str] | None = None,
     progress: ProgressLike = None,
 ) -> ReloadSession:
     """Load new high-precision values into a quantized model, in place.
@@ -80,6 +83,9 @@ def online_reload(
             known. They agree on scales, and all commit or none does: if one fails, all raise, and keep the old values.
         assert_identity: Check before anything is replaced that every Parameter is the same object, at the same address,
             with the same attributes and ties, and raise QTensorError if one is not.
+        only: Patterns, as `online_quant` takes them in `ignore`, of names or layers: the reload is for the weights that
+            match one. A write to another is an error, and `on_missing` is about those that match; all others keep their
+            bytes. None: the reload is for all weights. Buffers are not weights.
         progress: As `online_quant` takes it.
 
     Returns:
@@ -87,7 +93,8 @@ def online_reload(
 
     Raises:
         ConfigError: An option has a value it cannot have.
-        QTensorError: No weight of the model is quantized, one is a view, or another session that is open loads it.
+        QTensorError: No weight of the model is quantized, one is a view, another session that is open loads it, or a
+            pattern of `only` matches none.
     """
     options = ReloadOptions(
         atomic=atomic,
@@ -97,6 +104,7 @@ def online_reload(
         strict_reads=strict_reads,
         process_group=process_group,
         assert_identity=assert_identity,
+        only=only,
         progress=progress,
     )
     reload = Reload(model, options)
@@ -173,6 +181,20 @@ class Reload(ModelTransaction):
                 else:  # Sparse or expanded: a loader writes to it as PyTorch lets it.
                     self._before.watch(param)
         self._tree.changed()
+        self._exclude({weight: self._tree.owners(weight) for weight in self._arming})
+
+    def _exclude(self, owners: dict[ReloadedWeight, list[Owner]]) -> None:
+        """With `only`: nothing may be written to the weights that no pattern matches, under any of their names."""
+        only = self.options.only
+        if only is None:
+            return
+        unused = set(only)
+        for weight, places in owners.items():
+            found = {p for p in only for place in places if matches(p, place[0], full_name(place))}
+            unused -= found
+            weight.excluded = not found
+        if unused:
+            raise QTensorError(f"online_reload: no weight matches {', '.join(sorted(map(repr, unused)))} of `only`")
 
     def _weight(self, param: torch.Tensor, owner: Owner) -> ReloadedWeight:
         return ReloadedWeight(self, tuple(param.shape), param.dtype, param.device, (owner[1], owner[2]))
@@ -202,6 +224,9 @@ class Reload(ModelTransaction):
 
     def decide(self, weight: ArmedWeight) -> Scheme | None:
         raise AssertionError("the weights of a reload are decided on")
+
+    def policy_for(self, weight: ArmedWeight) -> str:
+        return "keep" if isinstance(weight, ReloadedWeight) and weight.excluded else self.on_missing
 
     def touch(self, weight: ArmedWeight) -> None:
         self._agreements.advance()
@@ -330,7 +355,7 @@ class Reload(ModelTransaction):
                     logger.warning(printable(problem), exc_info=True)
 
     def _settings(self) -> dict[str, str]:
-        told = {key: str(getattr(self.options, key)) for key in ("atomic", "shadow", "assert_identity")}
+        told = {key: str(getattr(self.options, key)) for key in ("atomic", "shadow", "assert_identity", "only")}
         return super()._settings() | told
 
     def _summary(self, state: str) -> LoadReport:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, QTensorError
 from .qtensor import QTensor
 
 _WORTH_A_THREAD = 1 << 20  # bytes
@@ -70,6 +70,29 @@ def _root(leaves: list[bytes]) -> bytes:
         return leaves[0] if leaves else hashlib.sha256().digest()
     half = 1 << (len(leaves) - 1).bit_length() - 1
     return hashlib.sha256(b"\1" + _root(leaves[:half]) + _root(leaves[half:])).digest()
+
+
+def changed_weights(model: nn.Module, checksums: Mapping[str, str]) -> list[str]:
+    """The names whose weights in `model` have other bytes than these checksums say, in their order.
+
+    A trainer sends the checksums of what it has (`weight_checksums` of its quantized weights), and then only the
+    weights that this names; those that the mapping leaves out are not looked at.
+
+    Args:
+        model: A model, some of whose weights may be quantized.
+        checksums: By the model's names, as `weight_checksums` gives them.
+
+    Returns:
+        The names to send.
+
+    Raises:
+        QTensorError: The model has no parameter of a name.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := [name for name in checksums if name not in held]:
+        raise QTensorError(f"changed_weights: the model has no parameter {', '.join(unknown[:3])}")
+    live = weight_checksums({name: held[name] for name in checksums})
+    return [name for name, checksum in checksums.items() if live[name] != checksum]
 
 
 def _sha256(tensor: torch.Tensor) -> str:

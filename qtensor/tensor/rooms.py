@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import mmap
+from math import prod
 
 import torch
 
 _MAPPED_BYTES = 1 << 20
 
 
-def room_for(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory. On a host large ones are mappings of their own, which go back to the system when they are
-    freed; the C allocator would keep a second model's worth of memory between them."""
-    nbytes = int(torch.Size(shape).numel()) * dtype.itemsize
-    if device.type != "cpu" or nbytes < _MAPPED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+def room_for(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, mapped_bytes: int = _MAPPED_BYTES
+) -> torch.Tensor:
+    """Uninitialised memory. On a host large ones (of `mapped_bytes` and more) are mappings of their own, which go back
+    to the system when they are freed; the C allocator would keep a second model's worth of memory between them. Of a
+    mapping only the pages that were written to take memory."""
+    nbytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < mapped_bytes or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(shape, dtype=dtype, device=device)
     own = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(own, dtype=torch.uint8).view(dtype).view(shape)

@@ -26,6 +26,7 @@ from qtensor import (
 )
 from qtensor.integrations.vllm import checksums, compat
 from support.growth import growth
+from support.refits import kernel_calls
 from support.vllm.checkpoints import checkpoint, tensors_of, variant
 from support.vllm.engines import engine, look
 from support.vllm.oracle import fused, mistakes
@@ -256,6 +257,24 @@ class TestPlugin:
         served.collective_rpc("finish_weight_update")
         seen = look(served)
         assert (seen.weights, seen.tokens) == (fresh("llama").weights, fresh("llama").tokens)
+        reload(served)
+
+    def test_kernels_read_the_packed_buffers_of_vllms_weight_transfer_where_they_lie(self, served: LLM) -> None:
+        packing = pytest.importorskip("vllm.distributed.weight_transfer.packed_tensor")
+        tensors, buffers = iter(tensors_of(other("llama")).items()), []
+
+        def unpacked() -> Iterator[tuple[str, torch.Tensor]]:
+            while (chunk := packing.pack_tensors(tensors, lambda item: item[1], 1 << 18)) is not None:
+                buffer = chunk.packed_tensor
+                buffers.append(range(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes))
+                yield from packing.unpack_tensor(buffer, chunk.names, chunk.shapes, chunk.dtypes, chunk.tensor_sizes)
+                buffer.fill_(0xFF)  # It is used again.
+
+        with kernel_calls() as sources:
+            reload(served, unpacked())
+        assert len(sources) > 8
+        assert all(any(source.data_ptr() in buffer for buffer in buffers) for source in sources)
+        assert mistakes(tensors_of(other("llama")), runtime(served), "fp8_per_channel") == []
         reload(served)
 
     def test_a_failed_chunk_ends_the_lifecycle_and_the_next_one_works(self, served: LLM, tmp_path: Path) -> None:

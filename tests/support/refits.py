@@ -1,0 +1,44 @@
+"""What trainers pack their weights into, how it is unpacked, and what reaches the kernels of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from qtensor.kernels.reference import Torch
+from qtensor.lazy import quantized_rows
+
+
+@contextmanager
+def kernel_calls() -> Iterator[list[torch.Tensor]]:
+    """The sources that quantizing kernels are given while the block runs."""
+    sources: list[torch.Tensor] = []
+    chosen: Torch = quantized_rows.kernels.choose(torch.device("cpu"))
+    quantize_into = type(chosen).quantize_into
+
+    def noted(self: Any, source: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sources.append(source)
+        quantize_into(self, source, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(chosen), "quantize_into", noted)
+        yield sources
+
+
+def by_offsets(bucket: torch.Tensor, parts: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """verl and OpenRLHF: a buffer of bytes; each tensor is a run of it that is seen as its dtype and shape."""
+    at = 0
+    for name, part in parts.items():
+        yield name, bucket[at : at + part.nbytes].view(part.dtype).view(part.shape)
+        at += part.nbytes
+
+
+def by_split(bucket: torch.Tensor, parts: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """vLLM's packed weight transfer and NeMo-RL: the buffer is split by sizes in bytes."""
+    pieces = torch.split(bucket, [part.nbytes for part in parts.values()])
+    for (name, part), piece in zip(parts.items(), pieces, strict=True):
+        yield name, piece.contiguous().view(part.dtype).view(*part.shape)
