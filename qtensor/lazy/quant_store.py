@@ -175,10 +175,9 @@ class QuantStore:
                     self._lose(each, 0, self._n)
                 raise
             self.coverage.add_box(((run.start, run.stop), (0, self._n), (0, self._k)))
-            for each in run:
-                self._units.mark(each, 0, self._n, QUANTIZED)
-                if self._staging.groups:
-                    self._staging.free_unused(each, 0, self._n)
+            self._units.state[run.start : run.stop] = QUANTIZED
+            for each in run if self._staging.groups else ():
+                self._staging.free_unused(each, 0, self._n)
             self._accepted.difference_update(run)
         return True
 

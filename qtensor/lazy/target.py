@@ -136,7 +136,8 @@ class Beside(_InUse[Tensors]):
     from when it is written to: each is made by a view then, and all go in one copy.
     """
 
-    _block: tuple[int, int, Tensors] | None = None  # first matrix, matrix after the last, memory
+    _block: tuple[int, int, Tensors, list[tuple[torch.Tensor, ...]]] | None = None
+    """First matrix, matrix after the last, their memory, and that of each."""
 
     def latest(self, e: int) -> Tensors:
         return self._copies[e] if e in self._copies else self.live(e)
@@ -147,7 +148,7 @@ class Beside(_InUse[Tensors]):
                 self._open_block(0, self._matrices, on_host_only=True)
             block = self._block
             if block is not None and block[0] <= e < block[1]:
-                self._begin(e, _like(block[2], [part[e - block[0]] for part in block[2]]))
+                self._begin(e, _like(block[2], block[3][e - block[0]]))
             else:
                 self._begin(e, _like(self.live(e), map(_room_for, self.live(e))))
         return self._copies[e]
@@ -160,9 +161,11 @@ class Beside(_InUse[Tensors]):
         block = self._block
         if block is None or not block[0] <= start < stop <= block[1]:
             return None
+        first, _, memory, matrices = block
         for e in range(start, stop):
-            self.new(e)
-        return _like(block[2], [part[start - block[0] : stop - block[0]] for part in block[2]])
+            self._copies[e] = _like(memory, matrices[e - first])
+        self._begin(start, self._copies[start])
+        return _like(memory, [part[start - first : stop - first] for part in memory])
 
     def _open_block(self, start: int, stop: int, on_host_only: bool = False) -> None:
         live = self._matrix(slice(start, stop))
@@ -173,7 +176,7 @@ class Beside(_InUse[Tensors]):
             room = [_room_for(t) for t in live]
         else:
             return
-        self._block = start, stop, _like(live, room)
+        self._block = start, stop, _like(live, room), list(zip(*(part.unbind() for part in room), strict=True))
 
     def publish(self, e: int, part: Callable[[Tensors], Tensors]) -> None:
         if e in self._copies:

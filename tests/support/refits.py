@@ -30,7 +30,7 @@ def kernel_calls() -> Iterator[list[torch.Tensor]]:
 
 
 def by_offsets(bucket: torch.Tensor, parts: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """verl and OpenRLHF: a buffer of bytes; each tensor is a run of it that is seen as its dtype and shape."""
+    """As NeMo-RL: a buffer of bytes; each tensor is a run of it that is seen as its dtype and shape."""
     at = 0
     for name, part in parts.items():
         yield name, bucket[at : at + part.nbytes].view(part.dtype).view(part.shape)
@@ -38,7 +38,7 @@ def by_offsets(bucket: torch.Tensor, parts: dict[str, torch.Tensor]) -> Iterator
 
 
 def by_split(bucket: torch.Tensor, parts: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """vLLM's packed weight transfer and NeMo-RL: the buffer is split by sizes in bytes."""
+    """As vLLM's packed weight transfer: the buffer is split by sizes in bytes."""
     pieces = torch.split(bucket, [part.nbytes for part in parts.values()])
     for (name, part), piece in zip(parts.items(), pieces, strict=True):
         yield name, piece.contiguous().view(part.dtype).view(*part.shape)
