@@ -182,10 +182,14 @@ class Experts(nn.Module):
         self.experts.w13 = nn.Parameter(torch.zeros(3, 8, 16))
 
 
-def test_a_write_that_was_cut_short_is_no_write_even_if_a_second_interrupt_cuts_short_its_end() -> None:
-    """Three experts, of which one or two were written when the first came: at lines that each of them runs, and then at
-    every line that is run because of it."""
+@pytest.mark.parametrize(("rows", "nth"), [(4, 2), (8, 1)], ids=["one by one", "together"])
+def test_a_write_that_was_cut_short_is_no_write_even_if_a_second_interrupt_cuts_short_its_end(
+    rows: int, nth: int
+) -> None:
+    """Half the rows of three experts, of which one or two were written when the first came: at lines that each of them
+    runs, and then at every line that is run because of it. All rows of three experts, in one call, likewise."""
     old, new = (torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    new[:, rows:] = old[:, rows:]
     whole = [quantize(values, fp8_per_channel).qdata.view(torch.uint8) for values in (old, new)]
     refused = 0
 
@@ -194,8 +198,8 @@ def test_a_write_that_was_cut_short_is_no_write_even_if_a_second_interrupt_cuts_
         net = Experts()
         session = online_quant({"experts.w13": fp8_per_channel}, net)
         net.experts.w13.data.copy_(old)
-        with suppress(TimeoutError), ThenAtLine(line, 2, TimeoutError, later) as tracer:
-            net.experts.w13.data.copy_(new)
+        with suppress(TimeoutError), ThenAtLine(line, nth, TimeoutError, later) as tracer:
+            net.experts.w13.data[:, :rows].copy_(new[:, :rows])
         try:
             session.finish()
         except QTensorError as error:
@@ -205,7 +209,7 @@ def test_a_write_that_was_cut_short_is_no_write_even_if_a_second_interrupt_cuts_
             assert any(torch.equal(held, values) for values in whole), (line, later)
         return tracer
 
-    lines = [line for line, times in stopped_at("", "").seen.items() if times > 1]
+    lines = [line for line, times in stopped_at("", "").seen.items() if times >= nth]
     for line in lines[:: 1 if ENDURANCE else 8]:
         for later in stopped_at(line, "").after:
             stopped_at(line, later)
