@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,9 @@ from torch import nn
 
 from ..errors import QTensorError, WeightShapeError
 from ..interrupts import without_grad
-from ..lazy.lazy_tensor import LAZY, LazyWeight, arm, attributes_of, close, parameter
-from ..lazy.plain_store import PlainStore
+from ..lazy.lazy_tensor import LAZY
 from ..lazy.quant_store import QuantStore
 from ..lazy.reloaded_weight import ReloadedWeight
-from ..lazy.swap import Swap
 from ..lazy.target import ShadowKind
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, full_name, local_parameters, local_tensor, parameters
@@ -35,6 +33,7 @@ from ..schemes.selection import matches
 from ..tensor.qtensor import QTensor
 from ..text import printable
 from . import registration
+from .arming import ArmedPlain, ArmedQuantized, Arming
 from .model_transaction import ModelTransaction, logger, waits_for_its_end
 from .options import OnMissing, OnNonfinite, ReloadOptions
 from .session import Session
@@ -129,7 +128,7 @@ class Reload(ModelTransaction):
         if not schemes:
             raise QTensorError("online_reload: no weight of this model is quantized; load it with online_quant(...)")
         super().__init__(model, ", ".join(schemes), options)
-        self._arming: dict[ReloadedWeight, _Arming] = {}
+        self._arming: dict[ReloadedWeight, Arming] = {}
         self._touched: set[ArmedWeight] = set()
         self._finished_layers: dict[tuple[str, nn.Module], None] = {}
         self._vote: Vote | None = None
@@ -203,14 +202,14 @@ class Reload(ModelTransaction):
         weight = self._weight(param, owners[0])
         self._agreements.share(weight, owners, held, param.scheme.format)
         self._open(weight, param.with_parts(*param.parts()))
-        self._arming[weight] = arming = _ArmedQuantized(param, weight)
+        self._arming[weight] = arming = ArmedQuantized(param, weight)
         arming.do()
         self._progress.expect(1)
 
     def _arm_plain(self, param: torch.Tensor, owners: list[Owner]) -> None:
         weight = self._weight(param, owners[0])
         self._open(weight, param.detach())
-        self._arming[weight] = arming = _ArmedPlain(param, weight)
+        self._arming[weight] = arming = ArmedPlain(param, weight)
         if not arming.do():
             # C++ holds a weak reference: it stays as it is, and a loader writes to it directly.
             self._before.watch(param)
@@ -362,62 +361,3 @@ class Reload(ModelTransaction):
         report = super()._summary(state)
         report.collectives, report.collective_bytes = self._agreements.collectives, self._agreements.bytes
         return report
-
-
-class _ArmedQuantized:
-    """A quantized Parameter that takes new values. `do` and `undo` may be repeated, and undo what was half done; they
-    put it back where `torch.utils.swap_tensors` has made something else of it."""
-
-    def __init__(self, param: QTensor, weight: ArmedWeight) -> None:
-        self.param, self._weight, self._attributes = param, weight, attributes_of(param)
-        self.live = cast(QTensor, self.final)
-
-    def do(self) -> bool:
-        self._put_back()
-        arm(self.param, self._weight)
-        return True
-
-    @property
-    def final(self) -> torch.Tensor:
-        """What it will stand for when it is committed."""
-        return cast(QuantStore, self._weight.store).result
-
-    def undo(self, committed: bool = False) -> None:
-        if committed:
-            self.live = cast(QTensor, self.final)
-        self._put_back()
-        close(self.param)
-
-    def _put_back(self) -> None:
-        if not isinstance(self.param, QTensor) or self.param.dtype != self.live.dtype:
-            twin: Any = self.live.detach()
-            twin.__dict__.update(self._attributes, _is_param=True)
-            Swap(self.param, twin).do()
-
-
-class _ArmedPlain:
-    """A Parameter in high precision that is a lazy weight while it takes new values. `do` and `undo` as above."""
-
-    def __init__(self, param: torch.Tensor, weight: ArmedWeight) -> None:
-        self.param, self.live, self._weight = param, param.detach(), weight
-        self._other = parameter(weight, param.requires_grad)
-        self._other.__dict__.update(attributes_of(param))
-        self._swap = Swap(param, self._other)
-        weight.params = [param]
-
-    def do(self) -> bool:
-        return self._swap.do()
-
-    @property
-    def final(self) -> torch.Tensor:
-        return cast(PlainStore, self._weight.store).target.live(0)[0]
-
-    def undo(self, committed: bool = False) -> None:
-        if isinstance(self.param, LazyWeight):
-            self._other.__dict__.update(attributes_of(self.param))
-        self._swap.undo()
-        if committed and self.final.data_ptr() != self.live.data_ptr():  # it was cast
-            self.param.data = self.final
-
-
-_Arming = _ArmedQuantized | _ArmedPlain
