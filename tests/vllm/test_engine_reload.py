@@ -326,7 +326,7 @@ class TestPlugin:
         monkeypatch.setattr("vllm.LLM", lambda path, quantization: served)
         page = (Path(__file__).parents[2] / "docs" / "rl_refit.md").read_text()
         found = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-        assert len(found) == 5
+        assert len(found) == 6
         namespace: dict[str, Any] = {}
         for block in found:
             exec(compile(block, "docs/rl_refit.md", "exec"), namespace)
