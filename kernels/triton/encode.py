@@ -106,16 +106,18 @@ def divide(x, y, FUSED: tl.constexpr):
     # x / inf is 0, not the NaN that inf * 0 would make of the remainder.
     divisor = tl.where(y == float("inf"), 0.0, y)
     quotient = x * reciprocal
-    # The remainder is taken with its sign turned, so that a quotient of -0 plus a correction of 0 stays -0.
-    quotient = tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
-    return tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
+    # Remainder and reciprocal are both taken with their sign turned, so that a quotient of -0 plus a correction of 0
+    # stays -0. Not by a minus: Triton before 3.8 computes 0 - x, which is never -0.
+    turned = reciprocal * -1.0
+    quotient = tl.fma(tl.fma(quotient, divisor, -x), turned, quotient)
+    return tl.fma(tl.fma(quotient, divisor, -x), turned, quotient)
 
 
 @triton.jit
 def bring_within(x, scale):
     """Make infinities finite, yet large enough that their quotient by `scale` still saturates. NaN stays."""
     limit = tl.minimum(scale * 460.0, 3.4028234663852886e38)
-    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.clamp(x, limit * -1.0, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -137,8 +139,9 @@ def divide_or_zero(x, y, FUSED: tl.constexpr):
         return tl.where(y == 0.0, 0.0, tl.math.div_rn(x, divisor))
     reciprocal = tl.where(y == 0.0, 0.0, tl.math.div_rn(1.0, divisor))
     quotient = x * reciprocal
-    quotient = tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
-    return tl.fma(-tl.fma(quotient, divisor, -x), reciprocal, quotient)
+    turned = reciprocal * -1.0
+    quotient = tl.fma(tl.fma(quotient, divisor, -x), turned, quotient)
+    return tl.fma(tl.fma(quotient, divisor, -x), turned, quotient)
 
 
 @triton.jit

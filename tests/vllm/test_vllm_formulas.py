@@ -80,7 +80,7 @@ def test_int8_equals_vllm(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     w13, w2 = (torch.randn(3, n, k, generator=generator).mul(0.02).to(dtype) for n, k in ((96, 64), (64, 48)))
     layer = torch.nn.Module()
-    layer.w13_weight, layer.w2_weight = torch.nn.Parameter(w13), torch.nn.Parameter(w2)
+    layer.w13_weight, layer.w2_weight = (torch.nn.Parameter(w, requires_grad=False) for w in (w13, w2))
     layer.num_experts = layer.local_num_experts = 3
     layer.w13_scale, layer.w2_scale = (torch.nn.Parameter(torch.empty(3, w.shape[1])) for w in (w13, w2))
     with torch.no_grad():
