@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -125,3 +126,9 @@ def test_every_file_can_be_imported_first() -> None:
     """And so in any order. Those of the vLLM plugin need vLLM; tests/vllm/test_surroundings.py imports them."""
     alone = sorted(m for m in MODULES if m not in ENTRANCES and not m.startswith("qtensor.integrations."))
     assert [problem for problem in in_forks(import_alone, alone, ("torch", "numpy")) if problem] == []
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Modules of their names alone: a new process would import the other one, from whichever folder is first."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -134,8 +134,12 @@ def test_processes_share_the_pages(tmp_path):
     ends = []
     for verify in ("sums", "header"):
         (their_reader, our_writer), (our_reader, their_writer) = elsewhere.Pipe(False), elsewhere.Pipe(False)
-        process = elsewhere.Process(target=resident, args=(tmp_path / "s", verify, their_reader, their_writer))
+        process = elsewhere.Process(
+            target=resident, args=(tmp_path / "s", verify, their_reader, their_writer), daemon=True
+        )
         process.start()
+        their_reader.close()
+        their_writer.close()  # Else nobody would hear of it if the other process failed.
         ends.append((process, our_reader, our_writer))
         assert our_reader.recv() == "ready"
     found = []

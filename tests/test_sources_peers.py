@@ -1,5 +1,5 @@
 """Checkpoints that other libraries wrote, with their own code: torchao (by transformers) and compressed-tensors. More
-of them, which need an environment of their own, are in tests/libraries/test_sources_peers.py."""
+of them, which need an environment of their own, are in tests/libraries/test_library_sources.py."""
 
 from __future__ import annotations
 

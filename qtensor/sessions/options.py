@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..lazy.target import ShadowKind
 from ..ranks.sharding import Sharding
 from ..report.progress import ProgressLike
+from ..schemes.config import read_patterns
 
 OnMissing = Literal["error", "zero", "keep", "init"]
 OnNonfinite = Literal["error", "keep"]
@@ -81,9 +82,10 @@ class ReloadOptions(SessionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        only = self.only
-        if isinstance(only, str) or not (only is None or all(isinstance(pattern, str) for pattern in only)):
-            raise ConfigError(f"only is a list of patterns or None, not {only!r}")
+        if isinstance(self.only, str):
+            raise ConfigError(f"only is a list of patterns or None, not {self.only!r}")
+        if self.only is not None:
+            read_patterns("only", self.only)
         one_of("on_missing", self.on_missing, "error", "zero", "keep")
         one_of("shadow", self.shadow, "device", "host")
         flags(self, "atomic", "assert_identity")

@@ -225,6 +225,7 @@ class Uploading:
         self.audit, cpu = Audit(measure_sqnr=True), torch.device("cpu")
         self.coverage = Coverage(shape)
         self.store = QuantStore(SCHEMES[name], torch.bfloat16, cpu, self.coverage, self.audit, lambda change: None)
+        self.store._on_cpu = False
 
     def assert_has(self, source: torch.Tensor, name: str) -> None:
         assert self.coverage.complete

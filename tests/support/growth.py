@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from itertools import pairwise
+from statistics import median_low
 
 import torch
 
@@ -12,20 +13,24 @@ from qtensor.report.memory import resident_bytes
 
 
 def growth(cycle: Callable[[int], None], times: int, first: int = 20) -> tuple[int, int]:
-    """Live tensors that `times` cycles leave behind, and anonymous bytes of a quarter of them, after some more.
+    """Live tensors and anonymous bytes that a quarter of `times` cycles leaves behind, after some more.
 
-    What a process holds besides may grow once, at any time, by megabytes; what cycles leave grows in every quarter. So
-    the bytes are those of the quarter that left least.
+    What a process holds besides may grow once, at any time, by megabytes, and others' tensors may go; what cycles leave
+    grows in every quarter. So the bytes are those of the quarter that left least, and the tensors a usual quarter's.
     """
     for i in range(first):
         cycle(i)
-    tensors, resident = _live_tensors(), [resident_bytes()[0]]
+    tensors, resident = [_live_tensors()], [resident_bytes()[0]]
     for quarter in range(4):
         for i in range(quarter * times // 4, (quarter + 1) * times // 4):
             cycle(i)
-        gc.collect()
+        tensors.append(_live_tensors())
         resident.append(resident_bytes()[0])
-    return _live_tensors() - tensors, min(after - before for before, after in pairwise(resident))
+    return median_low(_steps(tensors)), min(_steps(resident))
+
+
+def _steps(counts: list[int]) -> list[int]:
+    return [after - before for before, after in pairwise(counts)]
 
 
 def _live_tensors() -> int:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 SUMMARY = "short test summary info"
+running: set[int] = set()  # groups of processes
 
 
 def run(suite: str) -> tuple[str, int, float, list[str]]:
@@ -28,8 +32,11 @@ def run(suite: str) -> tuple[str, int, float, list[str]]:
         text=True,
         errors="replace",
         env=os.environ | {"PYTHONUNBUFFERED": "1"},  # progress is seen while it happens
+        process_group=0,
     )
     assert process.stdout is not None
+    running.add(process.pid)
+    threading.Thread(target=end, args=(process,), daemon=True).start()
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -40,7 +47,27 @@ def run(suite: str) -> tuple[str, int, float, list[str]]:
     return name, code, time.monotonic() - began, lines[max(start, 0) :]
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """With a suite, what it started ends: a process that hangs would keep its output open, and all of us waiting."""
+    process.wait()
+    running.discard(process.pid)
+    kill(process.pid)
+
+
+def kill(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def stop(signum: int, frame: object) -> None:
+    for group in list(running):
+        kill(group)
+    os._exit(128 + signum)
+
+
 def main(suites: list[str]) -> int:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         results = list(pool.map(run, suites))
     for name, code, seconds, summary in results:
