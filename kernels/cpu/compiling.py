@@ -204,7 +204,8 @@ def _serve() -> None:
                 answer = error
             finally:
                 _builder, _building, _compiling = None, None, False
-            for mail, (wanted, _) in list(_waiting.items()):
+            # copy(): pairs are objects, whose making may collect garbage, and that let a caller in that changes it.
+            for mail, (wanted, _) in _waiting.copy().items():
                 if wanted is task:
                     mail.put(answer)
 
@@ -242,7 +243,7 @@ def _after_fork_in_child() -> None:
     _forking, _turn, _building = False, threading.RLock(), None
     _needed.clear()
     _in_line.clear()
-    for mail, (task, thread) in list(_waiting.items()):
+    for mail, (task, thread) in _waiting.copy().items():
         if thread == threading.get_ident():
             _needed.append(task)
             _start()
