@@ -20,6 +20,7 @@ from torch import nn
 
 from qtensor import QTensorError, WeightShapeError, fp8_per_channel, online_quant, online_reload, quantize
 from qtensor.interrupts import without_grad
+from support.first_use import LOOPS, timer
 from support.interrupts import (
     KINDS,
     NEW,
@@ -37,7 +38,6 @@ from support.interrupts import (
     load,
     loaded,
     random_moments,
-    timer,
     twice,
 )
 from support.processes import elsewhere
@@ -325,7 +325,7 @@ def leaks(run: Callable[[Callable[[], object]], object], tries: int) -> int:
     found = 0
     for i in range(tries):
         with suppress(KeyboardInterrupt), timer(2e-5 + 1e-7 * (i % 997), KeyboardInterrupt):
-            while True:
+            for _ in range(LOOPS):
                 run(torch.is_grad_enabled)
         found += not torch.is_grad_enabled()
         torch.set_grad_enabled(True)

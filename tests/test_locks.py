@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from qtensor.interrupts import in_turn, unless_taken
-from support.first_use import timer
+from support.first_use import LOOPS, timer
 from support.processes import ROOT
 
 
@@ -19,7 +19,7 @@ def left_held(run: Callable[[Any], object], tries: int) -> int:
     for i in range(tries):
         lock = threading.RLock()
         with suppress(KeyboardInterrupt), timer(2e-5 + 1e-7 * (i % 997), KeyboardInterrupt):
-            while True:
+            for _ in range(LOOPS):
                 run(lock)
         found += in_another_thread(lambda lock=lock: not lock.acquire(blocking=False))
     return found

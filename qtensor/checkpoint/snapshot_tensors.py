@@ -132,6 +132,8 @@ def column_sums(tensors: Iterable[torch.Tensor]) -> str:
         whole = blocks * 8 * _ROWS * _WORDS
         digest.update(raw.numel().to_bytes(8, "little"))
         if blocks:
+            if raw.storage_offset() % 8:  # a part of a buffer: no words begin there
+                raw = raw.clone()
             sums = raw[:whole].view(torch.int64).view(blocks, _ROWS, _WORDS).sum(1)
             digest.update(sums.view(-1).view(torch.uint8).numpy().data)
         digest.update(raw[whole:].numpy().data)

@@ -17,6 +17,9 @@ from qtensor import fp8_per_tensor, online_quant
 from qtensor.kernels import FP8_PER_TENSOR, Parts, dequantize, quantize_into
 from qtensor.report.progress import ProgressEvent
 
+LOOPS = 1_000_000
+"""Of what a timer interrupts: seconds. It may ring in what swallows it (a finalizer, which a collection runs)."""
+
 
 @contextmanager
 def timer(seconds: float, stop: type[BaseException], again: float = 0) -> Iterator[None]:
