@@ -10,8 +10,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
-
 from qtensor.kernels import FORMATS, SOURCE_DTYPES, Audit, Parts
 from qtensor.kernels.triton import TRITON
 from support.gpu.driver import simulated_gpu
@@ -41,9 +39,10 @@ def test_machine_code(name: str, arch: str) -> None:
                 TRITON.dequantize(parts, fmt, dtype, torch.empty_like(source))
             restoring = gpu.launches[-1][0]
             for text in (*quantizing, restoring.text):
-                spills = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)
-                assert spills
-                assert set(spills) == {"0"} or triton.__version__ < "3.9"  # Older ones spill some.
+                # Scalars that find no register lie in lanes of vector registers; no memory is used for them.
+                in_memory = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+                assert in_memory
+                assert set(in_memory) == {"0"}
                 # gfx942's instructions of this name convert to fnuz: it must use none of them.
                 assert arch == "gfx950" or not re.search(r"v_cvt_\w*pk_(fp8_f32|f32_fp8)", text)
             if arch == "gfx950" and fmt.element == "e4m3":
