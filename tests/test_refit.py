@@ -107,6 +107,19 @@ def test_what_only_matches_has_to_come_and_nothing_else() -> None:
     assert weight_checksums(model) == before
 
 
+@pytest.mark.parametrize("excluded", [True, False])
+def test_a_swallowed_error_ends_a_reload_before_zeros_are_filled_in(excluded: bool) -> None:
+    """With `atomic=False` what is filled in is live at once."""
+    model, state = loaded()
+    before = weight_checksums(model)
+    session = online_reload(model, only=["layers.0"] if excluded else None, on_missing="zero", atomic=False)
+    with pytest.raises(QTensorError):
+        model.layers[1]["down"].weight.data.copy_(trained(state)["layers.1.down.weight"] * float("nan"))
+    with pytest.raises(QTensorError, match="not for it" if excluded else "nan at"):
+        session.finish()
+    assert weight_checksums(model) == before
+
+
 def test_a_pattern_that_matches_nothing_is_an_error_and_leaves_no_session() -> None:
     model, state = loaded()
     with pytest.raises(QTensorError, match=r"'layers\.7' of `only`"):

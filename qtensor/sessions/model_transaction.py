@@ -212,12 +212,14 @@ class ModelTransaction(LoadHost, Transaction):
         """Apply on_missing, then raise for whatever is still not there."""
         missing: list[str] = []
         boxes: dict[str, Any] = {}
-        for weight, owners in self._weights_to_complete().items():
-            name = full_name(owners[0])
+        weights = self._weights_to_complete()
+        for weight in weights:  # First: what is filled below may be live at once (`atomic=False`), whatever comes next.
             weight.settle_if_complete()
             if weight.error is not None:
                 raise weight.error
             self.incoming.finish(weight)
+        for weight, owners in weights.items():
+            name = full_name(owners[0])
             if not weight.coverage.complete and may_be_new(name) and keep_initial(weight, name):
                 self._notes[name] = f"{ADAPTER}; keeps its initial values"
             if not weight.coverage.complete:
