@@ -110,6 +110,15 @@ class Instructions:
         flags = [ir.Constant(I32, flag) for flag in (0, 2 if chip_name().startswith("znver") else 3, 1)]
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
 
+    def opaque(self, address: Any) -> Any:
+        """The same address, of which the compiler does not know that it is: what is there is loaded again."""
+        kind = ir.FunctionType(I64, [I64])
+        return self.b.asm(kind, "", "=r,0", [address], True)
+
+    def now(self, value: Any) -> Any:
+        """The same vector, made before what follows."""
+        return self.b.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], True)
+
     def from_half(self, bits: Any) -> Any:
         return self.b.fpext(self.b.bitcast(bits, vector(HALF)), vector(FLOAT))
 

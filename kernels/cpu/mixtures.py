@@ -100,6 +100,11 @@ class _Mixture:
         between = {"x_stride": one.sums_stride, "cols": inner, "order": two.order}
         set_places(self._between, between | {"out_stride": two.x_stride})
         set_places(self._combine, {"sums_stride": two.sums_stride, "where": self._where.ctypes.data, "cols": two.rows})
+        # What changes with each call, as flat arrays, and what is called with them.
+        all_places = self._route, self._between, self._combine
+        self._flat = [places.view(np.int64) for places in all_places]
+        loops = layouts.route, layouts.lay_out_sums, layouts.combine
+        self._calls = [(loop(purpose=PURPOSE), p.ctypes.data) for loop, p in zip(loops, all_places, strict=True)]
         self._pairs = 0
 
     def run(
@@ -119,11 +124,12 @@ class _Mixture:
         pairs = tokens * each
         if threads != one.threads or one.room is not prepared._room or pairs > self._pairs:
             self._place(pairs, threads)
-        route, between, combine = (p.view(np.int64) for p in (self._route, self._between, self._combine))
+        route, between, combine = self._flat
+        (lay_out, at_route), (lay_out_sums, at_between), (add_up, at_combine) = self._calls
         route[0], route[1], route[6], route[7], route[8] = x.data_ptr(), 2 * x.stride(0), ids.data_ptr(), pairs, each
         if gains:
             route[_GAINS[0]], route[_GAINS[1]] = gains[0].data_ptr(), gains[1].data_ptr()
-        layouts.route(purpose=PURPOSE)(route.ctypes.data)
+        lay_out(at_route)
         jobs = int(self._found[0])
         if not jobs:
             return None
@@ -131,11 +137,11 @@ class _Mixture:
         assert self._sums is not None
         hidden = activate(self._sums[:pairs])
         between[0], between[1], between[2] = hidden.data_ptr(), 4 * hidden.stride(0), pairs
-        layouts.lay_out_sums(purpose=PURPOSE)(between.ctypes.data)
+        lay_out_sums(at_between)
         two.run_jobs(team, jobs)
         out = torch.empty((tokens, two.rows), dtype=torch.bfloat16, device="cpu")
         combine[3], combine[4], combine[5], combine[7] = weights.data_ptr(), each, tokens, out.data_ptr()
-        layouts.combine(purpose=PURPOSE)(combine.ctypes.data)
+        add_up(at_combine)
         return out
 
     def _place(self, pairs: int, threads: int) -> None:

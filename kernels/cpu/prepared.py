@@ -27,6 +27,7 @@ from .tiles import ROWS_FOR_FEW, ROWS_FOR_MANY, TILE_SCRATCH, tile_size
 
 _MOST_KEPT = 4096  # Weights.
 _GAIN = list(LAY_OUT.names or ()).index("gain")
+_PIECES = list(vectors.PRODUCT.names or ()).index("pieces")
 _MOST_IN_TILES = 64  # Rows of x; for more, what a call costs is little beside them.
 
 
@@ -117,6 +118,7 @@ class Multiplication:
         set_places(self.places, places)
         loop = vectors.product_loop(fmt, way)
         self._loop_address, self._alone, self._address = loop.address, function(loop.address), self.places.ctypes.data
+        self._now = self.places.view(np.int64)
         self.room: torch.Tensor | None = None
         self.threads = 0
 
@@ -130,7 +132,7 @@ class Multiplication:
 
     def run_jobs(self, team: Any, jobs: int) -> None:
         """With as many of the jobs as there are rows of `jobs` in use."""
-        self.places["pieces"] = self.pieces * jobs
+        self._now[_PIECES] = self.pieces * jobs
         self.run(team, self.pieces * jobs)
 
     def run(self, team: Any, pieces: int) -> None:

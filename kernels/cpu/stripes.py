@@ -190,31 +190,31 @@ class StripeDecoder(Decoder):
 
         def part(codes: list[Any], factors: Any, xs: list[Any], cols: Any) -> None:
             def step(stripe: Any, addresses: list[Any], left: Any) -> None:
-                weights, by = [], []
+                vectors = width // (2 * LANES if way == PAIRS else LANES)
+                kind = vector(I16, 32) if way == PAIRS else zero.type
+                places = [self.at(xs[m], stripe, x_size) for m in range(batch)]
                 for r in range(rows):
                     if left is None:
                         self.prefetch(b.add(addresses[r], ahead))
                         if width == DOUBLE and self.per_byte == 1:
                             self.prefetch(b.add(addresses[r], b.add(ahead, int64(STRIPE))))
-                    weights.append(self.terms(way, self.wide_values(addresses[r])))
-                    if self.scale != PER_ROW:
-                        by.append(factors(r, stripe))
-                for m in range(batch):
-                    place = self.at(xs[m], stripe, x_size)
-                    x = [
-                        self.load(b.add(place, int64(64 * v)), vector(I16, 32) if way == PAIRS else zero.type, 64)
-                        for v in range(len(weights[0]))
-                    ]
-                    for r in range(rows):
-                        if self.scale == PER_ROW:
-                            for v, (weight, of_x) in enumerate(zip(weights[r], x, strict=True)):
+                    weights = self.terms(way, self.wide_values(addresses[r]))
+                    by = None if self.scale == PER_ROW else factors(r, stripe)
+                    for m in range(batch):
+                        # x of several rows is read anew for each row of the weight, from the first cache: all of it
+                        # beside a row of the weight and the sums is more than there are registers.
+                        place = places[m] if batch == 1 else self.opaque(places[m])
+                        x = [self.load(b.add(place, int64(64 * v)), kind, 64) for v in range(vectors)]
+                        if by is None:
+                            for v, (weight, of_x) in enumerate(zip(weights, x, strict=True)):
                                 pointer = sums[r][m][v % split]
                                 b.store(self.add_product(way, weight, of_x, b.load(pointer)), pointer)
                             continue
                         own = zero
-                        for weight, of_x in zip(weights[r], x, strict=True):
+                        for weight, of_x in zip(weights, x, strict=True):
                             own = self.add_product(way, weight, of_x, own)
-                        b.store(self.add_product(SINGLES, own, by[r], b.load(sums[r][m][0])), sums[r][m][0])
+                        total = self.add_product(SINGLES, own, by, b.load(sums[r][m][0]))
+                        b.store(total if batch == 1 else self.now(total), sums[r][m][0])
 
             self.chunks(cols, codes, step, width)
 
@@ -270,11 +270,19 @@ class StripeDecoder(Decoder):
     def _scales(self, address: Any, count: Any) -> Any:
         """Sixteen scales of one byte as floats, without the matrix's gain; where there are fewer, any numbers."""
         b = self.b
-        lanes = ir.Constant(vector(I64), list(range(LANES)))
-        many = b.insert_element(ir.Constant(vector(I64), ir.Undefined), count, ir.Constant(I32, 0))
-        mask = b.icmp_signed("<", lanes, self.shuffle(many, many, [0] * LANES))
-        pointer = b.inttoptr(address, vector(I8).as_pointer())
-        raw = self.call("llvm.masked.load.v16i8.p0", vector(I8), pointer, ir.Constant(I32, 1), mask, splat(I8, 0))
+        raw = cgutils.alloca_once(b, vector(I8))
+        with b.if_else(b.icmp_signed(">=", count, int64(LANES)), likely=True) as (whole, end):
+            with whole:
+                b.store(self.load(address, vector(I8)), raw)
+            with end:
+                lanes = ir.Constant(vector(I64), list(range(LANES)))
+                many = b.insert_element(ir.Constant(vector(I64), ir.Undefined), count, ir.Constant(I32, 0))
+                mask = b.icmp_signed("<", lanes, self.shuffle(many, many, [0] * LANES))
+                pointer = b.inttoptr(address, vector(I8).as_pointer())
+                name = "llvm.masked.load.v16i8.p0"
+                some = self.call(name, vector(I8), pointer, ir.Constant(I32, 1), mask, splat(I8, 0))
+                b.store(some, raw)
+        raw = b.load(raw)
         if (
             self.group == CHUNK
         ):  # e8m0: its code is a float's exponent; that of 2^-127 is a denormal's, of NaN infinity's.

@@ -172,6 +172,11 @@ def _product_loop(element: int, scale: int, group: int, way: int) -> Loop:
                             way, element, scale, group, 4, 1, job[0], p.codes_stride, stop - 1, job[1],
                             p.scale_stride, p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
                         )  # fmt: skip
+                    elif end - m == 2:
+                        dots(
+                            way, element, scale, group, 4, 2, job[0], p.codes_stride, stop - 1, job[1],
+                            p.scale_stride, p.down, job[2], p.x, p.x_stride, end - 1, p.cols, p.out, p.out_stride, n, m,
+                        )  # fmt: skip
                     else:
                         dots(
                             way, element, scale, group, 4, 4, job[0], p.codes_stride, stop - 1, job[1],
