@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qtensor import QTensorError, Sharding, fp8_per_channel, online_quant, online_reload, quantize
+from qtensor import QTensorError, Sharding, fp8_per_channel, online_quant, online_reload, quantize, write_low_rank
 from support.interrupts import STOPS
 from support.ranks import spawn
+from support.refits import by_offsets, packed
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 ENDURANCE = bool(os.environ.get("QTENSOR_ENDURANCE"))
@@ -60,9 +61,10 @@ class Sharded(nn.Module):
             self.write(seed)
             fail("at the end")
 
-    def holds(self, seed: int) -> bool:
-        """Are the bytes those of this rank's parts of the whole quantized weights?"""
-        for name, whole in values(seed).items():
+    def holds(self, seed: int | dict[str, int]) -> bool:
+        """Are the bytes those of this rank's parts of the whole quantized weights? seed: of all, or of each."""
+        for name in DIMS:
+            whole = values(seed if isinstance(seed, int) else seed[name])[name]
             param: Any = self.get_submodule(name).weight
             expected = quantize(whole, fp8_per_channel)
             scale = expected.scale if DIMS[name] else part_of(name, expected.scale)
@@ -116,6 +118,62 @@ def ranks_fail_in_turn(rank: int, world: int) -> None:
         dist.barrier()
     model.reload(1)
     assert model.holds(1)
+
+
+def refits_of_any_kind(rank: int, world: int, times: int, seed: int) -> None:
+    """Of one weight or both, as tensors, in a bucket or as low-rank updates, in an order of each rank's own. On any of
+    them an exception, or a value that is not finite, at any weight: then no rank has anything new."""
+    model, dice, here = Sharded(), random.Random(seed), random.Random(seed * world + rank)
+    held = dict.fromkeys(DIMS, 0)
+    for i in range(1, times + 1):
+        only = dice.choice([None, ["rows"], ["columns"]])
+        chosen = list(only or DIMS)
+        # Of each rank: nothing, or what befalls it at which of the weights (one more: at the end).
+        faults = [dice.choice([None, None, "raises", "nan"]) for _ in range(world)]
+        fault, where = faults[rank], here.randrange(len(chosen) + 1)
+        if fault == "nan":
+            where %= len(chosen)
+        way = dice.choice([as_tensors, in_a_bucket, as_updates])
+        try:
+            with online_reload(model, only=only, on_missing="error", process_group=Sharding(dims=DIMS, timeout=LONG)):
+                parts = {name: part_of(name, values(i)[name]) for name in here.sample(chosen, len(chosen))}
+                for at, name in enumerate(parts):
+                    if fault == "nan" and at == where:
+                        parts[name][here.randrange(len(parts[name])), -1] = float("nan")
+                for at, (name, write) in enumerate(way(model, parts)):
+                    if fault == "raises" and at == where:
+                        raise ZeroDivisionError(name)
+                    write()
+                if fault == "raises":
+                    raise ZeroDivisionError("at the end")
+            assert not any(faults), (i, faults)
+            held |= dict.fromkeys(chosen, i)
+        except (QTensorError, ZeroDivisionError) as error:
+            if not any(faults) or (fault == "raises") != isinstance(error, ZeroDivisionError):
+                raise AssertionError(i, only, way.__name__, faults) from error
+        assert model.holds(held), (i, only, faults)
+
+
+Writes = Iterator[tuple[str, Callable[[], object]]]
+
+
+def as_tensors(model: Sharded, parts: dict[str, torch.Tensor]) -> Writes:
+    for name, part in parts.items():
+        yield name, partial(model.get_submodule(name).weight.data.copy_, part)  # type: ignore[operator, union-attr]
+
+
+def in_a_bucket(model: Sharded, parts: dict[str, torch.Tensor]) -> Writes:
+    bucket = packed(parts)
+    for name, part in by_offsets(bucket, parts):
+        yield name, partial(model.get_submodule(name).weight.data.copy_, part)  # type: ignore[operator, union-attr]
+    bucket.fill_(0xFF)
+
+
+def as_updates(model: Sharded, parts: dict[str, torch.Tensor]) -> Writes:
+    """Of which the product is zero: what the sums of single floats give is another test's question."""
+    for name, part in parts.items():
+        b, a = torch.zeros(len(part), 2), torch.ones(2, part.shape[1])
+        yield name, partial(write_low_rank, model.get_submodule(name).weight, part, b, a)  # type: ignore[arg-type]
 
 
 def stop_at_random(rank: int, world: int, times: int, seed: int) -> None:
@@ -175,6 +233,12 @@ def test_after_a_rank_failed_the_next_reload_works_on_all() -> None:
 
 def test_ranks_that_fail_in_turn_are_in_step_afterwards() -> None:
     spawn(2, ranks_fail_in_turn)
+
+
+@pytest.mark.parametrize("seed", range(5 if ENDURANCE else 1))
+def test_refits_of_any_kind_with_a_fault_on_any_rank(seed: int) -> None:
+    """1,000 in `make endurance`, 200 from each seed."""
+    spawn(2, partial(refits_of_any_kind, times=200 if ENDURANCE else 30, seed=seed))
 
 
 @pytest.mark.parametrize("seed", range(5 if ENDURANCE else 1))

@@ -3,6 +3,7 @@ call, and the formats that they send."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from qtensor import (
 from qtensor.lazy.weight import ArmedWeight
 from support.growth import growth
 from support.helpers import Experts, assert_oracle, copy_unit, holder, same_bytes
-from support.refits import by_offsets, by_split, kernel_calls
+from support.refits import by_offsets, by_split, kernel_calls, packed
 
 MODES: list[dict[str, Any]] = [{}, {"shadow": "host"}, {"atomic": False}]
 
@@ -220,7 +221,7 @@ def test_a_low_rank_update_without_a_base_or_a_session_or_a_fit_is_refused_and_c
 def test_kernels_read_a_trainers_bucket_where_it_lies(unpack: Any, scheme: Scheme, mode: dict[str, Any]) -> None:
     model, state = loaded(scheme)
     new = trained(state)
-    bucket = torch.cat([part.contiguous().flatten().view(torch.uint8) for part in new.values()])
+    bucket = packed(new)
     first, last = bucket.data_ptr(), bucket.data_ptr() + bucket.nbytes
     with kernel_calls() as sources, online_reload(model, on_missing="error", **mode) as session:
         params = dict(model.named_parameters())
@@ -296,26 +297,38 @@ def test_some_of_a_stacks_matrices_in_one_call(
 
 
 def test_refits_of_every_kind_leave_nothing_behind() -> None:
+    """500 of them in `make endurance`: whole, selective, in buckets, of what changed, low-rank; finished, failed and
+    aborted ones."""
     model, state = loaded()
-    new, calls = trained(state), 0
+    new, calls, times = trained(state), 0, 500 if os.environ.get("QTENSOR_ENDURANCE") else 60
+    bad = new | {"layers.1.down.weight": torch.full((24, 40), float("nan"))}
     b, a, name = torch.randn(40, 2), torch.randn(2, 24), "layers.0.up.weight"
 
     def refit(i: int) -> None:
         nonlocal calls
         calls += 1
-        bucket = torch.cat([part.contiguous().flatten().view(torch.uint8) for part in new.values()])
+        bucket = packed(new)
         with online_reload(model, only=["layers.1"] if i % 2 else None), torch.no_grad():
             for part, tensor in by_offsets(bucket, new):
                 if "layers.1" in part or not i % 2:
                     model.get_parameter(part).copy_(tensor)
+        before = weight_checksums(model)
+        with pytest.raises(RuntimeError, match="nan at index"), online_reload(model):
+            model.load_state_dict(bad)
         session = online_reload(model, only=[name])
         write_low_rank(model.get_parameter(name), state[name], b, a)
         session.abort() if i % 3 else session.finish()
+        changed = changed_weights(model, before)
+        assert changed == ([] if i % 3 else [name])
+        if changed:
+            with online_reload(model, only=changed, on_missing="error"):
+                model.load_state_dict({part: new[part] for part in changed}, strict=False)
+            assert changed_weights(model, before) == []
 
-    tensors, grown = growth(refit, 60)
-    assert calls == 80
+    tensors, grown = growth(refit, times)
+    assert calls == times + 20
     assert tensors == 0
-    assert grown < 4 << 20
+    assert grown < 4 << 20 if times == 60 else grown < 256 << 10
 
 
 # Formats -------------------------------------------------------------------------------------------------------------

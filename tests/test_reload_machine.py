@@ -13,11 +13,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_reload import MODES
 
-from qtensor import IncompleteLoadError, QTensor, QTensorError, online_quant, online_reload, quantize
+from qtensor import (
+    IncompleteLoadError,
+    NonFiniteWeightError,
+    QTensor,
+    QTensorError,
+    online_quant,
+    online_reload,
+    quantize,
+    write_low_rank,
+)
 from qtensor.sessions.reload import ReloadSession
 from support.helpers import assert_no_hooks, copy_unit, holder, same_bytes
 from support.interrupts import InOperation
 from support.programs import SCHEMES, largest_error
+from support.refits import by_offsets, packed
 
 SHAPES = [(40, 24), (300, 40), (2, 150, 24)]
 Where = tuple[Any, ...]
@@ -241,19 +251,48 @@ class Reloading(RuleBasedStateMachine):
             it.write(where, it.full[where].clone())
 
     @precondition(lambda self: self.writable)
-    @rule(data=st.data())
-    def write_bucket(self, data: st.DataObject) -> None:
-        """What a trainer packs: several parts in one flat buffer of bytes, unpacked by views, which is used again."""
+    @rule(data=st.data(), bad=st.sampled_from([False, False, True]))
+    def write_bucket(self, data: st.DataObject, bad: bool) -> None:
+        """What a trainer packs: several parts in one flat buffer of bytes, unpacked by views, which is used again. In a
+        bad one a part has an infinity: the parts before it are not taken either."""
         it = data.draw(st.sampled_from(self.writable))
+        assert it.session is not None
         places = [it.units(data) for _ in range(data.draw(st.integers(1, 3)))]
-        parts = [it.values(it.full[where].shape) for where in places]
-        bucket = torch.cat([part.flatten().view(torch.uint8) for part in parts])
-        at = 0
-        for where, part in zip(places, parts, strict=True):
-            it.note(where, part)
-            it.param.data[where].copy_(bucket[at : at + part.nbytes].view(torch.bfloat16).view(part.shape))
-            at += part.nbytes
+        parts = {str(n): it.values(it.full[where].shape) for n, where in enumerate(places)}
+        spoilt = data.draw(st.integers(0, len(places) - 1)) if bad else -1
+        if bad:
+            parts[str(spoilt)][..., 0, -1] = float("inf")
+        bucket = packed(parts)
+        with contextlib.suppress(NonFiniteWeightError), it.session if bad else contextlib.nullcontext():
+            for n, (where, (_, part)) in enumerate(zip(places, by_offsets(bucket, parts), strict=True)):
+                if n != spoilt:
+                    it.note(where, part.clone())
+                it.param.data[where].copy_(part)
+            assert not bad
         bucket.fill_(0xFF)
+        if bad:
+            it.over(committed=False)
+
+    @precondition(lambda self: self.writable)
+    @rule(data=st.data())
+    def write_update(self, data: st.DataObject) -> None:
+        """A low-rank update of some units, of numbers whose sums are exact."""
+        it = data.draw(st.sampled_from(self.writable))
+        where = it.units(data)
+        rows, cols = it.full[where].shape
+        base = it.values((rows, cols)).round()
+        b, a = (it.values(shape).round() for shape in ((rows, 2), (2, cols)))
+        it.note(where, (base.float() + 0.5 * (b.float() @ a.float())).bfloat16())
+        write_low_rank(it.param.data[where], base, b, a, scaling=0.5)
+
+    @precondition(lambda self: self.writable)
+    @rule(data=st.data())
+    def write_quantized(self, data: st.DataObject) -> None:
+        """All of a weight, quantized by the trainer already: its bytes are taken."""
+        it = data.draw(st.sampled_from(self.writable))
+        source = it.values(it.full.shape)
+        it.note((...,), source)
+        it.param.data.copy_(quantize(source, it.scheme))
 
     @precondition(lambda self: self.writable)
     @rule(data=st.data(), of=st.sampled_from([torch.bfloat16, torch.float32]))

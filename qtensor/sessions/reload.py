@@ -283,11 +283,11 @@ class Reload(ModelTransaction):
     def _complete(self) -> None:
         shared = self._agreements.weights
         written = {weight.name for weight in shared if weight in self._touched}
-        if self._vote is not None and shared and self.options.on_missing == "keep":
+        if self._vote is not None and any(self.policy_for(weight) == "keep" for weight in shared):
             written = self._vote.union("written", written)
         for weight in self._arming:
             store = weight.store
-            if not isinstance(store, QuantStore) or self.options.on_missing != "keep":
+            if not isinstance(store, QuantStore) or self.policy_for(weight) != "keep":
                 continue
             in_part = store.has_open_units()
             if weight in shared and weight.shared is True:

@@ -29,6 +29,11 @@ def kernel_calls() -> Iterator[list[torch.Tensor]]:
         yield sources
 
 
+def packed(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A buffer of bytes with one after the other."""
+    return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts.values()])
+
+
 def by_offsets(bucket: torch.Tensor, parts: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """As NeMo-RL: a buffer of bytes; each tensor is a run of it that is seen as its dtype and shape."""
     at = 0
