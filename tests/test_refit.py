@@ -327,7 +327,7 @@ def test_refits_of_every_kind_leave_nothing_behind() -> None:
 
     tensors, grown = growth(refit, times)
     assert calls == times + 20
-    assert tensors == 0
+    assert tensors <= 0
     assert grown < 4 << 20 if times == 60 else grown < 256 << 10
 
 
