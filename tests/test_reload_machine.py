@@ -276,11 +276,11 @@ class Reloading(RuleBasedStateMachine):
     @precondition(lambda self: self.writable)
     @rule(data=st.data())
     def write_update(self, data: st.DataObject) -> None:
-        """A low-rank update of some units, of numbers whose sums are exact."""
+        """A low-rank update of some units, of numbers whose sums are exact, and no zeros, whose signs are chance."""
         it = data.draw(st.sampled_from(self.writable))
         where = it.units(data)
         rows, cols = it.full[where].shape
-        base = it.values((rows, cols)).round()
+        base = it.values((rows, cols)).round() * 2 + 1
         b, a = (it.values(shape).round() for shape in ((rows, 2), (2, cols)))
         it.note(where, (base.float() + 0.5 * (b.float() @ a.float())).bfloat16())
         write_low_rank(it.param.data[where], base, b, a, scaling=0.5)
