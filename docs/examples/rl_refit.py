@@ -220,11 +220,18 @@ def generate(llm: Any, prompts: list[list[int]], temperature: float = 0.0) -> li
 
 
 def refit(llm: Any, trainer: Connection) -> dict[str, str]:
-    """Take the weights the trainer sends, all or nothing. Returns its checksums."""
+    """Take the weights the trainer sends, all or nothing. Returns its checksums. If the trainer dies as it sends, the
+    engine goes on with the weights that it had."""
+    from qtensor.integrations.vllm import abort_update
+
     llm.collective_rpc("start_weight_update")
-    while "tensors" in (message := trainer.recv()):
-        llm.collective_rpc("update_weights", kwargs={"update_info": message})
-        trainer.send("read")
+    try:
+        while "tensors" in (message := trainer.recv()):
+            llm.collective_rpc("update_weights", kwargs={"update_info": message})
+            trainer.send("read")
+    except (EOFError, ConnectionError):
+        abort_update(llm)
+        raise
     llm.collective_rpc("finish_weight_update")
     llm.reset_prefix_cache()  # What it holds was computed with the old weights.
     return message

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checksums", "register", "reports", "root", "save_snapshot"]
+__all__ = ["abort_update", "checksums", "register", "reports", "root", "save_snapshot"]
 
 
 def register() -> None:
@@ -57,6 +57,16 @@ def root(llm: Any) -> str:
     if len(found) < 2:
         return found[0] if found else ""
     return weight_root({f"rank-{rank}": value for rank, value in enumerate(found)})
+
+
+def abort_update(llm: Any) -> bool:
+    """Give up a weight update that was begun (`start_weight_update`) and will not be finished, because its trainer is
+    gone, say: all workers serve what they served before it, and the next update works. Finishing it instead would make
+    live what has arrived. With the option `reload="per_weight"` weights that have arrived whole are live already.
+
+    Returns whether an update of a model that this plugin loaded was open.
+    """
+    return any(_ask(llm, "qtensor_abort_update"))
 
 
 def save_snapshot(llm: Any, folder: str | Path) -> list[str]:

@@ -89,6 +89,7 @@ def _take_over() -> None:
     compat.add_worker_method("qtensor_checksums", worker_checksums)
     compat.add_worker_method("qtensor_root", worker_root)
     compat.add_worker_method("qtensor_save_snapshot", worker_save_snapshot)
+    compat.add_worker_method("qtensor_abort_update", worker_abort_update)
 
 
 def begin(model: nn.Module) -> bool:
@@ -139,10 +140,14 @@ def _end_of_update(worker: Any, _: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        worker._weight_update_active = False
-        if worker.weight_transfer_engine is not None:
-            worker.weight_transfer_engine.reset_weight_update_target()
+        _expect_no_end(worker)
         _raise_on_the_last_rank(error)
+
+
+def _expect_no_end(worker: Any) -> None:
+    worker._weight_update_active = False
+    if worker.weight_transfer_engine is not None:
+        worker.weight_transfer_engine.reset_weight_update_target()
 
 
 def _raise_on_the_last_rank(error: BaseException) -> None:
@@ -178,6 +183,18 @@ def worker_checksums(worker: Any) -> dict[str, str]:
 def worker_root(worker: Any) -> str:
     """What `collective_rpc("qtensor_root")` answers in each worker: `weight_root` of its checksums."""
     return weight_root(worker_checksums(worker))
+
+
+def worker_abort_update(worker: Any) -> bool:
+    """What `collective_rpc("qtensor_abort_update")` does in each worker. Was an update open?"""
+    served = find_served(worker.model_runner.get_model())
+    if served is None or served.report is None:
+        return False
+    was_open = served.open is not None
+    if served.open is not None:
+        served.open.abort()
+    _expect_no_end(worker)
+    return was_open
 
 
 def worker_save_snapshot(worker: Any, folder: str) -> str:
