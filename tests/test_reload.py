@@ -40,12 +40,8 @@ from support.growth import growth
 from support.helpers import assert_no_hooks, assert_oracle, copy_unit, holder, same_bytes
 from support.loading import Experts, TinyNet, weights_of
 from support.programs import SCHEMES, WRITERS, Case, cases, partitions, slices, write
+from support.reloaded import MODES
 
-MODES: dict[str, dict[str, Any]] = {
-    "shadow": {},
-    "undo": {"shadow": "host"},
-    "per_weight": {"atomic": False},
-}
 ATOMIC = ["shadow", "undo"]
 modes = pytest.mark.parametrize("mode", MODES)
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
