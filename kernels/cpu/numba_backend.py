@@ -59,6 +59,22 @@ class Numba(Torch):
             else:
                 fused.quantize(matrix, own, fmt, audit, amax[i])
 
+    def raise_amax(
+        self, source: torch.Tensor, amax: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int
+    ) -> None:
+        if source.numel():
+            amax.clamp_(min=_amax(source.resolve_neg(), audit, origin, fmt.name))
+
+    def quantize_rows(
+        self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.Tensor, audit: Audit, origin: int
+    ) -> None:
+        plain = audit.refuse_nonfinite and not audit.measure_sqnr
+        if source.numel() == 0 or not plain or (fmt.search is not None and not is_searched_here(fmt)):
+            super().quantize_rows(source, parts, fmt, amax, audit, origin)
+            return
+        _check(source, parts.qdata, fmt)
+        quantizing.quantize(source.resolve_neg().detach(), parts, fmt, amax.view(()))
+
     def compile(self, fmt: WeightFormat, dtype: torch.dtype) -> None:
         is_fused = fused.is_fused(fmt)
         for loop in (*([fused.large_loop(fmt), fused.piece_loop(fmt)] if is_fused else []), jit.first_nonfinite):

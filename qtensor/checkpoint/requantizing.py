@@ -88,9 +88,13 @@ def collectors(
 
 
 def fill(collector: Collector, group: Group, buffer: Buffer) -> None:
-    """Read the parts of a weight: the small ones first, so that values are decoded as they are read."""
+    """Read the parts of a weight: the small ones first, so that values are decoded as they are read. Where a matrix
+    waits for all of them, they are read all at once, instead of being held."""
     for part, stored in sorted(group.items(), key=lambda item: item[1].nbytes):
-        for box, piece in pieces(stored, buffer):
+        matrix = stored.nbytes // max(1, collector.matrices)
+        for box, piece in pieces(
+            stored, buffer, max(CHUNK_BYTES, matrix) if collector.needs_all_values else CHUNK_BYTES
+        ):
             collector.write(part, piece, box, stored.shape)
 
 

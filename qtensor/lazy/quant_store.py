@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from .sources import nonfinite_at
 from .staging import Staging, merge
 from .target import Fresh
 from .units import CAST, LIVE, OPEN, QUANTIZED, STAGED, Units
+
+if TYPE_CHECKING:
+    from ..sources.rooms import DecodedRows
 
 _WORTH_A_RING = 1 << 20  # bytes
 _TakeRows = Callable[[int, int, torch.Tensor, torch.Tensor], None]
@@ -102,6 +106,48 @@ class QuantStore:
                     continue
                 for e in range(e0, e1):
                     self._write_matrix(e, rows, cols, values[e - e0] if self._units.stacked else values)
+        if self._staging.retained:
+            self._staging.trim()
+        if self.target.early:
+            self._commit_complete()
+
+    def takes_decoded(self, view: View) -> bool:
+        """May `write_decoded` be given such a view? Of whole units of one matrix, that are quantized at once, here."""
+        found = as_box(self.coverage.shape, *view)
+        if (
+            not self._on_cpu
+            or self._staging.whole
+            or found is None
+            or len(view.size) != 2
+            or found.order[-2:] != (0, 1)
+        ):
+            return False
+        (start, stop), cols = found.box[-2:]
+        return cols == (0, self._k) and start % self._unit == 0 and (stop == self._n or stop % self._unit == 0)
+
+    def write_decoded(self, view: View, rows: DecodedRows) -> None:
+        """Rows that are decoded a few at a time, and quantized while a cache has them. What needs the largest magnitude
+        of all of a matrix takes it from the codes, or decodes them twice, and never holds them. Raises NonFinite."""
+        self._staging.clock += 1
+        found = as_box(self.coverage.shape, *view)
+        assert found is not None
+        e, (start, stop) = found.box[0][0] if self._units.stacked else 0, found.box[-2]
+        steps = [(a, min(a + rows.step, rows.count)) for a in range(0, rows.count, rows.step)]
+        try:
+            if self.scheme.format.needs_whole_matrix:
+                told = rows.amax()
+                amax = torch.full((1,), told or 0.0, dtype=torch.float32, device=self.device)
+                for a, b in steps if told is None else ():
+                    self._rows.raise_amax(e, start + a, rows.decode(a, b), amax)
+                for a, b in steps:
+                    self._rows.write_part(e, start + a, rows.decode(a, b), amax)
+            else:
+                for a, b in steps:
+                    self._rows.write(e, start + a, rows.decode(a, b))
+        except NonFinite:
+            self._lose(e, start, stop)
+            raise
+        self._taken(e, start, stop)
         if self._staging.retained:
             self._staging.trim()
         if self.target.early:

@@ -33,6 +33,7 @@ from .write_errors import WriteErrors
 
 if TYPE_CHECKING:
     from ..sources.collecting import Collector
+    from ..sources.rooms import DecodedRows
 
 UNDECIDED = object()
 _serial = count()
@@ -204,9 +205,23 @@ class ArmedWeight:
             if touched.any():
                 self._take(values, touched)
 
-    def _take(self, source: torch.Tensor, where: View | torch.Tensor) -> None:
-        """Let the store take a write to a view or a mask, and remember an error until its elements are written."""
-        is_plain = is_high_precision(source)
+    def write_decoded(self, view: View, rows: DecodedRows) -> bool:
+        """Take rows that are decoded as they are quantized, a few at a time. False, and nothing was written, if they
+        are to be written by `write`."""
+        self.host.touch(self)
+        with self.lock:
+            self._require_open()
+            self._end_cut_short()
+            store = self._open_store()
+            if not isinstance(store, QuantStore) or not store.takes_decoded(view):
+                return False
+            self._take(rows, view, decoded=True)
+            return True
+
+    def _take(self, source: Any, where: View | torch.Tensor, decoded: bool = False) -> None:
+        """Let the store take a write to a view or a mask, and remember an error until its elements are written.
+        decoded: the source is no tensor, but rows that `takes_decoded` was asked about."""
+        is_plain = decoded or is_high_precision(source)
         if not is_plain and (collector := self.host.collector(self)) is not None:
             self._collect(collector, source, where)
             return
@@ -218,7 +233,9 @@ class ArmedWeight:
         try:
             if not is_plain and isinstance(store, QuantStore):
                 raise WeightDtypeError(unusable_source(self.name, source.dtype))
-            if isinstance(where, View):
+            if decoded:
+                store.write_decoded(where, source)  # type: ignore[attr-defined]
+            elif isinstance(where, View):
                 store.write(where, source)
             else:
                 store.write_masked(source, where)
@@ -263,6 +280,8 @@ class ArmedWeight:
             if not taken:
                 return False
             self.writes += 1
+            if self._errors.first is not None:
+                self._errors.forgive(view)
             self._after_write()
             return True
 

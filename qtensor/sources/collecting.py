@@ -21,7 +21,7 @@ from ..tensor.qtensor import QTensor
 from . import DECODED, LOSSLESS, MOVED, REQUANTIZED
 from .families import recognise
 from .holding import MatrixParts
-from .rooms import decoded
+from .rooms import DecodedRows
 from .scales import has_nan
 from .source import ANY, PartSpec, Source, Spec, Unusable
 
@@ -44,6 +44,7 @@ class Sink(Protocol):
     def touch(self) -> None: ...
     def open(self) -> None: ...
     def write(self, view: View, source: torch.Tensor) -> None: ...
+    def write_decoded(self, view: View, rows: DecodedRows) -> bool: ...
     def accept(self, source: QTensor, view: View | None = None) -> bool: ...
     def fail(self, error: QTensorError, where: View | torch.Tensor | None = None) -> NoReturn: ...
 
@@ -100,6 +101,19 @@ class Collector:
             for part, spec in self._parts.items():
                 if spec.needed and part not in self._specs:
                     self._refuse(f"{self.source}, and there is no {self._called(part)}")
+
+    @property
+    def matrices(self) -> int:
+        """How many there are, of a known format."""
+        return len(self._matrices)
+
+    @property
+    def needs_all_values(self) -> bool:
+        """Is nothing of a matrix decoded or moved before the last of its values is there? Scales may have told."""
+        with self._lock:
+            for matrix in self._matrices:
+                self._settle(matrix)
+            return any(matrix.is_one_unit for matrix in self._matrices)
 
     def write(self, part: str, tensor: torch.Tensor, box: Box | None = None, shape: tuple[int, ...] = ()) -> None:
         """Values of a part arrived. Nothing of them is kept that the caller owns.
@@ -245,11 +259,21 @@ class Collector:
             return
         self._refuse_loss(scheme is None)
         self.outcome = REQUANTIZED if scheme is not None else DECODED
-        step = max(stop - start, 1) if self._needs_whole() else matrix.chunk(self._sink.dtype.itemsize)
-        for a in range(first, stop, step):
-            b = min(a + step, stop)
-            part = {name: matrix.cut(name, tensor, a - start, b - start) for name, tensor in parts.items()}
-            self._sink.write(matrix.rows(a, b), decoded(source, part, (b - a, cols), self._sink.dtype))
+        dtype = self._sink.dtype
+
+        def cut(a: int, b: int) -> dict[str, torch.Tensor]:
+            return {
+                name: matrix.cut(name, tensor, first - start + a, first - start + b) for name, tensor in parts.items()
+            }
+
+        step = matrix.chunk(dtype.itemsize, source.unit((stop - start, cols)))
+        rows = DecodedRows(source, cut, (stop - first, cols), dtype, step)
+        at_once = self._needs_whole() and not source.quick
+        if not at_once and self._sink.write_decoded(matrix.rows(first, stop), rows):
+            return
+        for a in range(0, rows.count, max(rows.count, 1) if self._needs_whole() else step):
+            b = rows.count if self._needs_whole() else min(a + step, rows.count)
+            self._sink.write(matrix.rows(first + a, first + b), rows.decode(a, b))
 
     def _move(self, matrix: MatrixParts, start: int, stop: int, parts: Mapping[str, torch.Tensor]) -> int:
         """Rows start:stop as they are, in chunks where that may be. Returns how many the weight took."""

@@ -15,9 +15,10 @@ from .source import Family, Source, Specs
 @cache
 def families() -> tuple[Family, ...]:
     """All of them; what several would recognise is the first's."""
-    from . import awq, bitsandbytes, fp8, gguf, gptq, integers, mxfp4, nvfp4, torchao
+    from . import awq, bitsandbytes, fp8, gguf, gptq, integers, modelopt, mxfp4, nvfp4, torchao
 
-    modules = (fp8, mxfp4, nvfp4, integers, gptq, awq, bitsandbytes, torchao, gguf)
+    # ModelOpt first: what it asks of a layer is nothing that the others know.
+    modules = (modelopt, fp8, mxfp4, nvfp4, integers, gptq, awq, bitsandbytes, torchao, gguf)
     return tuple(module.FAMILY for module in modules)
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from .. import kernels
@@ -22,6 +24,9 @@ VALUES = "*"
 SCALES = ("*_scale_inv", "*_scale")
 UNUSED = ("input_scale", "input_scale_inv", "activation_scale")
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
+_WORTH_SEARCHING = 1 << 10
+"""Elements of a block; of smaller ones the largest code takes as long as all values do."""
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class Fp8(Source):
         )
         return {VALUES: PartSpec(shape, (torch.float8_e4m3fn,)), self.scale: scales, **dict.fromkeys(UNUSED, UNNEEDED)}
 
+    @property
+    def quick(self) -> bool:
+        return True
+
     def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
         finite_scales(parts[self.scale])
 
@@ -83,6 +92,16 @@ class Fp8(Source):
         values = values if values.stride(-1) == 1 else values.contiguous()
         kernels.dequantize(values, held.reshape(fmt.scale_shape(shape)).contiguous(), fmt, out.dtype, out)
         return True
+
+    def amax(self, parts: Mapping[str, torch.Tensor], shape: Matrix, dtype: torch.dtype) -> float | None:
+        """Of each block the largest code is the largest magnitude, and only that is decoded."""
+        rows, cols = (size or whole for size, whole in zip(self.block, shape, strict=True))
+        if not parts[VALUES].is_cpu or not parts[VALUES].numel() or rows * cols < _WORTH_SEARCHING:
+            return None
+        largest = _largest_codes(parts[VALUES].view(torch.uint8).numpy(), rows, cols)
+        scales = in_fp32(self._grid(parts)).expand(largest.shape)
+        found = torch.from_numpy(largest).view(torch.float8_e4m3fn).float().mul_(scales).to(dtype).max().item()
+        return found if isfinite(found) else None
 
     def moves(self, fmt: WeightFormat) -> Literal["unit", "matrix"] | None:
         """Into what has e4m3 values and scales of blocks that the ones here are made up of."""
@@ -110,6 +129,20 @@ class Fp8(Source):
         """The scales as `[bands of rows, bands of columns]`."""
         scales = parts[self.scale]
         return scales.reshape(scales.shape[0] if self.block[0] is not None else 1, -1)
+
+
+def _largest_codes(codes: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """The largest code without its sign of each block of a matrix; NaN's is above all others."""
+    largest = np.zeros((ceil_div(len(codes), rows), ceil_div(codes.shape[1], cols)), dtype=np.uint8)
+    edges = np.arange(0, codes.shape[1], cols)
+    step = min(rows, _ROWS_AT_ONCE)
+    room = np.empty((step, codes.shape[1]), dtype=np.uint8)
+    for band, found in enumerate(largest):
+        for start in range(band * rows, min(band * rows + rows, len(codes)), step):
+            part = codes[start : min(start + step, band * rows + rows)]
+            magnitudes = np.bitwise_and(part, 0x7F, out=room[: len(part)])
+            np.maximum(found, np.maximum.reduceat(magnitudes.max(0), edges), out=found)
+    return largest
 
 
 def _block_of(fmt: WeightFormat) -> tuple[int | None, int | None] | None:

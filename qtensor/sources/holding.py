@@ -19,8 +19,9 @@ from ..regions.views import View
 from ..tensor.rooms import room_for
 from .source import ANY, PartSpec
 
-CHUNK_BYTES = 1 << 20
-"""Of decoded rows at a time: they stay in a processor's cache until they are quantized."""
+CHUNK_BYTES = 4 << 20
+"""Of decoded rows at a time: few enough to stay in a cache until they are quantized, and so many that what is done once
+for each chunk takes no time."""
 EVEN_ROWS = 128
 """Chunks are of so many rows, or a multiple, so that the weight's blocks are whole in each."""
 
@@ -57,6 +58,10 @@ class MatrixParts:
         self._done = np.zeros(ceil_div(self._n, self._unit), dtype=bool)
 
     @property
+    def is_one_unit(self) -> bool:
+        return self._unit >= self._n
+
+    @property
     def held(self) -> int:
         return sum(part.nbytes for part in self._parts.values())
 
@@ -65,9 +70,9 @@ class MatrixParts:
         size, stride, offset = self.view
         return View((stop - start, size[1]), stride, offset + start * stride[0])
 
-    def chunk(self, itemsize: int) -> int:
-        """Rows to decode at a time: whole units, whole blocks of any format."""
-        even = lcm(self._unit, EVEN_ROWS)
+    def chunk(self, itemsize: int, unit: int = 0) -> int:
+        """Rows to decode at a time: whole units, or of that many rows, and whole blocks of any format."""
+        even = lcm(unit or self._unit, EVEN_ROWS)
         return max(1, CHUNK_BYTES // max(1, even * self.view.size[1] * itemsize)) * even
 
     def cut(self, name: str, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from .. import kernels
 from ..kernels import MXFP4, Parts, WeightFormat
 from ..kernels.codes import decode
+from .rooms import kept_room
 from .scales import EXPONENTS, finite_scales, overflows
 from .source import ROWS, UNNEEDED, Family, Matrix, PartSpec, Source, Specs, Unusable
 
@@ -25,6 +26,8 @@ GROUP = 32
 _FORMS = (("*_blocks", "*_scales"), ("*_packed", "*_scale"), ("*", "*_scale_inv"), ("*", "*_scale"))
 _UNUSED = ("input_global_scale", "*_shape")
 _BYTES = (torch.uint8, torch.int8)
+_LOOKED_UP = 1 << 16
+_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class MxFp4(Source):
             self.scales: PartSpec((rows, cols // GROUP), EXPONENTS, ROWS),
             **dict.fromkeys(_UNUSED, UNNEEDED),
         }
+
+    @property
+    def quick(self) -> bool:
+        return True
 
     def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
         finite_scales(parts[self.scales])
@@ -104,8 +111,13 @@ def _in_e4m3(codes: torch.Tensor) -> torch.Tensor:
     """The values of two-element bytes `[rows, K / 2]`, as e4m3 `[rows, K]`."""
     if not codes.is_cpu or codes.shape[1] % 2:
         return decode(codes, MXFP4).to(torch.float8_e4m3fn)
-    found = np.take(_e4m3_of_four(), codes.numpy().view(np.uint16)).view(np.uint8)
-    return torch.from_numpy(found).view(torch.float8_e4m3fn)
+    pairs = codes.numpy().view(np.uint16).reshape(-1)
+    room = kept_room(4 * len(pairs))
+    found = room.numpy().view(np.uint32)
+    for start in range(0, len(pairs), _LOOKED_UP):  # numpy makes an index of 8 bytes of each.
+        part = slice(start, start + _LOOKED_UP)
+        np.take(_e4m3_of_four(), pairs[part], out=found[part], mode="clip")
+    return room.view(torch.float8_e4m3fn).view(len(codes), -1)
 
 
 @functools.cache
@@ -121,18 +133,33 @@ def _two_scales(codes: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Ten
 
     e4m3 has the powers from 2^-9 to 2^8, so those of groups that are not all zeros may span 18 of them.
     """
-    live = (codes.view(torch.uint8).unflatten(1, (-1, GROUP // 2)) & 0x77 != 0).any(-1)
-    found = exponents[live].int()
-    if not len(found):
-        found = torch.full((1,), 127, dtype=torch.int32, device=codes.device)
-    low, high = int(found.min()), int(found.max())
+    low, high = (int(n) for n in exponents.aminmax()) if exponents.numel() else (127, 127)
+    if low < _least(high):
+        live = torch.cat(
+            [exponents[r : r + _ROWS][_not_zero(codes[r : r + _ROWS])] for r in range(0, len(codes), _ROWS)]
+        )
+        low, high = (int(n) for n in live.aminmax()) if live.numel() else (127, 127)
+        if low < _least(high):
+            return None
     whole = max(high - 8, 1)  # Biased; 1 is the least normal number of fp32.
-    if low < 1 or low < whole - 9:
-        return None
-    powers = (exponents.int() - whole).clamp_(-9, 8)
-    scales = torch.ldexp(torch.ones_like(powers, dtype=torch.float32), powers).to(torch.float8_e4m3fn)
+    powers = (torch.arange(256, dtype=torch.int32, device=codes.device) - whole).clamp_(-9, 8)
+    table = torch.ldexp(torch.ones_like(powers, dtype=torch.float32), powers).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = torch.empty((*exponents.shape, 2), dtype=torch.uint8, device=codes.device)
+    for start in range(0, len(codes), _ROWS):
+        part = slice(start, start + _ROWS)
+        scales[part] = table[exponents[part].int()].unsqueeze(-1)
     total = torch.full((1,), 2.0 ** (whole - 127), dtype=torch.float32, device=codes.device)
-    return scales.repeat_interleave(2, 1), total
+    return scales.flatten(1).view(torch.float8_e4m3fn), total
+
+
+def _least(high: int) -> int:
+    """The least biased exponent beside a largest one."""
+    return max(high - 17, 1)
+
+
+def _not_zero(codes: torch.Tensor) -> torch.Tensor:
+    """Which groups of some rows are not all zeros."""
+    return (codes.view(torch.uint8).unflatten(1, (-1, GROUP // 2)) & 0x77 != 0).any(-1)
 
 
 def recognise(specs: Specs, config: Mapping[str, Any]) -> MxFp4 | None:

@@ -59,6 +59,10 @@ class NvFp4(Source):
             **dict.fromkeys(_UNUSED, UNNEEDED),
         }
 
+    @property
+    def quick(self) -> bool:
+        return True
+
     def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
         finite_scales(parts[SCALES])
         finite_scales(parts[self.whole])

@@ -165,6 +165,16 @@ class Source(ABC):
         """As `decode`, into memory that is there. False, with nothing done, where these numbers are not decoded so."""
         return False
 
+    @property
+    def quick(self) -> bool:
+        """Does decoding rows twice take less than holding all of a matrix in high precision does?"""
+        return False
+
+    def amax(self, parts: Mapping[str, torch.Tensor], shape: Matrix, dtype: torch.dtype) -> float | None:
+        """The largest magnitude of what `decode` returns for the same arguments, where codes and scales tell it sooner.
+        None where they do not, or where it is not finite."""
+        return None
+
     @abstractmethod
     def check(self, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
         """What is called before `decode` and `move` with the same parts. Raises Unusable for values that mean nothing:
@@ -182,7 +192,7 @@ class Source(ABC):
     def move(self, parts: Mapping[str, torch.Tensor], shape: Matrix, fmt: WeightFormat) -> Parts | None:
         """Rows in the format `fmt`, where every element stays the number it is: code times scale as real numbers,
         before any rounding to a model's dtype. None where the format has no form for one of them, which may be if
-        `moves` says "matrix".
+        `moves` says "matrix". Of "unit" they may lie in memory that the thread uses again for its next rows.
         """
         return None
 

@@ -26,7 +26,7 @@ from ..tensor.ops_slices import sliceable, take_slice
 from ..tensor.qtensor import QTensor, written_by
 from . import DECODED, LOSSLESS, MOVED, REQUANTIZED
 from .holding import CHUNK_BYTES, EVEN_ROWS
-from .rooms import decoded
+from .rooms import DecodedRows, decoded
 from .scales import has_nan
 from .source import Matrix, Source
 
@@ -50,6 +50,7 @@ class Weight(Protocol):
     def decided(self) -> Scheme | None: ...
     def open(self) -> None: ...
     def write(self, view: View, source: torch.Tensor) -> None: ...
+    def write_decoded(self, view: View, rows: DecodedRows) -> bool: ...
     def accept(self, source: QTensor, view: View | None = None) -> bool: ...
     def fail(self, error: QTensorError) -> NoReturn: ...
 
@@ -67,11 +68,24 @@ class QuantizedMatrix:
 
     def chunks(self, rows: Span, itemsize: int) -> Iterator[tuple[Span, Span]]:
         """Rows to decode at a time: whole units, and of these the rows that are asked for."""
-        even = lcm(self._unit, EVEN_ROWS)
-        step = max(1, CHUNK_BYTES // max(1, even * self.shape[1] * itemsize)) * even
+        step = self._step(itemsize)
         for start in range(rows[0] // step * step, rows[1], step):
             stop = min(start + step, self.shape[0])
             yield (start, stop), (max(start, rows[0]), min(stop, rows[1]))
+
+    def _step(self, itemsize: int) -> int:
+        even = lcm(self._unit, EVEN_ROWS)
+        return max(1, CHUNK_BYTES // max(1, even * self.shape[1] * itemsize)) * even
+
+    def decoded_rows(self, rows: Span, dtype: torch.dtype) -> DecodedRows | None:
+        """The same rows, for who takes all of them; None if they are not whole units."""
+        first, last = rows
+        if first % self._unit or (last % self._unit and last != self.shape[0]):
+            return None
+        shape = (last - first, self.shape[1])
+        return DecodedRows(
+            self.source, lambda a, b: self._cut((first + a, first + b)), shape, dtype, self._step(dtype.itemsize)
+        )
 
     def decode(self, rows: Span, dtype: torch.dtype) -> torch.Tensor:
         """Whole units, in memory that the thread's next ones have, too."""
@@ -215,6 +229,11 @@ def _give(matrix: QuantizedMatrix, part: Box, weight: Weight, at: Box) -> str:
     if scheme is not None and first == rows[1]:
         return LOSSLESS if matrix.exact(scheme.format) else MOVED
     _require_lossless(matrix, weight)
+    if scheme is not None and cols == (0, matrix.shape[1]) and (matrix.source.quick or not together):
+        decoded_rows = matrix.decoded_rows((first, rows[1]), weight.dtype)
+        view = _rows_at(weight, at, rows, (first, rows[1]))
+        if decoded_rows is not None and weight.write_decoded(view, decoded_rows):
+            return REQUANTIZED
     chunks = [(rows, rows)] if together else matrix.chunks((first, rows[1]), weight.dtype.itemsize)
     for units, taken in chunks:
         values = matrix.decode(units, weight.dtype)

@@ -193,6 +193,7 @@ FORMS: dict[str, Form] = {
         },
         16,
     ),
+    "ModelOpt int4": Form(lambda n, k, g: {"*": packed((n // 2, k), g), "*_scale": floats((n, k // 32), g)}, 32, 2),
     "int8 channel": Form(lambda n, k, g: {"*": int8((n, k), g), "*_scale": floats((n, 1), g)}),
     "int8 zero points": Form(
         lambda n, k, g: {
