@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from qtensor import (
 from qtensor.checkpoint.transformers import transformers_asks
 from qtensor.convert import quantize_checkpoint
 from qtensor.schemes.scheme import SCHEMES
+from qtensor.sources.families import recognise
+from qtensor.sources.source import Spec
 from support.helpers import assert_oracle, same_bytes
 from support.sources import FORMS, whole
 
@@ -106,6 +109,36 @@ def gpt_oss_folder(tmp_path_factory: Any) -> Path:
         tensors[name + "_blocks"] = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
         tensors[name + "_scales"] = torch.randint(115, 122, shape[:-1], generator=generator).to(torch.uint8)
     return save(tmp_path_factory.mktemp("gpt-oss"), model, {"quant_method": "mxfp4"}, tensors)
+
+
+def test_what_transformers_saves_of_mxfp4_is_what_it_loaded(gpt_oss_folder: Path) -> None:
+    """Its own operation turns the layout of kernels back into parts, by names and shapes that are a source here. The
+    kernels that lay them out have to be downloaded; on a CPU their layout is the plain one, turned."""
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4", reason="this transformers saves no mxfp4")
+    if not hasattr(mxfp4, "Mxfp4ReverseDeserialize"):
+        pytest.skip("this transformers saves no mxfp4")
+    stored = load_file(gpt_oss_folder / "model.safetensors")
+
+    def in_kernels(tensor: torch.Tensor) -> Any:
+        layout = SimpleNamespace(unswizzle_data=lambda data: data)
+        return SimpleNamespace(storage=SimpleNamespace(layout=layout, data=tensor.transpose(-1, -2)))
+
+    for name in [n for n in stored if n.endswith("_blocks")]:
+        owner, _, proj = name.removesuffix("_blocks").rpartition(".")
+        blocks, scales = stored[name], stored[name.removesuffix("_blocks") + "_scales"]
+        experts = torch.nn.Module()
+        setattr(experts, proj, in_kernels(blocks.flatten(-2)))
+        setattr(experts, f"{proj}_precision_config", SimpleNamespace(weight_scale=in_kernels(scales)))
+        model = torch.nn.Module()
+        model.add_module("experts", experts)
+        saved = mxfp4.Mxfp4ReverseDeserialize(None).convert({}, model=model, full_layer_name=f"experts.{proj}_blocks")
+        assert saved.keys() == {f"experts.{proj}_blocks", f"experts.{proj}_scales"}
+        parts = {n.replace(f"experts.{proj}", "*"): t[0] for n, t in saved.items()}
+        source = recognise({n: Spec(t.dtype, tuple(t.shape)) for n, t in parts.items()}, {"quant_method": "mxfp4"})
+        assert str(source) == "mxfp4 (blocks)"
+        assert torch.equal(saved[f"experts.{proj}_blocks"], blocks)
+        assert torch.equal(saved[f"experts.{proj}_scales"], scales)
+        assert owner.endswith("experts")
 
 
 def dequantized(folder: Path) -> Any:

@@ -1,8 +1,8 @@
 """ModelOpt's 4-bit integers ("W4A16_AWQ"), two output rows in a byte; and what it asks of a layer beside its weight.
 
-Owner: ModelOpt's `pack_int4_in_uint8`: code times scale, which is in fp32. Where AWQ's factors could not be put into the
-layer before, a layer has "pre_quant_scale", which activations are multiplied with: no weight can say that, and of it the
-weight alone would be another layer.
+Owner: ModelOpt's `pack_int4_in_uint8`: code times scale, which is in fp32. Where AWQ's factors could not be put into
+the layer before, a layer has "pre_quant_scale", which activations are multiplied with: no weight can say that, and of
+it the weight alone would be another layer.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def recognise(specs: Specs, config: Mapping[str, Any]) -> PairedRows | None:
     """By the dtypes, and twice as many rows of scales as of values."""
     if ACTIVATIONS in specs and VALUES in specs:
         raise Unusable(
-            f"has {ACTIVATIONS}: its layer multiplies activations by that, which no weight can say. Let ModelOpt fold it "
-            "into the layer before, or take a checkpoint without AWQ"
+            f"has {ACTIVATIONS}: its layer multiplies activations by that, which no weight can say. Take a checkpoint "
+            "that was made without AWQ"
         )
     values, scale = specs.get(VALUES), specs.get(SCALE)
     if values is None or scale is None or values.dtype != torch.uint8 or scale.dtype not in WIDE:

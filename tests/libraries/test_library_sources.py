@@ -12,7 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import qtensor
+import qtensor.convert
 from support import peers
+from support.helpers import assert_oracle, same_bytes
 from support.peers import Made
 
 
@@ -179,6 +182,72 @@ def test_modelopt(kind: str, tmp_path: Path) -> None:
     told = {"quant_method": "modelopt"}  # transformers does not know this method, and passes nothing of it on.
     assert peers.assert_becomes(made, "int8_per_channel", source=told) == {"requantized"}
     assert peers.assert_becomes(made, MODELOPT[kind], shared=kind == "NVFP4", source=told) == {"lossless"}
+
+
+def test_modelopt_awq(tmp_path: Path) -> None:
+    """Weights whose factors it folded into the layer before are decoded; what multiplies activations is refused."""
+    mtq = pytest.importorskip("modelopt.torch.quantization", reason="ModelOpt is installed by make test-libraries")
+    from modelopt.torch.export import export_hf_checkpoint, quant_utils
+
+    model, kept = peers.plain_model(), {}
+    model.config.architectures = ["LlamaForCausalLM"]
+    mtq.quantize(model, mtq.INT4_AWQ_CFG, lambda model: model(peers.IDS))
+    pack = quant_utils.pack_int4_in_uint8
+
+    def packed(weight: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+        found = pack(weight, scales, block)
+        wide = scales.repeat_interleave(block, -1)
+        kept[found.data_ptr()] = (found, ((weight / wide).round().clamp(-8, 7) * wide).to(torch.bfloat16))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant_utils, "pack_int4_in_uint8", packed)
+        export_hf_checkpoint(model, export_dir=tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    with pytest.raises(qtensor.CheckpointError, match=r"layers\.0\..*_proj\.weight: has pre_quant_scale"):
+        peers.load(tmp_path, "mxfp8")
+    asked = {name.removesuffix("pre_quant_scale") for name in state if name.endswith(".pre_quant_scale")}
+    assert asked
+    folded = [n for n in state if n.endswith("_proj.weight") and n.removesuffix("weight") not in asked]
+    assert folded
+    for name in folded:
+        theirs = next(values for codes, values in kept.values() if torch.equal(codes, state[name]))
+        linear = torch.nn.Linear(theirs.shape[1], theirs.shape[0], bias=False, dtype=torch.bfloat16)
+        with qtensor.online_quant("int8_per_channel", linear, ignore=["*"]):
+            linear.load_state_dict({"weight": state[name], "weight_scale": state[f"{name}_scale"]})
+        assert torch.equal(linear.weight, theirs)
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_diffusers_component_by_torchao(kind: str, tmp_path: Path) -> None:
+    """A quantized transformer of a pipeline, saved by diffusers; it quantizes with bitsandbytes on a GPU alone."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is installed by make test-libraries")
+    import torchao.quantization
+
+    def empty() -> Any:
+        torch.manual_seed(0)
+        sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 64, "sample_size": 4}
+        return diffusers.DiTTransformer2DModel(**sizes, num_embeds_ada_norm=4).to(torch.bfloat16)
+
+    empty().save_pretrained(tmp_path / "plain")
+    config = diffusers.TorchAoConfig(getattr(torchao.quantization, kind)())
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained(
+        tmp_path / "plain", quantization_config=config, torch_dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(tmp_path / "transformer")
+    weights = {n: p.dequantize() for n, p in theirs.named_parameters() if hasattr(p, "qdata")}
+    assert len(weights) >= 8
+    model = empty()
+    report = qtensor.load_checkpoint(model, tmp_path / "transformer", scheme="mxfp8")
+    assert {layer.source.rpartition(": ")[2] for layer in report.layers} == {"requantized"}
+    for name, values in weights.items():
+        assert_oracle(model.get_parameter(name), values, model.get_parameter(name).scheme)
+    qtensor.convert.quantize_checkpoint(tmp_path / "transformer", tmp_path / "out", "mxfp8")
+    again = empty()
+    qtensor.load_checkpoint(again, tmp_path / "out")
+    for name in weights:
+        parts = zip(again.get_parameter(name).parts(), model.get_parameter(name).parts(), strict=True)
+        assert all(same_bytes(a, b) for a, b in parts)
 
 
 @pytest.mark.parametrize("how", ["W4A16", "FP8_DYNAMIC", "NVFP4A16", "GPTQ with an order"])
