@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.processes import ROOT, in_forks
 
@@ -35,7 +36,6 @@ def compiled_and_eager(folder: Path) -> tuple[float, float, int]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     sys.path.insert(0, str(folder))
-    import torch
     from torch._dynamo.utils import counters
 
     import qtensor
@@ -59,6 +59,24 @@ def test_a_program_of_edited_code_is_made_anew(tmp_path: Path) -> None:
     assert hits == 1  # the cache works, or this test would show nothing
     assert eager != before
     assert compiled == eager
+
+
+def test_weights_that_need_programs_of_their_own_have_other_keys() -> None:
+    from qtensor import QTensor, fp8_per_channel, mxfp8, quantize
+
+    weight = quantize(torch.ones(64, 32, dtype=torch.bfloat16), fp8_per_channel)
+    scale = torch.ones(64, 2)[:, :1]
+    others = [
+        weight.to("meta"),
+        weight.t(),
+        QTensor(weight.qdata, scale, weight.scheme, weight.dtype),
+        quantize(torch.ones(64, 32), fp8_per_channel),
+        quantize(torch.ones(64, 32, dtype=torch.bfloat16), mxfp8),
+        quantize(torch.ones(32, 64, dtype=torch.bfloat16), fp8_per_channel).t(),
+        weight.detach().requires_grad_(),
+    ]
+    assert len({w._stable_hash_for_caching() for w in [weight, *others]}) == 1 + len(others)
+    assert weight.clone()._stable_hash_for_caching() == weight._stable_hash_for_caching()
 
 
 @pytest.mark.parametrize("part", ["tensor", "kernels"])

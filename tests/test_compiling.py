@@ -219,7 +219,7 @@ def test_no_load_imports_anything_where_an_interrupt_comes() -> None:
     """An interrupt as Python imports can leave its import lock held and modules half made: torch's own, too."""
     for ours, others in in_forks(late_imports, PROGRAMS, ("torch", "numpy", "qtensor")):
         assert ours == []
-        assert {"torch.distributed.tensor", "qtensor.sources.fp8", "numba"} <= set(others)
+        assert {"qtensor.sources.fp8", "numba"} <= set(others)  # They were late, and this test would notice.
 
 
 # numba ----------------------------------------------------------------------------------------------------------------

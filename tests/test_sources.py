@@ -54,6 +54,8 @@ def scales(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1) -> torch.T
 def test_fp8_is_decoded_as_transformers_decodes_it(grid: tuple[int, ...], dtype: torch.dtype) -> None:
     """Of (192, 320), 96 × 80 blocks are what transformers finds in a grid of 2 × 4."""
     theirs = pytest.importorskip("transformers.integrations.finegrained_fp8").Fp8Dequantize(None)
+    if not hasattr(theirs, "_dequantize_one"):
+        pytest.skip("this transformers decodes whole checkpoints only")
     parts = {"*": codes(SHAPE), "*_scale_inv": scales(grid, dtype)}
     config = {"weight_block_size": [96, 80]}
     for out in (torch.bfloat16, torch.float16, torch.float32):

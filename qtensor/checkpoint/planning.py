@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,6 +85,7 @@ def _on_meta(folder: Path) -> nn.Module:
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModel):
         if type(config) in kind._model_mapping:
             with torch.device("meta"):
-                model: nn.Module = kind.from_config(config, dtype=getattr(config, "dtype", None) or torch.bfloat16)
-            return model
+                model: Any = kind.from_config(config, dtype=getattr(config, "dtype", None) or torch.bfloat16)
+            model.tie_weights()  # transformers 5.0 leaves that to from_pretrained.
+            return cast(nn.Module, model)
     raise ConfigError(f"{folder / CONFIG}: transformers knows no model of the type {config.model_type!r}")

@@ -34,7 +34,7 @@ from ..tensor.qtensor import QTensor
 from . import registration
 from .adapters import ADAPTER, adapter_parameters, is_low_rank
 from .model_transaction import ModelTransaction, waits_for_its_end
-from .options import LoadOptions, OnMissing, OnNonfinite, StrictSource
+from .options import LoadOptions, OnMissing, OnNonfinite, StrictSource, require_memory_on
 from .replacing import WHEN_FINISHED, Replacement, final_step, plain_parameter, values_of
 from .session import Session
 from .transaction import State
@@ -209,6 +209,7 @@ class Load(ModelTransaction):
         }
 
     def begin(self) -> None:
+        require_memory_on(self.options.device)
         super().begin()
         self._agreements = Agreements(self.options.process_group)
         self._agreements.open()

@@ -91,6 +91,16 @@ class ReloadOptions(SessionOptions):
         flags(self, "atomic", "assert_identity")
 
 
+def require_memory_on(device: torch.device | None) -> None:
+    """Raises ConfigError, before anything is armed, for a device that this machine has not."""
+    if device is None or device.type in ("cpu", "meta"):
+        return
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"device {str(device)!r}: {error}") from None
+
+
 def one_of(name: str, value: object, *allowed: str) -> None:
     """Raises ConfigError unless an option has one of the allowed values."""
     if value not in allowed:

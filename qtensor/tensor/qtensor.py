@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import kernels
 from ..callers import compares_addresses, copies_to_train, replaced_by_module, writes_to_disk
@@ -212,6 +213,8 @@ class QTensor(torch.Tensor):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if isinstance(self.qdata, FakeTensor):  # torch before 2.13 makes the key of its cache on disk by pickling.
+            return str, (self._stable_hash_for_caching(),)
         scheme, is_param = self.scheme, isinstance(self, torch.nn.Parameter)
         how = (scheme.name, scheme.activation, self.dtype, self.transposed, is_param)
         # As bytes: pickle, unlike torch.save, asks PyTorch for storages of the dtype, and float8 has none.
@@ -233,8 +236,9 @@ class QTensor(torch.Tensor):
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache on disk needs to tell two kinds of QTensor apart, and two versions of this code:
         the cached program holds what its operations did when it was made."""
-        parts = (self.scheme, self.dtype, self.transposed, self.whole_units, tuple(self.shape), code_digest())
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        how = (self.scheme, self.dtype, self.transposed, self.whole_units, tuple(self.shape), self.requires_grad)
+        parts = [(tuple(p.shape), p.stride(), p.dtype, p.device) for p in self.parts()]
+        return hashlib.sha256(repr((how, parts, code_digest())).encode()).hexdigest()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
