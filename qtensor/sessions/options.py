@@ -96,7 +96,7 @@ def require_memory_on(device: torch.device | None) -> None:
     if device is None or device.type in ("cpu", "meta"):
         return
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.uint8, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"device {str(device)!r}: {error}") from None
 
