@@ -74,6 +74,8 @@ ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
     ("max.f32 %r9, %r1, %r2;", (-0.0, 0.0), 0.0),
     ("min.f32 %r9, %r1, %r2;", (0.0, -0.0), -0.0),
     ("min.NaN.f32 %r9, %r1, %r2;", (NAN, 2.0), 0x7FFFFFFF),
+    ("min.NaN.xorsign.abs.f32 %r9, %r1, %r2;", (-3.0, 2.0), -2.0),
+    ("min.xorsign.abs.f32 %r9, %r1, %r2;", (-1.0, -2.0), 1.0),
     ("min.s32 %r9, %r1, %r2;", (-1, 1), -1),
     ("max.u32 %r9, %r1, %r2;", (-1, 1), -1),
     ("max.s16x2 %r9, %r1, %r2;", (0x8000_0001, 0x0002_FFFF), 0x0002_0001),

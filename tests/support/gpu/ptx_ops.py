@@ -131,7 +131,9 @@ def _divide(m: Machine, i: Instruction, mask: Mask) -> None:
 
 @_operation("min", "max")
 def _extremum(m: Machine, i: Instruction, mask: Mask) -> None:
-    kind = i.type
+    kind, ways = i.type, set(i.modifiers[:-1])
+    if ways not in (set(), {"NaN"}, {"xorsign", "abs"}, {"NaN", "xorsign", "abs"}):
+        raise Fault(f"not modelled: {i.text}")
     pick = np.minimum if i.op == "min" else np.maximum
     inputs = _pairs(m, i) if kind.endswith("16x2") else _inputs(m, i)
     if len(inputs) != 2 or kind[0] == "b":
@@ -140,10 +142,15 @@ def _extremum(m: Machine, i: Instruction, mask: Mask) -> None:
     if kind[0] != "f":
         m.write(i.operands[0], _unpaired(pick(a, b), kind), mask)
         return
+    negative = np.signbit(a) != np.signbit(b)
+    if "abs" in ways:
+        a, b = np.abs(a), np.abs(b)
     word = UNSIGNED[a.dtype.itemsize * 8]
     raw = (a.view(word) | b.view(word)) if i.op == "min" else (a.view(word) & b.view(word))
     out = np.where(a == b, raw.view(a.dtype), (np.fmin if i.op == "min" else np.fmax)(a, b))  # -0 is below 0.
-    nan = np.isnan(a) | np.isnan(b) if "NaN" in i.modifiers else np.isnan(a) & np.isnan(b)
+    if "xorsign" in ways:
+        out = np.where(negative, -out, out)
+    nan = np.isnan(a) | np.isnan(b) if "NaN" in ways else np.isnan(a) & np.isnan(b)
     m.write(i.operands[0], _unpaired(np.where(nan, _NAN[a.dtype], out), kind), mask)
 
 
