@@ -143,6 +143,8 @@ def quantize_kernel(
             bounded = tl.where((step == 0.0) & (tl.abs(value) == float("inf")), 0.0, bounded)
     if SCALE == "e8m0":
         scaled = bounded * power_of_two(254 - exponent)
+        if (ELEMENT != "e4m3") & dirty:  # The largest fp32 is but four times the largest scale.
+            scaled = tl.where(tl.abs(value) == float("inf"), tl.where(value > 0.0, 6.0, -6.0), scaled)
     elif SCALE == "e4m3":
         scaled = bounded * reciprocal_or_zero(step)
     else:
