@@ -77,6 +77,8 @@ ROWS: list[tuple[str, tuple[float | int, ...], float | int]] = [
     ("min.NaN.xorsign.abs.f32 %r9, %r1, %r2;", (-3.0, 2.0), -2.0),
     ("min.xorsign.abs.f32 %r9, %r1, %r2;", (-1.0, -2.0), 1.0),
     ("min.s32 %r9, %r1, %r2;", (-1, 1), -1),
+    ("max.relu.s32 %r9, %r1, %r2;", (-1, -2), 0),
+    ("max.relu.s32 %r9, %r1, %r2;", (-1, 3), 3),
     ("max.u32 %r9, %r1, %r2;", (-1, 1), -1),
     ("max.s16x2 %r9, %r1, %r2;", (0x8000_0001, 0x0002_FFFF), 0x0002_0001),
     ("min.f16x2 %r9, %r1, %r2;", (0xC000_3C00, 0x3C00_8000), 0xC000_8000),

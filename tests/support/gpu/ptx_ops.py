@@ -132,7 +132,7 @@ def _divide(m: Machine, i: Instruction, mask: Mask) -> None:
 @_operation("min", "max")
 def _extremum(m: Machine, i: Instruction, mask: Mask) -> None:
     kind, ways = i.type, set(i.modifiers[:-1])
-    if ways not in (set(), {"NaN"}, {"xorsign", "abs"}, {"NaN", "xorsign", "abs"}):
+    if ways not in (set(), {"NaN"}, {"xorsign", "abs"}, {"NaN", "xorsign", "abs"}) and (*ways, kind) != ("relu", "s32"):
         raise Fault(f"not modelled: {i.text}")
     pick = np.minimum if i.op == "min" else np.maximum
     inputs = _pairs(m, i) if kind.endswith("16x2") else _inputs(m, i)
@@ -140,7 +140,8 @@ def _extremum(m: Machine, i: Instruction, mask: Mask) -> None:
         raise Fault(f"not modelled: {i.text}")
     a, b = inputs
     if kind[0] != "f":
-        m.write(i.operands[0], _unpaired(pick(a, b), kind), mask)
+        out = pick(a, b)
+        m.write(i.operands[0], _unpaired(np.maximum(out, 0) if "relu" in ways else out, kind), mask)
         return
     negative = np.signbit(a) != np.signbit(b)
     if "abs" in ways:
