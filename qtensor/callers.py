@@ -133,6 +133,12 @@ def writes_to_disk() -> bool:
     return _nearest() == "accelerate.utils.offload"
 
 
+def keys_a_program() -> bool:
+    """Is torch.compile pickling what a program is made for, for the key of its cache on disk? torch before 2.13 makes
+    keys so; to others that pickle or copy a tensor, it is a tensor."""
+    return any(frame.f_globals.get("__name__") == "torch._inductor.codecache" for frame in _callers(8))
+
+
 def distributing() -> bool:
     """Is torch.distributed.tensor splitting a tensor for `distribute_tensor`? The clone it makes of its piece is the
     shard of the weight, not a copy of values."""

@@ -32,6 +32,7 @@ def asked(question: Callable[[], Any], *modules: str | None, function: str = "fu
         (callers.initialising, "torch.nn.init"),
         (callers.initialising, "transformers.initialization"),
         (callers.distributing, "torch.distributed.tensor.placement_types"),
+        (callers.keys_a_program, "torch._inductor.codecache"),
         (callers.asked_by_fsdp, "torch.distributed.fsdp._fully_shard._fsdp_param"),
     ],
 )

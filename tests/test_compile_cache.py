@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.processes import ROOT, in_forks
 
@@ -77,6 +79,15 @@ def test_weights_that_need_programs_of_their_own_have_other_keys() -> None:
     ]
     assert len({w._stable_hash_for_caching() for w in [weight, *others]}) == 1 + len(others)
     assert weight.clone()._stable_hash_for_caching() == weight._stable_hash_for_caching()
+
+
+def test_a_fake_weight_is_a_key_for_the_cache_alone() -> None:
+    from qtensor import QTensor, fp8_per_channel, quantize
+
+    weight = quantize(torch.ones(64, 32, dtype=torch.bfloat16), fp8_per_channel)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(weight)
+        assert type(fake) is type(copy.copy(fake)) is type(copy.deepcopy(fake)) is QTensor
 
 
 @pytest.mark.parametrize("part", ["tensor", "kernels"])

@@ -114,9 +114,12 @@ def divide(x, y, FUSED: tl.constexpr):
 
 
 @triton.jit
-def bring_within(x, scale):
-    """Make infinities finite, yet large enough that their quotient by `scale` still saturates. NaN stays."""
-    limit = tl.minimum(scale * 460.0, 3.4028234663852886e38)
+def bring_within(x, scale, POWER: tl.constexpr = False):
+    """Make infinities finite, yet large enough that their quotient by `scale` still saturates. NaN stays.
+    POWER: the scale is a power of two, by which infinity may be divided; the largest fp32 is four times the largest."""
+    limit = scale * 460.0
+    if not POWER:
+        limit = tl.minimum(limit, 3.4028234663852886e38)
     return tl.clamp(x, limit * -1.0, limit, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -138,13 +138,11 @@ def quantize_kernel(
         tl.store(s, step, mask=row < rows)
     bounded = value
     if (ELEMENT != "e4m3") & dirty:
-        bounded = without_nan(bring_within(value, step))
+        bounded = without_nan(bring_within(value, step, SCALE == "e8m0"))
         if SCALE == "e4m3":  # An infinity has no sign where the scale is 0.
             bounded = tl.where((step == 0.0) & (tl.abs(value) == float("inf")), 0.0, bounded)
     if SCALE == "e8m0":
         scaled = bounded * power_of_two(254 - exponent)
-        if (ELEMENT != "e4m3") & dirty:  # The largest fp32 is but four times the largest scale.
-            scaled = tl.where(tl.abs(value) == float("inf"), tl.where(value > 0.0, 6.0, -6.0), scaled)
     elif SCALE == "e4m3":
         scaled = bounded * reciprocal_or_zero(step)
     else:

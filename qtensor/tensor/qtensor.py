@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import kernels
-from ..callers import compares_addresses, copies_to_train, replaced_by_module, writes_to_disk
+from ..callers import compares_addresses, copies_to_train, keys_a_program, replaced_by_module, writes_to_disk
 from ..errors import ConfigError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
 from ..kernels import SOURCE_DTYPES, Audit, NonFinite, Parts
 from ..schemes.scheme import Scheme, SchemeLike, as_scheme
@@ -213,7 +213,7 @@ class QTensor(torch.Tensor):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if isinstance(self.qdata, FakeTensor):  # torch before 2.13 makes the key of its cache on disk by pickling.
+        if isinstance(self.qdata, FakeTensor) and keys_a_program():
             return str, (self._stable_hash_for_caching(),)
         scheme, is_param = self.scheme, isinstance(self, torch.nn.Parameter)
         how = (scheme.name, scheme.activation, self.dtype, self.transposed, is_param)
