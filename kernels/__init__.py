@@ -27,6 +27,7 @@ from .formats import (
     WeightFormat,
 )
 from .parts import Parts
+from .recipes import RECIPES, Recipe
 from .reference import round_trip_activation
 
 __all__ = [
@@ -39,12 +40,14 @@ __all__ = [
     "MXFP4",
     "MXFP8",
     "NVFP4",
+    "RECIPES",
     "SEARCHES",
     "SOURCE_DTYPES",
     "Audit",
     "Backend",
     "NonFinite",
     "Parts",
+    "Recipe",
     "Search",
     "UnsupportedBackend",
     "WeightFormat",

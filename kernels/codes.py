@@ -2,8 +2,8 @@
 
 e4m3fn: 1 sign, 4 exponent (bias 7), 3 mantissa bits; no infinity, 0x7f is NaN; ±448.
 e2m1:   1 sign, 2 exponent (bias 1), 1 mantissa bit; neither infinity nor NaN; 0, 0.5, 1, 1.5, 2, 3, 4, 6 and negatives.
-int8:   ±127.
-int4:   ±7, two's complement.
+int8:   ±127, and what some recipes store: -128.
+int4:   ±7 and -8 likewise, two's complement.
 
 The first of two elements that share a byte is in its low nibble.
 """
@@ -31,9 +31,9 @@ _INT4_VALUES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, 
 def encode(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """fp32 `[..., K]`, in units of the scale → stored elements `[..., K / per_byte]`, rounded up; clobbers x.
 
-    Clamps to ±`fmt.max` and rounds to nearest even. NaN becomes 0 where the format has none.
+    Clamps to `fmt.lowest` and `fmt.max` and rounds to nearest even. NaN becomes 0 where the format has none.
     """
-    x.clamp_(-fmt.max, fmt.max)
+    x.clamp_(fmt.lowest, fmt.max)
     if not fmt.keeps_nan:
         x.masked_fill_(x.isnan(), 0.0)
     return _ENCODE[fmt.element](x)

@@ -14,6 +14,8 @@ import torch
 
 from qtensor.errors import QTensorError
 
+from .recipes import Recipe
+
 Granularity = Literal["tensor", "channel", "block", "group"]
 Element = Literal["e4m3", "e2m1", "int8", "int4"]
 
@@ -102,6 +104,7 @@ class WeightFormat:
         block: Rows and columns that share a scale, where neither is the matrix's own.
         search: How scales are chosen by their error. None: by the formula above, and "plain". The stored form is the
             same.
+        recipe: The arithmetic of another tool, in place of the formula above; again, of the same stored form.
     """
 
     name: str
@@ -112,11 +115,17 @@ class WeightFormat:
     element: Element = "e4m3"
     scale_dtype: torch.dtype = torch.float32
     search: Search | None = None
+    recipe: Recipe | None = None
 
     @property
     def plain(self) -> WeightFormat:
         """The same stored form, with scales by the formula alone: what tells whether bytes mean the same."""
-        return self if self.search is None else replace(self, search=None)
+        return self if self.search is None and self.recipe is None else replace(self, search=None, recipe=None)
+
+    @property
+    def lowest(self) -> float:
+        """The smallest element that is stored."""
+        return self.recipe.lowest or -self.max if self.recipe else -self.max
 
     @property
     def per_byte(self) -> int:

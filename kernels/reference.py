@@ -165,12 +165,12 @@ def _quantize_matrix(
     if fmt.needs_whole_matrix:
         amax = _largest(source, fmt, audit, origin) if amax is None else amax
         if parts.global_scale is None:
-            parts.scale.copy_(fmt.scale_from_amax(amax))
+            parts.scale.copy_(scale_of(amax, fmt, source.dtype))
         else:
-            gain = fmt.gain_from_amax(amax)
+            gain = fmt.gain_from_amax(amax) if fmt.recipe is None else fmt.recipe.gain(amax, source.dtype)
             parts.global_scale.copy_(1.0 / gain)
     elif source.numel() == 0:
-        parts.scale.copy_(fmt.scale_from_amax(torch.zeros_like(parts.scale, dtype=torch.float32)))
+        parts.scale.copy_(scale_of(torch.zeros_like(parts.scale, dtype=torch.float32), fmt, source.dtype))
     for chunk in row_chunks(rows, cols, fmt.block[0]):
         x = source[chunk].float()
         here = parts.rows(chunk.start, chunk.stop, fmt)
@@ -179,7 +179,7 @@ def _quantize_matrix(
             here.scale.copy_(scale_of(by_unit, fmt, source.dtype, gain))
             if fmt.search is not None:
                 _search(x, by_unit, here, fmt, fmt.search, source.dtype)
-        here.qdata.copy_(_quantized(x, here, fmt, source.dtype))
+        here.qdata.copy_(_quantized(x, here, fmt, source.dtype, gain))
         if audit.measure_sqnr:
             restored = _restore(here, fmt, cols)
             audit.signal += float(x.double().square().sum())
@@ -190,6 +190,8 @@ def scale_of(
     amax: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype, gain: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The stored scales of a weight of `dtype` with those largest magnitudes; `gain`: that of the matrix."""
+    if fmt.recipe is not None:
+        return fmt.recipe.scale(amax, dtype, gain)
     scale = fmt.scale_from_amax(amax, gain)
     return _round_through(scale, dtype) if fmt.element == "int8" else scale
 
@@ -241,8 +243,15 @@ def _step(parts: Parts, fmt: WeightFormat) -> torch.Tensor:
     return step.view(1, 1, 1, 1) if step.dim() == 1 else step[:, None, :, None]
 
 
-def _quantized(x: torch.Tensor, parts: Parts, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
-    """The elements to store of one fp32 chunk that came from `dtype`, by the scales in its `parts`."""
+def _quantized(
+    x: torch.Tensor, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, gain: torch.Tensor | None
+) -> torch.Tensor:
+    """The elements to store of one fp32 chunk that came from `dtype`, by the scales in its `parts`; `gain`: that of the
+    matrix."""
+    if fmt.recipe is not None:
+        step = _step(Parts(parts.qdata, parts.scale), fmt)  # In units of the gain's inverse.
+        scaled = fmt.recipe.units(_blocks(x, fmt), step if gain is None else step / gain, dtype)
+        return encode(_unblock(scaled, *x.shape), fmt)
     scaled = _in_units(_blocks(x, fmt), _step(parts, fmt), fmt)
     if fmt.element == "int8":
         scaled = _round_through(scaled, dtype)

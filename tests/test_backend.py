@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qtensor import kernels, quantize
 from qtensor.kernels import (
     FORMATS,
+    RECIPES,
     SEARCHES,
     Audit,
     Backend,
@@ -73,6 +74,11 @@ def test_every_backend_gives_the_references_results(name: str, fmt: WeightFormat
 @pytest.mark.parametrize("name", SEARCHES)
 def test_numba_gives_the_references_results_with_searched_scales(name: str) -> None:
     assert_gives_the_references_results(the("numba"), SCHEMES[name].searched().format)
+
+
+@pytest.mark.parametrize("name", RECIPES["compressed-tensors"])
+def test_numba_gives_the_references_results_by_recipe(name: str) -> None:
+    assert_gives_the_references_results(the("numba"), SCHEMES[name].by_recipe("compressed-tensors").format)
 
 
 def test_argument_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:

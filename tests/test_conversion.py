@@ -20,7 +20,7 @@ from torch import nn
 
 from qtensor import CheckpointError, NonFiniteWeightError, fp8, fp8_per_tensor, quantize, save_checkpoint
 from qtensor.checkpoint import problems, quantize_checkpoint, writing
-from qtensor.checkpoint.layouts import fused_group
+from qtensor.checkpoint.fused import fused_group
 from qtensor.checkpoint.reading import Checkpoint
 from qtensor.checkpoint.verify import weights_of
 from qtensor.convert import converting, streaming

@@ -203,7 +203,7 @@ class _Found:
 
     def _wanted(self) -> Iterator[tuple[str, str]]:
         for name, weight in self._armed.items():
-            yield name, _described(weight.shape, weight.dtype, weight.scheme.format.name, weight.scheme.is_searched)
+            yield name, _described(weight.shape, weight.dtype, weight.scheme.name)
         for name in self._plain:
             yield name, _kind(self._target(name)[1])
 
@@ -238,9 +238,9 @@ def _give(weight: ArmedWeight, values: torch.Tensor) -> None:
 
 def _kind(tensor: torch.Tensor) -> str:
     if isinstance(tensor, QTensor):
-        return _described(tuple(tensor.shape), tensor.dtype, tensor.scheme.format.name, tensor.scheme.is_searched)
+        return _described(tuple(tensor.shape), tensor.dtype, tensor.scheme.name)
     return _described(tuple(tensor.shape), tensor.dtype)
 
 
-def _described(shape: tuple[int, ...], dtype: torch.dtype, fmt: str = "", searched: bool = False) -> str:
-    return f"{dtype} {list(shape)}" + (f" as {fmt}{':searched' if searched else ''}" if fmt else "")
+def _described(shape: tuple[int, ...], dtype: torch.dtype, scheme: str = "") -> str:
+    return f"{dtype} {list(shape)}" + (f" as {scheme}" if scheme else "")

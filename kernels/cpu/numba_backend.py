@@ -38,9 +38,8 @@ class Numba(Torch):
         if source.is_neg():  # The loops see memory, not torch's bit that says to negate what is there.
             source = source.resolve_neg()
         plain = audit.refuse_nonfinite and not audit.measure_sqnr
-        is_searched = fmt.search is not None
-        is_fused = fused.is_fused(fmt) and not is_searched
-        if source.numel() == 0 or not (is_fused or plain) or (is_searched and not is_searched_here(fmt)):
+        is_fused = fused.is_fused(fmt) and fmt.search is None and fmt.recipe is None
+        if source.numel() == 0 or not (is_fused or plain) or _takes_reference(fmt):
             super().quantize_into(source, parts, fmt, audit, origin)
             return
         small = source.dim() == 2 and source.numel() <= PIECE
@@ -69,7 +68,7 @@ class Numba(Torch):
         self, source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.Tensor, audit: Audit, origin: int
     ) -> None:
         plain = audit.refuse_nonfinite and not audit.measure_sqnr
-        if source.numel() == 0 or not plain or (fmt.search is not None and not is_searched_here(fmt)):
+        if source.numel() == 0 or not plain or _takes_reference(fmt):
             super().quantize_rows(source, parts, fmt, amax, audit, origin)
             return
         _check(source, parts.qdata, fmt)
@@ -133,6 +132,11 @@ class Numba(Torch):
 
 
 NUMBA = Numba()
+
+
+def _takes_reference(fmt: WeightFormat) -> bool:
+    """For a search that the loops do not know, and for other tools' recipes."""
+    return fmt.recipe is not None or (fmt.search is not None and not is_searched_here(fmt))
 
 
 def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None:

@@ -124,8 +124,8 @@ def _multiplies(x: torch.Tensor, parts: Parts, fmt: WeightFormat) -> bool:
 
 
 def _takes_reference(fmt: WeightFormat) -> bool:
-    """For a search that the kernels do not know."""
-    return fmt.search is not None and not searching.is_searched_here(fmt)
+    """For a search that the kernels do not know, and for other tools' recipes."""
+    return fmt.recipe is not None or (fmt.search is not None and not searching.is_searched_here(fmt))
 
 
 def _check(dtype: torch.dtype, fmt: WeightFormat) -> None:

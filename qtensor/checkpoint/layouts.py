@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..kernels import SEARCHES, Parts, WeightFormat
+from ..kernels import RECIPES, SEARCHES, Parts, WeightFormat
 from ..schemes.scheme import (
     Scheme,
     fp8_per_block,
@@ -35,14 +35,6 @@ COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 PRODUCER = {"name": "qtensor"}
 """Says in config.json who wrote the folder, in the form that vLLM looks into; other readers pass over the key."""
 Spec = tuple[torch.dtype, tuple[int, ...]]
-# Matrices that serving systems keep as one. Per tensor they share a scale; per block each but the last has to end on
-# a block's border.
-FUSED: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
 
 
 @dataclass(frozen=True)
@@ -244,6 +236,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
     schemes: the quantized modules. plain: the modules that could be taken for quantized linear layers, and are not.
     """
     if format == FP8:
+        tools = {scheme.recipe for scheme in schemes.values()}
         return {
             "quant_method": FP8,
             "producer": {**PRODUCER},
@@ -252,6 +245,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
             "weight_block_size": [128, 128],
             "modules_to_not_convert": sorted(plain),
             **({"searched": True} if any(s.is_searched for s in schemes.values()) else {}),
+            **({"recipe": tools.pop()} if len(tools) == 1 and None not in tools else {}),
         }
     distinct = sorted(set(schemes.values()), key=str)
     # vLLM's mixtures of experts take per-tensor weights with per-tensor activations only.
@@ -277,6 +271,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
         for group, packing in zip(groups.values(), packings, strict=True):
             group["format"] = packing
     searched = [name for name, scheme in zip(groups, distinct, strict=True) if scheme.is_searched]
+    recipes = {name: scheme.recipe for name, scheme in zip(groups, distinct, strict=True) if scheme.recipe}
     return {
         "quant_method": COMPRESSED_TENSORS,
         "producer": {**PRODUCER},
@@ -288,6 +283,7 @@ def quantization_config(format: str, schemes: Mapping[str, Scheme], plain: Itera
         "global_compression_ratio": None,
         # For us alone: a reload quantizes as the load did. No reader needs to know how a scale was found.
         **({"searched": searched} if searched else {}),
+        **({"recipes": recipes} if recipes else {}),
     }
 
 
@@ -304,6 +300,7 @@ def reader(config: Mapping[str, Any]) -> Callable[[str], Layout | None]:
             )
         layout = LAYOUTS[FP8][fp8_per_block.name]
         layout = replace(layout, scheme=layout.scheme.searched()) if config.get("searched") is True else layout
+        layout = _by_recipe(layout, config.get("recipe"))
         return lambda module: layout
     if method != COMPRESSED_TENSORS:
         raise CheckpointError(
@@ -312,10 +309,11 @@ def reader(config: Mapping[str, Any]) -> Callable[[str], Layout | None]:
     named = _object(config, "config_groups")
     groups = {name: group for name in named if (group := _object(named, name))}
     searched: list[Any] = found if isinstance(found := config.get("searched"), list) else []
+    recipes: Mapping[str, Any] = found if isinstance(found := config.get("recipes"), Mapping) else {}
     read = [
         (
             Targets(f"{name}.targets", group.get("targets"), only=len(groups) == 1),
-            _layout_of_group(group, name in searched),
+            _layout_of_group(group, name in searched, recipes.get(name)),
         )
         for name, group in groups.items()
     ]
@@ -334,7 +332,14 @@ def _object(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found or {}
 
 
-def _layout_of_group(group: Mapping[str, Any], searched: bool) -> Layout:
+def _by_recipe(layout: Layout, tool: Any) -> Layout:
+    """A layout whose weights follow the recipe that is noted, if it is one we know; the bytes are the same form."""
+    scheme = layout.scheme
+    known = isinstance(tool, str) and scheme.format.name in RECIPES.get(tool, ()) and not scheme.is_searched
+    return replace(layout, scheme=scheme.by_recipe(tool)) if known else layout
+
+
+def _layout_of_group(group: Mapping[str, Any], searched: bool, recipe: Any) -> Layout:
     weights, activations = _object(group, "weights"), _object(group, "input_activations") or None
     for layout in LAYOUTS[COMPRESSED_TENSORS].values():
         if not all(weights.get(key) == value for key, value in layout.weights.items()):
@@ -343,6 +348,7 @@ def _layout_of_group(group: Mapping[str, Any], searched: bool) -> Layout:
             break  # columns in another order, which a further tensor gives
         if searched and layout.scheme.format.name in SEARCHES:
             layout = replace(layout, scheme=layout.scheme.searched())
+        layout = _by_recipe(layout, recipe)
         if activations is None:
             return replace(layout, scheme=layout.scheme.weight_only())
         if activations.get("dynamic") and layout.activations is not None:
@@ -352,47 +358,6 @@ def _layout_of_group(group: Mapping[str, Any], searched: bool) -> Layout:
         f"config.json: weights {dict(weights)} with activations {activations} are none of the schemes that can be read "
         f"({known}; of those with 8-bit floats, with dynamic activations or none, of the others with none)"
     )
-
-
-def fused_group(module: str) -> tuple[str, ...]:
-    """The modules that are kept as one matrix with this one, in order, itself included."""
-    parent, _, leaf = module.rpartition(".")
-    for group in FUSED:
-        if leaf in group:
-            return tuple(f"{parent}.{name}" if parent else name for name in group)
-    return (module,)
-
-
-def refuse_misaligned(rows: Mapping[str, int], schemes: Mapping[str, Scheme]) -> None:
-    """Blocks of fused matrices are those of their parts only if the parts end on block borders.
-
-    rows: of every quantized module. Raises CheckpointError that names those that do not.
-    """
-    bad = []
-    for module, scheme in schemes.items():
-        group = [name for name in fused_group(module) if name in schemes]
-        if scheme.format.granularity == "block" and module in group[:-1] and rows[module] % scheme.format.block[0]:
-            bad.append(f"{module} has {rows[module]} rows")
-    if bad:
-        shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise CheckpointError(
-            f"{shown}: not a multiple of 128, so its 128 × 128 blocks are not those of the fused matrix that servers "
-            "build of it. Add it and its partners to `ignore`, or use fp8_per_channel."
-        )
-
-
-def refuse_short_groups(cols: Mapping[str, int], schemes: Mapping[str, Scheme]) -> None:
-    """Formats on disk have no short last group, nor an odd element.
-
-    cols: K of every quantized module. Raises CheckpointError that names those whose K is no multiple of the group.
-    """
-    for module, scheme in schemes.items():
-        fmt = scheme.format
-        if fmt.granularity == "group" and cols[module] % fmt.block[1]:
-            raise CheckpointError(
-                f"{module} has {cols[module]} columns: {scheme.name} is stored in groups of {fmt.block[1]}, and "
-                "compressed-tensors has no short ones. Add it to `ignore`, or use fp8_per_channel or int8_per_channel."
-            )
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -56,6 +56,7 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         reserve: Of `fit`, bytes to leave free.
         ignore: Patterns of weights to leave alone.
         targets: Patterns that replace the default choice; they may be mapped to schemes.
+        recipe: Give every weight the bytes of another tool, as `Scheme.by_recipe`.
         on_missing: What becomes of elements that the checkpoint lacks; "init" is what transformers does.
         on_nonfinite: "error" refuses NaN and infinity by name and index; "keep" stores them.
         strict_reads: Raise LossyReadError when the library reads back what is already quantized.
@@ -77,6 +78,7 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         reserve: int | str = 0,
         ignore: Sequence[str] = DEFAULT_IGNORE,
         targets: Targets | None = None,
+        recipe: str | None = None,
         on_missing: OnMissing = "error",
         on_nonfinite: OnNonfinite = "error",
         strict_reads: bool = False,
@@ -93,7 +95,7 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         scheme = "fp8" if scheme is None and fit is None else scheme
         self.fit, self.reserve = fit, reserve
         self.scheme, self.targets = _written(scheme), None if targets is None else _written_targets(targets)
-        self.ignore = _written_list(ignore)
+        self.ignore, self.recipe = _written_list(ignore), recipe
         self.on_missing, self.on_nonfinite, self.strict_reads = on_missing, on_nonfinite, strict_reads
         self.min_sqnr, self.measure_sqnr = min_sqnr, measure_sqnr
         if not (stored is None or isinstance(stored, Mapping)):
@@ -106,7 +108,7 @@ class QTensorConfig(_Mixin):  # type: ignore[misc]
         """Which weights become what."""
         targets = self.targets
         read = {p: _read(s) for p, s in targets.items()} if isinstance(targets, dict) else targets
-        return choose(_read(self.scheme), self.ignore, read, self.fit, self.reserve, self.options())
+        return choose(_read(self.scheme), self.ignore, read, self.fit, self.reserve, self.options(), self.recipe)
 
     def options(self) -> LoadOptions:
         """How the session treats what is missing, not finite, or lossy."""

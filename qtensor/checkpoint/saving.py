@@ -22,14 +22,12 @@ from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
 from ..text import printable
 from .files import CONFIG_BYTES, read_json
+from .fused import fused_group, refuse_misaligned, refuse_short_groups
 from .layouts import (
     COMPRESSED_TENSORS,
     Spec,
-    fused_group,
     layout_of,
     quantization_config,
-    refuse_misaligned,
-    refuse_short_groups,
     require_format,
 )
 from .mapping import Part, is_transformers, matrix, parts_of, tensors_of

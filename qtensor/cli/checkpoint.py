@@ -20,10 +20,10 @@ from ..convert.cluster import LOST_AFTER, launched
 from ..convert.converting import ConversionReport, quantize_checkpoint
 from ..convert.launch import quantize_on_ranks, quantize_on_ray
 from ..errors import QTensorError
-from ..kernels import SEARCHES
+from ..kernels import RECIPES, SEARCHES
 from ..schemes.config import SchemeSpec
 from ..schemes.planning import DEFAULT_SCHEMES, load_plan
-from ..schemes.scheme import SCHEMES, SEARCHED, as_scheme
+from ..schemes.scheme import SCHEMES, SEARCHED, Scheme, SchemeLike, as_scheme
 from ..schemes.selection import DEFAULT_IGNORE
 from ..text import joined
 from .output import OutputLost, complain
@@ -42,6 +42,7 @@ def add_parsers(commands: Any) -> None:
     chosen = quantize.add_mutually_exclusive_group()
     chosen.add_argument("--scheme", choices=[*saveable, *searchable], default="fp8")
     chosen.add_argument("--plan", type=Path, metavar="FILE", help="a scheme per weight, as `qtensor plan` writes it")
+    quantize.add_argument("--recipe", choices=list(RECIPES), help="the bytes that this tool makes of the same weights")
     quantize.add_argument("--weight-only", action="store_true", help="servers are told not to quantize activations")
     quantize.add_argument(
         "--ignore",
@@ -141,11 +142,14 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _scheme(args: argparse.Namespace) -> SchemeSpec:
-    if args.plan is None:
-        scheme = as_scheme(args.scheme)
+    def read(given: SchemeLike) -> Scheme:
+        scheme = as_scheme(given)
+        scheme = scheme if args.recipe is None else scheme.by_recipe(args.recipe)
         return scheme.weight_only() if args.weight_only else scheme
-    targets = load_plan(args.plan).targets
-    return {pattern: scheme.weight_only() if args.weight_only else scheme for pattern, scheme in targets.items()}
+
+    if args.plan is None:
+        return read(args.scheme)
+    return {pattern: read(scheme) for pattern, scheme in load_plan(args.plan).targets.items()}
 
 
 def _plan(args: argparse.Namespace) -> int:

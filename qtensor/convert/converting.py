@@ -24,15 +24,13 @@ from typing import Any
 import torch
 
 from ..checkpoint.files import LIST_BYTES, read_json
+from ..checkpoint.fused import fused_group, refuse_misaligned, refuse_short_groups
 from ..checkpoint.gguf import open_checkpoint
 from ..checkpoint.layouts import (
     COMPRESSED_TENSORS,
     Spec,
-    fused_group,
     layout_of,
     quantization_config,
-    refuse_misaligned,
-    refuse_short_groups,
     require_format,
 )
 from ..checkpoint.reading import CONFIG, Checkpoint, Stored

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ConfigError
-from .scheme import SCHEMES, SEARCHED, Scheme, SchemeLike, Targets, as_scheme
+from .scheme import SCHEMES, SEARCHED, Scheme, SchemeLike, Targets, as_scheme, split_name
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -90,6 +90,16 @@ def read_config(spec: SchemeSpec, targets: Targets | None = None) -> QuantConfig
     )
 
 
+def by_recipe(config: QuantConfig, tool: str) -> QuantConfig:
+    """The same choice, each scheme with the bytes of that tool. Raises ConfigError where there is no such recipe."""
+
+    def of(scheme: Scheme | None) -> Scheme | None:
+        return None if scheme is None else scheme.by_recipe(tool)
+
+    targets = None if config.targets is None else {p: s.by_recipe(tool) for p, s in config.targets.items()}
+    return replace(config, linear=of(config.linear), moe=of(config.moe), targets=targets)
+
+
 TARGETS_ALONE = "qtensor: `targets` names every layer to quantize, so `linear` and `moe` cannot be given with it"
 
 
@@ -102,17 +112,17 @@ def read_scheme(key: str, value: Any) -> Scheme | None:
             raise ConfigError(f"qtensor: {key}: activations follow from the weight's scheme; leave out `activation`")
         value = value["weight"]
     if isinstance(value, str):
-        plain = value.removesuffix(SEARCHED)
-        value = _VLLM_NAMES.get(plain, plain) + value[len(plain) :]
+        plain, suffix = split_name(value)
+        value = _VLLM_NAMES.get(plain, plain) + suffix
     try:
         return as_scheme(value)
     except ConfigError as error:
-        if isinstance(value, str) and value.removesuffix(SEARCHED) in SCHEMES:
+        if isinstance(value, str) and split_name(value)[0] in SCHEMES:
             raise ConfigError(f"qtensor: {key}: {error}") from None
         known = ", ".join(sorted(SCHEMES))
         raise ConfigError(
             f'qtensor: {key}={value!r} is no scheme; use one of {known}, with "{SEARCHED}" behind it if its scales are '
-            "to be searched, or none"
+            "to be searched or with a colon and a recipe, or none"
         ) from None
 
 

@@ -118,7 +118,10 @@ def read_schemes(key: str, value: Any) -> tuple[Scheme, ...]:
     given = [value] if isinstance(value, str | Scheme) else value
     if not isinstance(given, Sequence) or not given:
         raise ConfigError(f"{key} is a list of schemes to choose from, not {value!r}")
-    return tuple(dict.fromkeys(as_scheme(scheme) for scheme in given))
+    schemes = tuple(dict.fromkeys(as_scheme(scheme) for scheme in given))
+    if recipes := [scheme.name for scheme in schemes if scheme.recipe]:
+        raise ConfigError(f"{key} are compared by what our own formulas lose, and {recipes[0]} has another")
+    return schemes
 
 
 def kind_of(name: str) -> tuple[str, int | None]:

@@ -16,6 +16,7 @@ from ..kernels import (
     MXFP4,
     MXFP8,
     NVFP4,
+    RECIPES,
     SEARCHES,
     WeightFormat,
 )
@@ -44,13 +45,21 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """What `as_scheme` reads: the format's name, and ":searched" after it where scales are searched."""
-        return self.format.name + (SEARCHED if self.is_searched else "")
+        """What `as_scheme` reads: the format's name, and after it ":searched" where scales are searched, or a colon and
+        the recipe that they follow."""
+        if self.is_searched:
+            return self.format.name + SEARCHED
+        return self.format.name + (f":{self.recipe}" if self.recipe else "")
 
     @property
     def is_searched(self) -> bool:
         """Whether each scale is chosen by the error that it leaves."""
         return self.format.search is not None
+
+    @property
+    def recipe(self) -> str | None:
+        """The tool whose arithmetic is followed, where that is not the formula of the format itself."""
+        return None if self.format.recipe is None else self.format.recipe.tool
 
     def searched(self) -> Scheme:
         """The same stored format, with each scale chosen among candidates by the squared error that it leaves.
@@ -62,8 +71,10 @@ class Scheme:
             The scheme.
 
         Raises:
-            ConfigError: The format has no search: fp8_per_tensor.
+            ConfigError: The format has no search: fp8_per_tensor; or a recipe says what its scales are.
         """
+        if self.recipe:
+            raise ConfigError(f"{self.name}: a recipe says what its scales are, so there is none to search")
         search = SEARCHES.get(self.format.name)
         if search is None:
             raise ConfigError(
@@ -72,8 +83,33 @@ class Scheme:
             )
         return replace(self, format=replace(self.format, search=search))
 
+    def by_recipe(self, tool: str) -> Scheme:
+        """The same stored format, with the bytes that another tool makes of the same weight (docs/schemes.md).
+
+        Args:
+            tool: "vllm", "compressed-tensors" (and llm-compressor), "quark" or "torchao".
+
+        Returns:
+            The scheme; this one where the tool's formula is that of the scheme itself.
+
+        Raises:
+            ConfigError: There is no such recipe, or none of that tool for this format, or the scales are searched or
+                follow a recipe.
+        """
+        if not isinstance(tool, str) or tool not in RECIPES:
+            raise ConfigError(f"unknown recipe {tool!r}: use one of {', '.join(RECIPES)}")
+        if self.is_searched or self.recipe:
+            raise ConfigError(f"{self.name}: name what its scales are once, not {tool!r} besides")
+        formats = RECIPES[tool]
+        if self.format.name not in formats:
+            raise ConfigError(
+                f"there is no recipe of {tool} for {self.format.name}, of which it has none, or none known byte for "
+                f"byte; there is one for {', '.join(formats)}"
+            )
+        return replace(self, format=replace(self.format, recipe=formats[self.format.name]))
+
     def plain(self) -> Scheme:
-        """The same scheme with scales by the formula alone, as `searched` found it."""
+        """The same scheme with scales by the formula alone, without search and recipe."""
         return replace(self, format=self.format.plain)
 
     def weight_only(self) -> Scheme:
@@ -106,15 +142,24 @@ Targets = Sequence[str] | Mapping[str, SchemeLike]
 
 
 def as_scheme(value: SchemeLike) -> Scheme:
-    """A `Scheme`, or its name as a string ("fp8_per_block", "nvfp4:searched"), as a `Scheme`. Raises ConfigError for
-    another name."""
+    """A `Scheme`, or its name as a string ("fp8_per_block", "nvfp4:searched", "mxfp4:torchao"), as a `Scheme`. Raises
+    ConfigError for another name."""
     if isinstance(value, Scheme):
         return value
     if isinstance(value, str):
-        plain = value.removesuffix(SEARCHED)
-        if plain in SCHEMES:
-            return SCHEMES[plain] if plain == value else SCHEMES[plain].searched()
+        plain, suffix = split_name(value)
+        if plain in SCHEMES and suffix in ("", SEARCHED):
+            return SCHEMES[plain].searched() if suffix else SCHEMES[plain]
+        if plain in SCHEMES and suffix[1:] in RECIPES:
+            return SCHEMES[plain].by_recipe(suffix[1:])
     raise ConfigError(
         f'unknown scheme {value!r}: use one of {", ".join(sorted(SCHEMES))}, each but fp8_per_tensor with "{SEARCHED}" '
-        "behind it if its scales are to be searched, or a qtensor.Scheme"
+        f"behind it if its scales are to be searched, or with a colon and a recipe ({', '.join(RECIPES)}), or a "
+        "qtensor.Scheme"
     )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The name of a scheme, and what stands behind it: "nvfp4:searched" → "nvfp4", ":searched"."""
+    plain, colon, suffix = name.partition(":")
+    return plain, colon + suffix

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..modules import Owner, full_name
-from .config import SchemeSpec, pattern_list, read_config
+from .config import SchemeSpec, by_recipe, pattern_list, read_config
 from .scheme import Scheme, Targets
 
 if TYPE_CHECKING:
@@ -59,10 +59,14 @@ class Selection:
     plan: Plan | None = None
     may_change = False
 
-    def __init__(self, scheme: SchemeSpec, ignore: Sequence[str], targets: Targets | None) -> None:
+    def __init__(
+        self, scheme: SchemeSpec, ignore: Sequence[str], targets: Targets | None, recipe: str | None = None
+    ) -> None:
         if targets is not None and not isinstance(targets, Mapping):
             targets = pattern_list("targets", targets)
         self.config = read_config(scheme, targets)
+        if recipe is not None:
+            self.config = by_recipe(self.config, recipe)
         self.ignore = (*pattern_list("ignore", ignore), *self.config.ignore)
         self.targets = self.config.targets
         self._unused = {*self.ignore, *(self.targets or ())} - set(DEFAULT_IGNORE)

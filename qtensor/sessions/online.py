@@ -53,6 +53,7 @@ def online_quant(
     reserve: int | str = 0,
     ignore: Sequence[str] = DEFAULT_IGNORE,
     targets: Targets | None = None,
+    recipe: str | None = None,
     device: torch.device | str | None = None,
     on_missing: OnMissing = "error",
     on_nonfinite: OnNonfinite = "error",
@@ -81,6 +82,8 @@ def online_quant(
         reserve: Of `fit`, bytes to leave free, for a KV cache and activations.
         ignore: Patterns on the names a user sees (an exact name, "re:..." or a glob) of weights to leave alone.
         targets: Patterns that replace the default choice; they may be mapped to schemes.
+        recipe: Give every weight the bytes of another tool: "vllm", "compressed-tensors", "quark" or "torchao", as
+            `Scheme.by_recipe`.
         device: Where quantized weights live; by default where the weight was created, or the CPU if that was "meta".
         on_missing: What becomes of elements nobody wrote: "error" raises IncompleteLoadError, "zero" fills them, "keep"
             keeps the values the model had, "init" its random initialisation.
@@ -117,7 +120,7 @@ def online_quant(
         source=source,
         strict_source=strict_source,
     )
-    return open_load(choose(scheme, ignore, targets, fit, reserve, options), model, options)
+    return open_load(choose(scheme, ignore, targets, fit, reserve, options, recipe), model, options)
 
 
 def choose(
@@ -127,6 +130,7 @@ def choose(
     fit: int | str | None,
     reserve: int | str,
     options: LoadOptions,
+    recipe: str | None = None,
 ) -> Selection:
     """The rule for those arguments of `online_quant`. Raises ConfigError."""
     if fit is None:
@@ -134,7 +138,9 @@ def choose(
             raise ConfigError(f"scheme is one scheme, or with fit= a list to choose from, not {scheme!r}")
         if reserve != 0:
             raise ConfigError(f"reserve={reserve!r} is kept free of what fit= gives, and there is no fit")
-        return Selection(scheme, ignore, targets)
+        return Selection(scheme, ignore, targets, recipe)
+    if recipe is not None:
+        raise ConfigError(f"fit= chooses by what our own formulas lose; recipe={recipe!r} has others; leave one out")
     if targets is not None or options.min_sqnr is not None or options.process_group is not None:
         raise ConfigError(
             "fit= chooses what becomes of each weight, by what one rank sees; it goes with neither targets, min_sqnr "

@@ -23,9 +23,10 @@ from qtensor.schemes.scheme import Scheme
 Box = tuple[tuple[int, int], ...]
 _ROW_WISE = (fp8_per_channel, mxfp8, mxfp4, int8_per_channel, int4_per_group)
 PLAIN = (*_ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4)
-ROW_WISE = (*_ROW_WISE, *(scheme.searched() for scheme in _ROW_WISE))
+RECIPES = tuple(scheme.by_recipe("compressed-tensors") for scheme in (int8_per_channel, mxfp8, fp8_per_block, nvfp4))
+ROW_WISE = (*_ROW_WISE, *(scheme.searched() for scheme in _ROW_WISE), *RECIPES[:2])
 """Schemes whose unit is a row."""
-SCHEMES = (*ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4, fp8_per_block.searched(), nvfp4.searched())
+SCHEMES = (*ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4, fp8_per_block.searched(), nvfp4.searched(), *RECIPES[2:])
 
 
 def largest_error(scheme: Scheme) -> float:

@@ -25,7 +25,7 @@ from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
 from qtensor import fp8_per_channel, online_quant, quantize, save_checkpoint
 from qtensor.checkpoint import quantize_checkpoint
-from qtensor.checkpoint.layouts import fused_group
+from qtensor.checkpoint.fused import fused_group
 from support.vllm.checkpoints import checkpoint, tensors_of, variant
 from support.vllm.engines import Seen, engine, look
 
