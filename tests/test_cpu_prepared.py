@@ -48,6 +48,26 @@ def test_bits_are_those_of_products(fmt: WeightFormat, data: st.DataObject) -> N
 
 
 @formats
+def test_bits_of_infinity_nan_and_the_smallest(fmt: WeightFormat) -> None:
+    """Each changes what it does in exact products; the signs of infinity are kept."""
+    parts = quantized(fmt, (9, 300), 3)
+    x = torch.randn(4, 300).bfloat16()
+    x[0, ::7], x[1, 5], x[1, 200], x[2, 17] = 0, float("inf"), -float("inf"), float("nan")
+    x[3] = torch.tensor([1e-40, -1e-30, 3e38, 1e-36, 0]).repeat(60).bfloat16()
+    found, wanted = prepared.linear(x, parts, fmt, None), products.linear(x, parts, fmt, None)
+    assert found is not None
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    x[1, 200] = 0
+    x[2, 17] = -float("inf")
+    found = prepared.linear(x, parts, fmt, None)
+    assert found is not None
+    weight = exact(parts, fmt, 300)
+    for row, column, sign in ((1, 5, 1), (2, 17, -1)):
+        clear = weight[:, column] != 0
+        assert torch.equal(found[row, clear].double(), sign * weight[clear, column] * float("inf"))
+
+
+@formats
 def test_new_values_are_seen(fmt: WeightFormat) -> None:
     """In every part, in place, as a reload writes them; and another weight at the same address."""
     xs = [torch.randn(count, 96).bfloat16() for count in (3, 20)]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
 
 from qtensor.kernels import FORMATS, Audit, Parts, WeightFormat
-from qtensor.kernels.cpu import instructions, products, rows, stripes, tiles, vectors
+from qtensor.kernels.cpu import instructions, orders, products, rows, stripes, tiles, vectors
 from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.formats import SOURCE_DTYPES
 from qtensor.kernels.reference import TORCH
@@ -40,11 +40,12 @@ def exact(parts: Parts, fmt: WeightFormat, cols: int) -> torch.Tensor:
 def assert_within(
     got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fmt: WeightFormat
 ) -> None:
-    """|error| ≤ (2^-20 + r) Σ|w·x| + s |product|, with s the spacing of x's dtype at 1.
+    """|error| ≤ (2^-20 + r) Σ|w·x| + s |product| + 2^-15 Σ|w|·X, with s the spacing of x's dtype at 1.
 
     2^-20 is for fp32 sums in another order, s the rounding of the result; r = s where weights are rounded to x's dtype
-    first, for more than a few rows of x, unless they are multiplied as single floats. Beside that, what is too small
-    for x's dtype or for the tile unit (which takes denormals for zero) may be lost, of a weight and of the result.
+    first, for more than a few rows of x, unless they are multiplied as single floats. X is the largest |x| of eight
+    columns where a few rows are multiplied as integers, else 0. Beside that, what is too small for x's dtype or for the
+    tile unit (which takes denormals for zero) may be lost, of a weight and of the result.
     """
     step = torch.finfo(x.dtype).eps
     want = x.double() @ weight.T
@@ -52,11 +53,26 @@ def assert_within(
     if bias is not None:
         want, terms = want + bias.double(), terms + bias.double().abs()
     single = x.dtype == torch.bfloat16 and vectors.has_tiles() and tiles.tile_unit() == tiles.BY_SINGLES
-    rounded = 0.0 if single or x.shape[0] <= products.most_in_registers(x.dtype, fmt) else step
+    few = x.shape[0] <= products.most_in_registers(x.dtype, fmt)
+    rounded = 0.0 if single or few else step
+    if few and stripes.way_of(fmt, x.dtype) == stripes.WORDS:
+        terms = terms + 2.0**5 * (largest_of_eight(x, fmt).double() @ weight.abs().T)
     assert got.dtype == x.dtype
     assert got.shape == want.shape
     lost = max(torch.finfo(x.dtype).smallest_normal * step, 2.0**-126) * (1 + x.double().abs().sum(1, keepdim=True))
     assert ((got.double() - want).abs() <= (2.0**-20 + rounded) * terms + step * want.abs() + lost).all()
+
+
+def largest_of_eight(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """Of each column of x, the largest magnitude of those that have its scale as integers."""
+    columns = torch.tensor(orders.ORDERS[orders.order_of(fmt, stripes.WORDS)].columns)
+    places, width = columns.argsort(), len(columns)
+    rows, cols = x.shape
+    padded = torch.nn.functional.pad(x.abs(), (0, -cols % width))
+    whole = padded.view(rows, padded.shape[1] // width, width)
+    words = whole[:, :, columns].view(*whole.shape[:2], 4, 16, 2)
+    most = words.amax((2, 4), keepdim=True).expand_as(words).reshape(whole.shape)
+    return most[:, :, places].reshape(padded.shape)[:, :cols]
 
 
 @st.composite
@@ -64,7 +80,11 @@ def activations(draw: st.DrawFn, count: int, cols: int) -> torch.Tensor:
     """x `[count, cols]` of any dtype, side by side, in a wider matrix, with other rows between, or transposed."""
     dtype = draw(st.sampled_from(SOURCE_DTYPES))
     size = draw(st.sampled_from([1.0, 1.0, 1e-3, 10.0]))
-    x = (torch.randn(count, cols, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) * size).to(dtype)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x = torch.randn(count, cols, generator=generator) * size
+    if draw(st.booleans()):  # columns of very different sizes
+        x *= 2.0 ** torch.randint(-24, 8, (cols,), generator=generator)
+    x = x.to(dtype)
     layout = draw(st.sampled_from(["plain", "columns", "rows", "transposed"]))
     if layout == "columns":
         return torch.nn.functional.pad(x, (3, 2), value=float("nan"))[:, 3:-2]
@@ -206,12 +226,14 @@ def test_without_tiles_and_without_openmp(fmt: WeightFormat, monkeypatch: pytest
 
 
 @formats
-@pytest.mark.parametrize("way", [stripes.CHUNKS, stripes.SINGLES, stripes.PAIRS], ids=["chunks", "singles", "pairs"])
+@pytest.mark.parametrize("way", range(4), ids=["chunks", "singles", "pairs", "words"])
 def test_every_way_to_multiply_a_few_rows(fmt: WeightFormat, way: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that this chip can take, also the ones that it does not choose: partial stripes, more scales than are
     made floats at once, rows that are no multiple of four."""
     if way == stripes.PAIRS and not stripes.has_pairs():
         pytest.skip("this chip does not multiply pairs of bfloat16 at full speed")
+    if way == stripes.WORDS and (fmt.element == "e4m3" or not stripes.has_words()):
+        pytest.skip("this chip does not multiply pairs of integers, or the format has none")
     if way == stripes.SINGLES and stripes.way_of(fmt, torch.float32) != way:
         pytest.skip("this chip has no table look-ups in registers, or the format none that pays")
     monkeypatch.setattr(stripes, "way_of", lambda fmt, dtype: way)

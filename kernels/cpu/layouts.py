@@ -20,7 +20,17 @@ from ..formats import ceil_div
 from . import products, rows, vectors
 from .compiling import Once
 from .instructions import BF16, FP32, take
-from .orders import EVEN_FIRST, IN_ORDER, PAIRED, PAIRED_QUARTERS, STRIPED, STRIPED_QUARTERS, lay_row
+from .orders import (
+    EVEN_FIRST,
+    IN_ORDER,
+    PAIRED,
+    PAIRED_QUARTERS,
+    STRIPED,
+    STRIPED_QUARTERS,
+    WORDED,
+    WORDED_QUARTERS,
+    lay_row,
+)
 
 PURPOSE = "products"
 _JOB = vectors.JOB
@@ -107,6 +117,10 @@ def _lay_row(x, cols, order, out):
         lay_row(PAIRED, BF16, x, cols, out)
     elif order == PAIRED_QUARTERS:
         lay_row(PAIRED_QUARTERS, BF16, x, cols, out)
+    elif order == WORDED:
+        lay_row(WORDED, BF16, x, cols, out)
+    elif order == WORDED_QUARTERS:
+        lay_row(WORDED_QUARTERS, BF16, x, cols, out)
     elif order == STRIPED:
         lay_row(STRIPED, BF16, x, cols, out)
     elif order == STRIPED_QUARTERS:
@@ -192,6 +206,10 @@ def lay_out_sums() -> Any:
             x, out = p.x + m * p.x_stride, p.out + m * p.out_stride
             if p.order == STRIPED:
                 lay_row(STRIPED, FP32, x, p.cols, out)
+            elif p.order == WORDED:
+                lay_row(WORDED, FP32, x, p.cols, out)
+            elif p.order == WORDED_QUARTERS:
+                lay_row(WORDED_QUARTERS, FP32, x, p.cols, out)
             elif p.order == STRIPED_QUARTERS:
                 lay_row(STRIPED_QUARTERS, FP32, x, p.cols, out)
             elif p.order == EVEN_FIRST:

@@ -81,6 +81,8 @@ def most_in_registers(dtype: torch.dtype, fmt: WeightFormat) -> int:
     unit = tile_unit() if dtype == torch.bfloat16 else NONE
     if unit == BY_PAIRS:  # Decoding anew for every four of 16 rows costs less than the tiles; more for e4m3 in groups.
         return 12 if fmt.element == "e4m3" and fmt.granularity == "group" else 16
+    if unit == BY_SINGLES and stripes.way_of(fmt, dtype) == stripes.WORDS:  # Two products in one's time.
+        return 20
     if unit == BY_SINGLES and fmt.granularity in ("tensor", "channel"):  # Decoding anew costs least without groups.
         return 12
     return FEW_BESIDE_TILES if unit == AMX else FEW

@@ -4,6 +4,9 @@ and for products of a few rows of x, which sum each group of columns before its 
 bfloat16 holds every code of e4m3, e2m1, int8 and int4 exactly. Where the chip multiplies pairs of them as fast as it
 multiplies single floats (AMD's since Zen 4; Intel's take twice as long), x in bfloat16 stays what it is; elsewhere, and
 for other x, both are widened to float32. Either way sums are in float32.
+
+Codes of e2m1, int8 and int4 are integers, too, and where pairs of bfloat16 are slow, those of 16-bit integers are not:
+x in bfloat16 is rounded to such there, with a scale for eight columns (see `orders`), whose products are exact.
 """
 
 # The loops carry no annotations: numba compiles each for the types it is called with.
@@ -44,9 +47,9 @@ from .instructions import (
     vector,
 )
 
-# How a few rows of x are multiplied: chunk by chunk, as `Decoder.dots` does, or by stripes, as float32 or as pairs of
-# bfloat16.
-CHUNKS, SINGLES, PAIRS = range(3)
+# How a few rows of x are multiplied: chunk by chunk, as `Decoder.dots` does, or by stripes, as float32, as pairs of
+# bfloat16, or as pairs of 16-bit integers.
+CHUNKS, SINGLES, PAIRS, WORDS = range(4)
 
 # Stored powers of two up to these are scales that `quick_row` can subtract; see `_bfloat_bits`.
 QUICK_SCALES = {E4M3: 245, E2M1: 252}
@@ -90,17 +93,32 @@ def has_pairs() -> bool:
     return new and {"+avx512bf16", "+avx512vbmi"} <= set(chip_features()) and chip_name().startswith("znver")
 
 
+@functools.cache
+def has_words() -> bool:
+    """Whether numba compiles for a chip that multiplies pairs of 16-bit integers twice as fast as those of bfloat16."""
+    return {"+avx512vnni", "+avx512bw"} <= set(chip_features()) and not chip_name().startswith("znver")
+
+
 def way_of(fmt: WeightFormat, dtype: torch.dtype) -> int:
     """How a few rows of x are multiplied."""
     if dtype == torch.bfloat16 and has_pairs():
         return PAIRS
+    if dtype == torch.bfloat16 and fmt.element != "e4m3" and has_words():
+        return WORDS
     # Stripes of int8 take as many instructions as chunks.
     return SINGLES if fmt.element != "int8" and "+avx512vbmi" in chip_features() else CHUNKS
 
 
+WORD_UNITS = {E2M1: 0.5, INT8: 1.0, INT4: 1.0}
+_TABLE_OF = {
+    E2M1: [sign * int(2 * value) for sign in (1, -1) for value in E2M1_VALUES],
+    INT4: [*range(8), *range(-8, 0)],
+}
+
 HALVES = [[16 * q + 8 * half + i for q in range(4) for i in range(8)] for half in range(2)]  # of the 16s of a stripe
 EVEN_ODD = [list(range(STRIPE))[first::2] for first in range(2)]
 DOUBLE = 2 * STRIPE
+WORDS_SIZE = 2 * DOUBLE + 4 * LANES  # Bytes of a double stripe of x as integers: its scales, a float each lane, follow.
 QUARTERS = [list(range(DOUBLE))[first::4] for first in range(4)]  # of a double stripe
 
 
@@ -145,6 +163,18 @@ class StripeDecoder(Decoder):
             values += self.values(self.b.add(address, int64(STRIPE)))
         return values
 
+    def words(self, address: Any) -> list[Any]:
+        """The four vectors of a double stripe as 16-bit integers, in units of `WORD_UNITS`: of `QUARTERS` for elements
+        that share a byte, else in order."""
+        b, wide = self.b, vector(I16, CHUNK)
+        if self.element == INT8:
+            loads = (self.load(b.add(address, int64(at)), vector(I8, CHUNK)) for at in range(0, DOUBLE, CHUNK))
+            return [b.sext(codes, wide) for codes in loads]
+        values = _TABLE_OF[self.element]
+        raw, table = self.load(address, wide), ir.Constant(wide, values * 2)
+        indices = [raw, *(b.lshr(raw, splat(I16, by, CHUNK)) for by in (4, 8, 12))]
+        return [self.call("llvm.x86.avx512.permvar.hi.512", wide, table, index) for index in indices]
+
     def scaled_values(self, address: Any, scales: Any, table: Any, stripe: Any, last: Any, seen: Any) -> list[Any]:
         """As `values`, times powers of two that 32 columns share; see `TileDecoder.quick_row`."""
         b, wide = self.b, vector(I16, STRIPE // 2)
@@ -180,31 +210,41 @@ class StripeDecoder(Decoder):
         b = self.b
         zero = splat(FLOAT, 0.0)
         # Few sums would wait for one another: two each hide the latency of an addition.
-        split = 2 if rows * batch <= 8 and self.scale == PER_ROW else 1
+        split = 2 if rows * batch <= 8 and self.scale == PER_ROW and way != WORDS else 1
         sums = [[[cgutils.alloca_once(b, zero.type) for _ in range(split)] for _ in range(batch)] for _ in range(rows)]
         for pointer in (p for row in sums for of_x in row for p in of_x):
             b.store(zero, pointer)
         ahead = b.mul(b.sub(codes[1], codes[0]), int64(AHEAD))
-        width = self.width()
-        x_size = width * (2 if way == PAIRS else 4)
+        width = DOUBLE if way == WORDS else self.width()
+        x_size = WORDS_SIZE if way == WORDS else width * (2 if way == PAIRS else 4)
 
         def part(codes: list[Any], factors: Any, xs: list[Any], cols: Any) -> None:
             def step(stripe: Any, addresses: list[Any], left: Any) -> None:
-                vectors = width // (2 * LANES if way == PAIRS else LANES)
-                kind = vector(I16, 32) if way == PAIRS else zero.type
+                vectors = width // (LANES if way == SINGLES else 2 * LANES)
+                kind = zero.type if way == SINGLES else vector(I16, 32)
                 places = [self.at(xs[m], stripe, x_size) for m in range(batch)]
                 for r in range(rows):
                     if left is None:
                         self.prefetch(b.add(addresses[r], ahead))
                         if width == DOUBLE and self.per_byte == 1:
                             self.prefetch(b.add(addresses[r], b.add(ahead, int64(STRIPE))))
-                    weights = self.terms(way, self.wide_values(addresses[r]))
+                    weights = (
+                        self.words(addresses[r]) if way == WORDS else self.terms(way, self.wide_values(addresses[r]))
+                    )
                     by = None if self.scale == PER_ROW else factors(r, stripe)
                     for m in range(batch):
                         # x of several rows is read anew for each row of the weight, from the first cache: all of it
                         # beside a row of the weight and the sums is more than there are registers.
                         place = places[m] if batch == 1 else self.opaque(places[m])
                         x = [self.load(b.add(place, int64(64 * v)), kind, 64) for v in range(vectors)]
+                        if way == WORDS:
+                            own = self.word_sums(weights, x)
+                            of_x = self.load(b.add(place, int64(2 * DOUBLE)), zero.type, 64)
+                            factor = of_x if by is None else b.fmul(by, of_x)
+                            pointer = sums[r][m][0]
+                            total = self.add_product(SINGLES, own, factor, b.load(pointer))
+                            b.store(total if batch == 1 else self.now(total), pointer)
+                            continue
                         if by is None:
                             for v, (weight, of_x) in enumerate(zip(weights, x, strict=True)):
                                 pointer = sums[r][m][v % split]
@@ -226,6 +266,8 @@ class StripeDecoder(Decoder):
         gain = self.load(b.add(table, int64(4 * ONE[self.group])), FLOAT, 4) if self.scale == BYTES else one
         for r in range(rows):
             factor = self.load(scales[r], FLOAT, 4) if self.scale == PER_ROW else gain
+            if way == WORDS:
+                factor = b.fmul(factor, ir.Constant(FLOAT, WORD_UNITS[self.element]))
             self.store_totals(sums[r], factor, [out[m][r] for m in range(batch)])
 
     def float_scale(self, row: Any, stripe: Any) -> Any:
@@ -306,6 +348,19 @@ class StripeDecoder(Decoder):
             upper = b.and_(both, splat(I32, -0x10000))
             found += [b.bitcast(half, vector(FLOAT)) for half in (b.shl(both, splat(I32, 16)), upper)]
         return found
+
+    def word_sums(self, weights: list[Any], x: list[Any]) -> Any:
+        """Of each lane, the products of its words, summed as integers; as float32."""
+        b, total = self.b, None
+        binding.initialize_native_asmparser()
+        for weight, of_x in zip(weights, x, strict=True):
+            if total is None:
+                total = self.call("llvm.x86.avx512.pmaddw.d.512", vector(I32), weight, of_x)
+                continue
+            # By hand: LLVM makes two instructions of its own function for this one, to wait for fewer others.
+            kind = ir.FunctionType(total.type, [total.type, weight.type, of_x.type])
+            total = b.asm(kind, "vpdpwssd $3, $2, $0", "=v,0,v,v", [total, weight, of_x], False)
+        return b.sitofp(total, vector(FLOAT))
 
     def add_product(self, way: int, weight: Any, x: Any, total: Any) -> Any:
         if way == SINGLES:

@@ -104,7 +104,7 @@ def some(names: list[str]) -> list[object]:
     return [pytest.param(name, marks=() if name in names else at_length) for name in FORMATS]
 
 
-@pytest.mark.parametrize(("name", "kind", "dtype", "arch"), cells())
+@pytest.mark.parametrize(("name", "kind", "dtype", "arch"), list(cells()))
 def test_equals_the_reference(name: str, kind: str, dtype: torch.dtype, arch: int, gpu: Gpu) -> None:
     fmt, (shape, layout) = FORMATS[name], CLASSES[kind]
     aligned = kind == "aligned"
