@@ -46,6 +46,7 @@ from .instructions import (
 PER_ROW, FLOATS, BYTES = range(3)
 
 STRIPE = 64  # Columns that are decoded together for the tile unit.
+DOUBLE = 2 * STRIPE
 AHEAD = 4  # Rows that are fetched beforehand; chips do so by themselves within a page of memory only.
 
 # What a decoded element is to be multiplied with: a code's bits, shifted into a float16, are this much too small.

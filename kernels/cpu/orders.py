@@ -1,10 +1,6 @@
 """In what order the loops of products read x: as their weights are decoded, which saves shuffling those.
 
 A row of x is laid out anew for each call, in whole chunks or stripes of columns, with zeros after the last column.
-
-As integers, eight columns, those that a lane sums, share a scale, a power of two, with which the largest takes 15 bits.
-So a bfloat16 of at least 2^-7 of it is exact, and what is smaller is at most 2^-15 of it away. Infinity is 1 with an
-infinite scale, beside zeros; NaN makes NaN of the scale.
 """
 
 # The loops carry no annotations: numba compiles each for the types it is called with.
@@ -12,7 +8,6 @@ infinite scale, beside zeros; NaN makes NaN of the scale.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +16,11 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import WeightFormat, ceil_div
-from .decoders import STRIPE, interleaved
-from .instructions import BF16, CHUNK, FLOAT, I16, I32, I64, LANES, Instructions, int64, intrinsic, splat, vector
-from .stripes import CHUNKS, DOUBLE, HALVES, PAIRS, QUARTERS, SINGLES, WORDS, WORDS_SIZE
+from .decoders import DOUBLE, STRIPE, interleaved
+from .instructions import BF16, CHUNK, FLOAT, I16, I32, I64, LANES, int64, intrinsic, splat, vector
+from .stripes import CHUNKS, HALVES, PAIRS, QUARTERS, SINGLES, WORDS
+from .words import WORDS_SIZE, WordLayout, words_of
 
-_BITS, _SHARE = 14, 2  # of integers: bits after the largest's first, and words of a vector that share a scale
-_INFINITY, _MOST = 0x7F800000, 2**15 - 1
-_LEAST = (127 - 112) << 23  # Smaller ones have its scale.
-_INVERSE = 2 * 127 + _BITS  # less the largest's exponent: that of what makes integers of x, as float32 stores it
 _PADDING = 64  # Bytes; keeps rows of x from falling on the same cache sets when K is a power of two.
 
 
@@ -86,55 +78,8 @@ def arranged(x: torch.Tensor, order: Order) -> torch.Tensor:
     dtype = {PAIRS: torch.bfloat16, WORDS: torch.uint8}.get(order.way, torch.float32)
     out = torch.empty((rows, order.stride(cols) // dtype.itemsize), dtype=dtype, device="cpu")
     end = whole // width * order.size() // dtype.itemsize
-    out[:, :end] = (torch.cat(_words(x), -1) if order.way == WORDS else x).reshape(rows, end)
+    out[:, :end] = (words_of(x) if order.way == WORDS else x).reshape(rows, end)
     return out
-
-
-def _words(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Double stripes `[M, S, 128]` as bytes of integers, and of their scales; see `_Layout.words`."""
-    x = x.float().reshape(*x.shape[:2], 4, 2 * LANES // _SHARE, _SHARE)
-    size = x.abs().view(torch.int32)
-    most = size.amax((2, 4), keepdim=True)
-    exponent = most.bitwise_and(_INFINITY).clamp_min(_LEAST)
-    scale = torch.where(most >= _INFINITY, most, exponent - (_BITS << 23)).view(torch.float32)
-    codes = (x * ((_INVERSE << 23) - exponent).view(torch.float32)).round().clamp(-_MOST, _MOST)
-    codes = torch.where(most >= _INFINITY, torch.where(size == _INFINITY, x.sign(), 0.0), codes)
-    words, scales = codes.to(torch.int16).flatten(2), scale.flatten(2).contiguous()
-    return words.view(torch.uint8), scales.view(torch.uint8)
-
-
-class _Layout(Instructions):
-    """Writes what lays out a chunk or stripe of x."""
-
-    def words(self, floats: list[list[Any]], target: Any) -> None:
-        """A double stripe as integers and their scales; floats: of each vector of words, two vectors."""
-        b, found = self.b, []
-        for half in zip(*floats, strict=True):
-            sizes = [b.and_(b.bitcast(x, vector(I32)), splat(I32, 0x7FFFFFFF)) for x in half]
-            most = functools.reduce(self._larger, sizes)
-            most = self._larger(most, self.shuffle(most, most, [lane ^ 1 for lane in range(LANES)]))
-            exponent = self._larger(b.and_(most, splat(I32, _INFINITY)), splat(I32, _LEAST))
-            endless = b.icmp_unsigned(">=", most, splat(I32, _INFINITY))
-            scale = b.select(endless, most, b.sub(exponent, splat(I32, _BITS << 23)))
-            inverse = b.bitcast(b.sub(splat(I32, _INVERSE << 23), exponent), vector(FLOAT))
-            codes = []
-            for x, size in zip(half, sizes, strict=True):
-                whole = b.fptosi(self.call("llvm.rint.v16f32", x.type, b.fmul(x, inverse)), vector(I32))
-                whole = self.call("llvm.smin.v16i32", whole.type, whole, splat(I32, _MOST))
-                whole = self.call("llvm.smax.v16i32", whole.type, whole, splat(I32, -_MOST))
-                sign = b.or_(b.ashr(b.bitcast(x, vector(I32)), splat(I32, 31)), splat(I32, 1))
-                one = b.select(b.icmp_signed("==", size, splat(I32, _INFINITY)), sign, splat(I32, 0))
-                codes.append(b.select(endless, one, whole))
-            found.append((codes, scale))
-        (lower, first), (upper, second) = found
-        for at, halves in enumerate(zip(lower, upper, strict=True)):
-            both = b.trunc(self.shuffle(*halves, list(range(2 * LANES))), vector(I16, 2 * LANES))
-            self.store(both, b.add(target, int64(4 * LANES * at)), 4)
-        lanes = self.shuffle(first, second, [lane * _SHARE for lane in range(LANES)])
-        self.store(lanes, b.add(target, int64(2 * DOUBLE)), 4)
-
-    def _larger(self, a: Any, b: Any) -> Any:
-        return self.call("llvm.umax.v16i32", a.type, a, b)
 
 
 @intrinsic(prefer_literal=True)
@@ -145,7 +90,7 @@ def lay_row(typing_context, order, dtype, x, cols, out):
     single = dtype.literal_value != BF16
 
     def emit(context, b, signature, args):
-        i = _Layout(context, b)
+        i = WordLayout(context, b)
         x, cols, out = args[2:]
         width, size = len(columns), 4 if single else 2
 

@@ -24,7 +24,7 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import WeightFormat
-from .decoders import AHEAD, BYTES, E2M1_VALUES, FLOATS, PER_ROW, STRIPE, Decoder
+from .decoders import AHEAD, BYTES, DOUBLE, E2M1_VALUES, FLOATS, PER_ROW, STRIPE
 from .instructions import (
     CHUNK,
     E2M1,
@@ -46,6 +46,7 @@ from .instructions import (
     splat,
     vector,
 )
+from .words import WORD_UNITS, WORDS_SIZE, WordDecoder, has_words
 
 # How a few rows of x are multiplied: chunk by chunk, as `Decoder.dots` does, or by stripes, as float32, as pairs of
 # bfloat16, or as pairs of 16-bit integers.
@@ -93,12 +94,6 @@ def has_pairs() -> bool:
     return new and {"+avx512bf16", "+avx512vbmi"} <= set(chip_features()) and chip_name().startswith("znver")
 
 
-@functools.cache
-def has_words() -> bool:
-    """Whether numba compiles for a chip that multiplies pairs of 16-bit integers twice as fast as those of bfloat16."""
-    return {"+avx512vnni", "+avx512bw"} <= set(chip_features()) and not chip_name().startswith("znver")
-
-
 def way_of(fmt: WeightFormat, dtype: torch.dtype) -> int:
     """How a few rows of x are multiplied."""
     if dtype == torch.bfloat16 and has_pairs():
@@ -109,16 +104,8 @@ def way_of(fmt: WeightFormat, dtype: torch.dtype) -> int:
     return SINGLES if fmt.element != "int8" and "+avx512vbmi" in chip_features() else CHUNKS
 
 
-WORD_UNITS = {E2M1: 0.5, INT8: 1.0, INT4: 1.0}
-_TABLE_OF = {
-    E2M1: [sign * int(2 * value) for sign in (1, -1) for value in E2M1_VALUES],
-    INT4: [*range(8), *range(-8, 0)],
-}
-
 HALVES = [[16 * q + 8 * half + i for q in range(4) for i in range(8)] for half in range(2)]  # of the 16s of a stripe
 EVEN_ODD = [list(range(STRIPE))[first::2] for first in range(2)]
-DOUBLE = 2 * STRIPE
-WORDS_SIZE = 2 * DOUBLE + 4 * LANES  # Bytes of a double stripe of x as integers: its scales, a float each lane, follow.
 QUARTERS = [list(range(DOUBLE))[first::4] for first in range(4)]  # of a double stripe
 
 
@@ -127,7 +114,7 @@ def width_of(element: int, scale: int) -> int:
     return DOUBLE if element in (E2M1, INT4) or scale == FLOATS else STRIPE
 
 
-class StripeDecoder(Decoder):
+class StripeDecoder(WordDecoder):
     """Writes what decodes stripes of weights, and what multiplies them."""
 
     def width(self) -> int:
@@ -162,18 +149,6 @@ class StripeDecoder(Decoder):
         if self.width() == DOUBLE and self.per_byte == 1:
             values += self.values(self.b.add(address, int64(STRIPE)))
         return values
-
-    def words(self, address: Any) -> list[Any]:
-        """The four vectors of a double stripe as 16-bit integers, in units of `WORD_UNITS`: of `QUARTERS` for elements
-        that share a byte, else in order."""
-        b, wide = self.b, vector(I16, CHUNK)
-        if self.element == INT8:
-            loads = (self.load(b.add(address, int64(at)), vector(I8, CHUNK)) for at in range(0, DOUBLE, CHUNK))
-            return [b.sext(codes, wide) for codes in loads]
-        values = _TABLE_OF[self.element]
-        raw, table = self.load(address, wide), ir.Constant(wide, values * 2)
-        indices = [raw, *(b.lshr(raw, splat(I16, by, CHUNK)) for by in (4, 8, 12))]
-        return [self.call("llvm.x86.avx512.permvar.hi.512", wide, table, index) for index in indices]
 
     def scaled_values(self, address: Any, scales: Any, table: Any, stripe: Any, last: Any, seen: Any) -> list[Any]:
         """As `values`, times powers of two that 32 columns share; see `TileDecoder.quick_row`."""
@@ -348,19 +323,6 @@ class StripeDecoder(Decoder):
             upper = b.and_(both, splat(I32, -0x10000))
             found += [b.bitcast(half, vector(FLOAT)) for half in (b.shl(both, splat(I32, 16)), upper)]
         return found
-
-    def word_sums(self, weights: list[Any], x: list[Any]) -> Any:
-        """Of each lane, the products of its words, summed as integers; as float32."""
-        b, total = self.b, None
-        binding.initialize_native_asmparser()
-        for weight, of_x in zip(weights, x, strict=True):
-            if total is None:
-                total = self.call("llvm.x86.avx512.pmaddw.d.512", vector(I32), weight, of_x)
-                continue
-            # By hand: LLVM makes two instructions of its own function for this one, to wait for fewer others.
-            kind = ir.FunctionType(total.type, [total.type, weight.type, of_x.type])
-            total = b.asm(kind, "vpdpwssd $3, $2, $0", "=v,0,v,v", [total, weight, of_x], False)
-        return b.sitofp(total, vector(FLOAT))
 
     def add_product(self, way: int, weight: Any, x: Any, total: Any) -> Any:
         if way == SINGLES:
