@@ -8,6 +8,7 @@
 #   make test-libraries  the tests with peft, diffusers, timm and others, in an environment of their own
 #   make gpu-first-run   correctness and speed on a GPU, in ten minutes, with a report to send us
 #   make gpu-cache   compiles that run's kernels ahead of time, on any machine: CHIPS="80 89 90 100", FOLDER=Triton's cache
+#   make model   train the language model that bench/perplexity.py measures (half an hour of one core)
 #   make audit   known vulnerabilities of the installed packages (asks an online database)
 #
 # TORCH        the torch to install (test-libraries: the newest, unless it is named). TORCH_INDEX: a package index to take it
@@ -31,7 +32,7 @@ FRESH := build/fresh
 MATRIX := build/matrix
 LIBRARIES := .venv-libraries
 
-.PHONY: demo test ready-to-test lint gpu-first-run gpu-cache docs wheel endurance test-matrix test-libraries audit clean
+.PHONY: demo test ready-to-test lint gpu-first-run gpu-cache docs wheel endurance test-matrix test-libraries model audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -78,6 +79,10 @@ test-matrix: $(MATRIX)/oldest/.ready $(MATRIX)/newest/.ready
 test-libraries: $(LIBRARIES)/.ready
 	@echo "Running the tests with other people's libraries"
 	@HF_HUB_OFFLINE=1 $(LIBRARIES)/bin/python -m pytest tests/libraries
+
+model: $(VENV)/.dev
+	@echo "Training the language model of bench/perplexity.py into bench/.data, if it is not there"
+	@HF_HUB_OFFLINE=1 $(BIN)/python bench/language_model.py
 
 audit: $(VENV)/.audit
 	@echo "Looking up known vulnerabilities of what is installed (pip-audit)"

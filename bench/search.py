@@ -14,6 +14,7 @@ processor, in one thread, for a matrix of 4096 × 4096 in bf16 in memory; the fa
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from typing import Any
 
 import accuracy
 import machine
+import quantizers
 import torch
 
 from qtensor import quantize
@@ -76,38 +78,15 @@ def best_gain(weight: torch.Tensor) -> float:
     return min(of_format(replace(NVFP4, search=FULL), factor)(weight) for factor in GAINS)
 
 
-def four_over_six(weight: torch.Tensor) -> float:
-    """The published rule (arXiv 2512.02010): the largest block scale is 256, so that there is room for 384; the largest
-    element of each block becomes 6, or 4 if that leaves the smaller squared error."""
-    groups = weight.float().view(-1, 16)
-    whole = weight.abs().max().float() / (6 * 256)
-    amax = groups.abs().amax(1, keepdim=True)
-    found = []
-    for largest in (6.0, 4.0):
-        step = (amax / (largest * whole)).clamp_max(448).to(torch.float8_e4m3fn).float() * whole
-        scaled = torch.where(step > 0, groups / step, 0.0).clamp(-6, 6)
-        m = scaled.abs()
-        code = torch.where(m < 2, (m * 2).round() / 2, torch.where(m < 4, m.round(), (m / 2).round() * 2))
-        found.append((groups - code * scaled.sign() * step).double().square().sum(1))
-    return float(torch.minimum(*found).sum())
+def of_peer(peer: quantizers.Quantizer) -> Callable[[torch.Tensor], float]:
+    return lambda weight: error(weight, peer.values(peer.make(weight)))
 
 
 def torchao_rows() -> dict[str, Callable[[torch.Tensor], float]]:
     """torchao's formats as it makes them by default for weights; empty without it."""
-    try:
-        from torchao.prototype.mx_formats.mx_tensor import MXTensor
-        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
-    except ImportError:
+    if importlib.util.find_spec("torchao") is None:
         return {}
-
-    def nvfp4(weight: torch.Tensor) -> float:
-        scale = per_tensor_amax_to_scale(weight.abs().max())
-        return error(weight, NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=scale).dequantize(torch.float32))
-
-    def mxfp4(weight: torch.Tensor) -> float:
-        return error(weight, MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32).dequantize(torch.float32))
-
-    return {"nvfp4: torchao": nvfp4, "mxfp4: torchao": mxfp4}
+    return {f"{q.label}: torchao": of_peer(q) for q in quantizers.torchao() if q.label in ("nvfp4", "mxfp4")}
 
 
 def gains() -> dict[str, dict[str, float]]:
@@ -115,7 +94,7 @@ def gains() -> dict[str, dict[str, float]]:
     rows: dict[str, tuple[str, Callable[[torch.Tensor], float]]] = {
         f"{name}:searched": (name, of_scheme(f"{name}:searched")) for name in SEARCHES
     }
-    rows["nvfp4: four-over-six"] = ("nvfp4", four_over_six)
+    rows["nvfp4: four-over-six"] = ("nvfp4", of_peer(quantizers.four_over_six()))
     rows["nvfp4: 17 scales"] = ("nvfp4", of_format(replace(NVFP4, search=FULL)))
     rows["nvfp4: 17 scales, 4 global scales"] = ("nvfp4", best_gain)
     rows |= {name: (name.partition(":")[0], of) for name, of in torchao_rows().items()}
