@@ -9,7 +9,6 @@ Of each chunk the errors with all candidates are found while it is in registers;
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -17,10 +16,10 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import E4M3_MAX, SEARCHES, WeightFormat
-from .encoders import _ROUND, BLOCK, E8M0, IN_FP32, NV, Encoder
+from .encoders import BLOCK, E8M0, IN_FP32, NV
+from .errors import Measurer
 from .instructions import (
     CHUNK,
-    E2M1,
     E4M3,
     FLOAT,
     I8,
@@ -30,7 +29,6 @@ from .instructions import (
     INT4,
     INT8,
     LANES,
-    chip_features,
     int64,
     intrinsic,
     splat,
@@ -38,14 +36,6 @@ from .instructions import (
 )
 
 DOUBLE = ir.DoubleType()
-_BY_KIND = {
-    (E2M1, NV): "nvfp4",
-    (E2M1, E8M0): "mxfp4",
-    (E4M3, E8M0): "mxfp8",
-    (INT4, IN_FP32): "int4_per_group",
-    (INT8, IN_FP32): "int8_per_channel",
-    (E4M3, IN_FP32): "fp8_per_channel",
-}
 _PIECE = 4 * CHUNK  # Columns whose errors add up in 32 bits.
 
 
@@ -54,19 +44,8 @@ def is_searched_here(fmt: WeightFormat) -> bool:
     return fmt.search == SEARCHES.get(fmt.name)
 
 
-def _nearest_e2m1(value: float) -> float:
-    """The number that is nearest to all between this multiple of a quarter and the next."""
-    return min((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), key=lambda number: abs(number - value - 0.125))
-
-
-class Searcher(Encoder):
+class Searcher(Measurer):
     """Writes what quantizes with searched scales."""
-
-    def __init__(self, context: Any, builder: Any, dtype: int, element: int, scale: int, group: int) -> None:
-        super().__init__(context, builder, dtype, element, scale, group)
-        search = SEARCHES[_BY_KIND[element, scale]]
-        self.candidates, self.resolution, self.limit = search.candidates, search.resolution, search.limit
-        self.has_short_vectors = platform.machine() in ("x86_64", "AMD64") and "+avx512bw" in chip_features()
 
     # Candidates: of 16 groups the stored scale, as bits, what their elements are multiplied with or divided by, what a
     # unit of the elements is worth, and whether it is one.
@@ -101,8 +80,7 @@ class Searcher(Encoder):
         else:
             whole = self.broadcast(self.load(b.add(gain, int64(4)), FLOAT, 4))
             small = self.from_half(b.trunc(b.shl(code, splat(I32, 7)), vector(I16)))
-            step = b.fmul(b.fmul(small, splat(FLOAT, 256.0)), whole)
-            inverse = b.fdiv(splat(FLOAT, 1.0), step)
+            step = inverse = b.fmul(b.fmul(small, splat(FLOAT, 256.0)), whole)  # `best` inverts the one that it takes.
         if self.per_byte == 1:
             there = b.and_(there, b.fcmp_ordered("<=", b.fmul(amax, inverse), splat(FLOAT, self.limit)))
         return code, inverse, step, there
@@ -113,6 +91,8 @@ class Searcher(Encoder):
         b = self.b
         scale, factor = plain
         bits = found[0][0]
+        if self.scale == NV:
+            factor = found[0][1]
         may, least = found[0][3], self.error(sums[0], found[0][2])
         for (code, divisor, step, there), total in zip(found[1:], sums[1:], strict=True):
             error = self.error(total, step)
@@ -121,6 +101,8 @@ class Searcher(Encoder):
             bits, factor = b.select(better, code, bits), b.select(better, divisor, factor)
         if self.scale == IN_FP32:
             return b.bitcast(bits, vector(FLOAT)), factor
+        if self.scale == NV:
+            factor = b.select(may, b.fdiv(splat(FLOAT, 1.0), factor), plain[1])
         # Where the plain scale is none of the candidates, its code was replaced.
         return b.select(may, b.trunc(bits, vector(I8)), scale), factor
 
@@ -128,86 +110,6 @@ class Searcher(Encoder):
         b = self.b
         wide = b.fpext(step, vector(DOUBLE))
         return b.fmul(b.sitofp(total, vector(DOUBLE)), b.fmul(wide, wide))
-
-    # Errors of a chunk: 16 sums of two squares, those of an even column and the odd one beside it.
-
-    def squares(self, magnitudes: list[Any], factors: list[Any], exactly: bool) -> Any:
-        """Of e4m3, by an inverse; of int8, by `factors` as in `encode`."""
-        b = self.b
-        if self.element == E4M3:
-            scaled = [b.fmul(value, factors[-1]) for value in magnitudes]
-        elif exactly:
-            scaled = [b.fdiv(value, factors[0]) for value in magnitudes]
-        else:
-            scaled = [self.divided(value, *factors) for value in magnitudes]
-        errors = [b.fsub(value, self.nearest(value)) for value in scaled]
-        return self.sum_of_squares(self.halves([self.counted(error, self.resolution) for error in errors]))
-
-    def fixed_squares(self, fixed: Any, ratio: Any) -> Any:
-        """Of 4-bit elements: 32 X of `formats.Search`, and M in each."""
-        b, unit = self.b, int(self.resolution)
-        if self.has_short_vectors:
-            value = self.call("llvm.x86.avx512.pmul.hr.sw.512", vector(I16, CHUNK), fixed, ratio)
-        else:
-            wide = vector(I32, CHUNK)
-            product = b.add(b.mul(b.zext(fixed, wide), b.zext(ratio, wide)), splat(I32, 1 << 14, CHUNK))
-            value = b.trunc(b.lshr(product, splat(I32, 15, CHUNK)), vector(I16, CHUNK))
-        if self.element == INT4:
-            near = b.and_(b.add(value, splat(I16, unit // 2, CHUNK)), splat(I16, -unit, CHUNK))
-            near = self.call(f"llvm.smin.v{CHUNK}i16", vector(I16, CHUNK), near, splat(I16, 7 * unit, CHUNK))
-        elif self.has_short_vectors:  # By how often a quarter of one is in it, since all borders are such quarters.
-            quarters = self.call(
-                f"llvm.umin.v{CHUNK}i16",
-                vector(I16, CHUNK),
-                b.lshr(value, splat(I16, (unit // 4).bit_length() - 1, CHUNK)),
-                splat(I16, CHUNK - 1, CHUNK),
-            )
-            table = ir.Constant(vector(I16, CHUNK), [int(_nearest_e2m1(at / 4) * unit) for at in range(CHUNK)])
-            near = self.call("llvm.x86.avx512.permvar.hi.512", vector(I16, CHUNK), table, quarters)
-        else:
-            # Codes are half of one apart below 2, one below 4, then two.
-            step, half = splat(I16, -2 * unit, CHUNK), splat(I16, unit, CHUNK)
-            for span, below in ((unit, 4), (unit // 2, 2)):
-                is_below = b.icmp_signed("<", value, splat(I16, below * unit, CHUNK))
-                step = b.select(is_below, splat(I16, -span, CHUNK), step)
-                half = b.select(is_below, splat(I16, span // 2, CHUNK), half)
-            near = b.and_(b.add(value, half), step)
-            near = self.call(f"llvm.smin.v{CHUNK}i16", vector(I16, CHUNK), near, splat(I16, 6 * unit, CHUNK))
-        return self.sum_of_squares(b.sub(value, near))
-
-    def nearest(self, value: Any) -> Any:
-        """What the code of a magnitude stands for, in e4m3 or int8."""
-        b = self.b
-        if self.element == INT8:
-            value = self.through(value)
-            value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, 127.0)), value, splat(FLOAT, 127.0))
-            return b.fsub(b.fadd(value, splat(FLOAT, _ROUND)), splat(FLOAT, _ROUND))
-        if self.scale == E8M0:  # Other candidates clip nothing.
-            value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, E4M3_MAX)), value, splat(FLOAT, E4M3_MAX))
-        binade = b.and_(b.bitcast(value, vector(I32)), splat(I32, 0x7F800000))
-        binade = self.extreme([binade, splat(I32, 0x3C800000)])  # 2^-6
-        near = b.bitcast(b.add(binade, splat(I32, 20 << 23)), vector(FLOAT))  # One last place is the codes' distance.
-        return b.fsub(b.fadd(value, near), near)
-
-    def counted(self, value: Any, times: float) -> Any:
-        """Times a power of two, rounded, in the low 16 bits of each lane."""
-        fmuladd = f"llvm.fmuladd.v{LANES}f32"
-        moved = self.call(fmuladd, vector(FLOAT), value, splat(FLOAT, times), splat(FLOAT, _ROUND))
-        return self.b.bitcast(moved, vector(I32))
-
-    def halves(self, values: list[Any]) -> Any:
-        """The low halves of two vectors, lane by lane beside each other."""
-        even, odd = values
-        both = self.b.or_(self.b.and_(even, splat(I32, 0xFFFF)), self.b.shl(odd, splat(I32, 16)))
-        return self.b.bitcast(both, vector(I16, CHUNK))
-
-    def sum_of_squares(self, short: Any) -> Any:
-        b = self.b
-        if self.has_short_vectors:
-            return self.call("llvm.x86.avx512.pmaddw.d.512", vector(I32), short, short)
-        both = b.bitcast(short, vector(I32))
-        even, odd = b.ashr(b.shl(both, splat(I32, 16)), splat(I32, 16)), b.ashr(both, splat(I32, 16))
-        return b.add(b.mul(even, even), b.mul(odd, odd))
 
     def totals(self, vectors: list[Any]) -> Any:
         """The sums of the lanes of sixteen vectors."""
@@ -241,7 +143,7 @@ class Searcher(Encoder):
             values = self.magnitudes(self.at(source, loop.index, self.group * self.size))
             for i in range(count):
                 mine = self.broadcast(self.load(b.add(self.at(held, loop.index, 4), int64(64 * i)), FLOAT, 4))
-                total = self.squares(values, [mine], False)
+                total = self.squares(splat(I32, 0), values, [mine], False)
                 self.store(total, b.add(self.at(sums, loop.index, 64), int64(64 * self.groups * i)))
         found = [
             [self.at(sums, int64(i), 64) for i in range(i * self.groups, (i + 1) * self.groups)] for i in range(count)
@@ -260,7 +162,10 @@ class Searcher(Encoder):
         most = b.and_(self.counted(most, times), splat(I32, 0x7FFF))
         ratios = []
         for i, (bits, divisor, step, there) in enumerate(found):
-            ratio = b.and_(self.counted(b.fdiv(found[0][2], step), 8192.0), splat(I32, 0x7FFF))
+            if i == 0 or self.scale == E8M0:  # Steps that are no normal numbers are none that is taken.
+                ratio = splat(I32, int(8192 / 2.0 ** self.candidates[i]) if i else 8192)
+            else:
+                ratio = b.and_(self.counted(b.fdiv(found[0][2], step), 8192.0), splat(I32, 0x7FFF))
             largest = b.lshr(b.add(b.mul(most, ratio), splat(I32, 1 << 14)), splat(I32, 15))
             fits = b.icmp_signed("<=", largest, splat(I32, int(self.limit * self.resolution)))
             found[i] = bits, divisor, step, b.and_(there, b.and_(in_range, fits))
@@ -276,10 +181,9 @@ class Searcher(Encoder):
         sums = []
         for ratio in ratios:
             mine = b.bitcast(self.shuffle(ratio, ratio, lanes), vector(I16, CHUNK))
-            total = None
+            total = splat(I32, 0)
             for vector_ in fixed:
-                squares = self.fixed_squares(b.bitcast(vector_, vector(I16, CHUNK)), mine)
-                total = squares if total is None else b.add(total, squares)
+                total = self.fixed_squares(total, b.bitcast(vector_, vector(I16, CHUNK)), mine)
             for step in (1, 2) if self.groups == 4 else ():
                 total = b.add(total, self.shuffle(total, total, [at ^ step for at in range(LANES)]))
             sums.append(self.shuffle(total, total, [lanes.index(at % self.groups) for at in range(LANES)]))
@@ -329,16 +233,15 @@ class Searcher(Encoder):
         places = [cgutils.alloca_once(b, kind) for _ in found]
         for place in places:
             b.store(ir.Constant(kind, None), place)
-        inverses = [self.inverse(divisor) for _, divisor, _, _ in found]
+        inverses = [self.counting(self.inverse(divisor)) for _, divisor, _, _ in found]
 
         def measure(exactly: bool) -> None:
             def work(_index: Any, here: Any, _codes: Any, _is_last: Any) -> None:
-                totals: list[Any] = [None] * len(found)
+                totals = [splat(I32, 0)] * len(found)
                 for column in range(0, _PIECE, CHUNK):
                     values = self.magnitudes(b.add(here, int64(column * self.size)))
                     for i, (candidate, inverse) in enumerate(zip(found, inverses, strict=True)):
-                        squares = self.squares(values, [candidate[1], inverse], exactly)
-                        totals[i] = squares if totals[i] is None else b.add(totals[i], squares)
+                        totals[i] = self.squares(totals[i], values, [candidate[1], inverse], exactly)
                 for place, total in zip(places, totals, strict=True):
                     b.store(b.add(b.load(place), b.zext(total, kind)), place)
 
@@ -353,24 +256,23 @@ class Searcher(Encoder):
         return self.best(found, sums, (scale, factor))
 
     def add_block_errors(self, source: Any, cols: Any, inverses: Any, across: Any, sums: Any) -> None:
-        """Of a row in blocks: add to the 16 int64 that `sums` has for each block and candidate, in this order, by the
-        inverses of steps at an address, in the other."""
-        b, count, kind = self.b, len(self.candidates), vector(I64)
+        """Of a row in blocks: add to the 16 int32 that `sums` has for each block and candidate, in this order, by the
+        inverses of steps at an address, in the other. The squares of 128 rows fit: an element is off by 16 at most."""
+        b, count = self.b, len(self.candidates)
 
         def work(index: Any, here: Any, _codes: Any, _is_last: Any) -> None:
             factors = []
             for i in range(count):
                 at = b.add(index, b.mul(across, int64(i)))
-                factors.append(self.broadcast(self.load(self.at(inverses, at, 4), FLOAT, 4)))
-            totals: list[Any] = [None] * count
+                factors.append(self.counting(self.broadcast(self.load(self.at(inverses, at, 4), FLOAT, 4))))
+            places = [b.add(self.at(sums, index, 64 * count), int64(64 * i)) for i in range(count)]
+            totals = [self.load(place, vector(I32), 4) for place in places]
             for column in range(0, BLOCK, CHUNK):
                 values = self.magnitudes(b.add(here, int64(column * self.size)))
                 for i, factor in enumerate(factors):
-                    squares = self.squares(values, [factor], False)
-                    totals[i] = squares if totals[i] is None else b.add(totals[i], squares)
-            for i, total in enumerate(totals):
-                place = b.add(self.at(sums, index, 128 * count), int64(128 * i))
-                self.store(b.add(self.load(place, kind, 8), b.zext(total, kind)), place, 8)
+                    totals[i] = self.squares(totals[i], values, [factor], False)
+            for total, place in zip(totals, places, strict=True):
+                self.store(total, place, 4)
 
         self.pieces(source, None, cols, BLOCK, work)
 

@@ -346,7 +346,7 @@ def _block_loop(dtype: int, searched: bool) -> Loop:
         p = carray(pointer, 1)[0]
         across = (p.cols + BLOCK - 1) // BLOCK
         found, factors = np.empty(16 * across, np.int32), np.empty(across, np.float32)
-        inverses, sums = np.empty(count * across, np.float32), np.empty(16 * count * across, np.int64)
+        inverses, sums = np.empty(count * across, np.float32), np.empty(16 * count * across, np.int32)
         for top in range(0, p.rows, BLOCK):
             found[:] = 0
             bottom = min(top + BLOCK, p.rows)

@@ -1,0 +1,185 @@
+"""What a search of scales measures: the errors of a chunk's elements with one candidate, squared, as integers' sums.
+
+Of 8-bit elements they are found in floats, of 4-bit ones in integers of 16 bits; each sum is of the squares of an even
+column and the odd one beside it, or of others, since sums of integers have no order. See `formats.Search`.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from ..formats import E4M3_MAX, SEARCHES
+from .encoders import _ROUND, E8M0, IN_FP32, NV, Encoder
+from .instructions import (
+    CHUNK,
+    E2M1,
+    E4M3,
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    INT4,
+    INT8,
+    LANES,
+    chip_features,
+    splat,
+    vector,
+)
+
+_BY_KIND = {
+    (E2M1, NV): "nvfp4",
+    (E2M1, E8M0): "mxfp4",
+    (E4M3, E8M0): "mxfp8",
+    (INT4, IN_FP32): "int4_per_group",
+    (INT8, IN_FP32): "int8_per_channel",
+    (E4M3, IN_FP32): "fp8_per_channel",
+}
+
+
+def _nearest_e2m1(value: float) -> float:
+    """The number that is nearest to all between this multiple of a quarter and the next."""
+    return min((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), key=lambda number: abs(number - value - 0.125))
+
+
+class Measurer(Encoder):
+    """An encoder that knows the candidates of its format's search, and writes what measures one."""
+
+    def __init__(self, context: Any, builder: Any, dtype: int, element: int, scale: int, group: int) -> None:
+        super().__init__(context, builder, dtype, element, scale, group)
+        search = SEARCHES[_BY_KIND[element, scale]]
+        self.candidates, self.resolution, self.limit = search.candidates, search.resolution, search.limit
+        features = chip_features() if platform.machine() in ("x86_64", "AMD64") else ()
+        self.has_short_vectors, self.has_dots = "+avx512bw" in features, "+avx512vnni" in features
+        self.has_byte_tables = "+avx512vbmi" in features
+        self.has_fma = not features or "+fma" in features
+        # Elements of e4m3 are counted from the start on; with the largest inverse of a power of two that is no number.
+        self.is_counted = element == E4M3 and scale == IN_FP32 and self.has_fma and self.has_short_vectors
+
+    def squares(self, total: Any, magnitudes: list[Any], factors: list[Any], exactly: bool) -> Any:
+        """Added to a total. Of e4m3, by an inverse, or what `counting` makes of it; of int8, by `factors` as in
+        `encode`."""
+        b = self.b
+        if self.element == E4M3:
+            scaled = [b.fmul(value, factors[-1]) for value in magnitudes]
+        elif exactly:
+            scaled = [b.fdiv(value, factors[0]) for value in magnitudes]
+        else:
+            scaled = [self.divided(value, *factors) for value in magnitudes]
+        if self.is_counted:
+            errors = [b.fsub(value, self.nearest_e4m3(value, self.resolution)) for value in scaled]
+            return self.add_squares(total, self.rounded(errors))
+        if self.element == E4M3 and self.has_fma:
+            errors = [b.fsub(value, self.nearest_e4m3(value)) for value in scaled]
+        else:
+            errors = [b.fsub(value, self.nearest(value)) for value in scaled]
+        return self.add_squares(total, self.halves([self.counted(error, self.resolution) for error in errors]))
+
+    def fixed_squares(self, total: Any, fixed: Any, ratio: Any) -> Any:
+        """Added to a total, of 4-bit elements: 32 X of `formats.Search`, and M in each."""
+        b, unit = self.b, int(self.resolution)
+        if self.has_short_vectors:
+            value = self.call("llvm.x86.avx512.pmul.hr.sw.512", vector(I16, CHUNK), fixed, ratio)
+        else:
+            wide = vector(I32, CHUNK)
+            product = b.add(b.mul(b.zext(fixed, wide), b.zext(ratio, wide)), splat(I32, 1 << 14, CHUNK))
+            value = b.trunc(b.lshr(product, splat(I32, 15, CHUNK)), vector(I16, CHUNK))
+        if self.has_byte_tables and unit == 1024:
+            near = self.nearest_of_bytes(value)
+        elif self.element == INT4:
+            near = b.and_(b.add(value, splat(I16, unit // 2, CHUNK)), splat(I16, -unit, CHUNK))
+            near = self.call(f"llvm.smin.v{CHUNK}i16", vector(I16, CHUNK), near, splat(I16, 7 * unit, CHUNK))
+        elif self.has_short_vectors:  # By how often a quarter of one is in it, since all borders are such quarters.
+            quarters = self.call(
+                f"llvm.umin.v{CHUNK}i16",
+                vector(I16, CHUNK),
+                b.lshr(value, splat(I16, (unit // 4).bit_length() - 1, CHUNK)),
+                splat(I16, CHUNK - 1, CHUNK),
+            )
+            table = ir.Constant(vector(I16, CHUNK), [int(_nearest_e2m1(at / 4) * unit) for at in range(CHUNK)])
+            near = self.call("llvm.x86.avx512.permvar.hi.512", vector(I16, CHUNK), table, quarters)
+        else:
+            # Codes are half of one apart below 2, one below 4, then two.
+            step, half = splat(I16, -2 * unit, CHUNK), splat(I16, unit, CHUNK)
+            for span, below in ((unit, 4), (unit // 2, 2)):
+                is_below = b.icmp_signed("<", value, splat(I16, below * unit, CHUNK))
+                step = b.select(is_below, splat(I16, -span, CHUNK), step)
+                half = b.select(is_below, splat(I16, span // 2, CHUNK), half)
+            near = b.and_(b.add(value, half), step)
+            near = self.call(f"llvm.smin.v{CHUNK}i16", vector(I16, CHUNK), near, splat(I16, 6 * unit, CHUNK))
+        return self.add_squares(total, b.sub(value, near))
+
+    def nearest_of_bytes(self, value: Any) -> Any:
+        """What the nearest code of 4-bit elements stands for, in 1024ths, by the quarters in a value, its upper byte:
+        all borders are such quarters, and no number has a lower byte. Values from 16 on get some number."""
+        b, count = self.b, 2 * CHUNK
+        numbers = [_nearest_e2m1(at / 4) if self.element == E2M1 else min(7, (at + 2) // 4) for at in range(count)]
+        table = ir.Constant(vector(I8, count), [int(4 * number) for number in numbers])
+        indices = b.bitcast(value, vector(I8, count))
+        found = self.call("llvm.x86.avx512.permvar.qi.512", vector(I8, count), table, indices)
+        upper = ir.Constant(ir.VectorType(ir.IntType(1), count), [0, 1] * CHUNK)
+        return b.bitcast(b.select(upper, found, splat(I8, 0, count)), vector(I16, CHUNK))
+
+    def counting(self, inverse: Any) -> Any:
+        """What makes multiples of the resolution of elements, where that is what `squares` takes."""
+        return self.b.fmul(inverse, splat(FLOAT, self.resolution)) if self.is_counted else inverse
+
+    def rounded(self, values: list[Any]) -> Any:
+        """Two vectors, rounded to integers of 16 bits, in one; in some order."""
+        name, mask = "llvm.x86.avx512.mask.cvtps2dq.512", ir.Constant(I16, -1)
+        both = [self.call(name, vector(I32), v, splat(I32, 0), mask, ir.Constant(I32, 4)) for v in values]
+        return self.call("llvm.x86.avx512.packssdw.512", vector(I16, CHUNK), *both)
+
+    def nearest_e4m3(self, value: Any, unit: float = 1.0) -> Any:
+        """As `nearest`, but of two that are as near perhaps the other; in multiples of `unit`.
+
+        2^20 times a value, less the value, is rounded to the places that its code has; the sum of both would have
+        others just below a power of two. Values below 2^-6 have the places of that.
+        """
+        b = self.b
+        if self.scale == E8M0:  # Other candidates clip nothing.
+            value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, E4M3_MAX)), value, splat(FLOAT, E4M3_MAX))
+        larger = self.at_least(value, unit * (2.0**-6 + 2.0**-26))
+        moved = self.fma(larger, splat(FLOAT, 2.0**20), b.fneg(value))
+        return self.fma(larger, splat(FLOAT, 2.0**20), b.fneg(moved))
+
+    def nearest(self, value: Any) -> Any:
+        """What the code of a magnitude stands for, in e4m3 or int8."""
+        b = self.b
+        if self.element == INT8:
+            value = self.through_quotient(value)
+            value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, 127.0)), value, splat(FLOAT, 127.0))
+            return b.fsub(b.fadd(value, splat(FLOAT, _ROUND)), splat(FLOAT, _ROUND))
+        if self.scale == E8M0:  # Other candidates clip nothing.
+            value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, E4M3_MAX)), value, splat(FLOAT, E4M3_MAX))
+        binade = b.and_(b.bitcast(value, vector(I32)), splat(I32, 0x7F800000))
+        binade = self.extreme([binade, splat(I32, 0x3C800000)])  # 2^-6
+        near = b.bitcast(b.add(binade, splat(I32, 20 << 23)), vector(FLOAT))  # One last place is the codes' distance.
+        return b.fsub(b.fadd(value, near), near)
+
+    def counted(self, value: Any, times: float) -> Any:
+        """Times a power of two, rounded, in the low 16 bits of each lane."""
+        fmuladd = f"llvm.fmuladd.v{LANES}f32"
+        moved = self.call(fmuladd, vector(FLOAT), value, splat(FLOAT, times), splat(FLOAT, _ROUND))
+        return self.b.bitcast(moved, vector(I32))
+
+    def halves(self, values: list[Any]) -> Any:
+        """The low halves of two vectors, lane by lane beside each other."""
+        even, odd = values
+        both = self.b.or_(self.b.and_(even, splat(I32, 0xFFFF)), self.b.shl(odd, splat(I32, 16)))
+        return self.b.bitcast(both, vector(I16, CHUNK))
+
+    def add_squares(self, total: Any, short: Any) -> Any:
+        b = self.b
+        if self.has_dots:
+            words = b.bitcast(short, vector(I32))
+            return self.call("llvm.x86.avx512.vpdpwssd.512", vector(I32), total, words, words)
+        if self.has_short_vectors:
+            return b.add(total, self.call("llvm.x86.avx512.pmaddw.d.512", vector(I32), short, short))
+        both = b.bitcast(short, vector(I32))
+        even, odd = b.ashr(b.shl(both, splat(I32, 16)), splat(I32, 16)), b.ashr(both, splat(I32, 16))
+        return b.add(total, b.add(b.mul(even, even), b.mul(odd, odd)))
