@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from qtensor.checkpoint import quantize_checkpoint, quantize_on_ray
 from qtensor.convert import launch
 from support import many
 from support.many import Hosts, Ranks, Torchrun
+from support.sources import FORMS
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package"),
@@ -122,6 +124,19 @@ def test_without_rank_0_the_others_end_and_the_next_run_goes_on(moment, source, 
     assert nothing == ""
     assert json.loads(report)["resumed_files"] == 7 or moment is many.befall_at_the_end_of_a_shard
     assert digests(target) == expected
+
+
+def test_ranks_share_a_source_that_is_quantized_already(tmp_path):
+    """Whose parts lie in several files; one rank is killed."""
+    tensors = {"lm_head.weight": torch.randn(32, 64).bfloat16()}
+    for i, form in enumerate(("fp8 blocks", "mxfp4", "int4 channel", "nvfp4 of ModelOpt", "GPTQ", "GGUF Q8_0")):
+        for part, tensor in FORMS[form].parts(160, 192, i).items():
+            tensors[f"model.layers.{i}.mlp.up_proj.{part.replace('*', 'weight')}"] = tensor
+    source = write(tmp_path / "model", tensors, files=4)
+    killed = {1: partial(many.befall_at_the_end_of_a_shard, many.die)}
+    ranks = Ranks(3, [source, tmp_path / "fp8", "--scheme", "mxfp8", "--lost-after", 2], tmp_path / "logs", killed)
+    assert ranks.end() in ([0, -9, 0], [0, 0, 0]), ranks.said()
+    assert digests(tmp_path / "fp8") == by_one_process(source, tmp_path / "again", "mxfp8")
 
 
 def test_a_rank_that_fails_ends_all_naming_rank_and_shard(tmp_path):

@@ -11,10 +11,7 @@ import pytest
 import torch
 
 from qtensor import MissingExtraError
-from qtensor.kernels import FORMATS, MXFP4, Parts, WeightFormat
-from qtensor.kernels.codes import decode
 from qtensor.sources.families import families, recognise
-from qtensor.sources.scales import in_fp32
 from qtensor.sources.source import Family, Source, Spec, Unusable
 
 SHAPE = (192, 320)
@@ -115,76 +112,3 @@ def test_parts_of_any_dtype_and_shape_are_a_source_or_refused(family: Family) ->
                 shape = source.shape(specs)
                 source.unit(shape)
                 assert str(source)
-
-
-# The same numbers -----------------------------------------------------------------------------------------------------
-
-EXPONENTS = torch.arange(255, dtype=torch.uint8)
-FINITE = CODES[CODES.float().isfinite()]
-
-
-def numbers(parts: Parts, fmt: WeightFormat) -> torch.Tensor:
-    """What a weight's elements are, code times scale, in fp64: exactly."""
-    values = decode(parts.qdata, fmt).double()
-    scale = in_fp32(parts.scale).double() if fmt.has_e8m0_scale else parts.scale.double()
-    scale = scale * parts.global_scale.double() if parts.global_scale is not None else scale
-    if fmt.granularity in ("tensor", "channel"):
-        return values * scale
-    rows, cols = fmt.block
-    wide = scale.repeat_interleave(rows, 0)[: values.shape[0]].repeat_interleave(cols, 1)[:, : values.shape[1]]
-    return values * wide
-
-
-def assert_same_numbers(parts: dict[str, torch.Tensor], scheme: str, expected: torch.Tensor) -> None:
-    fmt, source = FORMATS[scheme], source_of(parts)
-    assert source is not None
-    shape = (expected.shape[0], expected.shape[1])
-    moved = source.move(parts, shape, fmt)
-    assert moved is not None
-    found = numbers(moved, fmt)
-    assert torch.equal(found, expected)
-    assert torch.equal(found.signbit(), expected.signbit())
-
-
-def test_every_fp8_code_times_every_power_of_two_is_the_same_in_mxfp8() -> None:
-    values = FINITE.repeat(255, 1)[:, :224]
-    values = torch.cat([values, FINITE[-32:].repeat(255, 1)], 1)
-    for scales in (EXPONENTS.view(torch.float8_e8m0fnu), in_fp32(EXPONENTS)):
-        blocks = scales.repeat_interleave(128).reshape(-1, 128)[:, :1].repeat(1, 2)
-        parts = {"*": values.repeat_interleave(128, 0), "*_scale_inv": blocks}
-        expected = parts["*"].double() * in_fp32(EXPONENTS).double().repeat_interleave(128)[:, None]
-        assert_same_numbers(parts, "mxfp8", expected)
-        assert_same_numbers(parts, "fp8_per_block", expected)
-
-
-@pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8"])
-def test_every_pair_of_e2m1_codes_times_every_power_of_two_is_the_same(scheme: str) -> None:
-    pairs = torch.arange(256, dtype=torch.uint8).repeat(255, 1)
-    parts = {"*_packed": pairs, "*_scale": EXPONENTS[:, None].repeat(1, 16)}
-    expected = decode(pairs, MXFP4).double() * in_fp32(EXPONENTS).double()[:, None]
-    assert_same_numbers(parts, scheme, expected)
-
-
-def test_every_pair_of_powers_of_two_is_the_same_in_nvfp4_or_is_not_called_so() -> None:
-    """All pairs of scales that a matrix may have, each with all codes: the same numbers, or no form at all."""
-    pairs, known = (torch.arange(16, dtype=torch.uint8) * 0x11).repeat(2, 1), 0  # A group that has every code, twice.
-    codes_of = decode(pairs, MXFP4).double()
-    source = source_of({"*_packed": pairs, "*_scale": torch.zeros(2, 1, dtype=torch.uint8)})
-    assert source is not None
-    for high in range(255):
-        for low in range(high + 1):
-            scale = EXPONENTS[[high, low]]
-            moved = source.move({"*_packed": pairs, "*_scale": scale[:, None]}, (2, 32), FORMATS["nvfp4"])
-            assert (moved is not None) == (low >= 1 and high - low <= 17 and low >= max(high - 8, 1) - 9)
-            if moved is not None:
-                known += 1
-                assert torch.equal(numbers(moved, FORMATS["nvfp4"]), codes_of * in_fp32(scale).double()[:, None])
-    assert known > 4000
-
-
-def test_a_group_of_zeros_has_any_scale() -> None:
-    pairs = torch.zeros(2, 16, dtype=torch.uint8)
-    pairs[0] = 0x80  # -0.0 and 0.0
-    pairs[1, 0] = 0x31
-    parts = {"*_packed": pairs, "*_scale": torch.tensor([[0], [127]], dtype=torch.uint8)}
-    assert_same_numbers(parts, "nvfp4", decode(pairs, MXFP4).double())

@@ -35,7 +35,7 @@ def test_every_source_becomes_every_scheme(form: str, scheme: str) -> None:
         model = nn.Sequential(layer(rows, cols))
         model.load_state_dict({f"0.{name}": tensor for name, tensor in named(parts).items()})
     became, report = expected_outcome(form, scheme), session.report().layers[0]
-    assert report.source == f"{source_of(parts)}: {became}"
+    assert report.source == f"{source_of(parts, shape=(rows, cols))}: {became}"
     assert (report.sqnr == inf) == (became == "lossless")
     assert_arrived(model[0].weight, parts, became)
     assert model[0].weight.scheme == SCHEMES[scheme]

@@ -18,7 +18,7 @@ from qtensor import CheckpointError, IncompleteLoadError, QTensorError, WeightDt
 from qtensor.sources import families
 from support.arriving import NAMES, assert_arrived, expected_outcome, layer, outcome, slow_data
 from support.helpers import same_bytes
-from support.sources import FORMS, Tensors, source_of, whole
+from support.sources import FORMS, Tensors, source_of, specs_of, whole
 
 
 def boxes(shape: tuple[int, ...]) -> st.SearchStrategy[list[tuple[tuple[int, int], ...]]]:
@@ -100,6 +100,63 @@ def test_a_second_version_wins(data: st.DataObject, form: str, scheme: str) -> N
         for name in data.draw(st.permutations(sorted(parts))):
             incoming.write(name, parts[name])
     assert_arrived(model.weight, parts, outcome(session))
+
+
+@slow_data
+@given(st.data(), st.lists(st.sampled_from(sorted(FORMS)), min_size=1, max_size=3), st.sampled_from(NAMES))
+def test_what_is_held_is_the_bytes_of_units_that_are_not_whole(
+    data: st.DataObject, forms: list[str], scheme: str
+) -> None:
+    """Of several weights whose parts come in any order, as they may lie in a file: values that met their scales are let
+    go of, and so are all parts of a matrix that is whole."""
+    shapes = [(FORMS[form].rows * data.draw(st.integers(1, 160 // FORMS[form].rows)), 160) for form in forms]
+    each = [FORMS[form].parts(*shape, i) for i, (form, shape) in enumerate(zip(forms, shapes, strict=True))]
+    model = nn.Sequential(*(layer(*shape) for shape in shapes))
+    with online_quant(scheme, model, source={}) as session:
+        matrices, pieces = [], []
+        for i, (linear, parts, shape) in enumerate(zip(model, each, shapes, strict=True)):
+            collector = session._work.incoming.of(linear.weight._armed)
+            collector.expect(specs_of(parts))
+            matrices.append(Arriving(collector, parts, shape, linear.weight._armed.decided()))
+            for name, part in parts.items():
+                cut = boxes(tuple(part.shape)) if "state" not in name else all_of(part)
+                pieces += [(i, name, box) for box in data.draw(cut)]
+        for i, name, box in data.draw(st.permutations(pieces)):
+            matrices[i].write(name, box)
+            assert sum(m.collector._held for m in matrices) <= sum(m.open_bytes() for m in matrices)
+        assert all(m.collector._held == 0 for m in matrices)
+    for linear, parts, reported in zip(model, each, session.report().layers, strict=True):
+        assert_arrived(linear.weight, parts, reported.source.rpartition(": ")[2])
+
+
+class Arriving:
+    """A matrix whose parts arrive, and which of their elements did."""
+
+    def __init__(self, collector: Any, parts: Tensors, shape: tuple[int, int], scheme: Any) -> None:
+        self.collector, self.parts, self.rows = collector, parts, shape[0]
+        source = source_of(parts, shape=shape)
+        self.specs = {name: spec for name, spec in source.parts(shape).items() if spec.needed and name in parts}
+        self.seen = {name: torch.zeros(parts[name].shape, dtype=torch.bool) for name in self.specs}
+        together = scheme.format.needs_whole_matrix or source.moves(scheme.format) == "matrix"
+        self.unit = self.rows if together else source.unit(shape)
+        self.values = max(self.specs, key=lambda name: parts[name].numel())
+
+    def write(self, name: str, box: Any) -> None:
+        at = tuple(slice(*span) for span in box)
+        self.collector.write(name, self.parts[name][at], box, tuple(self.parts[name].shape))
+        if name in self.seen:
+            self.seen[name][at] = True
+
+    def open_bytes(self) -> int:
+        """What came of units that lack something; and parts beside the values, until all is there."""
+        if all(bool(part.all()) for part in self.seen.values()):
+            return 0
+        found = {name: int(part.sum()) for name, part in self.seen.items()}
+        for start in range(0, self.rows, self.unit):
+            cut = {name: spec.cut(self.seen[name], start, start + self.unit) for name, spec in self.specs.items()}
+            if all(bool(part.all()) for part in cut.values()):
+                found[self.values] -= cut[self.values].numel()
+        return sum(count * self.parts[name].itemsize for name, count in found.items())
 
 
 STACKS = sorted(form for form in FORMS if "bitsandbytes" not in form)
@@ -198,7 +255,7 @@ def test_zero_points_and_orders_may_come_last_where_nobody_told_of_them(
         model[1].weight.data.copy_(torch.ones(8, 8))
         assert incoming._held == 0
     assert_arrived(model[0].weight, parts)
-    assert session.report().layers[0].source == f"{source_of(parts)}: requantized"
+    assert session.report().layers[0].source == f"{source_of(parts, shape=shape)}: requantized"
 
 
 DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8, torch.int32, torch.float32, torch.bfloat16]

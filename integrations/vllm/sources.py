@@ -9,14 +9,15 @@ came.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from qtensor.checkpoint.requantizing import leaf_of, parts_that
 from qtensor.errors import CheckpointError, IncompleteLoadError
 from qtensor.lazy.sources import is_high_precision
-from qtensor.sources.families import part_names, recognise
-from qtensor.sources.source import Source, Spec
+from qtensor.sources.families import recognise
+from qtensor.sources.source import Matrix, Source, Spec, laid_out
 from qtensor.sources.undecoded import QuantizedMatrix, Undecoded
 
 OWN = "*"
@@ -31,21 +32,32 @@ def decoded(
     IncompleteLoadError for a weight that lacks one.
     """
     groups: dict[str, dict[str, torch.Tensor]] = {}
+    unfit: dict[str, CheckpointError] = {}  # Of parts that do not tell the weight's shape: those to come may.
+    unused: dict[str, frozenset[str]] = {}  # Of weights that were handed on.
     for name, tensor in weights:
         part = _part_of(name, tensor)
         if part is None:
             yield name, tensor
             continue
         weight, kind = part
+        if kind in unused.get(weight, ()):
+            continue
         group = groups.setdefault(weight, {})
         group[kind] = tensor
-        ready = _decode(weight, group, config, dtype)
+        try:
+            ready = _decode(weight, group, config, dtype)
+        except _Unshaped as error:
+            ready, unfit[weight] = None, error
         if ready is None:
             group[kind] = tensor.clone()  # Whoever sends it may use its memory for the next one.
             continue
         del groups[weight]
-        yield weight, ready
+        unfit.pop(weight, None)
+        unused[weight] = ready.unused
+        yield weight, ready.values
     for weight, group in groups.items():
+        if weight in unfit:
+            raise CheckpointError(str(unfit[weight]))
         if OWN in group or any(not is_high_precision(tensor) for tensor in group.values()):
             found = ", ".join(kind.replace(OWN, weight.rpartition(".")[2]) for kind in group)
             raise IncompleteLoadError(
@@ -55,60 +67,62 @@ def decoded(
             yield weight.rpartition(".")[0] + "." + kind.replace(OWN, weight.rpartition(".")[2]), tensor
 
 
+class _Unshaped(CheckpointError):
+    """The parts that are there do not tell the shape of their matrix."""
+
+
+class _Ready(NamedTuple):
+    """A weight, all of whose parts are there, and the parts that its format has and does not need."""
+
+    values: torch.Tensor
+    unused: frozenset[str]
+
+
 def _part_of(name: str, tensor: torch.Tensor) -> tuple[str, str] | None:
     """Which weight a tensor is a part of, and which part; None for one that stands for itself."""
-    leaf = name.rpartition(".")[2]
-    prefix = name[: len(name) - len(leaf)]
-    if not is_high_precision(tensor) and tensor.dtype != torch.bool and leaf == "weight":
-        return name, OWN
-    found = None
-    for part in part_names():
-        ending = part.removeprefix(OWN)
-        if part == OWN or not leaf.endswith(ending) or (not part.startswith(OWN) and leaf != part):
-            continue
-        attribute = leaf.removesuffix(ending) if part.startswith(OWN) else "weight"
-        if attribute == "weight" or (attribute and found is None):
-            found = prefix + attribute, part
-    return found
+    if not is_high_precision(tensor) and tensor.dtype != torch.bool:
+        fp8 = tensor.is_floating_point()  # Experts in one tensor are called something else.
+        if leaf_of(name) == "weight" or (fp8 and not any(weight != name for weight, _ in parts_that(name))):
+            return name, OWN
+    found = list(parts_that(name))
+    return next((each for each in found if leaf_of(each[0]) == "weight"), found[0] if found else None)
 
 
 def _decode(
     weight: str, group: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype
-) -> torch.Tensor | None:
+) -> _Ready | None:
     """The weight, if all of its parts are there."""
-    specs = {part: Spec(tensor.dtype, tuple(tensor.shape)) for part, tensor in group.items()}
     try:
-        source = recognise(specs, config)
+        source = recognise(_specs_of(group), config)
         if source is None:
             return None
-        stacked = _stack_of(source, specs)
+        try:
+            count, shape = laid_out(source, _specs_of(group), lambda part: group[part])
+        except CheckpointError as error:
+            raise _Unshaped(str(error)) from None
+        stacked = count[0] if count else 0
         each = [{p: t[e] for p, t in group.items()} for e in range(stacked)] if stacked else [dict(group)]
-        made = [_matrix(source, parts) for parts in each]
+        made = [_matrix(source, parts, shape) for parts in each]
     except CheckpointError as error:
-        raise CheckpointError(f"{weight}: {error}") from None
+        raise type(error)(f"{weight}: {error}") from None
     matrices = [matrix for matrix in made if matrix is not None]
-    return Undecoded.of(matrices, dtype, bool(stacked)) if len(matrices) == len(made) else None
+    if len(matrices) != len(made):
+        return None
+    parts = matrices[0].source.parts(matrices[0].shape) if matrices else {}
+    unused = frozenset(part for part, spec in parts.items() if not spec.needed)
+    return _Ready(Undecoded.of(matrices, dtype, bool(stacked)), unused)
 
 
-def _stack_of(source: Source, specs: Mapping[str, Spec]) -> int:
-    """How many matrices it is a stack of; 0: one matrix."""
-    try:
-        source.shape(specs)
-    except CheckpointError:
-        sizes = {spec.shape[0] for spec in specs.values() if spec.shape}
-        if len(sizes) != 1:
-            raise
-        return sizes.pop()
-    return 0
+def _specs_of(parts: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
+    return {part: Spec(tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
 
 
-def _matrix(source: Source, parts: Mapping[str, torch.Tensor]) -> QuantizedMatrix | None:
-    specs = {part: Spec(tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
-    shape = source.shape(specs)
+def _matrix(source: Source, parts: Mapping[str, torch.Tensor], shape: Matrix) -> QuantizedMatrix | None:
     wanted = {part: spec for part, spec in source.parts(shape).items() if spec.needed}
     if wanted.keys() - parts.keys():
         return None
     for part, spec in wanted.items():
-        if not spec.fits(specs[part]):
-            raise CheckpointError(f"its {part.replace(OWN, '')} is {specs[part]}, which does not fit {list(shape)}")
+        found = Spec(parts[part].dtype, tuple(parts[part].shape))
+        if not spec.fits(found):
+            raise CheckpointError(f"its {part.replace(OWN, '')} is {found}, which does not fit {list(shape)}")
     return QuantizedMatrix(source, parts, shape)

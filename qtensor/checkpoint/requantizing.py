@@ -6,7 +6,7 @@ Every weight is looked at before the first is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,22 +47,24 @@ def groups_of(tensors: Mapping[str, Stored], weights: Iterable[str]) -> tuple[di
     return groups, plain
 
 
-def weights_in(tensors: Mapping[str, Stored]) -> set[str]:
+def weights_in(tensors: Iterable[str]) -> set[str]:
     """What the weights may be called that the tensors of a checkpoint are parts of, without a model to tell."""
-    found = set()
-    for name in tensors:
-        for part in part_names():
-            before, own, after = part.partition(OWN)
-            if part == OWN or not name.endswith(after):
-                continue
-            base = name.removesuffix(after) if own else name
-            leaf = leaf_of(base)
-            prefix = base[: len(base) - len(leaf)]
-            if not own and leaf == part:
-                found.add(prefix + "weight")
-            elif own and leaf.startswith(before) and not leaf[len(before) :].startswith("_") and leaf != before:
-                found.add(prefix + leaf[len(before) :])
-    return found
+    return {weight for name in tensors for weight, _ in parts_that(name)}
+
+
+def parts_that(name: str) -> Iterator[tuple[str, str]]:
+    """Which part of which weight a tensor of that name may be: the weight's name, the part's."""
+    for part in part_names():
+        before, own, after = part.partition(OWN)
+        if part == OWN or not name.endswith(after):
+            continue
+        base = name.removesuffix(after) if own else name
+        leaf = leaf_of(base)
+        prefix = base[: len(base) - len(leaf)]
+        if not own and leaf == part:
+            yield prefix + "weight", part
+        elif own and leaf.startswith(before) and not leaf[len(before) :].startswith("_") and leaf != before:
+            yield prefix + leaf[len(before) :], part
 
 
 def leaf_of(name: str) -> str:

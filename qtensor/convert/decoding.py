@@ -17,7 +17,7 @@ from ..kernels import NonFinite
 from ..schemes.scheme import Scheme
 from ..sources.families import recognise
 from ..sources.scales import has_nan
-from ..sources.source import Matrix, Source, Spec, Specs
+from ..sources.source import Source, Spec, laid_out
 from ..tensor.qtensor import QTensor
 
 
@@ -150,7 +150,8 @@ def decoded(checkpoint: Checkpoint, lossless: bool) -> Checkpoint:
             source = recognise(specs, config)
             if source is None:
                 continue
-            count, shape = _laid_out(source, group, specs)
+            count, shape = laid_out(source, specs, lambda part, group=group: group[part].read())
+            source = source.of(shape)
             for part, spec in source.parts(shape).items():
                 if spec.needed and part not in specs:
                     raise CheckpointError(f"is in {source}, and has no {part}")
@@ -173,17 +174,6 @@ def decoded(checkpoint: Checkpoint, lossless: bool) -> Checkpoint:
     found = copy.copy(checkpoint)
     found.tensors = tensors
     return found
-
-
-def _laid_out(source: Source, group: Mapping[str, Stored], specs: Specs) -> tuple[tuple[int, ...], Matrix]:
-    """How many matrices a weight is a stack of, `(E,)`, or `()` for one; and the shape of each."""
-    try:
-        return (), source.shape_told(specs, lambda part: group[part].read())
-    except CheckpointError:
-        counts = {spec.shape[:1] for spec in specs.values()}
-        if len(counts) != 1 or counts == {()}:
-            raise
-        return counts.pop(), source.shape({part: Spec(spec.dtype, spec.shape[1:]) for part, spec in specs.items()})
 
 
 def _is_quantized(dtype: torch.dtype) -> bool:

@@ -144,7 +144,7 @@ class Collector:
             try:
                 self.source = recognise(self._specs, self._config)
                 if self.source is not None:
-                    self._matrices = self._lay_out(self.source)
+                    self.source, self._matrices = self._lay_out(self.source)
             except Unusable as error:
                 self.source = None
                 self._refuse(str(error))
@@ -161,8 +161,9 @@ class Collector:
             if unfit := self._misfit(self.source, self._parts, shape, specs):
                 self._refuse(unfit)
 
-    def _lay_out(self, source: Source) -> list[MatrixParts]:
-        """The matrices, of the orientation that the parts have. Raises Unusable."""
+    def _lay_out(self, source: Source) -> tuple[Source, list[MatrixParts]]:
+        """The source with what the weight's shape tells of it, and the matrices, of the orientation that the parts
+        have. Raises Unusable."""
         size, stride, offset = self._view
         lead = size[:-2]
         plain = View(size[-2:], stride[-2:], 0)
@@ -176,6 +177,7 @@ class Collector:
                 problem = str(error)
             if problem:
                 continue
+            source = source.of((view.size[0], view.size[1]))
             self._stacked, self._parts, self._scheme = bool(lead), parts, self._sink.decided()
             self._moves = self._how_moved(source, view is turned)
             # What needs the whole matrix waits as the bytes that came, not as staged rows in high precision.
@@ -185,7 +187,7 @@ class Collector:
             views = (View(view.size, view.stride, offset + e * step) for e in range(count))
             # Who said which parts are going to come has said all of them.
             keeps = bool(source.later) and not self._expected
-            return [MatrixParts(parts, view, unit, keeps) for view in views]
+            return source, [MatrixParts(parts, view, unit, keeps) for view in views]
         raise Unusable(problem)
 
     def _needs_whole(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from ..kernels.formats import ceil_div
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View
-from ..tensor.rooms import room_for
+from ..tensor.rooms import PASSING_BYTES, room_for
 from .source import ANY, PartSpec
 
 CHUNK_BYTES = 4 << 20
@@ -208,7 +208,7 @@ class HeldPart:
             self.shape = tuple(b for _, b in box)
             self.coverage = Coverage(self.shape)
         if self._memory is None:
-            self._memory = room_for(self.shape, tensor.dtype, tensor.device)
+            self._memory = room_for(self.shape, tensor.dtype, tensor.device, mapped_bytes=PASSING_BYTES)
         _bits(self.at(box)).copy_(_bits(tensor))
         self.coverage.add(box)
 

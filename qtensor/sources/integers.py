@@ -9,8 +9,8 @@ that. `IntegerSource` has what all of them do with the numbers; a format only sa
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, Literal, NamedTuple
 
@@ -242,6 +242,19 @@ class CompressedIntegers(IntegerSource):
         if not self.bits or WORD % self.bits:
             raise Unusable(f"its words {list(values.shape)} do not tell how many columns it has; a model does")
         return rows, cols * WORD // self.bits
+
+    def shape_told(self, specs: Specs, read: Callable[[str], torch.Tensor]) -> Matrix:
+        if SHAPE not in specs or specs[SHAPE].shape != (2,) or not self.words:
+            return self.shape(specs)
+        rows, cols = specs[PACKED].shape[0], read(SHAPE).tolist()[-1]
+        if not 0 < cols <= self.words * WORD:
+            raise Unusable(f"{SHAPE} says that it has {cols} columns, and there are {self.words} words in a row")
+        return rows, cols
+
+    def of(self, shape: Matrix) -> CompressedIntegers:
+        """With its bits, and the columns of a group."""
+        bits, runs = self._bits(shape[1]), self.groups > 1 and not self.ordered
+        return replace(self, bits=bits, group=shape[1] // self.groups if runs else self.group)
 
     def parts(self, shape: Matrix) -> dict[str, PartSpec]:
         rows, cols = shape

@@ -18,6 +18,7 @@ import torch
 from .. import kernels
 from ..kernels import MXFP4, Parts, WeightFormat
 from ..kernels.codes import decode
+from ..tensor.rooms import PASSING_BYTES, room_for
 from .rooms import kept_room
 from .scales import EXPONENTS, finite_scales, overflows
 from .source import ROWS, UNNEEDED, Family, Matrix, PartSpec, Source, Specs, Unusable
@@ -144,7 +145,7 @@ def _two_scales(codes: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Ten
     whole = max(high - 8, 1)  # Biased; 1 is the least normal number of fp32.
     powers = (torch.arange(256, dtype=torch.int32, device=codes.device) - whole).clamp_(-9, 8)
     table = torch.ldexp(torch.ones_like(powers, dtype=torch.float32), powers).to(torch.float8_e4m3fn).view(torch.uint8)
-    scales = torch.empty((*exponents.shape, 2), dtype=torch.uint8, device=codes.device)
+    scales = room_for((*exponents.shape, 2), torch.uint8, codes.device, mapped_bytes=PASSING_BYTES)
     for start in range(0, len(codes), _ROWS):
         part = slice(start, start + _ROWS)
         scales[part] = table[exponents[part].int()].unsqueeze(-1)

@@ -141,6 +141,10 @@ class Source(ABC):
         """As `shape`, where the values of a part can be read: some formats write their shape there."""
         return self.shape(specs)
 
+    def of(self, shape: Matrix) -> Source:
+        """The same source with what nobody said of it, and the shape of its matrix tells."""
+        return self
+
     @abstractmethod
     def parts(self, shape: Matrix) -> dict[str, PartSpec]:
         """Every part of a matrix of that shape by its name. Raises Unusable for a shape that the format has no form
@@ -244,3 +248,28 @@ class Family:
     methods: tuple[str, ...]
     names: tuple[str, ...]
     recognise: Recognise
+
+
+def laid_out(source: Source, specs: Specs, read: Callable[[str], torch.Tensor]) -> tuple[tuple[int, ...], Matrix]:
+    """How many matrices a weight with those parts is a stack of, `(E,)`, or `()` for one; and the shape of each.
+
+    read: the values of a part. Raises Unusable.
+    """
+    why = None
+    try:
+        shape = source.shape_told(specs, read)
+        wanted = {part: spec for part, spec in source.parts(shape).items() if spec.needed and part in specs}
+        if all(len(spec.shape) == len(specs[part].shape) for part, spec in wanted.items()):
+            return (), shape
+    except Unusable as error:
+        why = error
+    counts = {spec.shape[:1] for spec in specs.values()}
+    if len(counts) == 1 and counts != {()}:
+        inner = {part: Spec(spec.dtype, spec.shape[1:]) for part, spec in specs.items()}
+        try:
+            return counts.pop(), source.shape_told(inner, lambda part: read(part)[0])
+        except Unusable as error:
+            why = why or error
+    if why is not None:
+        raise why
+    return (), shape

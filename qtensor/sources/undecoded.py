@@ -59,6 +59,7 @@ class QuantizedMatrix:
     """One matrix in a quantized format, with all of its parts. Raises Unusable for parts that mean nothing."""
 
     def __init__(self, source: Source, parts: Mapping[str, torch.Tensor], shape: Matrix) -> None:
+        source = source.of(shape)
         self.source, self.shape = source, shape
         self._specs = {name: spec for name, spec in source.parts(shape).items() if spec.needed}
         self._parts = {name: parts[name] for name in self._specs}

@@ -8,6 +8,9 @@ from math import prod
 import torch
 
 _MAPPED_BYTES = 1 << 20
+PASSING_BYTES = 1 << 17
+"""`mapped_bytes` for what is freed as soon as a weight is finished. The C allocator begins with this limit, too, and
+raises it when something larger is freed: then what was between two weights stays, as a hole for each of them."""
 
 
 def room_for(

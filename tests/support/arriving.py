@@ -35,6 +35,8 @@ LOSSLESS = {
     ("int8 channel", "int8_per_channel"),
     ("int8 words", "int8_per_channel"),
     ("int4 channel", "int8_per_channel"),
+    ("int4 channel", "int4_per_group"),
+    ("int4 channel", "fp8_per_channel"),
     ("torchao fp8", "fp8_per_channel"),
     ("torchao int8", "int8_per_channel"),
 }

@@ -36,10 +36,11 @@ class Form:
         return self.make(rows, cols, torch.Generator().manual_seed(seed))
 
 
-def source_of(parts: Tensors, config: dict[str, Any] | None = None) -> Source:
+def source_of(parts: Tensors, config: dict[str, Any] | None = None, shape: tuple[int, int] | None = None) -> Source:
+    """shape: of the matrix, where it is known."""
     found = recognise(specs_of(parts), config or {})
     assert found is not None
-    return found
+    return found if shape is None else found.of(shape)
 
 
 def whole(parts: Tensors, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:

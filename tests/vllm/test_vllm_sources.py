@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qtensor import IncompleteLoadError, LossySourceError, quantize
 from qtensor.integrations.vllm import reports
 from qtensor.integrations.vllm.sources import decoded
 from qtensor.kernels import FORMATS
 from qtensor.kernels.codes import decode
+from support.helpers import same_bytes
+from support.sources import FORMS, source_of, whole
 from support.vllm.checkpoints import tensors_of, variant
 from support.vllm.engines import engine, load_error, look, runtime_tensors
 from support.vllm.oracle import fused, mistakes
@@ -207,6 +212,47 @@ def test_parts_of_nothing_pass_and_what_is_missing_is_named() -> None:
     del tensors[name + "_scale_inv"]
     with pytest.raises(IncompleteLoadError, match=f"^{name}: of its parts only weight arrived"):
         list(decoded(iter(tensors.items()), FP8, torch.bfloat16))
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), st.sampled_from(sorted(FORMS)), st.booleans())
+def test_parts_of_any_format_stream_by_in_any_order(data: st.DataObject, form: str, stacked: bool) -> None:
+    """And what the format does not need, of several weights, beside tensors that are no parts. Zero points and orders
+    that the configuration does not tell of and that come last are an error, not other weights."""
+    made = FORMS[form]
+    shape, config = (made.rows * 32 // made.rows, made.multiple * 128 // made.multiple), dict(made.config or {})
+    count = 2 if stacked and "bitsandbytes" not in form else 1
+    sent, values = {"model.norm.weight": torch.ones(4)}, {}
+    for i in range(2):
+        each = [made.parts(*shape, 2 * i + e) for e in range(count)]
+        name = f"model.layers.{i}.mlp.up_proj"
+        for part in each[0]:
+            own = torch.stack([parts[part] for parts in each]) if count > 1 else each[0][part]
+            sent[f"{name}.{part.replace('*', 'weight')}"] = own
+        found = [whole(parts, torch.bfloat16, shape) for parts in each]
+        turned = count > 1 and source_of(each[0]).transposed  # GPT-OSS's, in its models.
+        values[f"{name}.weight"] = torch.stack(found) if count > 1 else found[0]
+        if turned:
+            values[f"{name}.weight"] = values[f"{name}.weight"].mT
+    told = data.draw(st.booleans()) or not config
+    order = data.draw(st.permutations(sorted(sent)))
+    given_on: Tensors = {}
+    maybe = contextlib.nullcontext() if told else contextlib.suppress(IncompleteLoadError)
+    with maybe:
+        given_on = dict(decoded(((name, sent[name]) for name in order), config if told else {}, torch.bfloat16))
+    if not told and not given_on:
+        return
+    assert given_on.keys() == {"model.norm.weight", *values}
+    for name, expected in values.items():
+        assert same_bytes(given_on[name].clone().contiguous(), expected.contiguous()), name
+
+
+def test_a_part_that_the_format_does_not_need_may_come_last() -> None:
+    parts = FORMS["nvfp4 of ModelOpt"].parts(32, 128)
+    sent = {f"a.{part.replace('*', 'weight')}": tensor for part, tensor in parts.items()} | {
+        "a.input_scale": torch.ones(1)
+    }
+    assert list(dict(decoded(iter(sent.items()), {}, torch.bfloat16))) == ["a.weight"]
 
 
 def test_without_the_option_it_loads_by_its_own_method() -> None:
