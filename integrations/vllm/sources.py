@@ -32,7 +32,7 @@ def decoded(
     IncompleteLoadError for a weight that lacks one.
     """
     groups: dict[str, dict[str, torch.Tensor]] = {}
-    unfit: dict[str, CheckpointError] = {}  # Of parts that do not tell the weight's shape: those to come may.
+    unshaped: dict[str, str] = {}  # Why a weight's parts do not tell its shape yet: those to come may.
     unused: dict[str, frozenset[str]] = {}  # Of weights that were handed on.
     for name, tensor in weights:
         part = _part_of(name, tensor)
@@ -44,38 +44,36 @@ def decoded(
             continue
         group = groups.setdefault(weight, {})
         group[kind] = tensor
-        try:
-            ready = _decode(weight, group, config, dtype)
-        except _Unshaped as error:
-            ready, unfit[weight] = None, error
-        if ready is None:
+        found = _decode(weight, group, config, dtype)
+        unshaped[weight] = found.unshaped
+        if found.values is None:
             group[kind] = tensor.clone()  # Whoever sends it may use its memory for the next one.
             continue
         del groups[weight]
-        unfit.pop(weight, None)
-        unused[weight] = ready.unused
-        yield weight, ready.values
+        unused[weight] = found.unused
+        yield weight, found.values
     for weight, group in groups.items():
-        if weight in unfit:
-            raise CheckpointError(str(unfit[weight]))
+        if why := unshaped.get(weight):
+            raise CheckpointError(f"{weight}: {why}")
         if OWN in group or any(not is_high_precision(tensor) for tensor in group.values()):
-            found = ", ".join(kind.replace(OWN, weight.rpartition(".")[2]) for kind in group)
+            came = ", ".join(kind.replace(OWN, weight.rpartition(".")[2]) for kind in group)
             raise IncompleteLoadError(
-                f"{weight}: of its parts only {found} arrived, and no format that can be decoded is made of that alone"
+                f"{weight}: of its parts only {came} arrived, and no format that can be decoded is made of that alone"
             )
         for kind, tensor in group.items():  # No part of a weight after all: an attention's k_scale.
             yield weight.rpartition(".")[0] + "." + kind.replace(OWN, weight.rpartition(".")[2]), tensor
 
 
-class _Unshaped(CheckpointError):
-    """The parts that are there do not tell the shape of their matrix."""
+class _Found(NamedTuple):
+    """What the parts of a weight make.
 
+    values: the weight, if all of its parts are there. unused: parts that its format has and does not need.
+    unshaped: why they do not tell its shape, if they do not.
+    """
 
-class _Ready(NamedTuple):
-    """A weight, all of whose parts are there, and the parts that its format has and does not need."""
-
-    values: torch.Tensor
-    unused: frozenset[str]
+    values: torch.Tensor | None = None
+    unused: frozenset[str] = frozenset()
+    unshaped: str = ""
 
 
 def _part_of(name: str, tensor: torch.Tensor) -> tuple[str, str] | None:
@@ -88,29 +86,26 @@ def _part_of(name: str, tensor: torch.Tensor) -> tuple[str, str] | None:
     return next((each for each in found if leaf_of(each[0]) == "weight"), found[0] if found else None)
 
 
-def _decode(
-    weight: str, group: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype
-) -> _Ready | None:
-    """The weight, if all of its parts are there."""
+def _decode(weight: str, group: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> _Found:
     try:
         source = recognise(_specs_of(group), config)
         if source is None:
-            return None
+            return _Found()
         try:
             count, shape = laid_out(source, _specs_of(group), lambda part: group[part])
         except CheckpointError as error:
-            raise _Unshaped(str(error)) from None
+            return _Found(unshaped=str(error))
         stacked = count[0] if count else 0
         each = [{p: t[e] for p, t in group.items()} for e in range(stacked)] if stacked else [dict(group)]
         made = [_matrix(source, parts, shape) for parts in each]
     except CheckpointError as error:
-        raise type(error)(f"{weight}: {error}") from None
+        raise CheckpointError(f"{weight}: {error}") from None
     matrices = [matrix for matrix in made if matrix is not None]
     if len(matrices) != len(made):
-        return None
+        return _Found()
     parts = matrices[0].source.parts(matrices[0].shape) if matrices else {}
     unused = frozenset(part for part, spec in parts.items() if not spec.needed)
-    return _Ready(Undecoded.of(matrices, dtype, bool(stacked)), unused)
+    return _Found(Undecoded.of(matrices, dtype, bool(stacked)), unused)
 
 
 def _specs_of(parts: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
