@@ -153,16 +153,18 @@ def ours(folder: Path, layers: int, scheme: str) -> nn.Module:
 
 
 def in_any_order(folder: Path, layers: int, scheme: str) -> nn.Module:
-    """A loader that reads a file from its beginning to its end, into memory of its own."""
+    """A loader that reads a file from its beginning to its end, into a buffer of its own."""
     model, file = build(layers), _any_order(folder)
     dtypes = {"U8": torch.uint8, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
     with online_quant(scheme, model, source={}) as session, file.open("rb") as held:
         header = json.loads(held.read(int.from_bytes(held.read(8), "little")))
+        most = max(told["data_offsets"][1] - told["data_offsets"][0] for told in header.values())
+        buffer = torch.empty(most, dtype=torch.uint8)
         for name, told in header.items():
             begin, end = told["data_offsets"]
-            tensor = torch.empty(told["shape"], dtype=dtypes[told["dtype"]])
-            held.readinto(tensor.view(torch.uint8).numpy().reshape(-1)[: end - begin])
-            model.load_state_dict({name: tensor}, strict=False)
+            tensor = buffer[: end - begin]
+            held.readinto(tensor.numpy())
+            model.load_state_dict({name: tensor.view(dtypes[told["dtype"]]).view(told["shape"])}, strict=False)
     model.held = session.report().peak_staged_bytes
     return model
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -235,3 +237,71 @@ def test_a_weights_parts_may_lie_in_several_files(folders: dict[str, Path], tmp_
     again = meta()
     load_checkpoint(again, tmp_path / "out")
     assert same_bytes(again.up.weight.qdata, model.up.weight.qdata)
+
+
+ANYWHERE = sorted(FORMS)
+
+
+def write_anywhere(folder: Path, tensors: dict[str, torch.Tensor], order: list[str], files: int) -> None:
+    """A checkpoint of so many files, in each of which the tensors lie in that order. (The library sorts them.)"""
+    dtypes = {
+        torch.float32: "F32",
+        torch.bfloat16: "BF16",
+        torch.float16: "F16",
+        torch.int32: "I32",
+        torch.int64: "I64",
+    }
+    dtypes |= {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0"}
+    weight_map = {}
+    for i in range(files):
+        header, data = {}, b""
+        for name in order[i::files]:
+            held = bytes(tensors[name].contiguous().reshape(-1).view(torch.uint8).tolist())
+            offsets = [len(data), len(data) + len(held)]
+            header[name] = {
+                "dtype": dtypes[tensors[name].dtype],
+                "shape": list(tensors[name].shape),
+                "data_offsets": offsets,
+            }
+            data += held
+        text = json.dumps(header).encode()
+        (folder / f"{i}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+        weight_map |= dict.fromkeys(header, f"{i}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), st.sampled_from(ANYWHERE), st.sampled_from(ANYWHERE), st.sampled_from(TARGETS), st.integers(1, 3))
+def test_parts_lie_anywhere_in_any_files(
+    tmp_path_factory: Any, data: Any, first: str, second: str, scheme: str, files: int
+) -> None:
+    """A model and files in that scheme have the same bytes, without a configuration."""
+    folder, tensors, wanted = tmp_path_factory.mktemp("anywhere"), {}, {}
+    for name, form, shape in (("up", first, (384, 128)), ("down", second, (128, 384))):
+        parts = FORMS[form].parts(*shape)
+        tensors |= {f"{name}.{part.replace('*', 'weight')}": tensor for part, tensor in parts.items()}
+        wanted[name] = whole(parts, torch.bfloat16, shape)
+    order = data.draw(st.permutations(sorted(tensors)))
+    write_anywhere(folder, tensors, order, min(files, len(tensors)))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (
+                nn.Linear(a, b, bias=False, dtype=torch.bfloat16, device="meta") for a, b in ((128, 384), (384, 128))
+            )
+
+    model, again = Two(), Two()
+    report = load_checkpoint(model, folder, scheme=scheme)
+    told = {layer.name: layer.source.rpartition(": ")[2] for layer in report.layers}
+    for name, values in wanted.items():
+        weight = model.get_submodule(name).weight
+        if told[f"{name}.weight"] == "requantized":
+            assert_oracle(weight, values, weight.scheme)
+        else:
+            assert torch.allclose(weight.dequantize().float(), values.float(), rtol=2**-7, atol=0)
+    quantize_checkpoint(folder, folder / "out", scheme)
+    load_checkpoint(again, folder / "out")
+    for name in wanted:
+        pairs = zip(again.get_submodule(name).weight.parts(), model.get_submodule(name).weight.parts(), strict=True)
+        assert all(same_bytes(a, b) for a, b in pairs), name

@@ -19,6 +19,7 @@ from qtensor.lazy.sources import is_high_precision
 from qtensor.sources.families import recognise
 from qtensor.sources.source import Matrix, Source, Spec, laid_out
 from qtensor.sources.undecoded import QuantizedMatrix, Undecoded
+from qtensor.tensor.rooms import passing_copy
 
 OWN = "*"
 
@@ -47,7 +48,7 @@ def decoded(
         found = _decode(weight, group, config, dtype)
         unshaped[weight] = found.unshaped
         if found.values is None:
-            group[kind] = tensor.clone()  # Whoever sends it may use its memory for the next one.
+            group[kind] = passing_copy(tensor)  # Whoever sends it may use its memory for the next one.
             continue
         del groups[weight]
         unused[weight] = found.unused

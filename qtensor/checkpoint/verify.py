@@ -232,13 +232,16 @@ def _against_manifest(checkpoint: Checkpoint, content: dict[str, Any]) -> Iterat
 
 
 def _scale_problems(weight: Weight) -> list[str]:
-    """Scales are finite and not negative, and 0 only where all values are."""
+    """Scales are finite, and 0 only where all values are. Those of integers may be negative, as some tools choose them
+    to have one more integer on the side of the largest value."""
     try:
         outline = weight.outline()
     except CheckpointError as error:
         return [str(error)]
     fmt = outline.scheme.format
     steps = [fmt.step(outline.scale), *outline.parts()[2:]]
+    if fmt.element in ("int8", "int4"):
+        steps = [step.abs() for step in steps]
     if all(bool((step > 0).all() and step.isfinite().all()) for step in steps):
         return []
     if all(bool((step >= 0).all() and step.isfinite().all()) for step in steps) and not _any_value_at_zero(weight):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import CheckpointError, LossySourceError
 from ..kernels import NonFinite
 from ..schemes.scheme import Scheme
 from ..sources.families import recognise
+from ..sources.moving import moved_rows
 from ..sources.scales import has_nan
 from ..sources.source import Source, Spec, laid_out
 from ..tensor.qtensor import QTensor
@@ -77,7 +78,7 @@ class Decoded:
         fmt, size, made = scheme.format, (stop - start, self.shape[1]), None
         if self.source.moves(fmt) is not None:
             parts = self._parts(start, stop)
-            made = self.source.move(parts, size, fmt)
+            made = moved_rows(self.source, parts, size, fmt)
             if made is not None and has_nan(made.qdata):
                 at = int(((made.qdata.view(torch.uint8) & 0x7F) == 0x7F).reshape(-1).nonzero()[0])
                 raise NonFinite(start * size[1] + at, float("nan"))
@@ -150,7 +151,7 @@ def decoded(checkpoint: Checkpoint, lossless: bool) -> Checkpoint:
             source = recognise(specs, config)
             if source is None:
                 continue
-            count, shape = laid_out(source, specs, lambda part, group=group: group[part].read())
+            count, shape = laid_out(source, specs, _reader(group))
             source = source.of(shape)
             for part, spec in source.parts(shape).items():
                 if spec.needed and part not in specs:
@@ -174,6 +175,10 @@ def decoded(checkpoint: Checkpoint, lossless: bool) -> Checkpoint:
     found = copy.copy(checkpoint)
     found.tensors = tensors
     return found
+
+
+def _reader(group: Mapping[str, Stored]) -> Callable[[str], torch.Tensor]:
+    return lambda part: group[part].read()
 
 
 def _is_quantized(dtype: torch.dtype) -> bool:

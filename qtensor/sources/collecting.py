@@ -18,9 +18,11 @@ from ..regions.coverage import Box
 from ..regions.views import View
 from ..schemes.scheme import Scheme
 from ..tensor.qtensor import QTensor
+from ..tensor.rooms import passing_copy
 from . import DECODED, LOSSLESS, MOVED, REQUANTIZED
 from .families import recognise
 from .holding import MatrixParts
+from .moving import moved_rows
 from .rooms import DecodedRows
 from .scales import has_nan
 from .source import ANY, PartSpec, Source, Spec, Unusable
@@ -127,7 +129,7 @@ class Collector:
         with self._lock:
             self._recognise({part: spec})
             if self.source is None:
-                self._waiting.append((part, box, tensor.clone()))
+                self._waiting.append((part, box, passing_copy(tensor)))
                 self._account()
                 return
             self._take(part, box, tensor)
@@ -286,7 +288,7 @@ class Collector:
         for a in range(start, stop, step):
             b = min(a + step, stop)
             part = {name: matrix.cut(name, tensor, a - start, b - start) for name, tensor in parts.items()}
-            moved = source.move(part, (b - a, cols), scheme.format)
+            moved = moved_rows(source, part, (b - a, cols), scheme.format)
             if moved is None or (self._sink.refuses_nonfinite and has_nan(moved.qdata)):
                 return a - start
             whole, dtype = moved.global_scale, self._sink.dtype

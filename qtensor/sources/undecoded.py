@@ -26,6 +26,7 @@ from ..tensor.ops_slices import sliceable, take_slice
 from ..tensor.qtensor import QTensor, written_by
 from . import DECODED, LOSSLESS, MOVED, REQUANTIZED
 from .holding import CHUNK_BYTES, EVEN_ROWS
+from .moving import moved_rows
 from .rooms import DecodedRows, decoded
 from .scales import has_nan
 from .source import Matrix, Source
@@ -107,7 +108,7 @@ class QuantizedMatrix:
 
     def _in_form(self, rows: Span, scheme: Scheme, dtype: torch.dtype) -> QTensor | None:
         cols = self.shape[1]
-        made = self.source.move(self._cut(rows), (rows[1] - rows[0], cols), scheme.format)
+        made = moved_rows(self.source, self._cut(rows), (rows[1] - rows[0], cols), scheme.format)
         if made is None:
             return None
         return QTensor(made.qdata, made.scale, scheme, dtype, global_scale=made.global_scale, cols=cols)

@@ -24,3 +24,12 @@ def room_for(
         return torch.empty(shape, dtype=dtype, device=device)
     own = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(own, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def passing_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is going to be freed while what is allocated after it stays."""
+    copy = room_for(tuple(tensor.shape), tensor.dtype, tensor.device, mapped_bytes=PASSING_BYTES)
+    if tensor.itemsize == 1:  # 8-bit floats have slow copies.
+        copy.view(torch.uint8).copy_(tensor.view(torch.uint8))
+        return copy
+    return copy.copy_(tensor)

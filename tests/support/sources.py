@@ -65,7 +65,15 @@ def packed(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def floats(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return (torch.rand(shape, generator=generator) * 0.03 + 1e-5).to(dtype)
+    """Scales, of which some are 0."""
+    found = (torch.rand(shape, generator=generator) * 0.03 + 1e-5).to(dtype)
+    return torch.where(torch.rand(shape, generator=generator) < 1 / 64, torch.zeros_like(found), found)
+
+
+def signed_floats(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Scales of integers, which some tools choose to be negative."""
+    found = floats(shape, generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.25, -found, found)
 
 
 def _up(a: int, b: int) -> int:
@@ -100,7 +108,7 @@ def _packed_integers(
 ) -> Tensors:
     found = {
         "*_packed": words((n, _up(k * bits, 32)), g),
-        "*_scale": floats((n, groups), g),
+        "*_scale": signed_floats((n, groups), g),
         "*_shape": torch.tensor([n, k]),
     }
     if zeros:
@@ -119,7 +127,7 @@ def _gptq(bits: int, groups: int | None) -> Callable[[int, int, torch.Generator]
         return {
             "qweight": words((k * bits // 32, n), g),
             "qzeros": words((count, n * bits // 32), g),
-            "scales": floats((count, n), g),
+            "scales": signed_floats((count, n), g),
             "g_idx": order(k, count, g) if groups is None else (torch.arange(k) // (k // count)).int(),
         }
 
@@ -195,7 +203,7 @@ FORMS: dict[str, Form] = {
         16,
     ),
     "ModelOpt int4": Form(lambda n, k, g: {"*": packed((n // 2, k), g), "*_scale": floats((n, k // 32), g)}, 32, 2),
-    "int8 channel": Form(lambda n, k, g: {"*": int8((n, k), g), "*_scale": floats((n, 1), g)}),
+    "int8 channel": Form(lambda n, k, g: {"*": int8((n, k), g), "*_scale": signed_floats((n, 1), g)}),
     "int8 zero points": Form(
         lambda n, k, g: {
             "*": int8((n, k), g),
