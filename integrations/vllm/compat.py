@@ -226,6 +226,19 @@ def process_like_other_loaders(model: nn.Module, model_config: Any) -> None:
     process_weights_after_loading(model, model_config, torch.get_default_device())
 
 
+def draft_config(root: nn.Module, config: Any) -> Any:
+    """The model configuration of a draft (EAGLE, MTP and their like) that is being built; None for any other model."""
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    if getattr(config.model_config, "runner_type", "") == "draft":
+        return config.model_config
+    own = getattr(config.speculative_config, "draft_model_config", None)
+    if own is None or own is config.model_config:
+        return None
+    draft, target = (get_model_architecture(each)[0] for each in (own, config.model_config))
+    return own if type(root) is draft is not target else None
+
+
 def load_time_parameters(layer: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that the layer had when it was built, as vLLM noted them: on the meta device, with the classes and
     attributes (weight_loader, ...) that loaders look for. Processing after a load may have replaced or dropped them."""

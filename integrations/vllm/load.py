@@ -137,6 +137,7 @@ class Load(Filling):
         models by name; here by element, so that a fused bias or an ignored layer with a part missing is found too."""
         root = self.served.root
         lines = []
+        lent = self._lent()
         armed = {name for name, p in root.named_parameters(remove_duplicate=False) if isinstance(p, _ARMED)}
         params = dict(root.named_parameters(remove_duplicate=False))
         tied: dict[int, list[str]] = {}
@@ -150,9 +151,29 @@ class Load(Filling):
             if name != twins[0] or (loaded.intersection(twins) and boxes == [tuple((0, n) for n in param.shape)]):
                 continue  # Computed by the model's own load_weights, which reports it as loaded.
             module_name, _, own = name.rpartition(".")
+            if module_name.rpartition(".")[2] in lent and boxes == [tuple((0, n) for n in param.shape)]:
+                continue
             module = root.get_submodule(module_name)
             lines += self.served.names.describe(module_name, module, own, tuple(param.shape), boxes)
         return lines
+
+    def _lent(self) -> set[str]:
+        """The layers of a draft that vLLM replaces by its target's when both are loaded: its flags tell of tensors that
+        came for them, and a model without flags never has its own."""
+        setting, root = self.served.setting, self.served.root
+        if not setting.draft:
+            return set()
+        lent = {"lm_head": "has_own_lm_head"} | (
+            {"embed_tokens": "has_own_embed_tokens"} if setting.stages == 1 else {}
+        )
+        return {name for name, own in lent.items() if not getattr(root, own, False)}
+
+    def _do_without_lent(self) -> None:
+        """Layers of our care that the target's stand for, and nothing was written to."""
+        lent = self._lent()
+        for weight, slot in list(self.slots.items()):
+            if slot.prefix.rpartition(".")[2] in lent and not weight.coverage.covered:
+                self.disarm(slot.layer, slot.name)
 
     # The end
 
@@ -167,6 +188,7 @@ class Load(Filling):
     def prepare(self) -> None:
         """Everything has to be there, and each layer gets its quantized weights in the form its kernel wants. After an
         error the model is of no use, and nothing was served before."""
+        self._do_without_lent()
         self._verify()
         self.agree()
         self.served.aliases = aliases(self.served.root)

@@ -43,7 +43,7 @@ class ServedModel:
 
     def __init__(self, root: nn.Module, choice: Choice) -> None:
         self.root, self.choice = root, choice
-        self.setting = Setting.current()
+        self.setting = Setting.of(root)
         self.names = Names(choice.parts)
         decode = partial(decoded, config=choice.stored, dtype=self.setting.dtype or torch.bfloat16)
         asked = choice.options.source in REQUANTIZING
@@ -136,13 +136,18 @@ class Filling(RankHost, Transaction):
 class Setting:
     """What the plugin needs of vLLM's configuration, which can be asked for only while a model is built.
 
-    all_layers: the model has every layer, so that a pattern without a match is a mistake; a pipeline stage or a draft
-    model has some of them.
+    draft: the model proposes tokens for another one. stages: of the pipeline.
     """
 
     load_format: str
     model_config: Any
-    all_layers: bool
+    draft: bool = False
+    stages: int = 1
+
+    @property
+    def all_layers(self) -> bool:
+        """Has the model every layer, so that a pattern without a match is a mistake?"""
+        return self.model_config is not None and self.stages == 1 and not self.draft
 
     @property
     def folder(self) -> str | None:
@@ -155,15 +160,17 @@ class Setting:
         return self.model_config.dtype if self.model_config is not None else None
 
     @classmethod
-    def current(cls) -> Setting:
+    def of(cls, root: nn.Module) -> Setting:
+        """That of a model which is being built. A draft is built in its target's configuration, with one of its own
+        beside it."""
         from vllm.config import get_current_vllm_config
         from vllm.distributed import get_pp_group
 
         config = get_current_vllm_config()
         model = config.model_config
         if model is None:
-            return cls("", None, all_layers=False)
-        draft = getattr(model, "runner_type", "") == "draft"
+            return cls("", None)
+        own = compat.draft_config(root, config)
         load_format = config.load_config.load_format
-        whole = get_pp_group().world_size == 1 and not draft
-        return cls(str(getattr(load_format, "value", load_format)), model, whole)
+        name = str(getattr(load_format, "value", load_format))
+        return cls(name, own or model, own is not None, get_pp_group().world_size)

@@ -159,9 +159,10 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 def load(filling: Filling) -> set[str] | None:
     """Give a model that is being loaded the weights of the snapshot that the option names: the names of all parameters.
-    None if there is no such option, or a rank's snapshot does not fit, which the log says."""
+    None if there is no such option, the model is the draft of the one that was saved, or a rank's snapshot does not
+    fit, which the log says."""
     folder = filling.served.choice.options.snapshot
-    if folder is None:
+    if folder is None or filling.served.setting.draft:
         return None
     found, problem = None, None
     try:
