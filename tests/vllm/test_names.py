@@ -270,3 +270,19 @@ def test_what_is_absent_is_noticed(vllm: Sources) -> None:
         node = ast.parse(call, mode="eval").body
         assert isinstance(node, ast.Call)
         assert _fits(node, function[1].args) == fits
+
+
+@every_source
+def test_the_weight_cache_takes_no_layers_that_do_not_say_so(vllm: Sources) -> None:
+    """docs/snapshots.md says what vLLM's daemon wants: GPUs, and layers that ask for processed weights."""
+    cache = "vllm.model_executor.model_loader.weight_cache.protocol"
+    if vllm.module(cache) is None:
+        pytest.skip("this vLLM has no weight cache")
+    checks = {name: vllm.find(cache, name) for name in ("check_ipc_platform_support", "check_ipc_quant_support")}
+    text = {name: ast.unparse(found[1]) for name, found in checks.items() if found is not None}
+    assert "current_platform.is_cuda_alike()" in text["check_ipc_platform_support"]
+    assert "not quant_method.supports_pre_processed_weights" in text["check_ipc_quant_support"]
+    found = vllm.find("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase")
+    assert found is not None
+    assert "supports_pre_processed_weights: bool = False" in ast.unparse(found[1])
+    assert not any("supports_pre_processed_weights" in path.read_text() for path in PLUGIN.glob("*.py"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 from vllm import LLM
 
 from qtensor import SnapshotError, weight_root
+from qtensor.checkpoint import snapshot_file, snapshots
 from qtensor.checkpoint.snapshots import snapshot_roots, verify_snapshot
+from qtensor.checkpoint.writing import Staging
 from qtensor.integrations.vllm import checksums, compat, root, save_snapshot
 from support.vllm.checkpoints import checkpoint
 from support.vllm.engines import engine, load_error, look
@@ -141,6 +146,73 @@ def test_a_shard_with_a_flipped_bit_is_refused_before_it_serves(tmp_path, monkey
         blob.write_bytes(data)
         reload(llm, folder)
         assert root(llm) == own
+
+
+def killed(llm: LLM, folder: Path, moment: tuple[object, str], before: bool) -> None:
+    """A fork of the engine saves a snapshot, and is killed before, or after, it calls this function."""
+    pid = os.fork()
+    if not pid:
+        try:
+            torch.set_num_threads(1)  # OpenMP's threads are not forked.
+            at, name = moment
+            real: Callable[..., object] = getattr(at, name)
+
+            def last(*args: object, **kwargs: object) -> None:
+                if not before:
+                    real(*args, **kwargs)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            setattr(at, name, last)
+            save_snapshot(llm, folder)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+MOMENTS = [(snapshot_file, "bytes_of"), (snapshots, "write_rank"), (snapshots, "seal_folder"), (Staging, "publish")]
+
+
+def test_an_engine_that_is_killed_as_it_saves_leaves_what_was_there(tmp_path, monkeypatch) -> None:
+    """Half a snapshot is none, the next start loads in the ordinary way, and the next save works."""
+    said: list[str] = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda text, *args: said.append(text % args))
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        own = root(llm)
+        for n, moment in enumerate(MOMENTS):
+            killed(llm, tmp_path / str(n), moment, before=bool(n % 2))
+            with pytest.raises(SnapshotError):
+                snapshot_roots(tmp_path / str(n) / "ranks-1")
+        monkeypatch.setenv("QTENSOR_VLLM_SNAPSHOT", str(tmp_path / "0"))
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        assert root(llm) == own
+        assert mapped(llm) == []
+        assert any("the checkpoint is loaded instead" in line for line in said)
+        for folder in ("0", "1"):
+            assert save_snapshot(llm, tmp_path / folder) == [own]
+        reload(llm, other("llama"))
+        killed(llm, tmp_path / "0", (snapshots, "seal_folder"), before=True)
+    assert snapshot_roots(tmp_path / "0" / "ranks-1") == [own]
+    with engine(without_weights("llama", tmp_path / "bare"), "qtensor") as llm:
+        assert root(llm) == own
+        assert mapped(llm) != []
+
+
+def test_vllms_weight_cache_refuses_a_layer_of_qtensors_by_name() -> None:
+    """Its daemon hands out weights that layers have processed; the plugin's have to see theirs arrive."""
+    protocol = pytest.importorskip("vllm.model_executor.model_loader.weight_cache.protocol")
+
+    def ask(model: torch.nn.Module) -> str:
+        with pytest.raises(protocol.UnsupportedQuantForIPCError) as refused:
+            protocol.check_ipc_quant_support(model)
+        return str(refused.value)
+
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        said = llm.apply_model(ask)[0]
+    assert "qkv_proj: QTensor" in said
+    with pytest.raises(protocol.UnsupportedPlatformForIPCError):
+        protocol.check_ipc_platform_support()
 
 
 @pytest.mark.slow
