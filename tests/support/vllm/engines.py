@@ -30,6 +30,7 @@ from support.vllm.checkpoints import VOCAB
 _PROMPTS = [torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(8)]
 _TOKENS = 4
 _SMALL = {
+    "skip_tokenizer_init": True,
     "enforce_eager": True,
     "dtype": "bfloat16",
     "max_model_len": 128,
@@ -81,7 +82,7 @@ def engine(folder: Path, quantization: str | None, **options: Any) -> Iterator[L
     gc.collect()
     _freeze()
     try:
-        llm = LLM(str(folder), quantization=quantization, skip_tokenizer_init=True, **(_SMALL | options))
+        llm = LLM(str(folder), quantization=quantization, **(_SMALL | options))
         yield llm
     finally:
         if llm is not None:
