@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import torch
 
@@ -65,3 +65,12 @@ class Parts(tuple[torch.Tensor, ...]):
             return self
         scale = self[1] if fmt.granularity == "tensor" else self[1][fmt.scale_rows(start, stop)]
         return tuple.__new__(Parts, (self[0][start:stop], scale, *self[2:]))
+
+
+class Pieces(Protocol):
+    """What writes rows of one weight, or of one stack, many times: what is the same each time was looked up before."""
+
+    def write(self, source: torch.Tensor, row: int, unit: int, units: int, origin: int) -> bool:
+        """Quantize `source` into rows that begin at `row`, and are so many units from `unit` on, both counted through
+        all matrices. origin: as `Backend.quantize_into` takes it. False, and nothing is written, if the source is not
+        of the kind that is taken here. Raises NonFinite before anything is stored."""

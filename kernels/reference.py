@@ -14,7 +14,7 @@ import torch
 from .audit import Audit
 from .codes import decode, encode
 from .formats import FP8_PER_BLOCK, FP8_PER_CHANNEL, NonFinite, Search, WeightFormat, ceil_div
-from .parts import Parts
+from .parts import Parts, Pieces
 
 CHUNK_ELEMENTS = 1 << 18
 
@@ -39,6 +39,10 @@ class Torch:
         step = source.shape[1] * source.shape[2]
         for e in range(source.shape[0]):
             _quantize_matrix(source[e], parts.matrix(e), fmt, audit, origin + e * step)
+
+    def pieces(self, parts: Parts, fmt: WeightFormat, audit: Audit) -> Pieces | None:
+        """What writes rows into a weight or a stack in few steps, where a loader sends many; None if nothing does."""
+        return None
 
     def raise_amax(
         self, source: torch.Tensor, amax: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int

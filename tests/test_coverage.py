@@ -26,11 +26,15 @@ def cut(box: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
 @given(st.data(), shapes)
 def test_agrees_with_a_boolean_array_after_every_step(data: st.DataObject, shape: tuple[int, ...]) -> None:
     coverage, model = Coverage(shape), np.zeros(shape, bool)
-    for action in data.draw(st.lists(st.sampled_from(["add", "discard", "mask"]), max_size=12)):
+    for action in data.draw(st.lists(st.sampled_from(["add", "run", "run", "discard", "mask"]), max_size=12)):
         box = data.draw(boxes(shape))
         if action == "add":
             assert coverage.add(box) == int((~model[cut(box)]).sum())
             model[cut(box)] = True
+        elif action == "run" and model.size:
+            start, stop = sorted(data.draw(st.lists(st.integers(0, model.size), min_size=2, max_size=2, unique=True)))
+            assert coverage.add_run(start, stop) == int((~model.reshape(-1)[start:stop]).sum())
+            model.reshape(-1)[start:stop] = True
         elif action == "discard":
             assert coverage.discard(box) == int(model[cut(box)].sum())
             model[cut(box)] = False
@@ -82,6 +86,18 @@ def test_the_grid_stays_small_when_shards_arrive_in_any_order(order: list[int]) 
         coverage.add(((100 * i, 100 * i + 100), (0, 4)))
     assert coverage._cells.size <= 200
     assert coverage.missing() == [((100 * order[-1], 100 * order[-1] + 100), (0, 4))]
+
+
+@given(st.permutations(range(12)), st.integers(0, 11))
+def test_whole_rows_in_any_order_are_no_boxes_until_something_else_comes(order: list[int], at: int) -> None:
+    """As experts come, by name: 0, 1, 10, 11, 2."""
+    coverage = Coverage((4, 3, 5))
+    for i in order[:at]:
+        assert coverage.add_run(5 * i, 5 * i + 5) == 5
+    assert not coverage._runs
+    assert not coverage._gridded
+    assert coverage.add(((0, 4), (0, 3), (0, 5))) == 60 - 5 * at
+    assert coverage.complete
 
 
 @pytest.mark.parametrize("region", [[(0, 3)], [(0, 3), (0, 5)], [(-1, 2), (0, 4)], [(2, 9), (0, 4)]])

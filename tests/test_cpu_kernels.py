@@ -175,6 +175,22 @@ def test_a_large_weight_shared_among_threads(fmt: WeightFormat, dtype: torch.dty
     assert_same_quantization(source[:896].view(7, 128, 1111), fmt)
 
 
+@formats
+@dtypes
+@pytest.mark.parametrize("shape", [(128, 48, 20), (30, 128, 100), (2 * rows.PIECE // 40 + 1, 40)], ids=str)
+def test_many_short_rows(fmt: WeightFormat, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """They are scanned together, and quantized by the loop for pieces."""
+    source = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.03).to(dtype)
+    for got, want in zip(quantized(NUMBA, source, fmt), quantized(TORCH, source, fmt), strict=True):
+        assert_same_bytes(got, want)
+    source[-1, ..., 3] = source[-2, ..., 7] = float("nan")
+    parts = Parts.of(shape, fmt).map(torch.zeros_like)
+    with pytest.raises(NonFinite) as refused:
+        NUMBA.quantize_into(source, parts, fmt)
+    assert refused.value.index == int(source.isnan().flatten().nonzero()[0])
+    assert not any(part.view(torch.uint8).any() for part in parts)
+
+
 @dtypes
 def test_encode_is_exact_for_every_value(dtype: torch.dtype) -> None:
     """All 65,536 bf16 and fp16 values, a dense sample of fp32, at scales that put them everywhere in the range."""

@@ -11,7 +11,7 @@ from ..audit import Audit
 from ..formats import NonFinite, WeightFormat, ceil_div
 from ..parts import Parts
 from . import jit
-from .rows import ELEMENTS, Array, adjacent, flat_rows, share, slabs
+from .rows import ELEMENTS, PIECE, Array, adjacent, flat_rows, share, slabs
 
 _LOOPS = {"tensor": jit.quantize_rows, "channel": jit.quantize_groups, "block": jit.quantize_blocks}
 _PIECES = {
@@ -21,6 +21,10 @@ _PIECES = {
 }
 # The loops for small matrices that have been used, and an array of the element type of each.
 _pieces: dict[tuple[str, torch.dtype], tuple[Callable[..., int], Array]] = {}
+
+
+NARROW = 256
+"""Columns below which the loops of `vectors` take longer than those for pieces: they have a start for each row."""
 
 
 def is_fused(fmt: WeightFormat) -> bool:
@@ -38,18 +42,60 @@ def piece_loop(fmt: WeightFormat) -> jit.Loop:
     return _PIECES[fmt.granularity]
 
 
+def _piece_loop(fmt: WeightFormat, dtype: torch.dtype) -> tuple[Callable[..., int], Array]:
+    """The loop for small matrices, and an array of its element type."""
+    key = fmt.granularity, dtype
+    if key not in _pieces:
+        like: Array = np.empty(0, ELEMENTS[dtype])
+        _pieces[key] = piece_loop(fmt).of(like.dtype, purpose=fmt.name), like
+    return _pieces[key]
+
+
+class Pieces:
+    """As `parts.Pieces`, for a contiguous weight or stack: addresses are sums."""
+
+    def __init__(self, parts: Parts, fmt: WeightFormat) -> None:
+        self._held, self._fmt = parts, fmt  # Whoever has the addresses keeps the memory.
+        self._cols = parts.qdata.shape[-1]
+        self._codes, self._scales = parts.qdata.data_ptr(), parts.scale.data_ptr()
+        self._scales_per_unit = parts.scale.shape[-1] if fmt.granularity == "block" else 1
+        self._loops: dict[torch.dtype, tuple[Callable[..., int], Array]] = {}
+
+    def write(self, source: torch.Tensor, row: int, unit: int, units: int, origin: int, most: int = PIECE) -> bool:
+        """most: of elements."""
+        dtype, (rows, cols), address = source.dtype, source.shape, source.data_ptr() if source.is_cpu else 1
+        stride, step = source.stride()
+        if address % dtype.itemsize or (step != 1 and cols != 1) or rows * cols > most:
+            return False
+        if source.is_neg() or dtype not in ELEMENTS:
+            return False
+        found = self._loops.get(dtype)
+        if found is None:
+            found = self._loops[dtype] = _piece_loop(self._fmt, dtype)
+        loop, like = found
+        scales, width = self._scales_per_unit, self._cols
+        bad = loop(
+            address,
+            stride,
+            like,
+            self._codes + row * width,
+            width,
+            self._scales + unit * scales * 4,
+            units * scales,
+            rows,
+            cols,
+        )
+        if bad >= 0:
+            raise NonFinite(origin + bad, float(source[bad // cols, bad % cols]))
+        return True
+
+
 def quantize_piece(source: torch.Tensor, parts: Parts, fmt: WeightFormat, origin: int) -> None:
     """A small matrix in one call: loaders that deliver a weight in many slices spend their time between the calls.
 
     All are `adjacent`, and the scales contiguous.
     """
-    key = fmt.granularity, source.dtype
-    try:
-        loop, like = _pieces[key]
-    except KeyError:
-        like = np.empty(0, ELEMENTS[source.dtype])
-        loop = piece_loop(fmt).of(like.dtype, purpose=fmt.name)
-        _pieces[key] = loop, like
+    loop, like = _piece_loop(fmt, source.dtype)
     qdata, scale, (rows, cols) = parts.qdata, parts.scale, source.shape
     bad = loop(
         source.data_ptr(),
@@ -87,6 +133,23 @@ def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit
     scale.copy_(scales)
     if target is not qdata:
         qdata.copy_(target)
+
+
+def is_narrow(source: torch.Tensor, parts: Parts, fmt: WeightFormat) -> bool:
+    """Is `quantize_narrow` for this finite matrix? One with short rows, that lie together."""
+    in_one = source.is_contiguous() and all(part.is_contiguous() for part in parts)
+    return in_one and source.shape[1] < NARROW and fmt.granularity != "tensor" and adjacent(source)
+
+
+def quantize_narrow(source: torch.Tensor, parts: Parts, fmt: WeightFormat) -> None:
+    """Quantize it by the loop for pieces."""
+    pieces, unit = Pieces(parts, fmt), fmt.block[0]
+
+    def work(start: int, stop: int) -> None:
+        rows = source[start * unit : stop * unit]
+        pieces.write(rows, start * unit, start, stop - start, 0, most=rows.numel())
+
+    share(ceil_div(source.shape[0], unit), source.numel(), work)
 
 
 def quantize_activation(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from qtensor.errors import WeightDtypeError, WeightShapeError
 
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
-from ..parts import Parts
+from ..parts import Parts, Pieces
 from ..reference import Torch, room
 from . import fused, jit, layouts, prepared, products, quantizing, stripes, vectors
 from .rows import ELEMENTS, PIECE, adjacent, flat_rows, share, slabs
@@ -53,10 +53,17 @@ class Numba(Torch):
                 amax[i] = _amax(matrix, audit, origin, fmt.name)
                 origin += matrix.numel()
         for i, (matrix, own) in enumerate(matrices):
-            if plain:
+            if is_fused and plain and fused.is_narrow(matrix, own, fmt):
+                fused.quantize_narrow(matrix, own, fmt)
+            elif plain:
                 quantizing.quantize(matrix, own, fmt, amax[i])
             else:
                 fused.quantize(matrix, own, fmt, audit, amax[i])
+
+    def pieces(self, parts: Parts, fmt: WeightFormat, audit: Audit) -> Pieces | None:
+        plain = audit.refuse_nonfinite and not audit.measure_sqnr and fmt.search is None
+        in_one = all(part.is_cpu and part.is_contiguous() for part in parts) and parts.qdata.numel()
+        return fused.Pieces(parts, fmt) if plain and in_one and fused.is_fused(fmt) else None
 
     def raise_amax(
         self, source: torch.Tensor, amax: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int
@@ -179,18 +186,29 @@ def _amax(source: torch.Tensor, audit: Audit, origin: int, purpose: str) -> floa
     loop = vectors.amax_loop(source.dtype, purpose)
     finite_amax = None if audit.refuse_nonfinite else jit.amax_rows.of(ELEMENTS[source.dtype], purpose=purpose)
     for first, slab in slabs(source, 1):
+        scanned = _widened(slab)
 
-        def scan(start: int, stop: int, slab: torch.Tensor = slab) -> None:
-            bits = quantizing.largest(loop, slab, start, stop)
+        def scan(start: int, stop: int, rows: torch.Tensor = scanned) -> None:
+            bits = quantizing.largest(loop, rows, start, stop)
             if bits >= _INFINITY_BITS and finite_amax is not None:
-                values, stride = flat_rows(slab)
-                bits = int(finite_amax(values, stride, cols, start, stop, True))
+                values, stride = flat_rows(rows)
+                bits = int(finite_amax(values, stride, rows.shape[1], start, stop, True))
             found.append(bits)
 
-        share(slab.shape[0], slab.numel(), scan)
+        share(scanned.shape[0], slab.numel(), scan)
         if max(found) >= _INFINITY_BITS:
             values, stride = flat_rows(slab)
             first_nonfinite = jit.first_nonfinite.of(values.dtype, purpose=purpose)
             index = int(first_nonfinite(values, stride, slab.shape[0], cols))
             raise NonFinite(origin + first * cols + index, float(slab[index // cols, index % cols]))
     return float(np.uint32(max(found)).view(np.float32))
+
+
+def _widened(rows: torch.Tensor) -> torch.Tensor:
+    """The same elements in fewer and longer rows where these are short and lie together: a loop has a start for each
+    row, which takes as long as a few hundred elements."""
+    count, cols = rows.shape
+    if cols >= fused.NARROW or not rows.is_contiguous():
+        return rows
+    together = next((n for n in (64, 32, 16, 8, 4, 2) if count % n == 0), 1)
+    return rows.view(count // together, cols * together)

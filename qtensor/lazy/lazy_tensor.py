@@ -1,9 +1,9 @@
 """LazyWeight: a weight that is still being loaded.
 
-To a loader it is a tensor of the logical dtype on the real device. Views of it only move geometry (replayed on a meta
-tensor); writes to any view are handed, as (view, source), to the `ArmedWeight` behind it; reads tell the truth or
-raise. When the last element has arrived the same Python object changes class to `LiveQTensor`, and to `QTensor` once
-the session ends. What each operation does is in `ops`.
+To a loader it is a tensor of the logical dtype on the real device. Views of it only move geometry (by arithmetic where
+loaders slice, replayed on a meta tensor where they do anything else); writes to any view are handed, as (view, source),
+to the `ArmedWeight` behind it; reads tell the truth or raise. When the last element has arrived the same Python object
+changes class to `LiveQTensor`, and to `QTensor` once the session ends. What each operation does is in `ops`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import MutableMapping
 from functools import partial
+from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,7 @@ from ..callers import called_by_init, copies_to_train, makes_parameter
 from ..errors import QTensorError, WeightShapeError
 from ..interrupts import without_grad
 from ..kernels.compiled import is_recording
-from ..regions.views import View
+from ..regions.views import View, whole
 from ..tensor.qtensor import QTensor
 from ..tensor.table import OpTable
 from .casts import cast, vacate
@@ -35,6 +36,10 @@ OPS = OpTable()
 """What operations do to lazy weights."""
 LIVE_OPS = OpTable()
 """What operations do to quantized weights whose session is open."""
+# Looked up once: a loader makes a few handles for each name that it sends.
+_make, _strided = torch.Tensor._make_wrapper_subclass, torch.strided
+_in_inference_mode, _modes = torch.is_inference_mode_enabled, torch._C._len_torch_dispatch_stack
+_view: Any = partial(tuple.__new__, View)
 
 
 class _Handle:
@@ -46,8 +51,13 @@ class _Handle:
 
     __slots__ = ()
     _armed: ArmedWeight
-    _meta: torch.Tensor
+    _view: View
     _live = False
+
+    @property
+    def _meta(self: Any) -> torch.Tensor:
+        """A meta tensor that shows the same elements, to replay operations on."""
+        return torch.empty(self._armed.shape, dtype=self.dtype, device="meta").as_strided(*self._view)
 
     @property
     def device(self) -> torch.device:
@@ -59,18 +69,25 @@ class _Handle:
         return self.device.type == "meta"
 
     def narrow(self, dim: int, start: Any, length: Any) -> LazyWeight:
-        meta = self._meta
-        if type(dim) is type(start) is type(length) is int and 0 <= dim <= 1 and dim < meta.dim():
-            stop = start + length
-            if 0 <= start <= stop <= meta.shape[dim]:
-                # The slice that narrow ends in, without narrow's way there: half the time.
-                return wrap(self._armed, meta[:, start:stop] if dim else meta[start:stop], self._live)
-        return wrap(self._armed, meta.narrow(dim, start, length), self._live)
+        size, stride, offset = self._view
+        plain = type(dim) is type(start) is type(length) is int and 0 <= dim < len(size)
+        if plain and 0 <= start <= start + length <= size[dim]:
+            size = (*size[:dim], length, *size[dim + 1 :])
+            return at(self._armed, _view((size, stride, offset + start * stride[dim])), self._live)
+        return wrap(self._armed, self._meta.narrow(dim, start, length), self._live)
 
     def select(self, dim: int, index: Any) -> LazyWeight:
+        size, stride, offset = self._view
+        if type(dim) is type(index) is int and 0 <= dim < len(size) and 0 <= index < size[dim]:
+            size, stride, step = size[:dim] + size[dim + 1 :], stride[:dim] + stride[dim + 1 :], stride[dim]
+            return at(self._armed, _view((size, stride, offset + index * step)), self._live)
         return wrap(self._armed, self._meta.select(dim, index), self._live)
 
     def __getitem__(self, index: Any) -> Any:
+        if type(index) is int:
+            size, stride, offset = self._view
+            if size and 0 <= index < size[0]:
+                return at(self._armed, _view((size[1:], stride[1:], offset + index * stride[0])), self._live)
         if _is_basic(index):
             return wrap(self._armed, self._meta[index], self._live)
         return torch.Tensor.__getitem__(self, index)  # type: ignore[index]
@@ -85,14 +102,14 @@ class _Handle:
             self._armed.fail(WeightShapeError(f"{self._armed.name}: {error}"))
 
     def copy_(self, src: torch.Tensor, non_blocking: bool = False) -> Any:
-        if type(src) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or called_by_init():
+        if type(src) is not torch.Tensor or _modes() or called_by_init():
             return torch.Tensor.copy_(self, src, non_blocking)  # type: ignore[arg-type]
-        self._armed.write(view_of(self), src)
+        self._armed.write(self._view, src)
         return self
 
     def detach(self) -> Any:
         """`nn.Parameter(weight)` is another Parameter of the weight, in the state that this one is in."""
-        return self._armed.adopt(twin(self)) if makes_parameter() else wrap(self._armed, self._meta)
+        return self._armed.adopt(twin(self)) if makes_parameter() else at(self._armed, self._view)
 
     def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
         return _module_load(self, other)
@@ -104,7 +121,7 @@ class _Handle:
         return Storage(self)
 
     def data_ptr(self) -> int:
-        return self._armed.address + int(self._meta.storage_offset()) * self._meta.itemsize
+        return self._armed.address + self._view.offset * self.dtype.itemsize  # type: ignore[attr-defined]
 
 
 class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
@@ -129,7 +146,7 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        return wrap(self._armed, self._meta)
+        return at(self._armed, self._view)
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -139,8 +156,8 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
             # `.to(dtype)`, `.to(device)`: the same weight as another type.
             torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
             value._armed.adopt(self)
-            self._armed, self._meta = value._armed, value._meta
-        elif value._meta.shape != self._meta.shape:
+            self._armed, self._view = value._armed, value._view
+        elif value._view.size != self._view.size:
             assign(self, value)
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -151,7 +168,7 @@ class LazyWeight(_Handle, torch.Tensor):  # type: ignore[misc]
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         armed = self._armed
-        view = "" if self._meta.numel() == armed.coverage.numel else f" view {list(self.shape)} of"
+        view = "" if prod(self._view.size) == armed.coverage.numel else f" view {list(self.shape)} of"
         return (
             f"LazyWeight({armed.name}:{view} {list(armed.shape)}, {self.dtype}, {armed.target}, "
             f"{armed.coverage.covered} of {armed.coverage.numel} elements written)"
@@ -177,7 +194,7 @@ class LiveQTensor(_Handle, QTensor):  # type: ignore[misc]
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        return wrap(self._armed, self._meta)
+        return at(self._armed, self._view)
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -196,7 +213,7 @@ LAZY = (LazyWeight, LiveQTensor)
 # Values that a cast of a weight gave → the weight, and what has been written so far to it and to them.
 _casts: MutableMapping[torch.Tensor, Any] = WeakIdKeyDictionary()
 # Attributes that make a tensor lazy or quantized; all others belong to the user and follow the Parameter.
-_OWN = {"_armed", "_meta", "_live", "_is_param", *QTensor.__annotations__}
+_OWN = {"_armed", "_view", "_live", "_is_param", *QTensor.__annotations__}
 
 
 def attributes_of(param: torch.Tensor) -> dict[str, Any]:
@@ -206,8 +223,7 @@ def attributes_of(param: torch.Tensor) -> dict[str, Any]:
 
 def parameter(armed: ArmedWeight, requires_grad: bool) -> LazyWeight:
     """A new Parameter that stands for the whole of `armed`."""
-    meta = torch.empty(armed.shape, dtype=armed.dtype, device="meta")
-    param = wrap(armed, meta)
+    param = at(armed, whole(armed.shape))
     param._is_param = True  # type: ignore[attr-defined]
     param.requires_grad_(requires_grad)
     armed.adopt(param)
@@ -244,7 +260,7 @@ def reopen(param: Any) -> None:
 
 def arm(param: Any, armed: ArmedWeight) -> None:
     """A quantized weight that exists follows writes from now on. May be repeated."""
-    param._armed, param._meta = armed, torch.empty(param.shape, dtype=param.dtype, device="meta")
+    param._armed, param._view = armed, whole(armed.shape)
     param.__class__ = LiveQTensor
     armed.adopt(param)
 
@@ -255,7 +271,7 @@ def close(param: Any) -> None:
         param.__class__ = QTensor  # type: ignore[assignment]
     if type(param) is QTensor:
         param.__dict__.pop("_armed", None)
-        param.__dict__.pop("_meta", None)
+        param.__dict__.pop("_view", None)
 
 
 def remember_cast(lazy: Any, values: torch.Tensor) -> torch.Tensor:
@@ -283,23 +299,20 @@ def set_data(param: Any, value: torch.Tensor) -> None:
 
 
 def wrap(armed: ArmedWeight, meta: torch.Tensor, live: bool = False) -> LazyWeight:
-    """A handle on what `meta` shows of a weight. live: see `answers_live`."""
-    if torch.is_inference_mode_enabled():
+    """A handle on what `meta`, a view of a meta tensor of its shape, shows of a weight. live: see `answers_live`."""
+    return at(armed, View(meta.size(), meta.stride(), int(meta.storage_offset())), live)
+
+
+def at(armed: ArmedWeight, view: View, live: bool = False) -> LazyWeight:
+    """A handle on a view of a weight. live: see `answers_live`."""
+    if _in_inference_mode():
         # A view of a normal tensor has to be a normal tensor; autograd's bookkeeping insists.
         with torch.inference_mode(False):
-            return wrap(armed, meta, live)
+            return at(armed, view, live)
+    size, stride, offset = view
     # Strides, offset, memory format, dtype, layout, device: by position, as names take a third longer.
-    lazy = torch.Tensor._make_wrapper_subclass(
-        LazyWeight,
-        meta.size(),
-        meta.stride(),
-        meta.storage_offset(),
-        None,
-        armed.dtype,
-        torch.strided,
-        armed.device,
-    )
-    lazy._armed, lazy._meta = armed, meta
+    lazy: Any = _make(LazyWeight, size, stride, offset, None, armed.dtype, _strided, armed.device)
+    lazy._armed, lazy._view = armed, view
     if live:
         lazy._live = True
     return lazy
@@ -317,7 +330,7 @@ def _module_load(lazy: Any, other: torch.Tensor) -> torch.Tensor:
 
 def twin(lazy: Any) -> Any:
     """Another object that is what this one is: of its class, with its attributes."""
-    new: Any = wrap(lazy._armed, lazy._meta)
+    new: Any = at(lazy._armed, lazy._view)
     new.__dict__.update(lazy.__dict__)
     new.__dict__.pop("_is_param", None)
     new.__class__ = type(lazy)
@@ -327,7 +340,7 @@ def twin(lazy: Any) -> Any:
 def recast(lazy: Any) -> Any:
     """What `module.to(...)` puts in the place of a weight that has another dtype, or is elsewhere, from now on."""
     armed = lazy._armed
-    new: Any = wrap(armed, torch.empty(armed.shape, dtype=armed.dtype, device="meta"))
+    new: Any = at(armed, whole(armed.shape))
     new.__dict__.update(attributes_of(lazy))
     if isinstance(armed.store, QuantStore) and (armed.settled or armed.in_place):
         settle(new, armed.store.result)
@@ -335,8 +348,8 @@ def recast(lazy: Any) -> Any:
 
 
 def view_of(lazy: Any) -> View:
-    meta = lazy._meta
-    return tuple.__new__(View, (meta.size(), meta.stride(), meta.storage_offset()))
+    found: View = lazy._view
+    return found
 
 
 def _is_basic(index: Any) -> bool:

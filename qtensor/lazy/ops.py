@@ -38,6 +38,7 @@ from .lazy_tensor import (
     OPS,
     answers_live,
     assign,
+    at,
     materialize,
     recast,
     remember_cast,
@@ -63,7 +64,7 @@ def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 @ENTRIES.implements(aten.detach.default, aten.alias.default)
 def _alias(func: Any, lazy: Any) -> Any:
-    return wrap(lazy._armed, lazy._meta)
+    return at(lazy._armed, lazy._view)
 
 
 @ENTRIES.implements(aten.as_strided.default)

@@ -99,6 +99,10 @@ class PlainStore:
     def take_nothing(self) -> None:
         pass
 
+    @property
+    def retains(self) -> bool:
+        return False
+
     def release(self) -> None:
         pass
 

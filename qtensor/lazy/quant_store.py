@@ -19,7 +19,7 @@ import torch
 from ..interrupts import in_spite_of_interrupts
 from ..kernels import Audit, NonFinite, Parts, upload
 from ..kernels.formats import ceil_div
-from ..regions.boxes import as_box
+from ..regions.boxes import WholeUnits, as_box, as_whole_units
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View, regions, scattered
 from ..schemes.scheme import Scheme
@@ -90,6 +90,29 @@ class QuantStore:
     def write(self, view: View, source: torch.Tensor) -> None:
         """As `Store.write`. Raises NonFinite before the offending chunk is stored."""
         self._staging.clock += 1
+        rows = as_whole_units(self.coverage.shape, self._unit, *view)
+        if rows is None or not self._write_piece(rows, source):
+            self._write_view(view, source)
+        if self._staging.retained:
+            self._staging.trim()
+        if self.target.early:
+            self._commit_complete()
+
+    def _write_piece(self, rows: WholeUnits, source: torch.Tensor) -> bool:
+        """Whole units of one matrix, by a kernel that knows their memory: of a large mixture of experts tens of
+        thousands come. False, and nothing is written, if it takes no such rows."""
+        if self._staging.whole or source.dtype != self.dtype:
+            return False
+        try:
+            if not self._rows.write_piece(rows, source):
+                return False
+        except NonFinite:
+            self._lose(rows.matrix, *rows.rows)
+            raise
+        self._taken(rows.matrix, *rows.rows)
+        return True
+
+    def _write_view(self, view: View, source: torch.Tensor) -> None:
         found = as_box(self.coverage.shape, *view)
         if found is not None and len(view.size) == 2 and found.order[-2:] == (0, 1):
             # A matrix, or rows and columns of one expert: what loaders write all day.
@@ -106,32 +129,20 @@ class QuantStore:
                     continue
                 for e in range(e0, e1):
                     self._write_matrix(e, rows, cols, values[e - e0] if self._units.stacked else values)
-        if self._staging.retained:
-            self._staging.trim()
-        if self.target.early:
-            self._commit_complete()
 
     def takes_decoded(self, view: View) -> bool:
         """May `write_decoded` be given such a view? Of whole units of one matrix, that are quantized at once, here."""
-        found = as_box(self.coverage.shape, *view)
-        if (
-            not self._on_cpu
-            or self._staging.whole
-            or found is None
-            or len(view.size) != 2
-            or found.order[-2:] != (0, 1)
-        ):
+        if not self._on_cpu or self._staging.whole:
             return False
-        (start, stop), cols = found.box[-2:]
-        return cols == (0, self._k) and start % self._unit == 0 and (stop == self._n or stop % self._unit == 0)
+        return as_whole_units(self.coverage.shape, self._unit, *view) is not None
 
     def write_decoded(self, view: View, rows: DecodedRows) -> None:
         """Rows that are decoded a few at a time, and quantized while a cache has them. What needs the largest magnitude
         of all of a matrix takes it from the codes, or decodes them twice, and never holds them. Raises NonFinite."""
         self._staging.clock += 1
-        found = as_box(self.coverage.shape, *view)
+        found = as_whole_units(self.coverage.shape, self._unit, *view)
         assert found is not None
-        e, (start, stop) = found.box[0][0] if self._units.stacked else 0, found.box[-2]
+        e, (start, stop) = found.matrix, found.rows
         steps = [(a, min(a + rows.step, rows.count)) for a in range(0, rows.count, rows.step)]
         try:
             if self.scheme.format.needs_whole_matrix:
@@ -276,7 +287,8 @@ class QuantStore:
 
     def _taken(self, e: int, start: int, stop: int) -> None:
         """Rows start:stop are quantized."""
-        self.coverage.add_box(self._units.box(e, (start, stop), (0, self._k)))
+        first = e * self._n
+        self.coverage.add_run((first + start) * self._k, (first + stop) * self._k)
         self._units.mark(e, start, stop, QUANTIZED)
         self._accepted.discard(e)
         if self._staging.groups:
@@ -420,6 +432,10 @@ class QuantStore:
 
     def verify(self) -> None:
         self.audit.verify()
+
+    @property
+    def retains(self) -> bool:
+        return bool(self._staging.retained)
 
     def release(self) -> None:
         self._staging.release()

@@ -11,7 +11,9 @@ import torch
 
 from .. import kernels
 from ..kernels import Audit, Parts
+from ..kernels.parts import Pieces
 from ..kernels.reference import Torch
+from ..regions.boxes import WholeUnits
 from ..schemes.scheme import Scheme
 from .target import Fresh
 from .units import LIVE, Units
@@ -32,12 +34,26 @@ class QuantizedRows:
         self._units, self.target, self._format = units, target, scheme.format
         self._dtype, self._device, self._audit = dtype, device, audit
         self._kernels = cast(Torch, kernels.choose(device))  # Every backend is a subclass of it.
+        self._memory: Parts | None = None
+        self._pieces: Pieces | None = None  # of that memory
 
     def write(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start` of matrix e."""
         origin = (e * self._units.n + start) * self._units.k
         parts = self.target.new(e).rows(start, start + rows.shape[0], self._format)
         self._kernels.quantize_into(rows, parts, self._format, self._audit, origin)
+
+    def write_piece(self, at: WholeUnits, rows: torch.Tensor) -> bool:
+        """As `write`, of rows that the backend may take with less ado. False, with nothing written, if it does not."""
+        first, memory = self.target.memory(at.matrix)
+        if memory is not self._memory:
+            self._pieces = self._kernels.pieces(memory, self._format, self._audit)
+            self._memory = memory
+        if self._pieces is None:
+            return False
+        units, row = self._units, at.matrix * self._units.n + at.rows[0]
+        unit = at.units[0] - first * units.state.shape[1]
+        return self._pieces.write(rows, row - first * units.n, unit, at.units[1] - at.units[0], row * units.k)
 
     def write_run(self, first: int, matrices: torch.Tensor) -> bool:
         """Quantize neighbouring matrices in one call of the kernel. False, and nothing is written, if their memory is

@@ -24,8 +24,6 @@ class ReloadedWeight(ArmedWeight):
 
     in_place = True
     store: QuantStore | PlainStore
-    excluded = False
-    """The reload is for others: nothing may be written to this one."""
 
     def open_on(
         self,
@@ -60,8 +58,8 @@ class ReloadedWeight(ArmedWeight):
             self.scheme = None
             self.store = PlainStore(live, self.coverage, target=target)
 
-    def _require_open(self) -> None:
-        super()._require_open()
+    def _refuse(self) -> None:
+        super()._refuse()
         if self.excluded:
             self.fail(
                 QTensorError(

@@ -61,6 +61,10 @@ class Store(Protocol):
     def cast(self, dtype: torch.dtype, device: torch.device) -> None:
         """`module.to(...)`: values have this dtype, and are there, from now on."""
 
+    @property
+    def retains(self) -> bool:
+        """Is anything held that `release` frees?"""
+
     def release(self) -> None:
         """The writer has moved on: free what was retained for reading it back."""
 

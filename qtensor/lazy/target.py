@@ -31,6 +31,7 @@ class Fresh(Generic[Tensors]):
     def __init__(self, matrix: Callable[[Any], Tensors]) -> None:
         self._matrix = matrix
         self._live: dict[int, Tensors] = {}
+        self._all: Tensors | None = None
 
     def live(self, e: int) -> Tensors:
         """The tensors of matrix e at their final addresses."""
@@ -47,6 +48,13 @@ class Fresh(Generic[Tensors]):
     def _made(self, e: int) -> Tensors:
         made = self._live[e] = self._matrix(e)
         return made
+
+    def memory(self, e: int) -> tuple[int, Tensors]:
+        """Where new values of matrix e are written: the tensors of as many matrices as lie together, the same ones at
+        each call, and the first of the matrices."""
+        if self._all is None:
+            self._all = self._matrix(slice(None))
+        return 0, self._all
 
     def new_run(self, start: int, stop: int) -> Tensors | None:
         """Where new values of a stack's matrices start to stop are written, in one piece of memory for each tensor;
@@ -91,7 +99,7 @@ class _InUse(Fresh[Tensors]):
         super().__init__(matrix)
         self.early, self._matrices = early, None if early else matrices
         self._on_bytes, self._told, self._matrix_bytes = on_bytes, 0, 0
-        self._copies: dict[int, Tensors] = {}
+        self._copies: dict[int, Tensors | None] = {}  # None: in a block, and not cut out of it yet
 
     def new_run(self, start: int, stop: int) -> Tensors | None:
         if self._matrices is None:
@@ -116,10 +124,10 @@ class _InUse(Fresh[Tensors]):
         self._copies.clear()
         self._tell()
 
-    def _begin(self, e: int, copy: Tensors) -> None:
+    def _begin(self, e: int, copy: Tensors | None) -> None:
         self._copies[e] = copy
         if not self._matrix_bytes:
-            self._matrix_bytes = sum([t.nbytes for t in copy])
+            self._matrix_bytes = sum([t.nbytes for t in self.live(e)])
         self._tell()
 
     def _tell(self) -> None:
@@ -136,22 +144,36 @@ class Beside(_InUse[Tensors]):
     from when it is written to: each is made by a view then, and all go in one copy.
     """
 
-    _block: tuple[int, int, Tensors, list[tuple[torch.Tensor, ...]]] | None = None
-    """First matrix, matrix after the last, their memory, and that of each."""
+    _block: tuple[int, int, Tensors] | None = None
+    """First matrix, matrix after the last, their memory."""
 
     def latest(self, e: int) -> Tensors:
-        return self._copies[e] if e in self._copies else self.live(e)
+        return self.new(e) if e in self._copies else self.live(e)
+
+    def memory(self, e: int) -> tuple[int, Tensors]:
+        block = self._block
+        if block is None or not block[0] <= e < block[1]:
+            return e, self.new(e)  # The first one of a stack: from the next on there is a block.
+        if e not in self._copies:
+            self._begin(e, None)
+        return block[0], block[2]
 
     def new(self, e: int) -> Tensors:
         if e not in self._copies:
-            if self._block is None and self._matrices is not None and not self._copies:
-                self._open_block(0, self._matrices, on_host_only=True)
-            block = self._block
-            if block is not None and block[0] <= e < block[1]:
-                self._begin(e, _like(block[2], block[3][e - block[0]]))
-            else:
-                self._begin(e, _like(self.live(e), map(_room_for, self.live(e))))
-        return self._copies[e]
+            self._begin_one(e)
+        copy = self._copies[e]
+        if copy is None:
+            assert self._block is not None
+            first, _, memory = self._block
+            copy = self._copies[e] = _like(memory, [part[e - first] for part in memory])
+        return copy
+
+    def _begin_one(self, e: int) -> None:
+        if self._block is None and self._matrices is not None and not self._copies:
+            self._open_block(0, self._matrices, on_host_only=True)
+        block = self._block
+        in_block = block is not None and block[0] <= e < block[1]
+        self._begin(e, None if in_block else _like(self.live(e), map(_room_for, self.live(e))))
 
     def new_run(self, start: int, stop: int) -> Tensors | None:
         if self._matrices is None:
@@ -161,10 +183,9 @@ class Beside(_InUse[Tensors]):
         block = self._block
         if block is None or not block[0] <= start < stop <= block[1]:
             return None
-        first, _, memory, matrices = block
-        for e in range(start, stop):
-            self._copies[e] = _like(memory, matrices[e - first])
-        self._begin(start, self._copies[start])
+        first, _, memory = block
+        self._copies.update(dict.fromkeys(range(start, stop)))
+        self._begin(start, None)
         return _like(memory, [part[start - first : stop - first] for part in memory])
 
     def _open_block(self, start: int, stop: int, on_host_only: bool = False) -> None:
@@ -176,11 +197,11 @@ class Beside(_InUse[Tensors]):
             room = [_room_for(t) for t in live]
         else:
             return
-        self._block = start, stop, _like(live, room), list(zip(*(part.unbind() for part in room), strict=True))
+        self._block = start, stop, _like(live, room)
 
     def publish(self, e: int, part: Callable[[Tensors], Tensors]) -> None:
         if e in self._copies:
-            _copy(part(self._copies[e]), part(self.live(e)))
+            _copy(part(self.new(e)), part(self.live(e)))
 
     def publish_all(self) -> bool:
         block = self._block
@@ -207,6 +228,10 @@ class Beside(_InUse[Tensors]):
 class InPlace(_InUse[Tensors]):
     """The old values in host memory (pinned where the live ones are on a GPU); the new are written in their place."""
 
+    def memory(self, e: int) -> tuple[int, Tensors]:
+        self.new(e)
+        return super().memory(e)
+
     def new(self, e: int) -> Tensors:
         live = self.live(e)
         if e not in self._copies:
@@ -216,6 +241,7 @@ class InPlace(_InUse[Tensors]):
 
     def rollback(self) -> None:
         for e, saved in self._copies.items():
+            assert saved is not None
             _copy(saved, self.live(e))
         super().rollback()
 

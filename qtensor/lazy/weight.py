@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
@@ -17,7 +18,7 @@ import torch
 
 from ..callers import initialising
 from ..errors import IncompleteLoadError, NonFiniteWeightError, QTensorError, WeightDtypeError, WeightShapeError
-from ..kernels import Audit, NonFinite
+from ..kernels import SOURCE_DTYPES, Audit, NonFinite
 from ..regions.boxes import as_box
 from ..regions.coverage import Box, Coverage
 from ..regions.views import View, bounds, box_view, whole
@@ -98,11 +99,13 @@ class ArmedWeight:
     was: its dtype when something was written, if it was cast since.
     copied: it was deep-copied. copy_of: the weight that this one was copied from, while that exists.
     assigned: the Parameter last assigned in its place, if someone else holds it still.
-    in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`).
+    in_place: its storage exists and stays (see `reloaded_weight.ReloadedWeight`). excluded: what is being loaded is for
+        others, and nothing may be written to this one.
     shared: other ranks hold parts of what its scales are of; "closed" once they are being agreed on, None after that.
     """
 
     in_place = False
+    excluded = False
 
     def __init__(
         self, host: Host, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: tuple[Any, str]
@@ -193,7 +196,10 @@ class ArmedWeight:
             return
         self.host.touch(self)
         with self.lock:
-            source = self._fit(view, source)
+            if source.shape == view.size and 0 not in view.stride and not source.is_meta:
+                self._require_open()
+            else:
+                source = self._fit(view, source)
             if 0 not in view.size:
                 self._take(source, view)
 
@@ -215,30 +221,31 @@ class ArmedWeight:
             store = self._open_store()
             if not isinstance(store, QuantStore) or not store.takes_decoded(view):
                 return False
-            self._take(rows, view, decoded=True)
+            self._put(view, store.write_decoded, view, rows)
             return True
 
-    def _take(self, source: Any, where: View | torch.Tensor, decoded: bool = False) -> None:
-        """Let the store take a write to a view or a mask, and remember an error until its elements are written.
-        decoded: the source is no tensor, but rows that `takes_decoded` was asked about."""
-        is_plain = decoded or is_high_precision(source)
+    def _take(self, source: torch.Tensor, where: View | torch.Tensor) -> None:
+        """A write to a view or a mask, of values in high precision or parts of a quantized format."""
+        is_plain = source.dtype in SOURCE_DTYPES or is_high_precision(source)
         if not is_plain and (collector := self.host.collector(self)) is not None:
             self._collect(collector, source, where)
             return
         if self._cut_short is not None:
             self._end_cut_short()
         store = self._open_store()
+        if not is_plain and isinstance(store, QuantStore):
+            self.fail(WeightDtypeError(unusable_source(self.name, source.dtype)), where)
+        if isinstance(where, View):
+            self._put(where, store.write, where, source)
+        else:
+            self._put(where, store.write_masked, source, where)
+
+    def _put(self, where: View | torch.Tensor, write: Callable[..., None], *values: Any) -> None:
+        """Let the store take a write to a view or a mask, and remember an error until its elements are written."""
         self.writes += 1
         self._cut_short = "an interrupt"
         try:
-            if not is_plain and isinstance(store, QuantStore):
-                raise WeightDtypeError(unusable_source(self.name, source.dtype))
-            if decoded:
-                store.write_decoded(where, source)  # type: ignore[attr-defined]
-            elif isinstance(where, View):
-                store.write(where, source)
-            else:
-                store.write_masked(source, where)
+            write(*values)
         except QTensorError as error:
             if isinstance(error, NonFinite):
                 error = NonFiniteWeightError(nonfinite_message(self.name, self.shape, error))
@@ -316,6 +323,11 @@ class ArmedWeight:
                 self.initial.fill(view, fill, replaces)
 
     def _require_open(self) -> None:
+        if self._sealed or self.excluded or self.host.closed or self.shared is None or self.shared == "closed":
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Nothing can be written now: raise QTensorError that says why."""
         if self.shared in ("closed", None):
             raise QTensorError(
                 f"{self.name}: written again after all of it had arrived and its scales were agreed on with other "
@@ -554,6 +566,8 @@ class ArmedWeight:
 
     def release(self) -> None:
         """The writer moved on: what was retained for rereading goes."""
+        if self._cut_short is None and (self.store is None or not self.store.retains):
+            return  # A loader of experts moves on at every name.
         with self.lock:
             self._end_cut_short()
             if self.store is not None:

@@ -12,7 +12,8 @@ from functools import cache, lru_cache
 from math import prod
 from typing import NamedTuple
 
-from .coverage import Box
+Box = tuple[tuple[int, int], ...]
+"""Per dimension the first position, and the one after the last."""
 
 
 class BoxView(NamedTuple):
@@ -94,3 +95,66 @@ def split_run(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     if tail:
         boxes += split_run(shape, last * slab, stop)
     return boxes
+
+
+def joined(a: Box, b: Box) -> Box | None:
+    """The box that two boxes make up if one continues the other along one dimension, else None."""
+    found = -1
+    for d, span in enumerate(a):
+        if span != b[d]:
+            if found >= 0:
+                return None
+            found = d
+    if found < 0:
+        return None
+    (start, stop), (first, last) = a[found], b[found]
+    if stop == first:
+        return (*a[:found], (start, last), *a[found + 1 :])
+    return (*a[:found], (first, stop), *a[found + 1 :]) if last == start else None
+
+
+def any_overlaps(runs: list[Box], box: Box) -> bool:
+    for run in runs:
+        for (start, stop), (first, last) in zip(run, box, strict=True):
+            if stop <= first or last <= start:
+                break
+        else:
+            return True
+    return False
+
+
+def is_empty(box: Box) -> bool:
+    return any(start >= stop for start, stop in box)
+
+
+def volume(box: Box) -> int:
+    volume = 1
+    for start, stop in box:
+        volume *= stop - start
+    return volume
+
+
+class WholeUnits(NamedTuple):
+    """A view that is whole units of one matrix: which matrix, its rows, and its units among those of all matrices."""
+
+    matrix: int
+    rows: tuple[int, int]
+    units: tuple[int, int]
+
+
+@lru_cache(1 << 14)
+def as_whole_units(
+    shape: tuple[int, ...], height: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> WholeUnits | None:
+    """The view as units (of so many rows; the last of a matrix may be lower) of an array `[N, K]` or `[E, N, K]`; None
+    if it is anything else, or has another order, or no elements."""
+    found = as_box(shape, size, stride, offset) if len(size) == 2 and 0 not in size else None
+    if found is None or found.order[-2:] != (0, 1):
+        return None
+    (start, stop), cols = found.box[-2:]
+    n, k = shape[-2:]
+    if cols != (0, k) or start % height or (stop % height and stop != n):
+        return None
+    matrix = found.box[0][0] if len(shape) == 3 else 0
+    first = matrix * -(-n // height)
+    return WholeUnits(matrix, (start, stop), (first + start // height, first - (-stop // height)))

@@ -17,9 +17,11 @@ from math import prod
 import numpy as np
 
 from ..errors import WeightShapeError
+from .boxes import Box as Box
+from .boxes import any_overlaps, is_empty, joined, split_run, volume
 
-Box = tuple[tuple[int, int], ...]
 Region = Sequence[tuple[int, int] | slice]
+_NO_CELLS: np.ndarray = np.zeros(0, dtype=bool)
 _MOST_RUNS = 3  # that wait: rows of an expert, experts, and one more
 
 
@@ -34,11 +36,14 @@ class Coverage:
     def clear(self) -> None:
         """Forget everything: no element is covered."""
         self.covered = 0
-        self._cuts: list[list[int]] = [[0, n] for n in self.shape]
-        self._cells = np.zeros((1,) * len(self.shape), dtype=bool)
+        self._has_grid = False
+        self._cuts: list[list[int]] = []
+        self._cells: np.ndarray = _NO_CELLS
         self._tidy_above = 64
         self._runs: list[Box] = []  # disjoint, and outside of the grid's true cells
         self._gridded = False
+        self._starts: list[int] = []  # of runs in row-major order, apart from each other, while nothing else is covered
+        self._stops: list[int] = []
 
     @property
     def complete(self) -> bool:
@@ -47,27 +52,59 @@ class Coverage:
     def add(self, region: Region) -> int:
         """Cover a box, one `(start, stop)` or slice per dimension. Returns how many elements were new."""
         box = self._box(region)
-        return 0 if _is_empty(box) else self.add_box(box)
+        return 0 if is_empty(box) else self.add_box(box)
+
+    def add_run(self, start: int, stop: int) -> int:
+        """`add` for the elements start:stop (some, all inside) in row-major order: whole rows, as most loaders write
+        them, in any order. Cheap as long as all that was covered came so, and none twice."""
+        if self._runs or self._gridded:
+            return 0 if self.covered == self.numel else self._add_boxes(start, stop)
+        starts, stops = self._starts, self._stops
+        i = bisect_right(starts, start)
+        if (i and stops[i - 1] > start) or (i < len(starts) and starts[i] < stop):
+            return self._add_boxes(start, stop)
+        continues, precedes = i > 0 and stops[i - 1] == start, i < len(starts) and starts[i] == stop
+        if continues and precedes:
+            stops[i - 1] = stops[i]
+            del starts[i], stops[i]
+        elif continues:
+            stops[i - 1] = stop
+        elif precedes:
+            starts[i] = start
+        else:
+            starts.insert(i, start)
+            stops.insert(i, stop)
+        newly = stop - start
+        self.covered += newly
+        if self.covered == self.numel:
+            self._be_complete()
+        return newly
+
+    def _add_boxes(self, start: int, stop: int) -> int:
+        return sum([self.add_box(box) for box in split_run(self.shape, start, stop)])
 
     def add_box(self, box: Box) -> int:
         """`add` for a box that is known to be inside of the shape and not empty."""
         if self.covered == self.numel:
             return 0
+        self._cut_up()
+        if len(self._runs) > _MOST_RUNS:
+            self._settle_runs()
         runs = self._runs
-        grown = _joined(runs[-1], box) if runs else None
+        grown = joined(runs[-1], box) if runs else None
         if grown is None and len(runs) == _MOST_RUNS:
             self._settle_runs()
         others = runs if grown is None else runs[:-1]
-        if not ((self._gridded and self._in_grid(box)) or (others and _any_overlaps(others, box))):
+        if not ((self._gridded and self._in_grid(box)) or (others and any_overlaps(others, box))):
             # Most boxes continue the last one. Those wait as one run, which enters the grid when something else comes.
             # A run that continues the one before it joins that: rows make an expert, experts a stack.
             if grown is None:
                 runs.append(box)
             else:
                 runs[-1] = grown
-                while len(runs) > 1 and (joined := _joined(runs[-2], runs[-1])) is not None:
-                    runs[-2:] = [joined]
-            newly = _volume(box)
+                while len(runs) > 1 and (longer := joined(runs[-2], runs[-1])) is not None:
+                    runs[-2:] = [longer]
+            newly = volume(box)
         else:
             self._settle_runs()
             index = self._refine(box)
@@ -75,14 +112,13 @@ class Coverage:
             self._cells[index] = True
         self.covered += newly
         if self.covered == self.numel:
-            self._settle_runs()
-            self._tidy()
+            self._be_complete()
         return newly
 
     def discard(self, region: Region) -> int:
         """Uncover a box. Returns how many elements were covered before."""
         box = self._box(region)
-        if not self.covered or _is_empty(box):
+        if not self.covered or is_empty(box):
             return 0
         self._settle_runs()
         index = self._refine(box)
@@ -139,7 +175,7 @@ class Coverage:
     def covers(self, region: Region) -> bool:
         """Is every element of the box covered? True for an empty box."""
         box = self._box(region)
-        if self.complete or _is_empty(box):
+        if self.complete or is_empty(box):
             return True
         self._settle_runs()
         return bool(self._cells[self._touching(box)].all())
@@ -148,14 +184,14 @@ class Coverage:
         """Is any element of the box covered?"""
         box = self._box(region)
         self._settle_runs()
-        return not _is_empty(box) and self._in_grid(box)
+        return not is_empty(box) and self._in_grid(box)
 
     def missing(self, within: Region | None = None) -> list[Box]:
         """Disjoint boxes that hold exactly the uncovered elements (of the box `within`), in row-major order."""
         if self.complete:
             return []
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
-        if _is_empty(box):
+        if is_empty(box):
             return []
         self._settle_runs()
         return _clip(_boxes(~self._cells, self._cuts), box)
@@ -163,7 +199,7 @@ class Coverage:
     def covered_boxes(self, within: Region | None = None) -> list[Box]:
         """Disjoint boxes that hold exactly the covered elements (of the box `within`)."""
         box = self._box(within) if within is not None else tuple((0, n) for n in self.shape)
-        if not self.covered or _is_empty(box):
+        if not self.covered or is_empty(box):
             return []
         self._settle_runs()
         return _clip(_boxes(self._cells, self._cuts), box)
@@ -199,7 +235,7 @@ class Coverage:
     def copy(self) -> Coverage:
         self._settle_runs()
         other = Coverage(self.shape)
-        other.covered, other._gridded = self.covered, True
+        other.covered, other._gridded, other._has_grid = self.covered, True, True
         other._cuts = [list(c) for c in self._cuts]
         other._cells = self._cells.copy()
         return other
@@ -247,8 +283,30 @@ class Coverage:
                     self._cuts[d] = np.delete(self._cuts[d], dead).tolist()
             self._tidy_above = max(64, 2 * self._cells.size)
 
+    def _require_grid(self) -> None:
+        """If all elements are covered, or none, it is made when it is asked for: most weights never ask."""
+        if not self._has_grid:
+            self._cuts = [[0, n] for n in self.shape]
+            self._cells = np.full((1,) * len(self.shape), 0 < self.covered == self.numel)
+            self._has_grid = True
+
+    def _be_complete(self) -> None:
+        self._runs.clear()
+        self._starts, self._stops = [], []
+        self._has_grid, self._cells = False, _NO_CELLS
+        self._gridded = True
+
+    def _cut_up(self) -> None:
+        """Let runs in row-major order wait as boxes."""
+        if self._starts:
+            for start, stop in zip(self._starts, self._stops, strict=True):
+                self._runs += split_run(self.shape, start, stop)
+            self._starts, self._stops = [], []
+
     def _settle_runs(self) -> None:
         """Enter the waiting runs into the grid."""
+        self._cut_up()
+        self._require_grid()
         if self._runs:
             for run in self._runs:
                 index = self._refine(run)  # replaces self._cells, so it has to come first
@@ -281,43 +339,6 @@ class Coverage:
         return int(count)
 
 
-def _joined(a: Box, b: Box) -> Box | None:
-    """The box that two boxes make up if one continues the other along one dimension, else None."""
-    found = -1
-    for d, span in enumerate(a):
-        if span != b[d]:
-            if found >= 0:
-                return None
-            found = d
-    if found < 0:
-        return None
-    (start, stop), (first, last) = a[found], b[found]
-    if stop == first:
-        return (*a[:found], (start, last), *a[found + 1 :])
-    return (*a[:found], (first, stop), *a[found + 1 :]) if last == start else None
-
-
-def _any_overlaps(runs: list[Box], box: Box) -> bool:
-    for run in runs:
-        for (start, stop), (first, last) in zip(run, box, strict=True):
-            if stop <= first or last <= start:
-                break
-        else:
-            return True
-    return False
-
-
-def _is_empty(box: Box) -> bool:
-    return any(start >= stop for start, stop in box)
-
-
-def _volume(box: Box) -> int:
-    volume = 1
-    for start, stop in box:
-        volume *= stop - start
-    return volume
-
-
 def _changes(mask: np.ndarray, d: int) -> np.ndarray:
     """Where along dimension d a slab differs from the one before it."""
     lead = (slice(None),) * d
@@ -348,4 +369,4 @@ def _boxes(cells: np.ndarray, cuts: Sequence[Sequence[int]]) -> list[Box]:
 
 def _clip(boxes: list[Box], limit: Box) -> list[Box]:
     clipped = (tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, limit, strict=True)) for box in boxes)
-    return [box for box in clipped if not _is_empty(box)]
+    return [box for box in clipped if not is_empty(box)]

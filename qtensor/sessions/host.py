@@ -74,10 +74,15 @@ class LoadHost:
         thread = threading.get_ident()
         last = self._writing.get(thread)
         if last is not weight:
+            self._turned_to(weight)
             self._writing[thread] = weight
             if last is not None:
                 last.release()
-                self.incoming.release(last)
+                if self.incoming.collects:
+                    self.incoming.release(last)
+
+    def _turned_to(self, weight: ArmedWeight) -> None:
+        """A thread is going to write to another weight than before."""
 
     def collector(self, weight: ArmedWeight, make: bool = False, view: View | None = None) -> Collector | None:
         """Who takes values of a weight that are quantized already: if anybody said that they come, or parts have."""

@@ -57,12 +57,13 @@ class Incoming:
 
     config: config.json's "quantization_config"; None where nobody said that weights arrive quantized.
     lossless: refuse those that cannot be moved as they are.
-    on_held: called with the change in held bytes.
+    on_held: called with the change in held bytes. collects: there is, or was, a collector.
     """
 
     def __init__(self, config: Mapping[str, Any] | None, lossless: bool, on_held: Any) -> None:
         self.config, self.lossless = config, lossless
         self._on_held = on_held
+        self.collects = False
         self._collectors: WeakKeyDictionary[ArmedWeight, dict[View, Collector]] = WeakKeyDictionary()
         self._noted: WeakKeyDictionary[ArmedWeight, set[tuple[str, str]]] = WeakKeyDictionary()
         self.buffers: list[tuple[weakref.ref[nn.Module], str]] = []  # that a loader registered, of parts
@@ -75,6 +76,7 @@ class Incoming:
             if view in known or not make:
                 return known.get(view)
             _, attribute = weight.owner
+            self.collects = True
             made = _sources().collector(weight, view, attribute, self.config or {}, self.lossless, self._on_held)
             self._collectors.setdefault(weight, {})[view] = made
             return made

@@ -22,7 +22,7 @@ from ..callers import is_constructing, puts_placeholder
 from ..interrupts import in_turn
 from ..kernels.cpu.compiling import Once
 from ..lazy import uninitialised
-from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, wrap
+from ..lazy.lazy_tensor import LazyWeight, LiveQTensor, at
 from ..modules import local_tensor
 from ..tensor.qtensor import QTensor
 
@@ -137,7 +137,7 @@ def take_assigned(module: nn.Module, held: Any, param: Any) -> bool:
         values = local_tensor(param).detach()
         if existing.device != values.device and existing._armed.host.goes_anywhere(existing._armed):
             # As in a plain model, a weight is where it is put.
-            existing.data = wrap(existing._armed.retyped(existing.dtype, values.device), existing._meta)
+            existing.data = at(existing._armed.retyped(existing.dtype, values.device), existing._view)
         existing.data = values
         existing._armed.assigned = weakref.ref(param)
         held.__dict__.update({k: v for k, v in param.__dict__.items() if k not in held.__dict__})

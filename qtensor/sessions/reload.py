@@ -229,8 +229,10 @@ class Reload(ModelTransaction):
 
     def touch(self, weight: ArmedWeight) -> None:
         self._agreements.advance()
-        self._touched.add(weight)
         super().touch(weight)
+
+    def _turned_to(self, weight: ArmedWeight) -> None:
+        self._touched.add(weight)
 
     def submit(self, weight: ArmedWeight) -> None:
         self._agreements.submit(weight)

@@ -97,12 +97,27 @@ def interrupt_at(number: int) -> Fault:
 def no_memory_in_a_kernel(entry: EntryPoint, patch: Patch) -> None:
     real, calls = kernels.choose, [0]
 
+    def called() -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise MemoryError
+
     class OutOfMemory(type(real(torch.device("cpu")))):  # type: ignore[misc]
         def quantize_into(self, *args: Any, **kwargs: Any) -> None:
-            calls[0] += 1
-            if calls[0] == 2:
-                raise MemoryError
+            called()
             super().quantize_into(*args, **kwargs)
+
+        def pieces(self, *args: Any) -> Any:
+            made = super().pieces(*args)
+            return None if made is None else PiecesOf(made)
+
+    class PiecesOf:
+        def __init__(self, made: Any) -> None:
+            self._made = made
+
+        def write(self, *args: Any) -> bool:
+            called()
+            return self._made.write(*args)  # type: ignore[no-any-return]
 
     patch.setattr(kernels, "choose", lambda *args, **kwargs: OutOfMemory())
 

@@ -154,7 +154,7 @@ class Subject:
                 load(self.net, NEXT)
             if held(self.net) != STATES["next"]:
                 return "the next reload did not load"
-            if any("_armed" in p.__dict__ or "_meta" in p.__dict__ for p in self.net.parameters()):
+            if any("_armed" in p.__dict__ or "_view" in p.__dict__ for p in self.net.parameters()):
                 return "a Parameter knows its session still"
             if left := hooks_left():
                 return f"hooks are left: {left}"

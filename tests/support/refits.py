@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qtensor.kernels.cpu.fused import Pieces
 from qtensor.kernels.reference import Torch
 from qtensor.lazy import quantized_rows
 
@@ -18,14 +19,21 @@ def kernel_calls() -> Iterator[list[torch.Tensor]]:
     """The sources that quantizing kernels are given while the block runs."""
     sources: list[torch.Tensor] = []
     chosen: Torch = quantized_rows.kernels.choose(torch.device("cpu"))
-    quantize_into = type(chosen).quantize_into
+    quantize_into, write = type(chosen).quantize_into, Pieces.write
 
     def noted(self: Any, source: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         sources.append(source)
         quantize_into(self, source, *args, **kwargs)
 
+    def noted_piece(self: Pieces, source: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+        taken = write(self, source, *args, **kwargs)
+        if taken and not kwargs:  # `quantize_into` uses it, too, and says how many elements at most.
+            sources.append(source)
+        return taken
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(chosen), "quantize_into", noted)
+        patch.setattr(Pieces, "write", noted_piece)
         yield sources
 
 
