@@ -38,7 +38,7 @@ class Numba(Torch):
         if source.is_neg():  # The loops see memory, not torch's bit that says to negate what is there.
             source = source.resolve_neg()
         plain = audit.refuse_nonfinite and not audit.measure_sqnr
-        is_fused = fused.is_fused(fmt) and fmt.search is None and fmt.recipe is None
+        is_fused = _is_fused(fmt)
         if source.numel() == 0 or not (is_fused or plain) or _takes_reference(fmt):
             super().quantize_into(source, parts, fmt, audit, origin)
             return
@@ -61,9 +61,9 @@ class Numba(Torch):
                 fused.quantize(matrix, own, fmt, audit, amax[i])
 
     def pieces(self, parts: Parts, fmt: WeightFormat, audit: Audit) -> Pieces | None:
-        plain = audit.refuse_nonfinite and not audit.measure_sqnr and fmt.search is None
+        plain = audit.refuse_nonfinite and not audit.measure_sqnr
         in_one = all(part.is_cpu and part.is_contiguous() for part in parts) and parts.qdata.numel()
-        return fused.Pieces(parts, fmt) if plain and in_one and fused.is_fused(fmt) else None
+        return fused.Pieces(parts, fmt) if plain and in_one and _is_fused(fmt) else None
 
     def raise_amax(
         self, source: torch.Tensor, amax: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int
@@ -139,6 +139,11 @@ class Numba(Torch):
 
 
 NUMBA = Numba()
+
+
+def _is_fused(fmt: WeightFormat) -> bool:
+    """Whether loops of `fused` do it, by the format's own formula."""
+    return fused.is_fused(fmt) and fmt.search is None and fmt.recipe is None
 
 
 def _takes_reference(fmt: WeightFormat) -> bool:
