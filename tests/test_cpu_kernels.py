@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from qtensor.kernels.cpu import rows
 from qtensor.kernels.cpu.fused import is_fused
 from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.formats import SOURCE_DTYPES, WeightFormat
+from qtensor.kernels.recipes import RECIPES
 from qtensor.kernels.reference import TORCH
 from support.first_use import timer
 
@@ -189,6 +191,16 @@ def test_many_short_rows(fmt: WeightFormat, dtype: torch.dtype, shape: tuple[int
         NUMBA.quantize_into(source, parts, fmt)
     assert refused.value.index == int(source.isnan().flatten().nonzero()[0])
     assert not any(part.view(torch.uint8).any() for part in parts)
+
+
+@formats
+def test_rows_by_address_are_for_the_formats_own_formula(fmt: WeightFormat) -> None:
+    parts = Parts.of((256, 64), fmt)
+    assert NUMBA.pieces(parts, fmt, Audit()) is not None
+    assert NUMBA.pieces(parts, replace(fmt, recipe=RECIPES["torchao"]), Audit()) is None
+    assert NUMBA.pieces(parts, fmt, Audit(measure_sqnr=True)) is None
+    assert NUMBA.pieces(parts, fmt, Audit(refuse_nonfinite=False)) is None
+    assert NUMBA.pieces(Parts(parts.qdata.mT.contiguous().mT, *parts[1:]), fmt, Audit()) is None
 
 
 @dtypes
