@@ -312,7 +312,11 @@ def test_global_scales_survive_being_stored_as_divisors():
     [
         *(("llama", scheme, "compressed-tensors") for scheme in SCHEMES),
         *(("llama", scheme, "fp8") for scheme in (fp8_per_tensor, fp8_per_block, mxfp4)),
-        *(("llama", scheme.searched(), "compressed-tensors") for scheme in (nvfp4, int4_per_group)),
+        *(("llama", scheme.searched(), "compressed-tensors") for scheme in SCHEMES if scheme != fp8_per_tensor),
+        *(
+            ("llama", scheme.by_recipe("compressed-tensors"), "compressed-tensors")
+            for scheme in (nvfp4, int4_per_group, int8_per_channel)
+        ),
         ("llama", fp8_per_block.searched(), "fp8"),
         *(("mixtral", scheme, "compressed-tensors") for scheme in (mxfp4, int8_per_channel, int4_per_group)),
     ],

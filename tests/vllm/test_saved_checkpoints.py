@@ -113,7 +113,7 @@ def test_files_follow_vllms_formulas(scheme, format, tmp_path):
         assert "lm_head" in understood.ignore
 
 
-@pytest.mark.parametrize("scheme", ["int4_per_group", "int4_per_group:searched"])
+@pytest.mark.parametrize("scheme", ["int4_per_group", "int4_per_group:searched", "int4_per_group:compressed-tensors"])
 def test_a_cpu_serves_int4(scheme, tmp_path):
     """As the bf16 model whose weights are what the codes and scales stand for."""
 
@@ -137,7 +137,10 @@ CLASSES = {
 _PACKAGE = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
 
 
-@pytest.mark.parametrize("scheme", [*CLASSES, "nvfp4:searched", "mxfp4:searched"])
+RECIPES = ("nvfp4:compressed-tensors", "int8_per_channel:compressed-tensors", "mxfp4:torchao")
+
+
+@pytest.mark.parametrize("scheme", [*CLASSES, *(f"{name}:searched" for name in CLASSES), *RECIPES])
 def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeypatch):
     """Only what multiplies them is left out: it is chosen by the device, and a CPU has little."""
     quantize_checkpoint(checkpoint("llama"), tmp_path / "made", scheme)
@@ -158,7 +161,7 @@ def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeyp
     found: Any = understood._get_scheme_from_parts(
         parts["weights"], parts["input_activations"], format=parts["format"], layer_name="down_proj"
     )
-    assert type(found).__name__ == CLASSES[scheme.removesuffix(":searched")]
+    assert type(found).__name__ == CLASSES[scheme.partition(":")[0]]
     layer, (rows, cols) = torch.nn.Module(), (128, 256)
     found.create_weights(
         layer=layer,
@@ -176,4 +179,4 @@ def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeyp
     if scheme.startswith("nvfp4"):
         source = tensors_of(checkpoint("llama"))[f"{prefix}weight"]
         # As vLLM inverts it after loading.
-        assert torch.equal(1.0 / made["weight_global_scale"], quantize(source, "nvfp4").parts()[2])
+        assert torch.equal(1.0 / made["weight_global_scale"], quantize(source, scheme).parts()[2])
