@@ -39,7 +39,8 @@ SHORTEST = 200
 """Characters: a string of a source file is documentation from this length on."""
 
 VOCABULARY, CONTEXT, BATCH = 4096, 256, 2
-STEPS = 3600
+STEPS, STOP = 3600, 2593
+"""Of the schedule, and taken of it."""
 RATE, WARMUP, SEED = 1.5e-3, 200, 0
 SHAPE: dict[str, Any] = {
     "hidden_size": 384,
@@ -121,8 +122,8 @@ def recipe(steps: int, stop: int) -> dict[str, Any]:
     }
 
 
-def folder_of(steps: int = STEPS, stop: int | None = None, data: Path = DATA) -> Path:
-    key = hashlib.sha256(json.dumps(recipe(steps, stop or steps), sort_keys=True).encode()).hexdigest()[:12]
+def folder_of(steps: int = STEPS, stop: int = STOP, data: Path = DATA) -> Path:
+    key = hashlib.sha256(json.dumps(recipe(steps, stop), sort_keys=True).encode()).hexdigest()[:12]
     return data / f"language-model-{key}"
 
 
@@ -196,7 +197,6 @@ def train(folder: Path, steps: int, stop: int, save_every: float = 240.0) -> Non
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     print(f"{facts['parameters'] / 1e6:.2f} M parameters, from step {first}", flush=True)
     began, saved, mean = time.perf_counter() - spent, time.perf_counter(), math.nan
-    busy = time.process_time()
     for step in range(first, stop):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps)
@@ -216,7 +216,8 @@ def train(folder: Path, steps: int, stop: int, save_every: float = 240.0) -> Non
             state.with_suffix(".new").replace(state)
             saved = time.perf_counter()
     facts |= {"seconds": time.perf_counter() - began, "steps": stop, "tokens": stop * BATCH * CONTEXT}
-    facts |= {"last_loss": mean, "processor_seconds_per_step": (time.process_time() - busy) / max(1, stop - first)}
+    if not math.isnan(mean):
+        facts["last_loss"] = mean
     finish(folder, model, tokenizer, held_out, facts)
     state.unlink(missing_ok=True)
 
@@ -231,18 +232,18 @@ def finish(folder: Path, model: Any, tokenizer: Any, held_out: dict[str, str], f
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def made(steps: int = STEPS, stop: int | None = None, data: Path = DATA) -> Path:
+def made(steps: int = STEPS, stop: int = STOP, data: Path = DATA) -> Path:
     """The checkpoint's folder; trains what is not there."""
     folder = folder_of(steps, stop, data)
     if not (folder / "training.json").exists():
-        train(folder, steps, stop or steps)
+        train(folder, steps, stop)
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
-    parser.add_argument("--stop", type=int, help="end before all of them are taken")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the schedule (default {STEPS})")
+    parser.add_argument("--stop", type=int, default=STOP, help=f"steps to take of it (default {STOP})")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--data", type=Path, default=DATA, help="where it goes (default bench/.data)")
     args = parser.parse_args()

@@ -14,7 +14,9 @@ channels of each norm's weight by ALPHA and divides the columns of the linear la
 SmoothQuant's equivalence (arXiv 2211.10438), (X / s) (s W) = X W, taken backwards; ALPHA is a power of two, so the
 function stays the same, bit for bit.
 
---docs writes the tables and the picture into docs/.
+The peers: pip install bitsandbytes hqq sinq datasets gguf (torchao is among ours). PATH is libggml-base of llama.cpp,
+built on this machine (`cmake --build build --target ggml-base`), WHAT its version. --docs writes the tables and the
+picture into docs/.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from qtensor import plan
 from qtensor.schemes.scheme import as_scheme
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
-WINDOWS, AT_ONCE = 96, 8
+WINDOWS, AT_ONCE = 48, 8
 ALPHA, CHANNELS = 8.0, 6
 BUDGETS = (4.4, 4.6, 4.75, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5)
 CHOICES = ("int4_per_group:searched", "nvfp4:searched", "fp8_per_channel:searched", "int8_per_channel:searched")
@@ -128,10 +130,8 @@ def with_outliers(model: Any, alpha: float = ALPHA, channels: int = CHANNELS) ->
                 linear.weight[:, at] /= alpha
 
 
-@torch.no_grad()
-def shape_of(model: nn.Module, windows: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Kind of layer → means over the layers: excess kurtosis of its weights and of what it reads, and the largest
-    channel of that over the median one (root mean squares)."""
+def inputs_of(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Linear layer → what it reads on a few windows, `[tokens, K]`."""
     read: dict[str, torch.Tensor] = {}
     hooks = [
         linear.register_forward_pre_hook(lambda _, given, name=name: read.update({name: given[0].flatten(0, -2)}))
@@ -140,6 +140,14 @@ def shape_of(model: nn.Module, windows: torch.Tensor) -> dict[str, dict[str, flo
     next(predictions(model, windows))
     for hook in hooks:
         hook.remove()
+    return read
+
+
+@torch.no_grad()
+def shape_of(model: nn.Module, windows: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Kind of layer → means over the layers: excess kurtosis of its weights and of what it reads, and the largest
+    channel of that over the median one (root mean squares)."""
+    read = inputs_of(model, windows)
     found: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         rows = []
@@ -156,6 +164,23 @@ def kurtosis(values: torch.Tensor) -> float:
     """Excess, over all elements: 0 for a normal distribution."""
     centred = values.double() - values.double().mean()
     return (centred.pow(4).mean() / centred.square().mean().square() - 3).item()
+
+
+@torch.no_grad()
+def by_kind(model: nn.Module, windows: torch.Tensor) -> dict[str, dict[str, list[float]]]:
+    """Scheme → kind of layer → the squared error with searched scales over that without: of weights, and of what the
+    layers answer."""
+    read, found = inputs_of(model, windows), {}
+    for name in perplexity_page.GAP:
+        pair = [quantizers.of_scheme(name), quantizers.of_scheme(f"{name}:searched")]
+        errors = {kind: torch.zeros(2, 2, dtype=torch.float64) for kind in KINDS}
+        for layer, linear in linears(model).items():
+            for at, quantizer in enumerate(pair):
+                error = quantizer.values(quantizer.make(linear.weight.bfloat16())) - linear.weight
+                both = torch.stack([error.square().sum(), (read[layer] @ error.t()).square().sum()])
+                errors[layer.rpartition(".")[2]][at] += both
+        found[name] = {kind: (searched / plain).tolist() for kind, (plain, searched) in errors.items()}
+    return found
 
 
 # The rows -------------------------------------------------------------------------------------------------------------
@@ -191,22 +216,38 @@ def rows_of(model: Any, folder: Path, windows: torch.Tensor, others: list[Quanti
     return rows
 
 
-def measured(folder: Path, windows_wanted: int, library: Path | None) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def held_out(folder: Path) -> tuple[torch.Tensor, int]:
+    """Tokens, int64, and of how many characters."""
+    from transformers import AutoTokenizer
 
     texts: dict[str, str] = json.loads((folder / "held_out.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = language_model.encoded(tokenizer.backend_tokenizer, texts.values())
-    windows = windows_of(tokens, language_model.CONTEXT, windows_wanted)
-    others, absent = quantizers.peers(library)
-    results: dict[str, Any] = {"training": json.loads((folder / "training.json").read_text())}
-    results |= {"tokens": windows[:, 1:].numel(), "characters_per_token": sum(map(len, texts.values())) / len(tokens)}
-    results |= {"absent": absent, "peers": quantizers.versions(), "rows": {}, "shapes": {}}
+    return language_model.encoded(tokenizer.backend_tokenizer, texts.values()), sum(map(len, texts.values()))
+
+
+def models_of(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The model in fp32, as it is and with outliers."""
+    from transformers import AutoModelForCausalLM
+
     for name in ("as trained", "with outliers"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         if name != "as trained":
             with_outliers(model)
+        yield name, model
+
+
+def measured(folder: Path, windows_wanted: int, library: Path | None) -> dict[str, Any]:
+    tokens, characters = held_out(folder)
+    windows = windows_of(tokens, language_model.CONTEXT, windows_wanted)
+    others, absent = quantizers.peers(library)
+    training = json.loads((folder / "training.json").read_text())
+    training.pop("command")  # Whoever asked for the model first.
+    results: dict[str, Any] = {"training": training}
+    results |= {"tokens": windows[:, 1:].numel(), "characters_per_token": characters / len(tokens)}
+    results |= {"absent": absent, "peers": quantizers.versions(), "rows": {}, "shapes": {}, "by_kind": {}}
+    for name, model in models_of(folder):
         print(name, flush=True)
+        results["by_kind"][name] = by_kind(model, windows)
         results["shapes"][name] = shape_of(model, windows)
         results["rows"][name] = rows_of(model, folder, windows, others)
     return results
@@ -214,8 +255,8 @@ def measured(folder: Path, windows_wanted: int, library: Path | None) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=language_model.STEPS, help="training steps of the model")
-    parser.add_argument("--stop", type=int, help="the step after which that ended, if earlier")
+    parser.add_argument("--steps", type=int, default=language_model.STEPS, help="as of bench/language_model.py")
+    parser.add_argument("--stop", type=int, default=language_model.STOP, help="as of bench/language_model.py")
     parser.add_argument("--data", type=Path, default=language_model.DATA, help="where the model is kept")
     parser.add_argument(
         "--windows", type=int, default=WINDOWS, help=f"of {language_model.CONTEXT} tokens (default {WINDOWS})"
@@ -224,22 +265,28 @@ def main() -> None:
     parser.add_argument("--built-from", default="", help="which version that is")
     parser.add_argument("--docs", action="store_true", help="write table and picture into docs/")
     parser.add_argument("--render", action="store_true", help="measure nothing, write them from the last results")
+    parser.add_argument("--by-kind", action="store_true", help="only what searching does by kind of layer, in seconds")
     args = parser.parse_args()
-    if args.render:
+    torch.set_num_threads(1)
+    folder = language_model.folder_of(args.steps, args.stop, args.data)
+    if args.render or args.by_kind:
         results = json.loads((machine.RESULTS / "perplexity.json").read_text())
+        if args.by_kind:
+            windows = windows_of(held_out(folder)[0], language_model.CONTEXT, args.windows)
+            results["by_kind"] = {name: by_kind(model, windows) for name, model in models_of(folder)}
+            machine.save("perplexity", results)
     else:
         os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
         began = time.perf_counter()
         results = machine.facts("torch", "transformers", "numba") | {"libggml": args.built_from}
         if args.libggml is not None:
-            results["command"] = results["command"].replace(str(args.libggml), "PATH")
+            results["command"] = results["command"].replace(str(args.libggml), "PATH").replace(args.built_from, "WHAT")
         results |= measured(language_model.made(args.steps, args.stop, args.data), args.windows, args.libggml)
         results["minutes"] = (time.perf_counter() - began) / 60
         print(f"\nwritten: {os.path.relpath(machine.save('perplexity', results))}")
     print(f"\n{perplexity_page.page_text(results)}")
-    if args.docs or args.render:
+    if args.docs or args.render or args.by_kind:
         perplexity_page.draw(results["rows"])
         machine.into_page(PAGE, "by size", perplexity_page.page_text(results))
 

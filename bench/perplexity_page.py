@@ -77,6 +77,18 @@ def shape_table(shapes: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def kind_table(models: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+    """Markdown: what searched scales do to the squared error of weights and of answers."""
+    columns = [(model, name) for model, found in models.items() for name in found]
+    head = " | ".join(f"`{name}`, {model}: weights | answers" for model, name in columns)
+    lines = [f"| searched over plain | {head} |", "| --- |" + " ---: | ---: |" * len(columns)]
+    for kind in next(iter(next(iter(models.values())).values())):
+        pairs = [models[model][name][kind] for model, name in columns]
+        cells = " | ".join(f"{weights:.2f} | {answers:.2f}" for weights, answers in pairs)
+        lines.append(f"| `{kind}` | {cells} |")
+    return "\n".join(lines)
+
+
 def goals(models: dict[str, list[Row]]) -> str:
     """Markdown: what was aimed at, and whether it is so."""
     lines = ["| aimed at | model | measured | |", "| --- | --- | --- | --- |"]
@@ -128,7 +140,8 @@ def draw(models: dict[str, list[Row]], path: Path = PICTURE) -> None:
         ):
             curve = sorted((r["bits"], r[key]) for r in kept if is_ours(r))
             lowest = [point for i, point in enumerate(curve) if point[1] <= min(p[1] for p in curve[: i + 1])]
-            axes.plot(*zip(*lowest, strict=True), color="#2f74d0", linewidth=1.2, zorder=1)
+            if axes is right:  # On the left most of what lies lowest does by chance.
+                axes.plot(*zip(*lowest, strict=True), color="#2f74d0", linewidth=1.2, zorder=1)
             marks = {
                 "qtensor, plain": (
                     "#2f74d0",
@@ -170,16 +183,16 @@ def page_text(results: dict[str, Any]) -> str:
     """All that stands between the marks of docs/accuracy.md."""
     made, versions = results["training"], results["versions"] | results["peers"]
     known = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    minutes = made["processor_seconds_per_step"] * made["steps"] / 60, made["seconds"] / 60
     bf16 = results["rows"]["as trained"][0]["perplexity"]
     error = next(row["error"] for row in results["rows"]["as trained"] if row["label"] == "nvfp4")
     text = (
-        f"A Llama of {made['parameters'] / 1e6:.1f} M parameters, embeddings included: {made['steps']} steps, "
-        f"{made['tokens'] / 1e6:.2f} M tokens, {minutes[0]:.0f} minutes of one core ({minutes[1]:.0f} by the clock of "
-        f"a busy machine). Held out: {results['tokens']:,} tokens of {made['held_out_documents']} documents, on which "
-        f"bf16 has a perplexity of {bf16:.1f} per token of {results['characters_per_token']:.1f} characters. The "
-        f"standard error of a four-bit row's perplexity, against bf16's, is {100 * error:.2f} %. {results['date']}, "
-        f"{results['cpu']}, Python {results['python']}; {known}"
+        f"A Llama of {made['parameters'] / 1e6:.1f} M parameters, embeddings included, after {made['steps']} steps of "
+        f"a schedule of {made['recipe']['steps'][1]}: {made['tokens'] / 1e6:.2f} M tokens, "
+        f"{made['seconds'] / 60:.0f} minutes by the clock of one core of a busy machine. Held out: "
+        f"{results['tokens']:,} tokens of {made['held_out_documents']} documents, on which bf16 has a perplexity of "
+        f"{bf16:.1f} per token of {results['characters_per_token']:.1f} characters. The standard error of a four-bit "
+        f"row's perplexity, against bf16's, is {100 * error:.2f} %. {results['date']}, {results['cpu']}, Python "
+        f"{results['python']}; {known}"
         + (f"; llama.cpp's formats by its own code, {results['libggml']}" if results["libggml"] else "")
         + "."
         + (f" Not installed, so not here: {', '.join(results['absent'])}." if results["absent"] else "")
@@ -192,5 +205,6 @@ def page_text(results: dict[str, Any]) -> str:
             table(results["rows"]),
             goals(results["rows"]),
             shape_table(results["shapes"]),
+            kind_table(results["by_kind"]),
         ]
     )

@@ -118,6 +118,17 @@ def test_outliers_leave_the_function_as_it_is(
     assert after["down_proj"] == pytest.approx(shape["down_proj"])
 
 
+def test_searching_is_judged_by_kind_of_layer(
+    bench: ModuleType, llama: LlamaForCausalLM, windows: torch.Tensor
+) -> None:
+    found = bench.by_kind(llama, windows)
+    assert set(found) == {"nvfp4", "int4_per_group"}
+    assert set(found["nvfp4"]) == set(bench.KINDS)
+    for weights, answers in found["nvfp4"].values():
+        assert 0.65 < weights < 0.85  # Of normally distributed weights three quarters stay.
+        assert 0.5 < answers < 1
+
+
 def row(label: str, family: str, bits: float, perplexity: float) -> dict[str, object]:
     return {
         "label": label,
@@ -167,6 +178,7 @@ def test_the_text_is_what_the_sources_say_in_a_fixed_order(bench: ModuleType, tm
 def test_another_recipe_is_another_folder_and_a_twentieth_is_held_out(bench: ModuleType) -> None:
     of = bench.language_model
     assert of.folder_of(10) == of.folder_of(10) != of.folder_of(11)
+    assert of.folder_of() != of.folder_of(stop=of.STOP - 1)
     held_out = sum(of.is_held_out(f"document/{i}.py") for i in range(4000)) / 4000
     assert 0.035 < held_out < 0.065
     rates = [of.rate(step, 1000) for step in range(1000)]
