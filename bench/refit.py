@@ -12,15 +12,12 @@ weights are fused as vLLM fuses them: w13 `[128, 2 I, H]`, w2 `[128, H, I]`, qkv
 for all experts of a layer, as checkpoints of transformers have. "plain" writes to bf16 parameters, and quantizes
 nothing. qtensor is `online_reload` around the same loader, fp8 per channel, from its first line to its last; "of it
 kernel" is what the quantizing loops take by themselves. CPU time on one thread, best of the rounds, which take turns.
-What exists before is taken out of Python's garbage collections (`gc.freeze`), as vLLM's engine does once started:
-else a refit's new objects make for one that walks all of PyTorch, which --no-freeze shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
-import gc
 import os
 import pstats
 import time
@@ -124,15 +121,12 @@ def spent(work: Callable[..., None], *args: Any) -> float:
     return time.process_time() - start
 
 
-def measure(layers: int, rounds: int, freeze: bool = True) -> dict[str, float]:
+def measure(layers: int, rounds: int) -> dict[str, float]:
     sent = tensors()
     unquantized, ours = model_of(layers), model_of(layers)
     with online_quant(fp8, ours, targets=[f"*.{name}" for name in QUANTIZED], progress=False):
         by_stack(ours, sent)
     times: dict[str, list[float]] = {}
-    gc.collect()
-    if freeze:
-        gc.freeze()
     for _ in range(rounds):
         for way, load in (("name by name", by_name), ("by stacks", by_stack)):
             times.setdefault(f"plain, {way}", []).append(spent(plain, unquantized, sent, load))
@@ -159,7 +153,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=168)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="profile a refit name by name instead of timing")
-    parser.add_argument("--no-freeze", action="store_true", help="let garbage collections walk what was there before")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -171,7 +164,7 @@ def main() -> None:
         profiler.runcall(refit, ours, sent, by_name)
         pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
         return
-    names, seconds = args.layers * NAMES_PER_LAYER, measure(args.layers, args.rounds, not args.no_freeze)
+    names, seconds = args.layers * NAMES_PER_LAYER, measure(args.layers, args.rounds)
     text = table(seconds, names)
     print(text)
     if args.docs:
