@@ -1,3 +1,3 @@
 """The version: pyproject.toml and CITATION.cff say the same (a test compares them)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
