@@ -231,12 +231,16 @@ class Encoder(Instructions):
         adding the remainder times the inverse (Markstein, 1990); the first step makes such a one. For sizes of
         `_DIVISORS`, at which no remainder is lost.
 
-        Of two numbers of 11 bits or less the first step is enough: a quotient is then 2^-35 or more from the middle
-        between two floats, of its size, and the step's sum before it is rounded only 2^-46 from the quotient.
+        Of two numbers of 11 bits or less, as those of int8 are of 16-bit sources, the inverse's own error takes the
+        place of both steps: such a quotient is 2^-35 of its size or more from the middle between two floats, and the
+        sum before it is rounded less than 2^-45 from the quotient.
         """
         b = self.b
+        if self.element == INT8 and self.dtype != FP32:  # What follows from the divisor alone leaves the loop.
+            rest = b.fmul(self.fma(b.fneg(inverse), divisor, splat(FLOAT, 1.0)), inverse)
+            return self.fma(value, inverse, b.fmul(value, rest))
         quotient = b.fmul(value, inverse)
-        for _ in range(1 if self.element == INT8 and self.dtype != FP32 else 2):
+        for _ in range(2):
             remainder = self.fma(b.fneg(quotient), divisor, value)
             quotient = self.fma(remainder, inverse, quotient)
         return quotient
