@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -209,15 +209,22 @@ class ModelTransaction(LoadHost, Transaction):
     # Finishing
 
     def _complete(self) -> None:
-        """Apply on_missing, then raise for whatever is still not there."""
-        missing: list[str] = []
-        boxes: dict[str, Any] = {}
+        """Raise what went wrong and was not put right, apply on_missing, raise for whatever is still not there: in this
+        order, as what is filled may be live at once (`atomic=False`), whatever comes next."""
         weights = self._weights_to_complete()
-        for weight in weights:  # First: what is filled below may be live at once (`atomic=False`), whatever comes next.
+        self._require_no_errors(weights)
+        self._fill(weights)
+
+    def _require_no_errors(self, weights: Iterable[ArmedWeight]) -> None:
+        for weight in weights:
             weight.settle_if_complete()
             if weight.error is not None:
                 raise weight.error
             self.incoming.finish(weight)
+
+    def _fill(self, weights: dict[ArmedWeight, list[Owner]]) -> None:
+        missing: list[str] = []
+        boxes: dict[str, Any] = {}
         for weight, owners in weights.items():
             name = full_name(owners[0])
             if not weight.coverage.complete and may_be_new(name) and keep_initial(weight, name):
