@@ -241,7 +241,7 @@ def measured(folder: Path, windows_wanted: int, library: Path | None) -> dict[st
     windows = windows_of(tokens, language_model.CONTEXT, windows_wanted)
     others, absent = quantizers.peers(library)
     training = json.loads((folder / "training.json").read_text())
-    training.pop("command")  # Whoever asked for the model first.
+    training.pop("command", None)  # Whoever asked for the model first.
     results: dict[str, Any] = {"training": training}
     results |= {"tokens": windows[:, 1:].numel(), "characters_per_token": characters / len(tokens)}
     results |= {"absent": absent, "peers": quantizers.versions(), "rows": {}, "shapes": {}, "by_kind": {}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("numba", reason="the numba kernels need the optional extra '
 from test_cpu_products import activations, exact, quantized
 
 from qtensor.kernels import FORMATS, WeightFormat
-from qtensor.kernels.cpu import layouts, mixtures, prepared, products, rows, vectors
+from qtensor.kernels.cpu import laying, layouts, mixtures, orders, prepared, products, rows, vectors, words
 from qtensor.kernels.cpu.numba_backend import NUMBA
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
@@ -45,6 +46,36 @@ def test_bits_are_those_of_products(fmt: WeightFormat, data: st.DataObject) -> N
     assert (found is not None) == served
     if found is not None:
         assert torch.equal(found, products.linear(x, parts, fmt, bias))
+
+
+def integers_of(x: torch.Tensor, order: orders.Order) -> torch.Tensor:
+    """x `[M, K]` as `words.WordLayout` writes it, by torch: bytes of integers and of their scales."""
+    width = len(order.columns)
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % width)).view(x.shape[0], -1, width)[:, :, order.columns]
+    x = x.float().reshape(*x.shape[:2], 4, 16, 2)
+    size = x.abs().view(torch.int32)
+    most = size.amax((2, 4), keepdim=True)
+    exponent = most.bitwise_and(0x7F800000).clamp_min(15 << 23)
+    scale = torch.where(most >= 0x7F800000, most, exponent - (14 << 23)).view(torch.float32)
+    codes = (x * ((268 << 23) - exponent).view(torch.float32)).round().clamp(-32767, 32767)
+    codes = torch.where(most >= 0x7F800000, torch.where(size == 0x7F800000, x.sign(), 0.0), codes)
+    both = codes.to(torch.int16).flatten(2), scale.flatten(2).contiguous()
+    return torch.cat([part.view(torch.uint8) for part in both], -1).flatten(1)
+
+
+@pytest.mark.parametrize("number", [orders.WORDED, orders.WORDED_QUARTERS])
+@relaxed
+@given(data=st.data())
+def test_integers_of_x(number: int, data: st.DataObject) -> None:
+    if not words.has_words():
+        pytest.skip("this chip does not multiply pairs of integers")
+    x = data.draw(activations(data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 127, 128, 129, 300]))))
+    x = x.bfloat16()
+    for value in data.draw(st.lists(st.sampled_from([math.inf, -math.inf, math.nan, 3e38, 1e-38, 0.0]), max_size=5)):
+        x[data.draw(st.integers(0, x.shape[0] - 1)), data.draw(st.integers(0, x.shape[1] - 1))] = value
+    order = orders.ORDERS[number]
+    found, wanted = laying.laid_out(x, number), integers_of(x, order)
+    assert torch.equal(found[:, : wanted.shape[1]], wanted)
 
 
 @formats

@@ -7,7 +7,6 @@ rounded or combined. Loops in C functions of one argument, as those of `vectors`
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numba
@@ -20,19 +19,8 @@ from ..formats import ceil_div
 from . import products, rows, vectors
 from .compiling import Once
 from .instructions import BF16, FP32, take
-from .orders import (
-    EVEN_FIRST,
-    IN_ORDER,
-    PAIRED,
-    PAIRED_QUARTERS,
-    STRIPED,
-    STRIPED_QUARTERS,
-    WORDED,
-    WORDED_QUARTERS,
-    lay_row,
-)
+from .laying import PURPOSE, c_function, lay_any_row, lay_rows
 
-PURPOSE = "products"
 _JOB = vectors.JOB
 _PIECE = 1 << 16  # Elements to round that are worth another thread.
 
@@ -48,7 +36,6 @@ ROUTE = np.dtype(
     + [(name, np.int64) for name in ("ids", "pairs", "each", "experts", "most", "ends", "where", "found")]
     + [(f"{name}{i}", np.int64) for i in (1, 2) for name in ("matrices", "jobs", "counter", "values", "gains")]
 )
-LAY_OUT_SUMS = np.dtype([(name, np.int64) for name in ("x", "x_stride", "rows", "cols", "order", "out", "out_stride")])
 COMBINE = np.dtype(
     [(name, np.int64) for name in ("sums", "sums_stride", "where", "weights", "each", "rows", "cols", "out")]
 )
@@ -60,10 +47,6 @@ COMBINE_ROWS = np.dtype(
 )
 
 _intrinsic: Any = extending.intrinsic
-
-
-def function(address: int) -> Any:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
 def _pointers(kind: Any) -> Any:
@@ -110,30 +93,9 @@ def _widened(typing_context, bits):
     return types.float32(types.uint16), emit
 
 
-@numba.njit(nogil=True)
-def _lay_row(x, cols, order, out):
-    """One row of bfloat16, laid out as a loop of products reads it."""
-    if order == PAIRED:
-        lay_row(PAIRED, BF16, x, cols, out)
-    elif order == PAIRED_QUARTERS:
-        lay_row(PAIRED_QUARTERS, BF16, x, cols, out)
-    elif order == WORDED:
-        lay_row(WORDED, BF16, x, cols, out)
-    elif order == WORDED_QUARTERS:
-        lay_row(WORDED_QUARTERS, BF16, x, cols, out)
-    elif order == STRIPED:
-        lay_row(STRIPED, BF16, x, cols, out)
-    elif order == STRIPED_QUARTERS:
-        lay_row(STRIPED_QUARTERS, BF16, x, cols, out)
-    elif order == EVEN_FIRST:
-        lay_row(EVEN_FIRST, BF16, x, cols, out)
-    else:
-        lay_row(IN_ORDER, BF16, x, cols, out)
-
-
 @Once
 def lay_out() -> Any:
-    """Rows of x by `_lay_row`; the table of scales times the global one; and the loop's counters at their beginning."""
+    """Rows of x by `lay_any_row`; the table of scales times the global one; the loop's counters at their beginning."""
 
     def loop(pointer):
         p = carray(pointer, 1)[0]
@@ -143,9 +105,9 @@ def lay_out() -> Any:
         if p.table != 0:
             _with_gain(p.values, p.gain, p.table)
         for m in range(p.rows):
-            _lay_row(p.x + m * p.x_stride, p.cols, p.order, p.out + m * p.out_stride)
+            lay_any_row(p.x + m * p.x_stride, p.cols, p.order, p.out + m * p.out_stride)
 
-    return _compiled(loop, LAY_OUT)
+    return c_function(loop, LAY_OUT)
 
 
 @Once
@@ -188,36 +150,12 @@ def route() -> Any:
             e = ids[i]
             where[i] = ends[e]
             ends[e] += 1
-            _lay_row(p.x + i // p.each * p.x_stride, p.cols, p.order, p.out + where[i] * p.out_stride)
+            lay_any_row(p.x + i // p.each * p.x_stride, p.cols, p.order, p.out + where[i] * p.out_stride)
         carray(_int64s(p.counter1), 1)[0] = 0
         carray(_int64s(p.counter2), 1)[0] = 0
         found[0] = count
 
-    return _compiled(loop, ROUTE)
-
-
-@Once
-def lay_out_sums() -> Any:
-    """As `_lay_row`, for rows of float32."""
-
-    def loop(pointer):
-        p = carray(pointer, 1)[0]
-        for m in range(p.rows):
-            x, out = p.x + m * p.x_stride, p.out + m * p.out_stride
-            if p.order == STRIPED:
-                lay_row(STRIPED, FP32, x, p.cols, out)
-            elif p.order == WORDED:
-                lay_row(WORDED, FP32, x, p.cols, out)
-            elif p.order == WORDED_QUARTERS:
-                lay_row(WORDED_QUARTERS, FP32, x, p.cols, out)
-            elif p.order == STRIPED_QUARTERS:
-                lay_row(STRIPED_QUARTERS, FP32, x, p.cols, out)
-            elif p.order == EVEN_FIRST:
-                lay_row(EVEN_FIRST, FP32, x, p.cols, out)
-            else:
-                lay_row(IN_ORDER, FP32, x, p.cols, out)
-
-    return _compiled(loop, LAY_OUT_SUMS)
+    return c_function(loop, ROUTE)
 
 
 @Once
@@ -242,7 +180,7 @@ def combine() -> Any:
             for n in range(p.cols):
                 out[n] = _rounded(total[n])
 
-    return _compiled(loop, COMBINE)
+    return c_function(loop, COMBINE)
 
 
 @numba.njit(nogil=True)
@@ -279,7 +217,7 @@ def combine_rows() -> Any:
             for n in range(p.cols):
                 out[n] = _rounded(total[n])
 
-    return _compiled(loop, COMBINE_ROWS)
+    return c_function(loop, COMBINE_ROWS)
 
 
 @Once
@@ -305,7 +243,7 @@ def round_rows() -> Any:
                 for n in range(p.cols):
                     out[n] = _rounded(sums[n] * step)
 
-    return _compiled(loop, ROUND)
+    return c_function(loop, ROUND)
 
 
 def combine_into(out: torch.Tensor, terms: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> None:
@@ -350,12 +288,7 @@ kept_memory = products._scratch
 
 def compile_loops() -> None:
     """For all processes to come."""
-    for loop in (lay_out, route, lay_out_sums, combine, combine_rows, round_rows):
+    for loop in (lay_out, route, combine, combine_rows, round_rows):
         loop(purpose=PURPOSE)
-
-
-def _compiled(loop: Any, places: np.dtype[Any]) -> Any:
-    compiled = vectors._compiled(loop, places)
-    found = function(compiled.address)
-    found.address, found.keeps = compiled.address, compiled
-    return found
+    for dtype in (BF16, FP32):
+        lay_rows(dtype, purpose=PURPOSE)

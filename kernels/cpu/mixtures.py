@@ -11,7 +11,8 @@ import torch
 from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
 from . import layouts, prepared, rows
-from .layouts import PURPOSE
+from .instructions import FP32
+from .laying import LAY_ROWS, PURPOSE, lay_rows
 from .prepared import Multiplication, set_places
 
 _MOST_PAIRS = 256  # Of a token and an expert; of one expert, two times what is decoded for at once.
@@ -85,7 +86,7 @@ class _Mixture:
         self._ends, self._found = np.zeros(experts + 1, np.int64), np.zeros(2, np.int64)
         self._where = np.zeros(_MOST_PAIRS, np.int64)
         self._route, self._combine = np.zeros(1, layouts.ROUTE), np.zeros(1, layouts.COMBINE)
-        self._between = np.zeros(1, layouts.LAY_OUT_SUMS)
+        self._between = np.zeros(1, LAY_ROWS)
         one = self._first
         route = {"cols": hidden, "order": one.order, "out_stride": one.x_stride, "experts": experts}
         route |= {"most": 2 * AT_ONCE, "ends": self._ends.ctypes.data}
@@ -103,8 +104,9 @@ class _Mixture:
         # What changes with each call, as flat arrays, and what is called with them.
         all_places = self._route, self._between, self._combine
         self._flat = [places.view(np.int64) for places in all_places]
-        loops = layouts.route, layouts.lay_out_sums, layouts.combine
-        self._calls = [(loop(purpose=PURPOSE), p.ctypes.data) for loop, p in zip(loops, all_places, strict=True)]
+        lay_out = lay_rows(FP32, purpose=PURPOSE)
+        loops = layouts.route(purpose=PURPOSE), lay_out, layouts.combine(purpose=PURPOSE)
+        self._calls = [(loop, p.ctypes.data) for loop, p in zip(loops, all_places, strict=True)]
         self._pairs = 0
 
     def run(

@@ -19,7 +19,7 @@ from ..formats import WeightFormat, ceil_div
 from .decoders import DOUBLE, STRIPE, interleaved
 from .instructions import BF16, CHUNK, FLOAT, I16, I32, I64, LANES, int64, intrinsic, splat, vector
 from .stripes import CHUNKS, HALVES, PAIRS, QUARTERS, SINGLES, WORDS
-from .words import WORDS_SIZE, WordLayout, words_of
+from .words import WORDS_SIZE, WordLayout
 
 _PADDING = 64  # Bytes; keeps rows of x from falling on the same cache sets when K is a power of two.
 
@@ -68,17 +68,16 @@ def order_of(fmt: WeightFormat, way: int) -> int:
 
 
 def arranged(x: torch.Tensor, order: Order) -> torch.Tensor:
-    """x laid out; of pairs, in bfloat16; integers and their scales as bytes."""
+    """x laid out; of pairs, in bfloat16. Not as integers."""
     rows, cols = x.shape
     whole, width = order.whole(cols), len(order.columns)
     if whole != cols:
         x = torch.nn.functional.pad(x, (0, whole - cols))
     columns = torch.tensor(order.columns, dtype=torch.int64, device="cpu")
     x = x.reshape(rows, -1, width)[:, :, columns]
-    dtype = {PAIRS: torch.bfloat16, WORDS: torch.uint8}.get(order.way, torch.float32)
+    dtype = torch.bfloat16 if order.way == PAIRS else torch.float32
     out = torch.empty((rows, order.stride(cols) // dtype.itemsize), dtype=dtype, device="cpu")
-    end = whole // width * order.size() // dtype.itemsize
-    out[:, :end] = (words_of(x) if order.way == WORDS else x).reshape(rows, end)
+    out[:, :whole] = x.reshape(rows, whole)
     return out
 
 

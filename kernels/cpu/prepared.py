@@ -20,7 +20,8 @@ import torch
 from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
 from . import products, rows, stripes, vectors
-from .layouts import LAY_OUT, PURPOSE, ROUND, function, lay_out, round_rows
+from .laying import PURPOSE, function
+from .layouts import LAY_OUT, ROUND, lay_out, round_rows
 from .orders import ORDERS, order_of
 from .singles import TILE
 from .tiles import ROWS_FOR_FEW, ROWS_FOR_MANY, TILE_SCRATCH, tile_size

@@ -18,7 +18,8 @@ import torch
 from ..formats import WeightFormat, ceil_div, e8m0_to_float
 from ..parts import Parts
 from . import stripes, vectors
-from .orders import ORDERS, arranged, order_of
+from .laying import laid_out
+from .orders import order_of
 from .rows import run_loop
 from .singles import TILE
 from .tiles import (
@@ -131,9 +132,9 @@ def _in_registers(
 ) -> None:
     """`spans` cover x."""
     way = stripes.way_of(fmt, x.dtype)
-    laid_out = arranged(x.detach(), ORDERS[order_of(fmt, way)])
+    rows = laid_out(x.detach(), order_of(fmt, way))
     sums = torch.empty(out.shape, dtype=torch.float32, device="cpu")
-    place = laid_out.data_ptr(), laid_out.stride(0) * laid_out.itemsize
+    place = rows.data_ptr(), rows.stride(0) * rows.itemsize
     _run(
         vectors.product_loop(fmt, way),
         parts,

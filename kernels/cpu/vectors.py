@@ -85,8 +85,10 @@ def _largest(address, count):
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the files beside this one: numba's cache sees a change only of the one that defines a function."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """A digest of the files beside this one, and of what searches try: numba's cache sees a change only of the one that
+    defines a function."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here.parent / "formats.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

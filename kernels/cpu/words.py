@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 
 from .decoders import DOUBLE, E2M1_VALUES, Decoder
@@ -82,19 +81,6 @@ class WordDecoder(Decoder):
             kind = ir.FunctionType(total.type, [total.type, weight.type, of_x.type])
             total = b.asm(kind, "vpdpwssd $3, $2, $0", "=v,0,v,v", [total, weight, of_x], False)
         return b.sitofp(total, vector(FLOAT))
-
-
-def words_of(x: torch.Tensor) -> torch.Tensor:
-    """Double stripes `[M, S, 128]` as bytes, `[M, S, WORDS_SIZE]`; the same that `WordLayout` writes."""
-    x = x.float().reshape(*x.shape[:2], 4, 2 * LANES // _SHARE, _SHARE)
-    size = x.abs().view(torch.int32)
-    most = size.amax((2, 4), keepdim=True)
-    exponent = most.bitwise_and(_INFINITY).clamp_min(_LEAST)
-    scale = torch.where(most >= _INFINITY, most, exponent - (_BITS << 23)).view(torch.float32)
-    codes = (x * ((_INVERSE << 23) - exponent).view(torch.float32)).round().clamp(-_MOST, _MOST)
-    codes = torch.where(most >= _INFINITY, torch.where(size == _INFINITY, x.sign(), 0.0), codes)
-    words, scales = codes.to(torch.int16).flatten(2), scale.flatten(2).contiguous()
-    return torch.cat((words.view(torch.uint8), scales.view(torch.uint8)), -1)
 
 
 class WordLayout(Instructions):
