@@ -12,7 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import carray
+from numba import carray  # type: ignore[attr-defined]
 
 from . import vectors
 from .compiling import Once
