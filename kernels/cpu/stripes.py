@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding, ir  # type: ignore[import-untyped]
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
@@ -90,8 +90,7 @@ def subtrahends(fmt: WeightFormat) -> torch.Tensor:
 @functools.cache
 def has_pairs() -> bool:
     """Whether numba compiles for a chip that multiplies pairs of bfloat16 at full speed."""
-    new = binding.llvm_version_info >= (17,)  # Before, LLVM's own instruction had other types.
-    return new and {"+avx512bf16", "+avx512vbmi"} <= set(chip_features()) and chip_name().startswith("znver")
+    return {"+avx512bf16", "+avx512vbmi"} <= set(chip_features()) and chip_name().startswith("znver")
 
 
 def way_of(fmt: WeightFormat, dtype: torch.dtype) -> int:
