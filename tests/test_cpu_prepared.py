@@ -57,7 +57,7 @@ def integers_of(x: torch.Tensor, order: orders.Order) -> torch.Tensor:
     most = size.amax((2, 4), keepdim=True)
     exponent = most.bitwise_and(0x7F800000).clamp_min(15 << 23)
     scale = torch.where(most >= 0x7F800000, most, exponent - (14 << 23)).view(torch.float32)
-    codes = (x * ((268 << 23) - exponent).view(torch.float32)).round().clamp(-32767, 32767)
+    codes = (x * ((268 << 23) - exponent).view(torch.float32)).round()
     codes = torch.where(most >= 0x7F800000, torch.where(size == 0x7F800000, x.sign(), 0.0), codes)
     both = codes.to(torch.int16).flatten(2), scale.flatten(2).contiguous()
     return torch.cat([part.view(torch.uint8) for part in both], -1).flatten(1)

@@ -70,12 +70,8 @@ def lay_any_row(x, cols, order, out):
 
 @numba.njit(nogil=True)
 def _lay_floats(x, cols, order, out):
-    """One row of float32, likewise."""
-    if order == WORDED:
-        lay_row(WORDED, FP32, x, cols, out)
-    elif order == WORDED_QUARTERS:
-        lay_row(WORDED_QUARTERS, FP32, x, cols, out)
-    elif order == STRIPED:
+    """One row of float32, likewise; it stays that."""
+    if order == STRIPED:
         lay_row(STRIPED, FP32, x, cols, out)
     elif order == STRIPED_QUARTERS:
         lay_row(STRIPED_QUARTERS, FP32, x, cols, out)
@@ -99,7 +95,7 @@ def lay_rows(dtype: int) -> Any:
 
 
 def laid_out(x: torch.Tensor, order: int) -> torch.Tensor:
-    """x `[M, K]` in an order, a row each; by torch, where it has no integers to make of x and another dtype."""
+    """x `[M, K]` in an order, a row each; what becomes integers is bfloat16."""
     if ORDERS[order].way != WORDS:
         return arranged(x, ORDERS[order])
     x = x.resolve_neg()

@@ -83,7 +83,7 @@ def arranged(x: torch.Tensor, order: Order) -> torch.Tensor:
 
 @intrinsic(prefer_literal=True)
 def lay_row(typing_context, order, dtype, x, cols, out):
-    """One row of x, in bfloat16 or float32, laid out; an order of pairs takes bfloat16 alone."""
+    """One row of x, in bfloat16 or float32, laid out; orders of pairs and of integers take bfloat16 alone."""
     laid = ORDERS[order.literal_value]
     columns, pairs = laid.columns, laid.way == PAIRS
     single = dtype.literal_value != BF16

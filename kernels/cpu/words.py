@@ -43,7 +43,7 @@ _INTEGERS = {
 }
 
 _BITS, _SHARE = 14, 2  # of integers: bits after the largest's first, and words of a vector that share a scale
-_INFINITY, _MOST = 0x7F800000, 2**15 - 1
+_INFINITY = 0x7F800000
 _LEAST = (127 - 112) << 23  # Smaller ones have its scale.
 _INVERSE = 2 * 127 + _BITS  # less the largest's exponent: that of what makes integers of x, as float32 stores it
 
@@ -87,7 +87,8 @@ class WordLayout(Instructions):
     """Writes what makes integers of a double stripe of x."""
 
     def words(self, floats: list[list[Any]], target: Any) -> None:
-        """A double stripe as integers and their scales; floats: of each vector of words, two vectors."""
+        """A double stripe as integers and their scales; floats: of each vector of words, two vectors, which come from
+        bfloat16 (more bits could round up to one integer too many)."""
         b, found = self.b, []
         for half in zip(*floats, strict=True):
             sizes = [b.and_(b.bitcast(x, vector(I32)), splat(I32, 0x7FFFFFFF)) for x in half]
@@ -100,8 +101,6 @@ class WordLayout(Instructions):
             codes = []
             for x, size in zip(half, sizes, strict=True):
                 whole = b.fptosi(self.call("llvm.rint.v16f32", x.type, b.fmul(x, inverse)), vector(I32))
-                whole = self.call("llvm.smin.v16i32", whole.type, whole, splat(I32, _MOST))
-                whole = self.call("llvm.smax.v16i32", whole.type, whole, splat(I32, -_MOST))
                 sign = b.or_(b.ashr(b.bitcast(x, vector(I32)), splat(I32, 31)), splat(I32, 1))
                 one = b.select(b.icmp_signed("==", size, splat(I32, _INFINITY)), sign, splat(I32, 0))
                 codes.append(b.select(endless, one, whole))
