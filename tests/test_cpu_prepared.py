@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
 
+import numba
 from test_cpu_products import activations, exact, quantized
 
 from qtensor.kernels import FORMATS, WeightFormat
-from qtensor.kernels.cpu import laying, layouts, mixtures, orders, prepared, products, rows, vectors, words
+from qtensor.kernels.cpu import laying, layouts, mixtures, orders, prepared, products, routing, rows, vectors, words
 from qtensor.kernels.cpu.numba_backend import NUMBA
 
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
@@ -182,7 +185,10 @@ def test_mixtures(fmt: WeightFormat, data: st.DataObject) -> None:
     x = torch.randn(tokens, hidden, generator=generator).bfloat16()
     ids = torch.stack([torch.randperm(experts, generator=generator)[:each] for _ in range(tokens)]).int()
     weights = torch.rand(tokens, each, generator=generator)
-    found = mixtures.experts(x, first, second, fmt, ids, weights, inner, activate)
+    between = data.draw(st.sampled_from([None, activate]))
+    found = mixtures.experts(x, first, second, fmt, ids, weights, inner, between)
+    bound = mixtures.Bound(first, second, fmt, hidden, inner, between)(x, ids, weights)
+    assert (bound is None) if found is None else torch.equal(bound, found)
     most = int(ids.flatten().bincount().max())
     assert (found is not None) == (most <= 2 * mixtures.AT_ONCE)
     if found is None:
@@ -199,6 +205,62 @@ def test_mixtures(fmt: WeightFormat, data: st.DataObject) -> None:
     wanted = torch.stack([torch.stack(own).sum(0) for own in terms])
     size = torch.stack([torch.stack(own).abs().sum(0) for own in terms])
     assert ((found.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 2.0**-14 * (size + size.mean())).all()
+
+
+def test_the_exponential_is_exact_to_two_units_in_the_last_place() -> None:
+    """From -87 to 88.3; beyond, it is next to nothing and infinity; and NaN is NaN."""
+    exp = numba.vectorize(["float32(float32)"])(routing.exp.py_func)
+    x = np.linspace(-87, 88.3, 1_000_001, dtype=np.float32)
+    wanted = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(exp(x) - wanted) / np.spacing(wanted.astype(np.float32))) <= 2
+    assert exp(np.float32(0)) == 1
+    assert exp(np.float32("inf")) == exp(np.float32(90)) == np.inf
+    assert 0 <= exp(np.float32("-inf")) < 1e-37
+    assert np.isnan(exp(np.float32("nan")))
+
+
+@formats
+@relaxed
+@given(data=st.data())
+def test_a_bound_weight_is_what_it_was_bound_to(fmt: WeightFormat, data: st.DataObject) -> None:
+    """The bits of `linear`, of whatever the weight holds; None where that says None, and when a part lies elsewhere."""
+    height, cols = data.draw(st.sampled_from([(1, 33), (64, 128), (130, 205)]))
+    parts = quantized(fmt, (height, cols), 1)
+    bound = prepared.Bound(parts, fmt, cols)
+    x = data.draw(activations(data.draw(st.sampled_from([1, 4, 17, 65])), cols))
+    bias = data.draw(st.sampled_from([None, torch.linspace(-1, 1, height).to(x.dtype)]))
+    for seed in (1, 2):
+        for part, new in zip(parts, quantized(fmt, (height, cols), seed), strict=True):
+            part.copy_(new)
+        found, wanted = bound(x, bias), prepared.linear(x, parts, fmt, bias)
+        if x.shape[0] <= prepared.most_rows(fmt):
+            assert (found is None) if wanted is None else torch.equal(found, wanted)
+        else:
+            assert found is None
+    part = data.draw(st.sampled_from(list(parts)))
+    kept, part.data = part.data, part.data.clone()
+    assert bound(x, bias) is None
+    del kept
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    """What was worked out for them is worked out anew."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        fmt = FORMATS["int8_per_channel"]
+        parts, x = quantized(fmt, (2000, 512), 1), torch.randn(2, 512).bfloat16()
+        bound = prepared.Bound(parts, fmt, 512)
+        assert bound(x) is not None
+        child = os.fork()
+        if not child:
+            torch.set_num_threads(2)
+            found = bound(x) is None and prepared.linear(x, parts, fmt, None) is None
+            os._exit(0 if found else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_mixtures_of_other_kinds_are_declined() -> None:
@@ -224,12 +286,12 @@ def test_mixtures_of_other_kinds_are_declined() -> None:
 def test_terms_are_combined(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are not there add nothing; several threads take rows in turn."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(layouts, "_PIECE", 64)
+    monkeypatch.setattr(routing, "_PIECE", 64)
     terms, weights = torch.randn(50, 96).bfloat16(), torch.rand(40, 3)
     where = torch.randint(-1, 50, (40, 3))
     where[7] = -1
     out = torch.full((40, 96), float("nan"), dtype=torch.bfloat16)
-    layouts.combine_into(out, terms, where, weights)
+    routing.combine_into(out, terms, where, weights)
     wanted = (terms[where.clamp_min(0)].double() * (weights.double() * (where >= 0)).unsqueeze(-1)).sum(1)
     assert ((out.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-6).all()
 

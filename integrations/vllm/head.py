@@ -67,7 +67,7 @@ class QTensorEmbeddingMethod(QTensorLinearMethod):
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """input_ `[...]` of row numbers → `[..., K]`; only these rows are dequantized."""
-        parts = published_parts(layer, self.scheme.format)
+        parts = list(published_parts(layer, self.scheme.format).values())
         out: torch.Tensor = torch.ops.qtensor_vllm.embedding(
             input_, parts, self.scheme.format.name, layer.orig_dtype, layer.input_size_per_partition
         )

@@ -55,7 +55,7 @@ class Int8Linear(CpuLinear):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        weight, scale = published_parts(layer, self.fmt)
+        weight, scale = published_parts(layer, self.fmt).values()
         if weight.numel():
             out = torch.ops.qtensor_vllm.linear_int8(flat, weight, scale, bias)
         else:
@@ -64,7 +64,7 @@ class Int8Linear(CpuLinear):
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     def read(self, layer: Any) -> QTensor:
-        weight, scale = published_parts(layer, self.fmt)
+        weight, scale = published_parts(layer, self.fmt).values()
         if not weight.numel():
             weight = _unpacked(layer.int8_product, scale)
         return assembled((weight, scale), self.scheme, layer.orig_dtype, layer.input_size_per_partition)

@@ -99,9 +99,9 @@ def publish_parts(layer: Any, weight: QTensor, name: str = "weight") -> None:
         layer.register_parameter(part_name, frozen(part))
 
 
-def published_parts(layer: Any, fmt: WeightFormat, name: str = "weight") -> list[torch.Tensor]:
-    """What `publish_parts` gave it."""
-    return [layer._parameters[part_name] for part_name in part_names(fmt, name)]
+def published_parts(layer: Any, fmt: WeightFormat, name: str = "weight") -> dict[str, torch.Tensor]:
+    """What `publish_parts` gave it, by the names of its parameters."""
+    return {part_name: layer._parameters[part_name] for part_name in part_names(fmt, name)}
 
 
 def give_back(layer: Any, parts: Parts) -> None:

@@ -15,13 +15,13 @@ from qtensor.kernels.cpu.compiling import Task
 
 def _import() -> Any:
     try:
-        from qtensor.kernels.cpu import layouts, mixtures
+        from qtensor.kernels.cpu import layouts, mixtures, prepared, routing
     except ImportError:
         return None
-    return layouts, mixtures
+    return layouts, mixtures, prepared, routing
 
 
-layouts, mixtures = Task(_import).result() or (None, None)
+layouts, mixtures, prepared, routing = Task(_import).result() or (None, None, None, None)
 
 
 @contextlib.contextmanager
@@ -43,6 +43,59 @@ def round_into(out: torch.Tensor, sums: torch.Tensor, steps: torch.Tensor, bias:
     out.copy_(sums if bias is None else sums.add_(bias))
 
 
+class Kept:
+    """What a layer needs for products of a few rows, worked out at the first of them, for as long as its parameters
+    are those that it was worked out for."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[str, torch.Tensor, int]] = []
+        self._call: Callable[..., torch.Tensor | None] | None = None
+
+    def __call__(self, layer: Any, *args: Any) -> torch.Tensor | None:
+        """The product, or None where it has to be taken in another way."""
+        if self._call is None:
+            return None
+        parameters = layer._parameters
+        for name, part, _ in self._parts:
+            if parameters[name] is not part:
+                return None
+        return self._call(*args)
+
+    def for_linear(self, parts: dict[str, torch.Tensor], fmt: WeightFormat, cols: int) -> None:
+        """From now on `(x, bias)`, as `prepared.Bound` takes it."""
+        if self._are_others(parts):
+            self._call = prepared.Bound(Parts(*parts.values()), fmt, cols)
+
+    def for_experts(
+        self,
+        first: dict[str, torch.Tensor],
+        second: dict[str, torch.Tensor],
+        fmt: WeightFormat,
+        hidden: int,
+        inner: int,
+        activate: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        """From now on `(x, ids, weights)`, as `mixtures.Bound` takes it."""
+        if self._are_others(first | second):
+            stacks = Parts(*first.values()), Parts(*second.values())
+            self._call = mixtures.Bound(*stacks, fmt, hidden, inner, activate)
+
+    def _are_others(self, parts: dict[str, torch.Tensor]) -> bool:
+        """Whether these have not been looked at, and the loops serve them."""
+        now = [(name, part, part.data_ptr()) for name, part in parts.items()]
+        if len(now) == len(self._parts) and all(
+            old[1] is new[1] and old[2] == new[2] for old, new in zip(self._parts, now, strict=True)
+        ):
+            return False
+        self._parts, self._call = now, None
+        plain = all(part.is_contiguous() and part.numel() for part in parts.values())
+        return plain and mixtures is not None and kernels.serving(*parts.values()).name == "numba"
+
+    def drop(self) -> None:
+        """Hold no parameters any more."""
+        self._parts, self._call = [], None
+
+
 def few_tokens(
     x: torch.Tensor,
     first: Parts,
@@ -51,7 +104,7 @@ def few_tokens(
     ids: torch.Tensor,
     weights: torch.Tensor,
     inner: int,
-    activate: Callable[[torch.Tensor], torch.Tensor],
+    activate: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor | None:
     """See `mixtures.experts`; None where the loops do not serve."""
     if mixtures is None or kernels.serving(x, *first, *second).name != "numba":
@@ -61,8 +114,8 @@ def few_tokens(
 
 def combine_into(out: torch.Tensor, terms: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> None:
     """out `[T, N]` = Σ over j of weights `[T, k]` · the row of terms that where `[T, k]` says; one below zero is 0."""
-    if layouts is not None and out.dtype == torch.bfloat16:
-        layouts.combine_into(out, terms.contiguous(), where, weights.float().contiguous())
+    if routing is not None and out.dtype == torch.bfloat16:
+        routing.combine_into(out, terms.contiguous(), where, weights.float().contiguous())
         return
     weights = torch.where(where < 0, 0.0, weights.float())
     out.copy_((terms[where.clamp_min(0)].float() * weights.unsqueeze(-1)).sum(1))

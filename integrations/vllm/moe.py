@@ -9,7 +9,7 @@ of qtensor's kernels; on a GPU it goes through vLLM's fused fp8 experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .dispatch import kernel_errors, require_fp8_experts
 from .entry import load_of
 from .layers import frozen, publish_parts, published_parts
 from .load import Load
-from .loops import combine_into, few_tokens
+from .loops import Kept, combine_into, few_tokens
 from .options import Choice
 from .parallel import split_axes
 from .products import _define
@@ -135,6 +135,7 @@ def _cpu_class() -> type:
         def __init__(self, choice: Choice, prefix: str, scheme: Scheme, moe: Any) -> None:
             base.__init__(self, moe)
             self.choice, self.prefix, self.scheme, self.load = choice, prefix, scheme, None
+            self.kept = Kept()
             activation = _activation_name(moe.activation)
             if activation not in _ACTIVATIONS:
                 raise QTensorError(
@@ -143,6 +144,7 @@ def _cpu_class() -> type:
                 )
 
         def _publish(self, layer: Any, w13: QTensor, w2: QTensor) -> None:
+            self.kept.drop()
             for name, weight in zip(_STACKS, (w13, w2), strict=True):
                 publish_parts(layer, weight, name)
 
@@ -160,22 +162,23 @@ def _cpu_class() -> type:
             **_: Any,
         ) -> torch.Tensor:
             """x `[T, H]`, topk_weights and topk_ids `[T, k]` (global expert numbers) → `[T, H]`."""
-            w13, w2 = (published_parts(layer, self.scheme.format, name) for name in _STACKS)
-            experts = torch.ops.qtensor_vllm.experts if torch.compiler.is_compiling() else _experts
-            out: torch.Tensor = experts(
-                x,
-                w13,
-                w2,
-                getattr(layer, "w13_bias", None),
-                getattr(layer, "w2_bias", None),
-                topk_weights,
-                topk_ids,
-                layer.expert_map,
-                self.scheme.format.name,
-                _activation_name(layer.activation),
-                bool(layer.apply_router_weight_on_input),
-                self.choice.options.activation == "dynamic",
-            )
+            if torch.compiler.is_compiling():
+                experts = torch.ops.qtensor_vllm.experts
+            else:
+                few = self.kept(layer, x, topk_ids, topk_weights)
+                if few is not None:
+                    return few
+                experts = _experts
+            fmt, activation = self.scheme.format, _activation_name(layer.activation)
+            w13, w2 = (published_parts(layer, fmt, name) for name in _STACKS)
+            biases = getattr(layer, "w13_bias", None), getattr(layer, "w2_bias", None)
+            on_input, round_x = bool(layer.apply_router_weight_on_input), self.choice.options.activation == "dynamic"
+            if experts is _experts and layer.expert_map is biases[0] is biases[1] is None and not (on_input or round_x):
+                inner = w13["w13_weight"].shape[1] // (1 if activation.endswith("_no_mul") else 2)
+                self.kept.for_experts(w13, w2, fmt, x.shape[1], inner, _between(activation))
+            stacks = list(w13.values()), list(w2.values())
+            routed = topk_weights, topk_ids, layer.expert_map
+            out: torch.Tensor = experts(x, *stacks, *biases, *routed, fmt.name, activation, on_input, round_x)
             return out
 
     return QTensorExpertsCpu
@@ -239,8 +242,7 @@ def _experts(
     first, second, form = Parts(*w13), Parts(*w2), FORMATS[fmt]
     if expert_map is w13_bias is w2_bias is None and not (weight_on_input or round_x):
         inner = first.qdata.shape[1] // (1 if activation.endswith("_no_mul") else 2)
-        activate = functools.partial(_activate, name=activation)
-        few = few_tokens(x, first, second, form, topk_ids, topk_weights, inner, activate)
+        few = few_tokens(x, first, second, form, topk_ids, topk_weights, inner, _between(activation))
         if few is not None:
             return few
     local = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
@@ -271,6 +273,11 @@ def _routed(
     if round_x:
         x = kernels.round_trip_activation(x, fmt)
     return kernels.serving(x, *parts).experts(x, parts, fmt, offsets, bias)
+
+
+def _between(activation: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The activation as `mixtures.experts` takes it."""
+    return None if activation == "silu" else functools.partial(_activate, name=activation)
 
 
 def _activate(x: torch.Tensor, name: str) -> torch.Tensor:

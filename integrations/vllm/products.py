@@ -17,6 +17,7 @@ from qtensor.schemes.scheme import Scheme
 from qtensor.tensor.qtensor import QTensor
 
 from .layers import assembled, publish_parts, published_parts
+from .loops import Kept
 
 
 class LinearCompute(Protocol):
@@ -34,22 +35,33 @@ class CpuLinear:
 
     def __init__(self, scheme: Scheme, round_activations: bool) -> None:
         self.scheme, self.fmt, self.round_activations = scheme, scheme.format, round_activations
+        self.kept = Kept()
 
     def publish(self, layer: Any, weight: QTensor) -> None:
+        self.kept.drop()
         publish_parts(layer, weight)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        parts = published_parts(layer, self.fmt)
-        # An operator's dispatch takes 10 µs; only compilers need to see one.
-        linear = torch.ops.qtensor_vllm.linear if torch.compiler.is_compiling() else product
-        out: torch.Tensor = linear(flat, parts, self.fmt.name, self.round_activations, bias)
+        # An operator's dispatch takes 10 µs, and finding the weight's loops anew 50; only compilers need to see one.
+        if torch.compiler.is_compiling():
+            parts = list(published_parts(layer, self.fmt).values())
+            out: torch.Tensor = torch.ops.qtensor_vllm.linear(flat, parts, self.fmt.name, self.round_activations, bias)
+        else:
+            few = self.kept(layer, flat, bias)
+            out = self._product(layer, flat, bias) if few is None else few
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+    def _product(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        parts = published_parts(layer, self.fmt)
+        if x.dtype == torch.bfloat16 and not self.round_activations:
+            self.kept.for_linear(parts, self.fmt, x.shape[1])
+        return product(x, list(parts.values()), self.fmt.name, self.round_activations, bias)
 
     def read(self, layer: Any) -> QTensor:
         """The weight in row-major order."""
         parts = published_parts(layer, self.fmt)
-        return assembled(parts, self.scheme, layer.orig_dtype, layer.input_size_per_partition)
+        return assembled(list(parts.values()), self.scheme, layer.orig_dtype, layer.input_size_per_partition)
 
     def dequantize(self, layer: Any) -> torch.Tensor:
         return self.read(layer).dequantize()

@@ -140,34 +140,22 @@ class Instructions:
         return rows
 
 
-@intrinsic()
-def int64s(typing_context, address):
-    """An address as a pointer to int64."""
+def _pointers(kind: Any) -> Any:
+    @intrinsic()
+    def pointers(typing_context, address):
+        """An address as a pointer to such elements."""
 
-    def emit(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.int64)))
+        def emit(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(types.CPointer(kind)))
 
-    return types.CPointer(types.int64)(types.int64), emit
+        return types.CPointer(kind)(types.int64), emit
 
-
-@intrinsic()
-def float32s(typing_context, address):
-    """An address as a pointer to float32."""
-
-    def emit(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.float32)))
-
-    return types.CPointer(types.float32)(types.int64), emit
+    return pointers
 
 
-@intrinsic()
-def uint8s(typing_context, address):
-    """An address as a pointer to uint8."""
-
-    def emit(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.uint8)))
-
-    return types.CPointer(types.uint8)(types.int64), emit
+int64s, int32s, uint16s, uint8s, float32s = map(
+    _pointers, (types.int64, types.int32, types.uint16, types.uint8, types.float32)
+)
 
 
 @intrinsic()

@@ -69,7 +69,7 @@ def lay_any_row(x, cols, order, out):
 
 
 @numba.njit(nogil=True)
-def _lay_floats(x, cols, order, out):
+def lay_floats(x, cols, order, out):
     """One row of float32, likewise; it stays that."""
     if order == STRIPED:
         lay_row(STRIPED, FP32, x, cols, out)
@@ -84,7 +84,7 @@ def _lay_floats(x, cols, order, out):
 @Once
 def lay_rows(dtype: int) -> Any:
     """Of bfloat16 or float32."""
-    lay = lay_any_row if dtype == BF16 else _lay_floats
+    lay = lay_any_row if dtype == BF16 else lay_floats
 
     def loop(pointer):
         p = carray(pointer, 1)[0]

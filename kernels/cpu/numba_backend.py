@@ -16,7 +16,7 @@ from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts, Pieces
 from ..reference import Torch, room
-from . import fused, jit, layouts, prepared, products, quantizing, stripes, vectors
+from . import fused, jit, mixtures, prepared, products, quantizing, stripes, vectors
 from .rows import ELEMENTS, PIECE, adjacent, flat_rows, share, slabs
 from .searching import is_searched_here
 
@@ -90,7 +90,8 @@ class Numba(Torch):
         vectors.decode_loop(fmt, dtype)
         for x in (torch.bfloat16, torch.float32):  # What x may be.
             vectors.product_loop(fmt, stripes.way_of(fmt, x))
-        layouts.compile_loops()
+        prepared.compile_loops()
+        mixtures.compile_loops()
         if vectors.has_tiles():
             vectors.tile_loop(fmt)
             vectors.pack_loop(fmt)

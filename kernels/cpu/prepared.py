@@ -2,14 +2,16 @@
 
 An engine's step goes over all weights of a model, which leaves nothing of the interpreter's own memory in the caches: a
 call that takes 70 µs in a loop takes several times as long there, as long as reading some megabytes. So what
-`products` works out for each call is kept here for each weight, by its address, and a call is two or three C functions:
-one lays x out, the loop of `vectors` multiplies, one rounds. They read the weight where it is stored. Nothing of it is
+`products` works out for each call is kept here for each weight, by its address, and a call enters C once: one function
+lays x out, the loop of `vectors` multiplies, one rounds. They read the weight where it is stored. Nothing of it is
 copied or kept alive, and new values are seen.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,15 +22,15 @@ import torch
 from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
 from . import products, rows, stripes, vectors
-from .laying import PURPOSE, function
+from .laying import PURPOSE
 from .layouts import LAY_OUT, ROUND, lay_out, round_rows
 from .orders import ORDERS, order_of
 from .singles import TILE
+from .steps import Step, Steps, entering
 from .tiles import ROWS_FOR_FEW, ROWS_FOR_MANY, TILE_SCRATCH, tile_size
 
 _MOST_KEPT = 4096  # Weights.
-_GAIN = list(LAY_OUT.names or ()).index("gain")
-_PIECES = list(vectors.PRODUCT.names or ()).index("pieces")
+_SET_LAY_OUT, _SET_ROUND = struct.Struct("=4q").pack_into, struct.Struct("=3q").pack_into
 _MOST_IN_TILES = 64  # Rows of x; for more, what a call costs is little beside them.
 
 
@@ -80,6 +82,33 @@ def most_rows(fmt: WeightFormat) -> int:
     return products.most_in_registers(torch.bfloat16, fmt)
 
 
+class Bound:
+    """`linear` for one weight whose parts somebody holds, without what finds it anew. It takes plain tensors."""
+
+    def __init__(self, parts: Parts, fmt: WeightFormat, cols: int) -> None:
+        self._parts, self._places = parts, [part.data_ptr() for part in parts]
+        self._product, self._most = _FewRows(parts, fmt, cols), most_rows(fmt)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x `[M, K]` → `[M, N]`; None for calls that are not of the kind, or where a part has moved."""
+        if (
+            type(x) is not torch.Tensor
+            or x.dtype is not torch.bfloat16
+            or not 0 < x.shape[0] <= self._most
+            or x.stride(1) != 1
+            or x.is_neg()
+            or x.requires_grad
+            or not (bias is None or _is_plain(bias))
+            or [part.data_ptr() for part in self._parts] != self._places
+            or not _lock.acquire(blocking=False)
+        ):
+            return None
+        try:
+            return self._product.run(x, self._parts, bias)
+        finally:
+            _lock.release()
+
+
 class Multiplication:
     """The loop over a weight `[N, K]`, or a stack of them, at one address, for x of a dtype. jobs: `vectors.JOB` for
     each matrix; the first three of a row are set."""
@@ -117,9 +146,7 @@ class Multiplication:
             "jobs": self.jobs.ctypes.data,
         }
         set_places(self.places, places)
-        loop = vectors.product_loop(fmt, way)
-        self._loop_address, self._alone, self._address = loop.address, function(loop.address), self.places.ctypes.data
-        self._now = self.places.view(np.int64)
+        self._loop = vectors.product_loop(fmt, way)
         self.room: torch.Tensor | None = None
         self.threads = 0
 
@@ -131,16 +158,10 @@ class Multiplication:
         set_places(self.places, places)
         self.room, self.threads = room, threads
 
-    def run_jobs(self, team: Any, jobs: int) -> None:
-        """With as many of the jobs as there are rows of `jobs` in use."""
-        self._now[_PIECES] = self.pieces * jobs
-        self.run(team, self.pieces * jobs)
-
-    def run(self, team: Any, pieces: int) -> None:
-        if team is None:
-            self._alone(self._address)
-        else:
-            team(self._loop_address, self._address, min(self.threads, pieces), 0)
+    def step(self, team: Any, pieces: int) -> Step:
+        """pieces: How many there can be."""
+        threads = 1 if team is None else min(self.threads, pieces)
+        return Step(self._loop.address, self.places.ctypes.data, threads)
 
 
 class _FewRows:
@@ -158,37 +179,33 @@ class _FewRows:
         set_places(self._lay_out, values)
         counter = product.counters.ctypes.data + 8
         set_places(self._round, {"sums_stride": product.sums_stride, "cols": product.rows, "counter": counter})
-        # What changes with each call, as flat arrays: an element of a structure takes three times as long to set.
-        self._now, self._after = self._lay_out.view(np.int64), self._round.view(np.int64)
-        self._addresses = self._lay_out.ctypes.data, self._round.ctypes.data
-        self._loops = lay_out(purpose=PURPOSE), round_rows(purpose=PURPOSE)
 
     def run(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor | None:
         threads = torch.get_num_threads()
-        team = rows.team() if threads > 1 else None
-        if threads > 1 and team is None:
-            return None
-        product, now, after = self._product, self._now, self._after
+        product = self._product
         if threads != product.threads or product.room is not _room:
-            self._place(threads)
+            team = rows.team() if threads > 1 else None
+            if threads > 1 and team is None:
+                return None
+            self._place(threads, team)
         count = x.shape[0]
         out = torch.empty((count, product.rows), dtype=torch.bfloat16, device="cpu")
-        now[0], now[1], now[2] = x.data_ptr(), 2 * x.stride(0), count
-        if len(parts) == 3:
-            now[_GAIN] = parts[2].data_ptr()
-        self._loops[0](self._addresses[0])
-        product.run(team, product.pieces)
-        after[2], after[4], after[5] = count, 0 if bias is None else bias.data_ptr(), out.data_ptr()
-        self._loops[1](self._addresses[1])
+        gain = parts[2].data_ptr() if len(parts) == 3 else 0
+        _SET_LAY_OUT(self._lay_out, 0, x.data_ptr(), 2 * x.stride(0), count, gain)
+        _SET_ROUND(self._round, 0, count, 0 if bias is None else bias.data_ptr(), out.data_ptr())
+        self._steps.run()
         return out
 
-    def _place(self, threads: int) -> None:
+    def _place(self, threads: int, team: Any) -> None:
         """In memory that all weights use in turn, for so many threads."""
         product, most = self._product, self._most
         x_bytes = ceil_div(most * product.x_stride, 64) * 64
         room, start = roomy(x_bytes + most * product.sums_stride)
         product.place(room, threads, start, start + x_bytes)
         self._lay_out["out"], self._round["sums"] = start, start + x_bytes
+        lay, end = (loop(purpose=PURPOSE).address for loop in (lay_out, round_rows))
+        first, last = Step(lay, self._lay_out.ctypes.data), Step(end, self._round.ctypes.data)
+        self._steps = Steps([first, product.step(team, product.pieces), last])
 
 
 class _FewTiles:
@@ -224,9 +241,7 @@ class _FewTiles:
             "jobs": self._job.ctypes.data,
         }
         set_places(self._multiply, multiply)
-        loops = vectors.pack_loop(fmt), vectors.tile_loop(fmt)
-        self._loops = [(loop.address, function(loop.address)) for loop in loops]
-        self._addresses = self._pack.ctypes.data, self._multiply.ctypes.data
+        self._loops = vectors.pack_loop(fmt).address, vectors.tile_loop(fmt).address
         names = vectors.PACK.names, vectors.PRODUCT.names
         self._x, self._x_stride = (list(names[0] or ()).index(name) for name in ("x", "x_stride"))
         self._out = list(names[1] or ()).index("out")
@@ -235,12 +250,11 @@ class _FewTiles:
         self._threads = self._count = 0
 
     def run(self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor | None:
-        threads = torch.get_num_threads()
-        team = rows.team() if threads > 1 else None
-        if threads > 1 and team is None:
-            return None
-        count = x.shape[0]
+        threads, count = torch.get_num_threads(), x.shape[0]
         if threads != self._threads or self._room is not _room or count != self._count:
+            team = rows.team() if threads > 1 else None
+            if threads > 1 and team is None:
+                return None
             self._place(count, threads)
         if self._table is not None and self._values is not None:
             np.multiply(self._values.numpy(), np.float32(parts[2].item()), out=self._table)
@@ -248,11 +262,7 @@ class _FewTiles:
         self._counters[0] = self._counters[1] = self._packed[0] = 0
         self._now[self._x], self._now[self._x_stride] = x.data_ptr(), 2 * x.stride(0)
         self._after[self._out] = out.data_ptr()
-        for (address, alone), places, pieces in zip(self._loops, self._addresses, self._pieces, strict=True):
-            if team is None or pieces == 1:
-                alone(places)
-            else:
-                team(address, places, min(threads, pieces), 0)
+        self._steps.run()
         return out
 
     def _place(self, count: int, threads: int) -> None:
@@ -271,7 +281,8 @@ class _FewTiles:
         set_places(self._pack, {"out": packed, "pieces": tiles})
         self._offsets = _zeros(self._rows + tile)
         self._job[3:] = 0, tiles, self._offsets.data_ptr(), 0, count
-        self._pieces = tiles, pieces
+        calls = zip(self._loops, (self._pack, self._multiply), (tiles, pieces), strict=True)
+        self._steps = Steps([Step(loop, places.ctypes.data, min(threads, count)) for loop, places, count in calls])
         self._room, self._threads, self._count = room, threads, count
 
 
@@ -299,6 +310,22 @@ def roomy(nbytes: int) -> tuple[torch.Tensor, int]:
         with torch.inference_mode(False):
             _room = torch.empty(nbytes + 64, dtype=torch.uint8, device="cpu")
     return _room, ceil_div(_room.data_ptr(), 64) * 64
+
+
+def compile_loops() -> None:
+    """What is no weight's own, for all processes to come."""
+    for loop in (lay_out, round_rows, entering):
+        loop(purpose=PURPOSE)
+
+
+def _after_fork() -> None:
+    """Steps of a parent may call its threads: they are made anew, as for another room."""
+    global _room
+    _room = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 _lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,30 @@ def test_products_and_dequantized_weights(name: str) -> None:
     x, bias = torch.randn(2, 7, K).bfloat16(), torch.randn(N).bfloat16()
     expected = F.linear(x.float(), weight.float(), bias.float())
     torch.testing.assert_close(compute.apply(layer, x, bias).float(), expected, rtol=0.02, atol=0.1)
+
+
+@every_scheme
+@pytest.mark.parametrize("how", ["in place", "published", "as data", "as parameters"])
+def test_what_a_layer_keeps_for_few_rows_is_of_its_weight(name: str, how: str) -> None:
+    """Whichever way new values come, and nothing of the old ones is held."""
+    layer, compute = _published(name)
+    x = torch.randn(2, K).bfloat16()
+    compute.apply(layer, x, None)
+    new = quantize(torch.randn(N, K).bfloat16(), name)
+    old = [weakref.ref(layer.get_parameter(part)) for part in part_names(FORMATS[name])]
+    if how == "published":
+        compute.publish(layer, new)
+        assert not any(part() is not None for part in old)
+    for part, value in zip(part_names(FORMATS[name]), new.parts(), strict=True):
+        if how == "in place":
+            layer.get_parameter(part).data.copy_(value)
+        elif how == "as data":
+            layer.get_parameter(part).data = value
+        elif how == "as parameters":
+            layer.register_parameter(part, torch.nn.Parameter(value, requires_grad=False))
+    expected = F.linear(x.float(), new.dequantize().float())
+    for _ in range(2):
+        torch.testing.assert_close(compute.apply(layer, x, None).float(), expected, rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("name", ["fp8_per_channel", "mxfp8"])
