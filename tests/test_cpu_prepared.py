@@ -216,7 +216,8 @@ def test_the_exponential_is_exact_to_two_units_in_the_last_place() -> None:
     assert exp(np.float32(0)) == 1
     assert exp(np.float32("inf")) == exp(np.float32(90)) == np.inf
     assert 0 <= exp(np.float32("-inf")) < 1e-37
-    assert np.isnan(exp(np.float32("nan")))
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(exp(np.float32("nan")))
 
 
 @formats
