@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,7 +21,7 @@ def _import() -> Any:
     return layouts, mixtures, prepared, routing
 
 
-layouts, mixtures, prepared, routing = Task(_import).result() or (None, None, None, None)
+layouts, mixtures, prepared, routing = Task(_import).result() or cast(Any, (None, None, None, None))
 
 
 @contextlib.contextmanager

@@ -162,22 +162,21 @@ def _cpu_class() -> type:
             **_: Any,
         ) -> torch.Tensor:
             """x `[T, H]`, topk_weights and topk_ids `[T, k]` (global expert numbers) → `[T, H]`."""
-            if torch.compiler.is_compiling():
-                experts = torch.ops.qtensor_vllm.experts
-            else:
-                few = self.kept(layer, x, topk_ids, topk_weights)
-                if few is not None:
-                    return few
-                experts = _experts
+            compiling = torch.compiler.is_compiling()
+            few = None if compiling else self.kept(layer, x, topk_ids, topk_weights)
+            if few is not None:
+                return few
             fmt, activation = self.scheme.format, _activation_name(layer.activation)
             w13, w2 = (published_parts(layer, fmt, name) for name in _STACKS)
             biases = getattr(layer, "w13_bias", None), getattr(layer, "w2_bias", None)
             on_input, round_x = bool(layer.apply_router_weight_on_input), self.choice.options.activation == "dynamic"
-            if experts is _experts and layer.expert_map is biases[0] is biases[1] is None and not (on_input or round_x):
+            plain = x.dtype == torch.bfloat16 and layer.expert_map is biases[0] is biases[1] is None
+            if plain and not (compiling or on_input or round_x):
                 inner = w13["w13_weight"].shape[1] // (1 if activation.endswith("_no_mul") else 2)
                 self.kept.for_experts(w13, w2, fmt, x.shape[1], inner, _between(activation))
             stacks = list(w13.values()), list(w2.values())
             routed = topk_weights, topk_ids, layer.expert_map
+            experts: Any = torch.ops.qtensor_vllm.experts if compiling else _experts
             out: torch.Tensor = experts(x, *stacks, *biases, *routed, fmt.name, activation, on_input, round_x)
             return out
 

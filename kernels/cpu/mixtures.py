@@ -4,7 +4,6 @@ torch's, twice."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,11 @@ from . import prepared, routing, rows, vectors
 from .instructions import BF16, FP32
 from .laying import LAY_ROWS, PURPOSE, lay_rows
 from .prepared import Multiplication, set_places
-from .steps import Step, Steps
+from .steps import Step, Steps, setter
 
 _MOST_PAIRS = 256  # Of a token and an expert; of one expert, two times what is decoded for at once.
 AT_ONCE = 4  # Rows of x that a weight is decoded for.
-_SET_ROUTE, _SET_BETWEEN, _SET_COMBINE = (struct.Struct(f"={n}q").pack_into for n in (7, 3, 4))
+_SET_ROUTE, _SET_BETWEEN, _SET_COMBINE = map(setter, (7, 3, 4))
 _PIECES = 8 * list(vectors.PRODUCT.names or ()).index("pieces")
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import struct
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +25,11 @@ from .laying import PURPOSE
 from .layouts import LAY_OUT, ROUND, lay_out, round_rows
 from .orders import ORDERS, order_of
 from .singles import TILE
-from .steps import Step, Steps, entering
+from .steps import Step, Steps, entering, setter
 from .tiles import ROWS_FOR_FEW, ROWS_FOR_MANY, TILE_SCRATCH, tile_size
 
 _MOST_KEPT = 4096  # Weights.
-_SET_LAY_OUT, _SET_ROUND = struct.Struct("=4q").pack_into, struct.Struct("=3q").pack_into
+_SET_LAY_OUT, _SET_ROUND = setter(4), setter(3)
 _MOST_IN_TILES = 64  # Rows of x; for more, what a call costs is little beside them.
 
 

@@ -7,6 +7,7 @@ Python into a loop and back costs microseconds, as much as reading some ten kilo
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ from .laying import PURPOSE, c_function
 
 _STEP = 4  # int64 of a step: what it calls and with what, how many threads, and what it depends on
 STEPS = np.dtype([(name, np.int64) for name in ("count", "steps", "parallel")])
+
+
+def setter(count: int) -> Any:
+    """(structure, 0, int64s): writes the first `count` fields of one at once; one by one they take longer."""
+    return struct.Struct(f"={count}q").pack_into
 
 
 class Step(NamedTuple):
