@@ -3,8 +3,8 @@
     python bench/vllm_load.py [--runs 3]
     python bench/vllm_load.py --speed [--threads 1] [--rounds 5]
 
-Random checkpoints are made once: a Llama and a Qwen3-MoE of about 1 GB in bf16, and three of the 48 layers of
-Qwen3-30B-A3B, of its shapes, with a sixteenth of its vocabulary (4 GB). Without --speed, every measurement is
+Random checkpoints are made once (`vllm_models`): of about 1 GB in bf16, and with --models qwen3-30b-a3b three layers of
+that model's shapes, 4 GB. Without --speed, every measurement is
 a process of its own: time of the model's load, anonymous memory (resident less file mappings) sampled every 2 ms around
 it, and decode speed at batch 4. Medians over the runs, and ratios to vLLM's own.
 
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from vllm_models import make_checkpoint
 
 METHODS = ("none", "fp8_per_channel", "qtensor")
 # A scheme's name, or (after a colon) with the option activation.
@@ -48,58 +49,6 @@ SPEED = (
 BATCHES = (1, 4, 16)
 _BATCH, _PROMPT = 4, 16
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-
-
-def _config(model: str) -> Any:
-    import transformers
-
-    common = {"vocab_size": 4096, "max_position_embeddings": 512, "torch_dtype": "bfloat16", "num_key_value_heads": 8}
-    if model == "llama":
-        return transformers.LlamaConfig(
-            **common, hidden_size=2048, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=16
-        )
-    if model == "qwen3-30b-a3b":
-        # The head's share of a step is the whole model's: three layers of 48, a sixteenth of 151,936 tokens.
-        return transformers.Qwen3MoeConfig(
-            **(common | {"vocab_size": 9496, "num_key_value_heads": 4}),
-            hidden_size=2048,
-            intermediate_size=6144,
-            moe_intermediate_size=768,
-            num_experts=128,
-            num_experts_per_tok=8,
-            num_hidden_layers=3,
-            num_attention_heads=32,
-            head_dim=128,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-        )
-    return transformers.Qwen3MoeConfig(
-        **common,
-        hidden_size=1024,
-        intermediate_size=2048,
-        moe_intermediate_size=512,
-        num_experts=32,
-        num_experts_per_tok=4,
-        num_hidden_layers=10,
-        num_attention_heads=16,
-        head_dim=64,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-    )
-
-
-def make_checkpoint(model: str, folder: Path) -> None:
-    """One of `_config`, bf16 in safetensors, N(0, 0.02)."""
-    if (folder / "config.json").exists():
-        return
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    made = transformers.AutoModelForCausalLM.from_config(_config(model), dtype=torch.bfloat16)
-    made.save_pretrained(folder)
 
 
 def resident() -> int:
