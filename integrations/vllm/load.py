@@ -25,7 +25,7 @@ from qtensor.sessions.transaction import State
 from qtensor.tensor.qtensor import QTensor
 from qtensor.text import printable
 
-from . import compat, snapshots
+from . import compat, garbage, snapshots
 from .incoming import Weights
 from .layers import Published, Slot, aliases
 from .missing import refuse_incomplete
@@ -116,6 +116,7 @@ class Load(Filling):
     def load_weights(self, inner: Callable[..., Any], weights: Weights, args: Any, kwargs: Any) -> Any:
         """The model's own `load_weights`, and the end of the load."""
         setting, root = self.served.setting, self.served.root
+        garbage.leave_out_what_is_there()
         try:
             self._choice_is_settled()
             loaded = snapshots.load(self)
@@ -219,6 +220,8 @@ class Load(Filling):
         if state == "finished":
             self.slots.clear()
             self.served.report = self._report
+        else:
+            garbage.take_in_again()
 
     def tell(self) -> None:
         assert self._report is not None

@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from qtensor import kernels
 from qtensor.kernels import Parts, WeightFormat
-from qtensor.kernels.cpu.compiling import Task
+from qtensor.kernels.cpu.compiling import Once
+
+from . import compat
 
 
-def _import() -> Any:
+@Once
+def loops() -> Any:
+    """The modules of loops, as attributes by their names; None where there is no numba.
+
+    Importing numba takes as long as mapping a model does. So a start from a snapshot does it beside vLLM's own steps
+    after the load (`loops.begin()`), and whoever needs a loop before that waits.
+    """
     try:
         from qtensor.kernels.cpu import layouts, mixtures, prepared, routing
     except ImportError:
         return None
-    return layouts, mixtures, prepared, routing
-
-
-layouts, mixtures, prepared, routing = Task(_import).result() or cast(Any, (None, None, None, None))
+    compat.shield_llvmlite()
+    return SimpleNamespace(layouts=layouts, mixtures=mixtures, prepared=prepared, routing=routing)
 
 
 @contextlib.contextmanager
 def kept_memory(nbytes: int) -> Iterator[torch.Tensor]:
     """Bytes that were used before, if there are some: the page faults of fresh memory cost more than writing it."""
-    if layouts is None:
+    found = loops()
+    if found is None:
         yield torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         return
-    with layouts.kept_memory(nbytes) as memory:
+    with found.layouts.kept_memory(nbytes) as memory:
         yield memory
 
 
 def round_into(out: torch.Tensor, sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None) -> None:
     """out `[M, N]` = sums in fp32, which may change, each row times its step, plus bias. All contiguous."""
-    if layouts is not None and out.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16):
-        layouts.round_into(out, sums, steps, bias)
+    found = loops()
+    if found is not None and out.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16):
+        found.layouts.round_into(out, sums, steps, bias)
         return
     sums *= steps
     out.copy_(sums if bias is None else sums.add_(bias))
@@ -64,7 +73,7 @@ class Kept:
     def for_linear(self, parts: dict[str, torch.Tensor], fmt: WeightFormat, cols: int) -> None:
         """From now on `(x, bias)`, as `prepared.Bound` takes it."""
         if self._are_others(parts):
-            self._call = prepared.Bound(Parts(*parts.values()), fmt, cols)
+            self._call = loops().prepared.Bound(Parts(*parts.values()), fmt, cols)
 
     def for_experts(
         self,
@@ -78,7 +87,7 @@ class Kept:
         """From now on `(x, ids, weights)`, as `mixtures.Bound` takes it."""
         if self._are_others(first | second):
             stacks = Parts(*first.values()), Parts(*second.values())
-            self._call = mixtures.Bound(*stacks, fmt, hidden, inner, activate)
+            self._call = loops().mixtures.Bound(*stacks, fmt, hidden, inner, activate)
 
     def _are_others(self, parts: dict[str, torch.Tensor]) -> bool:
         """Whether these have not been looked at, and the loops serve them."""
@@ -89,7 +98,7 @@ class Kept:
             return False
         self._parts, self._call = now, None
         plain = all(part.is_contiguous() and part.numel() for part in parts.values())
-        return plain and mixtures is not None and kernels.serving(*parts.values()).name == "numba"
+        return plain and loops() is not None and kernels.serving(*parts.values()).name == "numba"
 
     def drop(self) -> None:
         """Hold no parameters any more."""
@@ -107,15 +116,17 @@ def few_tokens(
     activate: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor | None:
     """See `mixtures.experts`; None where the loops do not serve."""
-    if mixtures is None or kernels.serving(x, *first, *second).name != "numba":
+    found = loops()
+    if found is None or kernels.serving(x, *first, *second).name != "numba":
         return None
-    return mixtures.experts(x, first, second, fmt, ids, weights, inner, activate)
+    return found.mixtures.experts(x, first, second, fmt, ids, weights, inner, activate)
 
 
 def combine_into(out: torch.Tensor, terms: torch.Tensor, where: torch.Tensor, weights: torch.Tensor) -> None:
     """out `[T, N]` = Σ over j of weights `[T, k]` · the row of terms that where `[T, k]` says; one below zero is 0."""
-    if routing is not None and out.dtype == torch.bfloat16:
-        routing.combine_into(out, terms.contiguous(), where, weights.float().contiguous())
+    found = loops()
+    if found is not None and out.dtype == torch.bfloat16:
+        found.routing.combine_into(out, terms.contiguous(), where, weights.float().contiguous())
         return
     weights = torch.where(where < 0, 0.0, weights.float())
     out.copy_((terms[where.clamp_min(0)].float() * weights.unsqueeze(-1)).sum(1))

@@ -68,6 +68,13 @@ class Task(Generic[T]):
             self._wait(purpose)
         return self._value  # type: ignore[no-any-return]
 
+    def begin(self) -> None:
+        """Have it built meanwhile. What goes wrong is told to whoever asks for the result."""
+        if not self.done and _building is not self:
+            _needed.append(self)
+            if not _in_line:
+                _start()
+
     def build(self) -> None:
         """For the thread whose turn it is."""
         if not self.done:
@@ -113,6 +120,10 @@ class Once(Generic[T]):
             pass
         value = self._ready[key] = self._task(key).result(purpose)
         return value
+
+    def begin(self, *key: Any) -> None:
+        """See `Task.begin`."""
+        self._task(key).begin()
 
     def _task(self, key: tuple[Any, ...]) -> Task[T]:
         return self._tasks.setdefault(key, Task(partial(self._build, *key)))

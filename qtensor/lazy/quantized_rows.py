@@ -33,9 +33,17 @@ class QuantizedRows:
     ) -> None:
         self._units, self.target, self._format = units, target, scheme.format
         self._dtype, self._device, self._audit = dtype, device, audit
-        self._kernels = cast(Torch, kernels.choose(device))  # Every backend is a subclass of it.
+        self._chosen: Torch | None = None
         self._memory: Parts | None = None
         self._pieces: Pieces | None = None  # of that memory
+
+    @property
+    def _kernels(self) -> Torch:
+        """Chosen when they are needed: a weight that is mapped needs none, and numba takes a while to import."""
+        found = self._chosen
+        if found is None:
+            found = self._chosen = cast(Torch, kernels.choose(self._device))  # Every backend is a subclass of it.
+        return found
 
     def write(self, e: int, start: int, rows: torch.Tensor) -> None:
         """Quantize whole units that begin at row `start` of matrix e."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from qtensor import SnapshotError, weight_root
 from qtensor.checkpoint import snapshot_file, snapshots
 from qtensor.checkpoint.snapshots import snapshot_roots, verify_snapshot
 from qtensor.checkpoint.writing import Staging
-from qtensor.integrations.vllm import checksums, compat, root, save_snapshot
-from support.vllm.checkpoints import checkpoint
+from qtensor.integrations.vllm import checksums, compat, entry, garbage, root, save_snapshot
+from qtensor.lazy import quantized_rows
+from support.vllm.checkpoints import checkpoint, variant
 from support.vllm.engines import engine, load_error, look
 from support.vllm.reloads import other, reload
 
@@ -86,6 +89,58 @@ def test_an_engine_starts_from_a_snapshot(architecture, quantization, options, t
         save_snapshot(llm, tmp_path / "t")
     assert (tmp_path / "s" / FILE).read_bytes() == before
     assert snapshot_roots(tmp_path / "t" / "ranks-1") == [moved]
+
+
+def test_a_start_from_a_snapshot_asks_for_no_kernels(tmp_path, monkeypatch) -> None:
+    """Nor for numba, whose import takes as long as the rest: it comes beside vLLM's steps after the load."""
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        save_snapshot(llm, tmp_path / "s")
+    begun: list[str] = []
+
+    class Later:
+        def __call__(self) -> None:
+            raise AssertionError("the load waits for numba")
+
+        def begin(self) -> None:
+            begun.append("numba")
+
+    def choose(*_: object) -> None:
+        raise AssertionError("the load asks for kernels")
+
+    monkeypatch.setattr(entry, "loops", Later())
+    monkeypatch.setattr(quantized_rows.kernels, "choose", choose)
+    assert "waits for numba" in str(load_error(checkpoint("llama")))
+    monkeypatch.setenv("QTENSOR_VLLM_SNAPSHOT", str(tmp_path / "s"))
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        assert mapped(llm) != []
+    assert begun == ["numba"]
+
+
+@pytest.mark.parametrize("there", [0, 7])
+def test_collections_of_a_load_leave_out_what_was_there_before(there, monkeypatch, request) -> None:
+    """Unless the process has frozen something itself; and an end of any kind takes it in again."""
+    said: list[str] = []
+
+    def collected(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            said.append("collect")
+
+    fake = {name: lambda name=name: said.append(name) for name in ("freeze", "unfreeze")}
+    monkeypatch.setattr(garbage, "gc", SimpleNamespace(**fake, get_freeze_count=lambda: there))
+    gc.callbacks.append(collected)
+    request.addfinalizer(lambda: gc.callbacks.remove(collected))
+    with engine(checkpoint("llama"), "qtensor") as llm:
+        assert "eval" not in llm.apply_model(vars)[0]
+    if there:
+        assert {*said} == {"collect"}
+        return
+    first, last = said.index("freeze"), said.index("unfreeze")
+    assert said[first:last].count("collect") >= 2
+    assert [line for line in said if line != "collect"] == ["freeze", "unfreeze"]
+    said.clear()
+    folder = variant("llama", "headless", lambda tensors: [tensors.pop("lm_head.weight")].clear())
+    assert "lm_head" in str(load_error(folder))
+    assert [line for line in said if line != "collect"] == ["freeze", "unfreeze"]
 
 
 def test_a_snapshot_that_does_not_fit_is_not_used(tmp_path, monkeypatch) -> None:
