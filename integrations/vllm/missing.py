@@ -85,7 +85,8 @@ class Names:
         return shards
 
     def _missing_name(self, prefix: str, name: str, shard: Any, part: str) -> str:
-        """The checkpoint's spelling: that of a part of the same layer that arrived, with the last module replaced."""
+        """The checkpoint's spelling: that of a part of the same layer that arrived, or of a layer beside it, with the
+        last module replaced."""
         last = part.rpartition(".")[2]
         for (seen_prefix, seen_name, seen_shard, _), source in self._seen.items():
             if seen_prefix == prefix and seen_name == name:
@@ -93,6 +94,12 @@ class Names:
                     return source
                 head, _, tail = source.rpartition(".")
                 return ".".join(filter(None, (head.rpartition(".")[0], last, tail)))
+        parent = prefix.rpartition(".")[0]
+        for (seen_prefix, *_), source in self._seen.items():
+            place, _, own = source.rpartition(".")[0].rpartition(".")
+            siblings = self._parts(seen_prefix) if seen_prefix.rpartition(".")[0] == parent else ()
+            if place and own in [sibling.rpartition(".")[2] for sibling in siblings]:
+                return f"{place}.{last}.{name}"
         return f"{part}.{name}"
 
     def _describe_experts(

@@ -1,4 +1,4 @@
-"""A draft model (EAGLE) beside a quantized target: left alone, or quantized by vLLM's option, and refitted."""
+"""A draft model (EAGLE, MTP) beside a quantized target: left alone, or quantized by vLLM's option, and refitted."""
 
 from __future__ import annotations
 
@@ -92,3 +92,87 @@ def test_what_a_draft_does_not_take_from_its_target_is_missing_by_name(draft: Pa
     error = load_error(checkpoint("llama"), **speculation(draft, quantization="qtensor"))
     assert "down_proj" in str(error)
     assert "embed_tokens" not in str(error)
+
+
+# MTP: the draft is in the target's checkpoint -------------------------------------------------------------------------
+
+LAYER = "model.mtp_layers.0."
+
+
+@pytest.fixture
+def mimo(tmp_path: Path) -> Path:
+    """MiMo: Qwen2's layers, and one that predicts the token after the next."""
+    sizes = json.loads((checkpoint("llama") / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = transformers.Qwen2Config(
+        **{name: sizes[name] for name in names}, num_key_value_heads=2, max_position_embeddings=256, dtype="bfloat16"
+    )
+    torch.manual_seed(4)
+    tensors = {}
+    for name, param in transformers.Qwen2ForCausalLM(config).named_parameters():
+        tensors[name] = (0.05 * torch.randn(param.shape) + (param.dim() == 1)).bfloat16()
+        if name.startswith("model.layers.0."):
+            tensors[name.replace("model.layers.0.", LAYER)] = (1.5 * tensors[name]).contiguous()
+    norm = tensors["model.norm.weight"]
+    tensors |= {f"{LAYER}{kind}_layernorm.weight": norm.clone() for kind in ("token", "hidden", "final")}
+    tensors[f"{LAYER}input_proj.weight"] = (0.05 * torch.randn(len(norm), 2 * len(norm))).bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    written = config.to_dict() | {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    return tmp_path
+
+
+def predicting(**more: str) -> dict[str, Any]:
+    config = {"method": "mtp", "num_speculative_tokens": 1} | more
+    return {"speculative_config": config, "enable_prefix_caching": False}
+
+
+def is_quantized_block(llm: LLM, sent: dict[str, torch.Tensor]) -> bool:
+    """Are the bytes of its block those of the whole weights, quantized at once?"""
+    found = {name.partition("mtp_block.")[2]: tensor for name, tensor in drafts_tensors(llm).items()}
+    layers = {"mlp.down_proj": ["mlp.down_proj"], "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"]}
+    layers |= {"self_attn.qkv_proj": [f"self_attn.{x}_proj" for x in "qkv"], "self_attn.o_proj": ["self_attn.o_proj"]}
+    assert len(found) == 2 * len(layers)
+    for layer, parts in layers.items():
+        made = quantize(torch.cat([sent[f"{LAYER}{part}.weight"] for part in parts]), fp8)
+        name = f"{layer}.weight"
+        if not torch.equal(found[name].view(torch.uint8), made.qdata.view(torch.uint8)):
+            return False
+        if not torch.equal(found[f"{name}_scale"], made.scale):
+            return False
+    return True
+
+
+def test_mtp_is_quantized_as_its_target_is_and_refitted(mimo: Path) -> None:
+    sent = load_file(mimo / "model.safetensors")
+
+    def load(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
+        worker.model_runner.drafter.model.load_weights(iter(tensors.items()))
+
+    with engine(mimo, "qtensor", enable_prefix_caching=False) as llm:
+        alone = look(llm)
+    with engine(mimo, "qtensor", **predicting()) as llm:
+        seen = look(llm)
+        assert (seen.weights, seen.tokens) == (alone.weights, alone.tokens)
+        assert is_quantized_block(llm, sent)
+        moved = {name: tensor * 1.25 for name, tensor in sent.items()}
+        llm.collective_rpc(load, args=(moved,))
+        assert is_quantized_block(llm, moved)
+        reload(llm, list(moved.items()))
+        refitted = look(llm)
+        assert is_quantized_block(llm, moved)
+    save_file(moved, mimo / "model.safetensors", metadata={"format": "pt"})
+    with engine(mimo, "qtensor", enable_prefix_caching=False) as llm:
+        new = look(llm)
+    assert (refitted.weights, refitted.tokens) == (new.weights, new.tokens)
+    # Its own path, without a quantization: left alone.
+    with engine(mimo, "qtensor", **predicting(model=str(mimo))) as llm:
+        assert drafts_tensors(llm) == {}
+        assert look(llm).tokens == new.tokens
+
+
+def test_what_is_missing_of_mtp_is_named(mimo: Path) -> None:
+    sent = load_file(mimo / "model.safetensors")
+    del sent[f"{LAYER}mlp.down_proj.weight"]
+    save_file(sent, mimo / "model.safetensors", metadata={"format": "pt"})
+    assert f"{LAYER}mlp.down_proj.weight" in str(load_error(mimo, **predicting()))
