@@ -3,9 +3,9 @@
     python bench/snapshot_vllm.py [--repeat 3]
 
 "Load" is the worker's `load_model`: the model is built, loaded and processed. "Start" is all of `LLM(...)`, from an
-imported vLLM to an engine that takes requests; "first token" is the start and the answer to a prompt of 16 tokens. Every
-start is a process of its own, the ways take turns, files are in the page cache; medians. Anonymous memory is what the
-load adds and keeps. A checkpoint and a snapshot are made first, by an engine that compiles all loops.
+imported vLLM to an engine that takes requests; "first token" is the start and one token for a prompt of 16. Every start
+is a process of its own, the ways take turns, files are in the page cache; medians. Anonymous memory is what the load
+adds and keeps. A checkpoint and a snapshot are made first, by an engine that compiles all loops.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def load_of(choice: Choice) -> Load:
 
 
 def _listen(served: ServedModel) -> None:
-    """See every (name, tensor) that a loader hands to the model, and the end of its load. Wrappers on this one model, not
-    on its class."""
+    """See every (name, tensor) that a loader hands to the model, and the load's end. Wrappers on this one model, not on
+    its class."""
     _listen_for_the_end(served.root)
     inner = getattr(served.root, "load_weights", None)
     if inner is None:
