@@ -7,7 +7,7 @@ GB/s counts bytes of the high-precision side: read when quantizing, written when
 beside that of a torch copy which reads and writes as many bytes as the kernel must move at least, 3 per bf16 element.
 All figures are the best of many repetitions, the copy and all candidates taken in turns, so that a busy moment of the
 machine hits them alike. Even so they mean something on an idle machine only: the load average is recorded with them.
-On one that others use, `--own-time` measures what one thread takes of a core. `--formats` has all eight formats beside
+On one that others use, `--own-time` measures what one thread takes of a core. `--formats` has all formats beside
 the reference in plain torch, and leaves out what others do.
 """
 
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=8.0, help="seconds per group of candidates")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="weights to quantize")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--formats", action="store_true", help="all eight formats, beside the reference only")
+    parser.add_argument("--formats", action="store_true", help="all formats, beside the reference only")
     parser.add_argument("--own-time", action="store_true", help="one thread, and the time it has a core")
     args = parser.parse_args()
     if args.own_time:

@@ -67,7 +67,10 @@ class Traced(Torch):
         if fmt.block[0] > 1:
             step = step.repeat_interleave(fmt.block[0], -2)[..., :rows, :]
         if fmt.block[1] > 1:
-            step = step[..., torch.arange(cols, dtype=torch.int64, device=step.device) // fmt.block[1]]
+            group = torch.arange(cols, dtype=torch.int64, device=step.device) // fmt.block[1]
+            step = step[..., group]
+            if fmt.has_zero_point:
+                values = values - fmt.zero(parts.scale)[..., group]
         values = saturated(values * step, dtype).to(dtype)
         return values if out is None else out.copy_(values[..., : out.shape[-1]])
 

@@ -85,6 +85,7 @@ class WeightFormat:
     nvfp4            e4m3(G * (amax * (1 / F))), see below        x * (1 / step)    `[..., N, K/16]`, rounded up
     int8_per_channel amax / F, in the weight's dtype              x / scale         `[..., N, 1]`
     int4_per_group   amax / F                                     x / scale         `[..., N, K/128]`, rounded up
+    int4_asymmetric  (largest - lowest) / 15, see below           x / scale         `[..., N, K/128]`, rounded up
     ================ ============================================ ================= ============================
 
     then clamp to ±F and round to nearest even. Where the factor of x is not finite, or the scale is 0, the data is 0.
@@ -94,13 +95,19 @@ class WeightFormat:
     e4m3 scales over their range; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale.
     mxfp4 rounds up from 1.75 times a power of two. int8_per_channel rounds scale and quotient to the weight's dtype.
 
+    int4_asymmetric has a zero point z for each scale: an element is (q - z) * scale, where q and z are -8 to 7. With the
+    lowest and the largest element of a group, or 0 where there is none below or above it, the scale is (largest -
+    lowest) / 15, rounded to the weight's dtype, of fp32 to 20 significant bits; z = -8 - lowest / scale, rounded, and
+    q = x / scale, rounded, + z, both clamped to -8..7. They are stored in one int32, the scale word: the bits of the
+    scale in fp32, of which the lowest four, always 0, are those of z. Where the scale is 0, so are q and z.
+
     These are the formulas of vLLM's online quantization (vllm/model_executor/layers/quantization/online/, and
     utils/mxfp8_utils.py, mxfp4_utils.py, nvfp4_emulation_utils.py there); it has no online int4.
 
     Attributes:
         dtype: Of the tensor that stores the elements; two 4-bit elements share a byte, the first in the low nibble.
         scale_dtype: uint8 stands for e8m0, powers of two by their biased exponent: the bytes of torch.float8_e8m0fnu, a
-            dtype that compilers for CPUs do not take.
+            dtype that compilers for CPUs do not take. int32 stands for scale words.
         block: Rows and columns that share a scale, where neither is the matrix's own.
         search: How scales are chosen by their error. None: by the formula above, and "plain". The stored form is the
             same.
@@ -125,6 +132,8 @@ class WeightFormat:
     @property
     def lowest(self) -> float:
         """The smallest element that is stored."""
+        if self.has_zero_point:
+            return LOWEST
         return self.recipe.lowest or -self.max if self.recipe else -self.max
 
     @property
@@ -141,6 +150,11 @@ class WeightFormat:
     def has_e8m0_scale(self) -> bool:
         """Whether scales are powers of two, stored as their biased exponents."""
         return self.scale_dtype == torch.uint8
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether scales are words that hold a zero point, too."""
+        return self.scale_dtype == torch.int32
 
     @property
     def needs_whole_matrix(self) -> bool:
@@ -186,7 +200,29 @@ class WeightFormat:
 
     def step(self, scale: torch.Tensor) -> torch.Tensor:
         """Stored scales → fp32 values."""
+        if self.has_zero_point:
+            return (scale & ~ZERO_BITS).view(torch.float32)
         return e8m0_to_float(scale) if self.has_e8m0_scale else scale.to(torch.float32)
+
+    def zero(self, scale: torch.Tensor) -> torch.Tensor:
+        """Stored scale words → zero points, int32."""
+        return (scale << 28) >> 28
+
+    def word(self, step: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """fp32 scales and zero points (any dtype) → scale words. Of a scale the upper 20 significant bits count."""
+        return (step.view(torch.int32) & ~ZERO_BITS) | (zero.to(torch.int32) & ZERO_BITS)
+
+    def words_from_range(self, lowest: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Lowest and largest elements, of a weight of `dtype`, fp32 of any shape → scale words of the same shape."""
+        lowest, largest = lowest.clamp_max(0.0), largest.clamp_min(0.0)
+        # Of the halves, where the difference could be infinite.
+        half = torch.where(torch.maximum(largest, -lowest) > 2.0**126, 0.5, 1.0)
+        step = (largest * half - lowest * half) / (half * LEVELS)
+        if dtype != torch.float32:
+            step = step.to(dtype).to(torch.float32)
+        step = ((step.view(torch.int32) + (ZERO_BITS + 1) // 2) & ~ZERO_BITS).view(torch.float32)
+        zero = (LOWEST - lowest / step).round().clamp(LOWEST, self.max)
+        return self.word(step, torch.where(step == 0.0, 0.0, zero))
 
     def gain_from_amax(self, amax: torch.Tensor) -> torch.Tensor:
         """fp32 amax of whole matrices, any shape → G of the same shape; the global scale is 1 / G."""
@@ -231,6 +267,8 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 CHANNEL_FLOOR = 1.0 / (E4M3_MAX * 512.0)  # of scales of fp8_per_channel
 BLOCK_FLOOR = 1e-4  # of the amax of a block of fp8_per_block
+LOWEST, LEVELS = -8.0, 15.0  # of int4_asymmetric: the smallest element, and steps from there to the largest
+ZERO_BITS = 0xF  # of a scale word
 
 FP8_PER_TENSOR = WeightFormat("fp8_per_tensor", torch.float8_e4m3fn, E4M3_MAX, "tensor")
 FP8_PER_CHANNEL = WeightFormat("fp8_per_channel", torch.float8_e4m3fn, E4M3_MAX, "channel")
@@ -240,8 +278,19 @@ MXFP4 = WeightFormat("mxfp4", torch.uint8, E2M1_MAX, "group", (1, 32), "e2m1", t
 NVFP4 = WeightFormat("nvfp4", torch.uint8, E2M1_MAX, "group", (1, 16), "e2m1", torch.float8_e4m3fn)
 INT8_PER_CHANNEL = WeightFormat("int8_per_channel", torch.int8, 127.0, "channel", element="int8")
 INT4_PER_GROUP = WeightFormat("int4_per_group", torch.uint8, 7.0, "group", (1, 128), "int4")
+INT4_ASYMMETRIC = WeightFormat("int4_asymmetric", torch.uint8, 7.0, "group", (1, 128), "int4", torch.int32)
 
-_ALL = (FP8_PER_TENSOR, FP8_PER_CHANNEL, FP8_PER_BLOCK, MXFP8, MXFP4, NVFP4, INT8_PER_CHANNEL, INT4_PER_GROUP)
+_ALL = (
+    FP8_PER_TENSOR,
+    FP8_PER_CHANNEL,
+    FP8_PER_BLOCK,
+    MXFP8,
+    MXFP4,
+    NVFP4,
+    INT8_PER_CHANNEL,
+    INT4_PER_GROUP,
+    INT4_ASYMMETRIC,
+)
 FORMATS = {f.name: f for f in _ALL}
 _POWERS, _OCTAVE = Search((0, -1), 1024.0, 12.0), Search((1.0, 1.25, 1.5, 1.75), 64.0, 480.0)
 SEARCHES = {
@@ -253,5 +302,6 @@ SEARCHES = {
     "int8_per_channel": Search((1.0, 127 / 128, 126 / 128), 256.0, 142.0),
     "int4_per_group": Search((1.0, 0.97, 0.94), 1024.0, 10.0),
 }
-"""By the format's name; fp8_per_tensor has none, because its one scale gains next to nothing (docs/schemes.md)."""
+"""By the format's name; fp8_per_tensor has none, because its one scale gains next to nothing (docs/schemes.md), and
+int4_asymmetric none yet."""
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

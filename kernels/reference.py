@@ -141,7 +141,7 @@ def _quantize_groups(x: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, 
     group = fmt.block[1] if fmt.block[1] > 1 else max(cols, 1)
     groups = ceil_div(cols, group)
     x32 = torch.nn.functional.pad(x.float(), (0, groups * group - cols)).view(rows, groups, group)
-    rule = fmt if fmt.granularity == "group" else FP8_PER_CHANNEL
+    rule = fmt if fmt.granularity == "group" and not fmt.has_zero_point else FP8_PER_CHANNEL
     scale = rule.scale_from_amax(x32.abs().amax(-1))
     step = rule.step(scale).unsqueeze(-1)
     return (x32 / step).clamp(-fmt.max, fmt.max).to(fmt.dtype), scale, step
@@ -173,6 +173,8 @@ def _quantize_matrix(
         else:
             gain = fmt.gain_from_amax(amax) if fmt.recipe is None else fmt.recipe.gain(amax, source.dtype)
             parts.global_scale.copy_(1.0 / gain)
+    elif source.numel() == 0 and fmt.has_zero_point:
+        parts.scale.zero_()
     elif source.numel() == 0:
         parts.scale.copy_(scale_of(torch.zeros_like(parts.scale, dtype=torch.float32), fmt, source.dtype))
     for chunk in row_chunks(rows, cols, fmt.block[0]):
@@ -180,7 +182,10 @@ def _quantize_matrix(
         here = parts.rows(chunk.start, chunk.stop, fmt)
         if fmt.granularity != "tensor":
             by_unit = _amax(x, fmt, audit, origin + chunk.start * cols)
-            here.scale.copy_(scale_of(by_unit, fmt, source.dtype, gain))
+            if fmt.has_zero_point:
+                here.scale.copy_(_words(x, fmt, source.dtype))
+            else:
+                here.scale.copy_(scale_of(by_unit, fmt, source.dtype, gain))
             if fmt.search is not None:
                 _search(x, by_unit, here, fmt, fmt.search, source.dtype)
         here.qdata.copy_(_quantized(x, here, fmt, source.dtype, gain))
@@ -225,6 +230,12 @@ def _amax(x: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int) -> torc
     return amax
 
 
+def _words(x: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
+    """The scale words of an fp32 chunk that comes from `dtype`."""
+    blocks = _blocks(torch.where(torch.isfinite(x), x, 0.0), fmt)
+    return fmt.words_from_range(blocks.amin((1, 3)), blocks.amax((1, 3)), dtype)
+
+
 def _blocks(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """`[R, K]` → `[R/d, d, K/a, a]` for blocks of d rows and a columns, edge blocks padded with zeros."""
     rows, cols = x.shape
@@ -256,10 +267,14 @@ def _quantized(
         step = _step(Parts(parts.qdata, parts.scale), fmt)  # In units of the gain's inverse.
         scaled = fmt.recipe.units(_blocks(x, fmt), step if gain is None else step / gain, dtype)
         return encode(_unblock(scaled, *x.shape), fmt)
+    rows, cols = x.shape
     scaled = _in_units(_blocks(x, fmt), _step(parts, fmt), fmt)
     if fmt.element == "int8":
         scaled = _round_through(scaled, dtype)
-    return encode(_unblock(scaled, *x.shape), fmt)
+    if fmt.has_zero_point:
+        scaled = scaled.masked_fill_(scaled.isnan(), 0.0).round_().add_(fmt.zero(parts.scale)[:, None, :, None])
+        cols += cols % 2  # What is beside an odd last element is 0, too.
+    return encode(_unblock(scaled, rows, cols), fmt)
 
 
 def _in_units(x: torch.Tensor, step: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
@@ -346,7 +361,10 @@ def _bits(scale: torch.Tensor) -> torch.Tensor:
 def _restore(parts: Parts, fmt: WeightFormat, cols: int) -> torch.Tensor:
     """Stored elements times their scale, fp32 `[R, cols]`."""
     values = decode(parts.qdata, fmt)[:, :cols]
-    return _unblock(_blocks(values, fmt).mul_(_step(parts, fmt)), *values.shape)
+    blocks = _blocks(values, fmt)
+    if fmt.has_zero_point:
+        blocks.sub_(fmt.zero(parts.scale)[:, None, :, None])
+    return _unblock(blocks.mul_(_step(parts, fmt)), *values.shape)
 
 
 def _round_through(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -34,6 +34,7 @@ from qtensor import (
     fp8_per_block,
     fp8_per_channel,
     fp8_per_tensor,
+    int4_asymmetric,
     int4_per_group,
     int8_per_channel,
     load_checkpoint,
@@ -58,6 +59,7 @@ PACKINGS = {
     nvfp4: "nvfp4-pack-quantized",
     int8_per_channel: "pack-quantized",
     int4_per_group: "pack-quantized",
+    int4_asymmetric: "pack-quantized",
 }
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -271,7 +273,7 @@ def test_packing_and_scales_are_those_of_compressed_tensors(scheme):
     assert set(theirs.compression_param_names(group)) == tensors.keys()
     read = theirs.decompress(tensors, group)["weight"].float()
     # They multiply in bfloat16 where scales are kept in 8 bits.
-    exact = scheme.format.has_e8m0_scale or scheme.format.scale_dtype == torch.float32
+    exact = scheme.format.has_e8m0_scale or scheme.format.scale_dtype.itemsize == 4
     assert torch.allclose(read, weight.dequantize(torch.float32), rtol=1e-6 if exact else 2**-7, atol=0)
     packed, fmt = tensors[layout.data], scheme.format
     if fmt.element == "e2m1":
@@ -280,6 +282,9 @@ def test_packing_and_scales_are_those_of_compressed_tensors(scheme):
         bits = 8 // fmt.per_byte
         assert torch.equal(pack_to_int32(unpack_from_int32(packed, bits, (48, 256)), bits), packed)
         assert tensors["weight_shape"].tolist() == [48, 256]
+    if fmt.has_zero_point:
+        zeros = fmt.zero(weight.scale).to(torch.int8)
+        assert torch.equal(pack_to_int32(zeros, 4, packed_dim=0), tensors["weight_zero_point"])
     if fmt.has_e8m0_scale:
         assert torch.equal(compress_mx_scale(fmt.step(weight.scale), torch.uint8), tensors["weight_scale"])
 
@@ -432,6 +437,10 @@ SPOILED: dict[str, tuple[Any, str, Any, str]] = {
     "zero divisor": (nvfp4, "weight_global_scale", lambda t: t * 0, "not finite and positive"),
     "no divisor": (nvfp4, "weight_global_scale", lambda t: None, r"has no 0\.weight_global_scale"),
     "no scale": (int8_per_channel, "weight_scale", lambda t: None, r"0\.weight_packed: .* has no scales"),
+    "zero scale, zero points": (int4_asymmetric, "weight_scale", lambda t: t * 0, "not finite and positive"),
+    "many bits": (int4_asymmetric, "weight_scale", lambda t: t * (1 + 2**-20), "more than 20 significant bits"),
+    "no zero points": (int4_asymmetric, "weight_zero_point", lambda t: None, r"has no 0\.weight_zero_point"),
+    "few zero points": (int4_asymmetric, "weight_zero_point", lambda t: t[:2], r"0\.weight_zero_point is .*\[4, 1\]"),
     "other shape": (int4_per_group, "weight_shape", lambda t: t * 2, r"0: is said to be \[64, 256\]"),
     "vast shape": (int4_per_group, "weight_shape", lambda t: t + 2**62, r"0: is said to be \[4611686018427387936, "),
     "many shapes": (int8_per_channel, "weight_shape", lambda t: t[:, None], "should be the shape of a matrix"),

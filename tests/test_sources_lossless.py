@@ -53,12 +53,14 @@ ANY_SCALES = (FP32, FP16, BF16)
 def numbers(parts: Parts, fmt: WeightFormat) -> Numbers:
     """What a weight's elements are, in fp64: exactly."""
     values = decode(parts.qdata, fmt).double()
-    scale = in_fp32(parts.scale).double() if fmt.has_e8m0_scale else parts.scale.double()
+    scale = in_fp32(parts.scale).double() if fmt.has_e8m0_scale else fmt.step(parts.scale).double()
     scale = scale * parts.global_scale.double() if parts.global_scale is not None else scale
     if fmt.granularity in ("tensor", "channel"):
         return values * scale
     rows, cols = fmt.block
     wide = scale.repeat_interleave(rows, 0)[: values.shape[0]].repeat_interleave(cols, 1)[:, : values.shape[1]]
+    if fmt.has_zero_point:
+        values -= fmt.zero(parts.scale).repeat_interleave(cols, 1)[:, : values.shape[1]]
     return values * wide
 
 
@@ -212,6 +214,46 @@ def paired_rows(codes: torch.Tensor, scale: torch.Tensor) -> Tensors:
     return {"*": (pairs[:, 0] | pairs[:, 1] << 4).to(torch.uint8), "*_scale": scale}
 
 
+def with_zero_points(tool: str) -> Case:
+    """Every code of four bits with every zero point, and every scale of fp16 (of bf16, in words) with one."""
+
+    def cases() -> Iterator[tuple[Tensors, Numbers]]:
+        for some in (BF16 if tool == "words" else FP16).split(AT_ONCE):
+            some = some[: len(some) // 32 * 32]
+            codes = torch.arange(16).repeat(8).repeat(len(some), 1)
+            zeros = (torch.arange(len(some)) % 16).unsqueeze(1)
+            expected = (codes - zeros).double() * some.double().unsqueeze(1)
+            if tool == "awq":
+                where = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]) * 4
+                turned = [(t.t().unflatten(1, (-1, 8)) << where).sum(-1).to(torch.int32) for t in (codes, zeros)]
+                yield {"qweight": turned[0], "qzeros": turned[1], "scales": some.unsqueeze(0)}, expected
+            elif tool == "gptq":
+                # The first version cannot say 0 but as the largest number, whose carry is the next one's.
+                stored = words((zeros.t() - 1) % 16, 4)
+                read = unpacked(stored + 0x11111111, len(some))
+                expected = (codes - read.t()).double() * some.double().unsqueeze(1)
+                yield (
+                    {
+                        "qweight": words(codes, 4).t().contiguous(),
+                        "qzeros": stored,
+                        "scales": some.unsqueeze(0),
+                        "g_idx": torch.zeros(codes.shape[1], dtype=torch.int32),
+                    },
+                    expected,
+                )
+            else:
+                packed_zeros = words(zeros.t(), 4).t().contiguous()
+                packed = {"*_packed": words(codes, 4), "*_scale": some.unsqueeze(1), "*_zero_point": packed_zeros}
+                yield {**packed, "*_shape": torch.tensor(codes.shape)}, expected
+
+    return cases
+
+
+def unpacked(held: torch.Tensor, count: int) -> torch.Tensor:
+    """The integers of four bits in words `[rows, words]`."""
+    return (held.unsqueeze(-1) >> torch.arange(0, 32, 4) & 0xF).flatten(1)[:, :count]
+
+
 PROVED: dict[tuple[str, str], Case] = {
     **{("fp8 per tensor", scheme): per_tensor for scheme in ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")},
     ("fp8 per channel", "fp8_per_channel"): per_channel("*", "*_scale"),
@@ -234,6 +276,9 @@ PROVED: dict[tuple[str, str], Case] = {
     ("ModelOpt int4, groups of 128", "int4_per_group"): integers(paired_rows, 4, 2, FP32, BF16),
     **{(f"int{b}, groups of 128", "int4_per_group"): integers(words_of(b), b, 2, SOME) for b in (1, 2, 3, 4)},
     **{(f"GPTQ int{b}, groups of 128", "int4_per_group"): integers(gptq(b), b, 2, SOME) for b in (2, 3, 4)},
+    **{(f"GPTQ int{b}, groups of 128", "int4_asymmetric"): integers(gptq(b), b, 2, SOME) for b in (2, 3, 4)},
+    ("GPTQ int4, groups of 128, zero points", "int4_asymmetric"): with_zero_points("gptq"),
+    ("AWQ int4, groups of 128", "int4_asymmetric"): with_zero_points("awq"),
 }
 """Pairs and the matrices that show it. mxfp4 in nvfp4, and integers with zero points, are below."""
 
@@ -279,6 +324,20 @@ def test_a_zero_point_that_is_not_in_the_middle_is_not_called_lossless(bits: int
         assert (made is not None) == (-largest <= low and high < largest)
         if made is not None:
             assert torch.equal(numbers(made, FORMATS[scheme]), (codes + (1 << bits - 1) - zero).double())
+
+
+def test_zero_points_are_the_same_with_every_scale_of_16_bits() -> None:
+    """compressed-tensors' files have scales in the model's dtype; of others, those of 20 significant bits are moved."""
+    for parts, expected in with_zero_points("words")():
+        assert_same_numbers(parts, "int4_asymmetric", expected)
+    for bits, fits in ((19, True), (20, False)):
+        scale = torch.full((32, 1), 1.0 + 2.0**-bits)
+        parts = {**parts, "*_packed": parts["*_packed"][:32], "*_zero_point": parts["*_zero_point"][:4]}
+        parts |= {"*_scale": scale, "*_shape": torch.tensor((32, 128))}
+        source = source_of(parts)
+        made = moved(parts, "int4_asymmetric", (32, 128), None)
+        assert (made is not None) == fits
+        assert source.never_moves(parts, FORMATS["int4_asymmetric"]) == (not fits)
 
 
 def test_a_divisor_is_exact_where_its_inverse_is() -> None:

@@ -46,6 +46,11 @@ def linear_compute(
         if options.activation == "int8":
             return Int8Linear(packed=packs and compat.has_int8_product())
         return CpuLinear(scheme, options.activation == "dynamic")
+    if scheme.format.has_zero_point:
+        raise ConfigError(
+            f"qtensor: {name}: on a GPU the vLLM plugin does not serve {scheme.name}, on a CPU it does. Use "
+            "int4_per_group, or leave the layer alone with `ignore`."
+        )
     by_int8 = options.activation == "int8"
     _require_whole_groups(scheme, shape[1], name)
     if dtype not in (torch.bfloat16, torch.float16):

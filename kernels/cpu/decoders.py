@@ -18,7 +18,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
-from ..formats import WeightFormat
+from ..formats import ZERO_BITS, WeightFormat
 from .instructions import (
     BF16,
     CHUNK,
@@ -43,7 +43,8 @@ from .instructions import (
     vector,
 )
 
-PER_ROW, FLOATS, BYTES = range(3)
+# Scales: one for each row; of groups in float32, of one byte, or words that hold a zero point, too.
+PER_ROW, FLOATS, BYTES, ZEROED = range(4)
 
 STRIPE = 64  # Columns that are decoded together for the tile unit.
 DOUBLE = 2 * STRIPE
@@ -77,12 +78,15 @@ class Decoder(Instructions):
         """The stored elements of a chunk."""
         return self.load(address, vector(I8, self.bytes))
 
-    def decode(self, codes: Any, factors: Any = None) -> list[Any]:
-        """The two vectors of a chunk, in units of `UNITS`, times a factor (the same in all lanes); NaN codes of e4m3
-        give ±480. See `interleaved`."""
-        if factors is not None and not self.looks_up:
-            return [self.b.fmul(value, factors) for value in self.decode(codes)]
+    def decode(self, codes: Any, factors: Any = None, zeros: Any = None) -> list[Any]:
+        """The two vectors of a chunk, in units of `UNITS`, less a zero point, times a factor (the same in all lanes); NaN
+        codes of e4m3 give ±480. See `interleaved`."""
         b = self.b
+        if zeros is not None and not self.looks_up:
+            values = [b.fsub(value, zeros) for value in self.decode(codes)]
+            return values if factors is None else [b.fmul(value, factors) for value in values]
+        if factors is not None and not self.looks_up:
+            return [b.fmul(value, factors) for value in self.decode(codes)]
         if self.element in (E4M3, INT8):
             halves = [self.shuffle(codes, codes, list(range(at, at + LANES))) for at in (0, LANES)]
             if self.element == INT8:
@@ -95,6 +99,8 @@ class Decoder(Instructions):
             wide = b.zext(codes, vector(I32))
             both = [wide, b.lshr(wide, splat(I32, 4))]
             table = ir.Constant(vector(FLOAT), _TABLES[self.element])
+            if zeros is not None:
+                table = b.fsub(table, zeros)
             if factors is not None:  # One product of the table instead of two of what it has.
                 table = b.fmul(table, factors)
             # Reads the low four bits of each index.
@@ -129,8 +135,21 @@ class Decoder(Instructions):
     def factor(self, row: Any, table: Any, index: Any) -> Any:
         if self.scale == FLOATS:
             return self.load(self.at(row, index, 4), FLOAT, 4)
+        if self.scale == ZEROED:
+            word = self.load(self.at(row, index, 4), I32, 4)
+            return self.b.bitcast(self.b.and_(word, ir.Constant(I32, ~ZERO_BITS)), FLOAT)
         code = self.b.zext(self.load(self.b.add(row, index), I8), I64)
         return self.load(self.at(table, code, 4), FLOAT, 4)
+
+    def zeros(self, row: Any, chunk: Any) -> Any:
+        """The zero point of a chunk's vectors; None where there is none."""
+        if self.scale != ZEROED:
+            return None
+        b = self.b
+        index = b.lshr(chunk, int64((self.group // CHUNK).bit_length() - 1))
+        word = self.load(self.at(row, index, 4), I32, 4)
+        zero = b.ashr(b.shl(word, ir.Constant(I32, 28)), ir.Constant(I32, 28))
+        return self.broadcast(b.sitofp(zero, FLOAT))
 
     def chunks(
         self, cols: Any, codes: list[Any], step: Callable[[Any, list[Any], Any], None], width: int = CHUNK
@@ -188,7 +207,7 @@ class Decoder(Instructions):
                 if self.group == LANES:
                     weights.append([b.fmul(value, factors) for value in self.decode(raw)])
                 else:
-                    weights.append(self.decode(raw, factors))
+                    weights.append(self.decode(raw, factors, self.zeros(scales[r], chunk)))
             for m in range(batch):
                 for v in range(2):
                     x = self.load(b.add(self.at(xs[m], chunk, 4 * CHUNK), int64(4 * LANES * v)), zero.type, 4)
@@ -217,7 +236,7 @@ class Decoder(Instructions):
 
         def step(chunk: Any, addresses: list[Any], left: Any) -> None:
             raw = self.codes(addresses[0])
-            values = self.decode(raw)
+            values = self.decode(raw, zeros=self.zeros(scales, chunk))
             if self.element == E4M3:
                 magnitude = b.and_(raw, splat(I8, 0x7F, self.bytes))
                 is_nan = b.icmp_unsigned("==", magnitude, splat(I8, 0x7F, self.bytes))

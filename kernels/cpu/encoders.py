@@ -23,7 +23,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
-from ..formats import BLOCK_FLOOR, CHANNEL_FLOOR, E2M1_MAX, E4M3_MAX, WeightFormat
+from ..formats import BLOCK_FLOOR, CHANNEL_FLOOR, E2M1_MAX, E4M3_MAX, LEVELS, LOWEST, ZERO_BITS, WeightFormat
 from .instructions import (
     BF16,
     CHUNK,
@@ -48,12 +48,15 @@ from .instructions import (
     vector,
 )
 
-E8M0, NV, IN_FP32 = range(3)  # How a group's scale is stored: a power of two, e4m3 beside a gain, or as it is.
+# How a group's scale is stored: a power of two, e4m3 beside a gain, as it is, or in a word with a zero point.
+E8M0, NV, IN_FP32, ZEROED = range(4)
 
 
 def scale_kind(fmt: WeightFormat) -> int:
     if fmt.has_e8m0_scale:
         return E8M0
+    if fmt.has_zero_point:
+        return ZEROED
     return NV if fmt.has_global_scale else IN_FP32
 
 
@@ -73,7 +76,7 @@ class Encoder(Instructions):
     """Writes vector instructions that quantize a source of one type to one element format.
 
     Args:
-        scale: E8M0, NV or IN_FP32.
+        scale: E8M0, NV, IN_FP32 or ZEROED.
         group: Columns that share a scale; 0 for the whole row.
     """
 
@@ -82,7 +85,8 @@ class Encoder(Instructions):
         self.dtype, self.element, self.scale, self.group = dtype, element, scale, group
         self.size = 4 if dtype == FP32 else 2
         self.per_byte = 1 if element in (E4M3, INT8) else 2
-        self.scale_size = 4 if scale == IN_FP32 else 1
+        self.divides = scale in (IN_FP32, ZEROED)
+        self.scale_size = 4 if self.divides else 1
         self.groups = min(LANES, 512 // group) if group else 1  # That are worked on together.
 
     # Sources.
@@ -127,6 +131,23 @@ class Encoder(Instructions):
             return found
         both = b.bitcast(found, vector(I32))
         return self.extreme([b.and_(both, splat(I32, 0xFFFF)), b.lshr(both, splat(I32, 16))])
+
+    def extremes(self, address: Any, columns: int) -> list[Any]:
+        """Of so many elements, whole chunks, the largest, and what the lowest is below zero, as the source's own bits in
+        16 lanes; 0 where there are none on that side."""
+        b = self.b
+        words = [word for at in range(0, columns, CHUNK) for word in self.words(b.add(address, int64(at * self.size)))]
+        kind = words[0].type
+        sign, zero = (splat(kind.element, value, kind.count) for value in (-(1 << kind.element.width - 1), 0))
+        # As signed integers, the bits of what is not negative order like floats, and all others are below zero.
+        found = [
+            functools.reduce(lambda a, c: self.call(f"llvm.smax.v{kind.count}{kind.element}", kind, a, c), side, zero)
+            for side in (words, [b.xor(word, sign) for word in words])
+        ]
+        if self.dtype == FP32:
+            return found
+        both = [b.bitcast(value, vector(I32)) for value in found]
+        return [self.extreme([b.and_(v, splat(I32, 0xFFFF)), b.lshr(v, splat(I32, 16))]) for v in both]
 
     def across(self, vectors: list[Any]) -> Any:
         """The largest lane of each vector, of as many as divide 16: those of the first come first, and repeat."""
@@ -201,6 +222,24 @@ class Encoder(Instructions):
         # What is divided by infinity is 0, as data is where the scale is 0.
         zero = b.fcmp_ordered("==", scale, splat(FLOAT, 0.0))
         return scale, b.select(zero, splat(FLOAT, float("inf")), scale)
+
+    def words_of_range(self, largest: Any, below: Any) -> tuple[Any, Any, Any]:
+        """Of 16 groups, the scale words, what elements are divided by, and zero points, as floats."""
+        b = self.b
+        most = b.select(b.fcmp_ordered(">", largest, below), largest, below)
+        half = b.select(b.fcmp_ordered(">", most, splat(FLOAT, 2.0**126)), splat(FLOAT, 0.5), splat(FLOAT, 1.0))
+        span = b.fadd(b.fmul(largest, half), b.fmul(below, half))
+        step = b.bitcast(self.through(b.fdiv(span, b.fmul(half, splat(FLOAT, LEVELS)))), vector(I32))
+        if self.dtype == FP32:
+            step = b.add(step, splat(I32, (ZERO_BITS + 1) // 2))
+        step = b.bitcast(b.and_(step, splat(I32, ~ZERO_BITS)), vector(FLOAT))
+        empty = b.fcmp_ordered("==", step, splat(FLOAT, 0.0))
+        factor = b.select(empty, splat(FLOAT, float("inf")), step)
+        zero = self.call(f"llvm.rint.v{LANES}f32", step.type, b.fadd(splat(FLOAT, LOWEST), b.fdiv(below, factor)))
+        zero = b.select(b.fcmp_ordered(">", zero, splat(FLOAT, 7.0)), splat(FLOAT, 7.0), zero)
+        zero = b.select(empty, splat(FLOAT, 0.0), zero)
+        bits = b.and_(b.fptosi(zero, vector(I32)), splat(I32, ZERO_BITS))
+        return b.or_(b.bitcast(step, vector(I32)), bits), factor, zero
 
     def are_usual(self, factors: Any) -> Any:
         """Whether `divided` may take the inverses of all of them."""
@@ -289,18 +328,28 @@ class Encoder(Instructions):
             value = b.select(b.fcmp_ordered(order, value, limit), value, limit)
         return b.bitcast(b.fadd(value, splat(FLOAT, _ROUND)), vector(I32))
 
+    def from_zero(self, value: Any, zero: Any) -> Any:
+        """The same, a zero point added to the rounded value."""
+        b = self.b
+        for limit, order in ((7.0, "<"), (LOWEST, ">")):
+            end = b.fsub(splat(FLOAT, limit), zero)
+            value = b.select(b.fcmp_ordered(order, value, end), value, end)
+        rounded = b.bitcast(b.fadd(value, splat(FLOAT, _ROUND)), vector(I32))
+        return b.add(rounded, b.fptosi(zero, vector(I32)))
+
     def encode(self, source: Any, factors: list[Any], codes: Any, exactly: bool) -> None:
-        """A chunk; `factors` are a vector, and its inverse, for a scale IN_FP32. `exactly`: it is divided by."""
+        """A chunk; `factors` are a vector, and its inverse, where it is divided by, and a zero point, where there is one.
+        `exactly`: it is divided by."""
         b = self.b
         words = self.words(source)
-        if self.scale != IN_FP32:
+        if not self.divides:
             self.store(self.multiplied(words, factors[0]), codes)
             return
         sources = values = self.pairs(words)
         if exactly:
             values = [b.fdiv(value, factors[0]) for value in values]
         else:
-            values = [self.divided(value, *factors) for value in values]
+            values = [self.divided(value, *factors[:2]) for value in values]
         if self.per_byte == 1:
             if self.element == INT8:
                 even, odd = (self.integers(self.through_quotient(value), 127.0) for value in values)
@@ -309,7 +358,10 @@ class Encoder(Instructions):
                 even, odd = (self.e4m3(value, source) for value, source in zip(values, sources, strict=True))
             self.store(b.trunc(b.or_(even, b.shl(odd, splat(I32, 8))), vector(I16)), codes)
             return
-        even, odd = (self.integers(value, 7.0) for value in values)
+        if self.scale == ZEROED:
+            even, odd = (self.from_zero(value, factors[2]) for value in values)
+        else:
+            even, odd = (self.integers(value, 7.0) for value in values)
         both = b.or_(b.and_(even, splat(I32, 0xF)), b.shl(odd, splat(I32, 4)))
         self.store(b.trunc(both, vector(I8)), codes)
 
@@ -440,13 +492,18 @@ class Encoder(Instructions):
         b, columns = self.b, self.groups * self.group
         count = b.udiv(b.add(cols, int64(self.group - 1)), int64(self.group))
         stored = self.room(LANES * self.scale_size)
-        memory = [self.room(64) for _ in range(2 if self.scale == IN_FP32 else 1)]
+        memory = [self.room(64) for _ in range({IN_FP32: 2, ZEROED: 3}.get(self.scale, 1))]
 
         def work(index: Any, here: Any, out: Any, is_last: Any) -> None:
             starts = [b.add(here, int64(g * self.group * self.size)) for g in range(self.groups)]
-            found = [self.largest(start, self.group) for start in starts]
-            amax = self.as_floats(self.across(found))
-            scale, factor = self.choose(here, amax, *self.scales(amax, gain), gain)
+            zero = None
+            if self.scale == ZEROED:
+                sides = zip(*(self.extremes(start, self.group) for start in starts), strict=True)
+                scale, factor, zero = self.words_of_range(*(self.as_floats(self.across(list(side))) for side in sides))
+            else:
+                found = [self.largest(start, self.group) for start in starts]
+                amax = self.as_floats(self.across(found))
+                scale, factor = self.choose(here, amax, *self.scales(amax, gain), gain)
             first = b.mul(index, int64(self.groups))
             target = self.at(scales, first, self.scale_size)
             with b.if_else(is_last) as (partly, wholly):
@@ -455,10 +512,10 @@ class Encoder(Instructions):
                     self.copy(stored, target, b.mul(b.sub(count, first), int64(self.scale_size)))
                 with wholly:
                     self.store(self.shuffle(scale, scale, list(range(self.groups))), target, self.scale_size)
-            both = [factor, b.fdiv(splat(FLOAT, 1.0), factor)][: len(memory)]
-            for values, address in zip(both, memory, strict=True):
+            kept = [factor, b.fdiv(splat(FLOAT, 1.0), factor), zero][: len(memory)]
+            for values, address in zip(kept, memory, strict=True):
                 self.store(values, address)
-            if self.scale != IN_FP32:
+            if not self.divides:
                 self.encode_groups(here, memory, out, False)
                 return
             with b.if_else(self.are_usual(factor)) as usual_or_not:

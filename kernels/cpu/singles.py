@@ -54,7 +54,7 @@ class SingleDecoder(StripeDecoder):
                 if self.element == INT8:
                     values = self.decode(self.codes(address))
                 else:
-                    values = self.terms(SINGLES, self.wide_values(address))
+                    values = self.terms(SINGLES, self.wide_values(address, self.zero_of(scales, stripe)))
                 if self.scale != PER_ROW:
                     by = factors(0, stripe)
                     values = [b.fmul(value, by) for value in values]

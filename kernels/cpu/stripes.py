@@ -76,6 +76,12 @@ def _bfloat_bits(element: int, scaled: bool) -> list[int]:
     return [*bits[:127], 0x7FC0] if element == E4M3 else bits
 
 
+def _bfloat16(value: int) -> int:
+    """The bits of a small integer, as a signed number."""
+    bits = int(np.float32(value).view(np.uint32)) >> 16
+    return bits - (bits >> 15 << 16)
+
+
 def is_quick(element: int, scale: int, group: int) -> bool:
     """Whether `quick_row` can decode rows for the tile unit."""
     return element in (E4M3, E2M1) and (group == CHUNK or (element == E4M3 and scale == PER_ROW))
@@ -121,14 +127,17 @@ class StripeDecoder(WordDecoder):
         be had so."""
         return width_of(self.element, self.scale)
 
-    def values(self, address: Any) -> list[Any]:
+    def values(self, address: Any, zero: Any = None) -> list[Any]:
         """The vectors of a stripe, in bits of bfloat16, without a scale: of `HALVES`; of a double one of `QUARTERS`,
-        for elements that share a byte."""
+        for elements that share a byte. zero: See `table_of`."""
         b, wide = self.b, vector(I16, STRIPE // 2)
         bits = _bfloat_bits(self.element, False)
         if self.per_byte == 2:
             raw = self.load(address, wide)
-            entries = ir.Constant(wide, [value - (value >> 15 << 16) for value in bits * 2])
+            if zero is None:
+                entries = self.table_of(bits, None, lambda value: value - (value >> 15 << 16))
+            else:
+                entries = self.table_of([*range(8), *range(-8, 0)], zero, _bfloat16)
             # Reads the low five bits of each index; the table repeats after sixteen.
             indices = [raw, *(b.lshr(raw, splat(I16, by, 32)) for by in (4, 8, 12))]
             return [self.call("llvm.x86.avx512.permvar.hi.512", wide, entries, index) for index in indices]
@@ -142,9 +151,9 @@ class StripeDecoder(WordDecoder):
             low, high = (b.select(negative, *pair) for pair in zip(others, (low, high), strict=True))
         return self.unpacked(low, high)
 
-    def wide_values(self, address: Any) -> list[Any]:
+    def wide_values(self, address: Any, zero: Any) -> list[Any]:
         """As `values`, of all columns that are decoded together."""
-        values = self.values(address)
+        values = self.values(address, zero)
         if self.width() == DOUBLE and self.per_byte == 1:
             values += self.values(self.b.add(address, int64(STRIPE)))
         return values
@@ -202,9 +211,11 @@ class StripeDecoder(WordDecoder):
                         self.prefetch(b.add(addresses[r], ahead))
                         if width == DOUBLE and self.per_byte == 1:
                             self.prefetch(b.add(addresses[r], b.add(ahead, int64(STRIPE))))
-                    weights = (
-                        self.words(addresses[r]) if way == WORDS else self.terms(way, self.wide_values(addresses[r]))
-                    )
+                    point = self.zero_of(scales[r], stripe)
+                    if way == WORDS:
+                        weights = self.words(addresses[r], point)
+                    else:
+                        weights = self.terms(way, self.wide_values(addresses[r], point))
                     by = None if self.scale == PER_ROW else factors(r, stripe)
                     for m in range(batch):
                         # x of several rows is read anew for each row of the weight, from the first cache: all of it
@@ -245,9 +256,9 @@ class StripeDecoder(WordDecoder):
             self.store_totals(sums[r], factor, [out[m][r] for m in range(batch)])
 
     def float_scale(self, row: Any, stripe: Any) -> Any:
-        """The scale of a stripe (or a double one), of those in float32 of its row."""
+        """The scale of a stripe (or a double one), of those of four bytes of its row."""
         index = self.b.lshr(stripe, int64((self.group // self.width()).bit_length() - 1))
-        return self.broadcast(self.load(self.at(row, index, 4), FLOAT, 4))
+        return self.broadcast(self.factor(row, None, index))
 
     def in_parts(self, part: Any, rows: int, codes: Any, scales: Any, xs: Any, cols: Any, x_size: int) -> None:
         """part(...) for some columns after another, whose scales are floats."""

@@ -92,11 +92,11 @@ class TileDecoder(StripeDecoder):
             self.prefetch(b.add(addresses[0], ahead))
             for half in range(2):
                 raw = self.codes(b.add(addresses[0], int64(half * self.bytes)))
-                values = self.decode(raw)
+                chunk = b.add(b.mul(stripe, int64(2)), int64(half))
+                values = self.decode(raw, zeros=self.zeros(scales, chunk))
                 if self.element == E4M3:
                     self.see(raw, seen)
                 if self.scale != PER_ROW:
-                    chunk = b.add(b.mul(stripe, int64(2)), int64(half))
                     factors = self.factors(scales, table, chunk, last)
                     values = [value if unit is None else b.fmul(value, unit) for value in values]
                     values = [b.fmul(value, factors) for value in values]

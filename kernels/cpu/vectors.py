@@ -24,7 +24,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 
 from ..formats import SEARCHES, WeightFormat
 from .compiling import Once, compiled
-from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, STRIPE, UNITS, decode_row
+from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, STRIPE, UNITS, ZEROED, decode_row
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, float32s, int64s, take, uint8s
 from .searching import add_block_errors, search_row
@@ -107,6 +107,8 @@ def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
     element = ELEMENTS[fmt.element]
     if fmt.granularity in ("tensor", "channel"):
         return element, PER_ROW, 0
+    if fmt.has_zero_point:
+        return element, ZEROED, fmt.block[1]
     return element, BYTES if fmt.scale_dtype.itemsize == 1 else FLOATS, fmt.block[1]
 
 

@@ -12,11 +12,15 @@ infinite scale, beside zeros; NaN makes NaN of the scale.
 from __future__ import annotations
 
 import functools
+import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba.core import cgutils
 
-from .decoders import DOUBLE, E2M1_VALUES, Decoder
+from ..formats import ZERO_BITS
+from .decoders import DOUBLE, E2M1_VALUES, ZEROED, Decoder
 from .instructions import (
     CHUNK,
     E2M1,
@@ -24,6 +28,7 @@ from .instructions import (
     I8,
     I16,
     I32,
+    I64,
     INT4,
     INT8,
     LANES,
@@ -57,17 +62,39 @@ def has_words() -> bool:
 class WordDecoder(Decoder):
     """Writes what decodes weights to integers, and what multiplies them."""
 
-    def words(self, address: Any) -> list[Any]:
+    def words(self, address: Any, zero: Any) -> list[Any]:
         """The four vectors of a double stripe as 16-bit integers, in units of `WORD_UNITS`: of `QUARTERS` for elements
-        that share a byte, else in order."""
+        that share a byte, else in order. zero: See `table_of`."""
         b, wide = self.b, vector(I16, CHUNK)
         if self.element == INT8:
             loads = (self.load(b.add(address, int64(at)), vector(I8, CHUNK)) for at in range(0, DOUBLE, CHUNK))
             return [b.sext(codes, wide) for codes in loads]
-        values = _INTEGERS[self.element]
-        raw, table = self.load(address, wide), ir.Constant(wide, values * 2)
+        raw, table = self.load(address, wide), self.table_of(_INTEGERS[self.element], zero)
         indices = [raw, *(b.lshr(raw, splat(I16, by, CHUNK)) for by in (4, 8, 12))]
         return [self.call("llvm.x86.avx512.permvar.hi.512", wide, table, index) for index in indices]
+
+    def zero_of(self, row: Any, stripe: Any) -> Any:
+        """The four bits of the zero point of a double stripe; None where there is none."""
+        if self.scale != ZEROED:
+            return None
+        index = self.b.lshr(stripe, int64((self.group // DOUBLE).bit_length() - 1))
+        word = self.load(self.at(row, index, 4), I32, 4)
+        return self.b.zext(self.b.and_(word, ir.Constant(I32, ZERO_BITS)), I64)
+
+    def table_of(self, values: list[int], zero: Any, of: Callable[[int], int] = int) -> Any:
+        """A vector that holds, twice, 16 bits for each of 16 codes. Of codes with a zero point, whose four bits are
+        given, `of(value - zero point)`: one of sixteen tables in memory."""
+        kind = vector(I16, CHUNK)
+        if zero is None:
+            return ir.Constant(kind, [of(value) for value in values] * 2)
+        tables = [[of(value - zero) for value in values] * 2 for zero in _INTEGERS[INT4]]
+        name = f"zero_points_{hashlib.sha256(repr(tables).encode()).hexdigest()[:16]}"
+        found = self.b.module.globals.get(name)
+        if found is None:
+            content = ir.Constant(ir.ArrayType(kind, len(tables)), [ir.Constant(kind, table) for table in tables])
+            found = cgutils.global_constant(self.b.module, name, content)
+            found.align = 64
+        return self.load(self.at(self.b.ptrtoint(found, I64), zero, 64), kind, 64)
 
     def word_sums(self, weights: list[Any], x: list[Any]) -> Any:
         """Of each lane, the products of its words, summed as integers; as float32."""

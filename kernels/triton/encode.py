@@ -224,6 +224,43 @@ def decode_element(code, ELEMENT: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
+def integer(x):
+    """fp32 of size 2^22 or less → the nearest integer, half to even, as int32."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def word_of_range(largest, below, dtype: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr):
+    """fp32 largest element, and how far the lowest is below 0, both at least 0 → scale and zero point (int32) of a scale
+    word, for a weight of `dtype`."""
+    half = tl.where(tl.maximum(largest, below) > 8.507059173023462e37, 0.5, 1.0)  # 2^126
+    step = tl.math.div_rn(largest * half + below * half, half * 15.0)
+    bits = widen(narrow(step, dtype, CAST)).to(tl.int32, bitcast=True)
+    if dtype == tl.float32:
+        bits += 8
+    step = (bits & -16).to(tl.float32, bitcast=True)
+    zero = integer(tl.minimum(divide_or_zero(below, step, FUSED) - 8.0, 7.0))
+    return step, tl.where(step == 0.0, 0, zero)
+
+
+@triton.jit
+def encode_from_zero(x, zero):
+    """fp32, in units of the scale, no NaN, and its zero point → 4-bit code in the low bits of int32."""
+    return tl.minimum(tl.maximum(integer(tl.minimum(tl.maximum(x, -64.0), 64.0)) + zero, -8), 7) & 0xF
+
+
+@triton.jit
+def word_step(word):
+    return (word & -16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def word_zero(word):
+    """The zero point of a scale word, as fp32."""
+    return ((word << 28) >> 28).to(tl.float32)
+
+
+@triton.jit
 def power_of_two(exponent):
     """Biased exponent (int32, 0 to 254) → fp32 power of two; 0 gives 2^-127."""
     return tl.where(exponent == 0, 0x400000, exponent << 23).to(tl.float32, bitcast=True)

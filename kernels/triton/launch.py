@@ -10,6 +10,7 @@ import torch
 import triton
 
 from ..audit import Audit
+from ..formats import WeightFormat
 
 TILE = 4096
 
@@ -30,7 +31,14 @@ def codes(qdata: torch.Tensor) -> torch.Tensor:
 
 def scales(scale: torch.Tensor) -> torch.Tensor:
     """As `codes` for scales that are one byte each."""
-    return scale if scale.dtype == torch.float32 else scale.view(torch.uint8)
+    return scale if scale.itemsize > 1 else scale.view(torch.uint8)
+
+
+def scale_kind(fmt: WeightFormat) -> str:
+    """SCALE of the kernels for groups: how a scale is stored."""
+    if fmt.has_zero_point:
+        return "word"
+    return "e8m0" if fmt.has_e8m0_scale else "e4m3" if fmt.has_global_scale else "fp32"
 
 
 def row_tile(cols: int) -> tuple[int, int, int]:

@@ -28,11 +28,15 @@ from .encode import (
     encode,
     encode_e2m1_pairs,
     encode_element,
+    encode_from_zero,
     power_of_two,
     reciprocal_or_zero,
     restore,
     widen,
     without_nan,
+    word_of_range,
+    word_step,
+    word_zero,
 )
 from .findings import add_sums_of, finite_amax
 from .searching import best_of_group, without_nonfinite
@@ -130,6 +134,14 @@ def quantize_kernel(
             scale = code.to(tl.uint8)
         step = decode(scale, CAST) * whole
         tl.store(s, scale, mask=row < rows)
+    elif SCALE == "word":
+        finite = without_nonfinite(value, dirty)
+        # As signed integers, the bits of what is not negative order like floats, and all others are below zero.
+        largest = tl.maximum(tl.max(finite.to(tl.int32, bitcast=True), 1, keep_dims=True), 0)
+        below = tl.maximum(tl.max((finite * -1.0).to(tl.int32, bitcast=True), 1, keep_dims=True), 0)
+        largest, below = largest.to(tl.float32, bitcast=True), below.to(tl.float32, bitcast=True)
+        step, zero = word_of_range(largest, below, x.dtype.element_ty, CAST, FUSED)
+        tl.store(s, step.to(tl.int32, bitcast=True) | (zero & 0xF), mask=row < rows)
     else:
         step = tl.math.div_rn(amax, 7.0)
         if len(CANDIDATES) > 0:
@@ -156,12 +168,19 @@ def quantize_kernel(
         if ELEMENT == "e2m1" and CAST == "e2m1x2":
             low, high = pairs(scaled)
             packed = encode_e2m1_pairs(low, high)
+        elif SCALE == "word":
+            packed = pack(encode_from_zero(scaled, zero))
         else:
             packed = pack(encode_element(scaled, ELEMENT, CAST))
         tl.store(q + byte * q_k, packed, mask=(row < rows) & (byte < q_cols))
     if MEASURE:
-        code = encode_element(scaled, ELEMENT, CAST)  # The compiler has it already, where there are no pairs.
-        restored = decode_element(code.to(tl.uint8), ELEMENT, CAST) * step
+        # The compiler has it already, where there are no pairs.
+        if SCALE == "word":
+            code = encode_from_zero(scaled, zero)
+            restored = (decode_element(code.to(tl.uint8), ELEMENT, CAST) - zero.to(tl.float32)) * step
+        else:
+            code = encode_element(scaled, ELEMENT, CAST)
+            restored = decode_element(code.to(tl.uint8), ELEMENT, CAST) * step
         add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, restored)
 
 
@@ -180,6 +199,8 @@ def dequantize_kernel(
         step = power_of_two(scale.to(tl.int32))
     elif SCALE == "e4m3":
         step = decode(scale, CAST) * tl.load(g + expert)
+    elif SCALE == "word":
+        step = word_step(scale)
     else:
         step = scale
     q += expert * q_e + row * q_n
@@ -188,15 +209,17 @@ def dequantize_kernel(
     else:
         byte = strip * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         code = unpack(tl.load(q + byte * q_k, mask=(row < rows) & (byte < q_cols), other=0))
-    value = restore(decode_element(code, ELEMENT, CAST) * step, out.dtype.element_ty, CAST)
+    value = decode_element(code, ELEMENT, CAST)
+    if SCALE == "word":
+        value -= word_zero(scale)
+    value = restore(value * step, out.dtype.element_ty, CAST)
     tl.store(out + expert * o_e + row * o_n + col * o_k, value, mask=inside)
 
 
 def constants(fmt: WeightFormat) -> dict[str, Any]:
     """The constexprs that tell the kernels a format."""
-    scale = "e8m0" if fmt.has_e8m0_scale else "e4m3" if fmt.has_global_scale else "fp32"
     group = fmt.block[1]
-    return {"TILE_GROUPS": TILE // group, "GROUP": group, "ELEMENT": fmt.element, "SCALE": scale}
+    return {"TILE_GROUPS": TILE // group, "GROUP": group, "ELEMENT": fmt.element, "SCALE": launch.scale_kind(fmt)}
 
 
 def _grid(fmt: WeightFormat, experts: int, rows: int, cols: int) -> tuple[int, int]:

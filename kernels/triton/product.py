@@ -19,7 +19,7 @@ import triton.language as tl
 from ..formats import WeightFormat
 from ..parts import Parts
 from . import launch
-from .encode import decode, decode_element, narrow, power_of_two, restore
+from .encode import decode, decode_element, narrow, power_of_two, restore, word_step, word_zero
 from .per_group import unpack
 
 MOST_ROWS = 32
@@ -68,9 +68,14 @@ def product_kernel(
                 step = power_of_two(scale.to(tl.int32))
             elif SCALE == "e4m3":
                 step = decode(scale, CAST) * whole
+            elif SCALE == "word":
+                step = word_step(scale)
             else:
                 step = scale
-            value = tl.reshape(decode_element(code, ELEMENT, CAST), (BN, BK // SPAN, SPAN)) * step[:, :, None]
+            value = tl.reshape(decode_element(code, ELEMENT, CAST), (BN, BK // SPAN, SPAN))
+            if SCALE == "word":
+                value -= word_zero(scale)[:, :, None]
+            value *= step[:, :, None]
             weight = restore(tl.reshape(value, (BN, BK)), x.dtype.element_ty, CAST)
             # What lies beyond the columns is 0 times anything, and NaN among it would be no 0.
             weight = tl.where(held, weight, 0.0).to(x.dtype.element_ty)
@@ -117,6 +122,5 @@ def product(
 
 
 def _kind(fmt: WeightFormat) -> dict[str, Any]:
-    scale = "e8m0" if fmt.has_e8m0_scale else "e4m3" if fmt.has_global_scale else "fp32"
     span = BK if fmt.granularity in ("tensor", "channel") else fmt.block[1]
-    return {"DOWN": fmt.block[0], "SPAN": span, "ELEMENT": fmt.element, "SCALE": scale}
+    return {"DOWN": fmt.block[0], "SPAN": span, "ELEMENT": fmt.element, "SCALE": launch.scale_kind(fmt)}

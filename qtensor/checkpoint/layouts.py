@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..kernels import RECIPES, SEARCHES, Parts, WeightFormat
+from ..kernels.formats import ceil_div
 from ..schemes.scheme import (
     Scheme,
     fp8_per_block,
     fp8_per_channel,
     fp8_per_tensor,
+    int4_asymmetric,
     int4_per_group,
     int8_per_channel,
     mxfp4,
@@ -44,11 +47,13 @@ class Entry:
     encode: the tensor for a band of the matrix's rows, given as a QTensor, and N.
     decode: the part of a QTensor that it is, given the tensor, the format and `(N, K)`. None: it is no part of one.
     shared: it belongs to the matrix, and is the same for each band of rows.
+    rows: of the matrix that share an item: a band begins at a multiple of it.
     """
 
     encode: Callable[[QTensor, int], torch.Tensor]
     decode: Callable[[torch.Tensor, WeightFormat, tuple[int, int]], torch.Tensor] | None
     shared: bool = False
+    rows: int = 1
 
 
 def _to_words(weight: QTensor, rows: int) -> torch.Tensor:
@@ -66,11 +71,31 @@ def _from_words(words: torch.Tensor, fmt: WeightFormat, shape: tuple[int, int]) 
 _SIGNS = {1: 0x80, 2: 0x88}
 """The sign bits of a byte, by the integers in it: to flip them is to add half the range."""
 
+
+def _to_zeros(weight: QTensor, rows: int) -> torch.Tensor:
+    """Zero points as compressed-tensors packs them: without sign, those of eight rows in a word, zeros after the last."""
+    zeros = (weight.scheme.format.zero(weight.scale) + _HALF).to(torch.uint8).t()
+    padded = torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % _ROWS_IN_WORD))
+    return (padded[:, ::2] | padded[:, 1::2] << 4).contiguous().view(torch.int32).t().contiguous()
+
+
+def _from_zeros(words: torch.Tensor, fmt: WeightFormat, shape: tuple[int, int]) -> torch.Tensor:
+    held = words.reshape(ceil_div(shape[0], _ROWS_IN_WORD), -1).t().contiguous().view(torch.uint8)
+    return torch.stack((held & 0xF, held >> 4), -1).flatten(1)[:, : shape[0]].t().int() - _HALF
+
+
+_HALF, _ROWS_IN_WORD = 8, 8
+
 _ELEMENTS = Entry(lambda w, rows: w.qdata, lambda t, fmt, shape: t)
 _WORDS = Entry(_to_words, _from_words)
 _SHAPE = Entry(lambda w, rows: torch.tensor([rows, w.cols], dtype=torch.int64, device="cpu"), None, shared=True)
 _SCALE = Entry(lambda w, rows: w.scale, lambda t, fmt, shape: t.to(fmt.scale_dtype).reshape(fmt.scale_shape(shape)))
 _ONE_SCALE = replace(_SCALE, shared=True)
+# Of a scale word, the scale and the zero point.
+_STEP = Entry(
+    lambda w, rows: w.scheme.format.step(w.scale), lambda t, fmt, shape: t.float().reshape(fmt.scale_shape(shape))
+)
+_ZERO = Entry(_to_zeros, _from_zeros, rows=_ROWS_IN_WORD)
 # A divisor on disk. Of every fp32 g that is some 1 / G, 1 / (1 / g) is g again, so the way there and back is exact.
 _GAIN = Entry(lambda w, rows: w.parts()[2].reciprocal(), lambda t, fmt, shape: t.float().reciprocal(), shared=True)
 
@@ -97,6 +122,11 @@ class Layout:
     @property
     def scale(self) -> str:
         return list(self.entries)[1]
+
+    @property
+    def rows(self) -> int:
+        """Bands of a matrix begin at multiples of so many rows."""
+        return lcm(self.scheme.format.block[0], *(entry.rows for entry in self.entries.values()))
 
     def specs(self, shape: tuple[int, int]) -> dict[str, Spec]:
         """dtype and shape of each tensor that a weight `[N, K]` becomes."""
@@ -142,8 +172,20 @@ class Layout:
                     f"{list(shape)} has {list(expected)}"
                 )
         decoded = ((entry.decode, tensors[name]) for name, entry in self.entries.items())
-        parts = Parts(*(decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None))
+        found = [decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None]
+        parts = Parts(found[0], _word(module, *found[1:], fmt)) if fmt.has_zero_point else Parts(*found)
         return QTensor(parts.qdata, parts.scale, self.scheme, dtype, global_scale=parts.global_scale, cols=shape[1])
+
+
+def _word(module: str, step: torch.Tensor, zero: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """Scale words. Raises CheckpointError for scales that they do not hold."""
+    word = fmt.word(step, zero)
+    if not step.is_meta and not torch.equal(fmt.step(word), step):
+        raise CheckpointError(
+            f"{module}: has scales of more than 20 significant bits (no bfloat16 or float16 has), which {fmt.name} does "
+            "not store. Quantize it anew: online_quant takes such files as a source"
+        )
+    return word
 
 
 _STATIC = {"symmetric": True, "dynamic": False}
@@ -157,6 +199,8 @@ _OF_32 = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 _PLAIN = {"weight": _ELEMENTS, "weight_scale": _SCALE}
 _PACKED = {"weight_packed": _ELEMENTS, "weight_scale": _SCALE}
 _PACKED_INT = {"weight_packed": _WORDS, "weight_scale": _SCALE, "weight_shape": _SHAPE}
+_PACKED_ZERO = {"weight_packed": _WORDS, "weight_scale": _STEP, "weight_zero_point": _ZERO, "weight_shape": _SHAPE}
+_INT4_GROUPS = {"num_bits": 4, "type": "int", **_STATIC, "strategy": "group", "group_size": 128}
 
 
 def _rows(*layouts: Layout) -> dict[str, Layout]:
@@ -196,7 +240,13 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         Layout(
             int4_per_group,
             _PACKED_INT,
-            {"num_bits": 4, "type": "int", **_STATIC, "strategy": "group", "group_size": 128},
+            _INT4_GROUPS,
+            packing=("pack-quantized",) * 2,
+        ),
+        Layout(
+            int4_asymmetric,
+            _PACKED_ZERO,
+            {**_INT4_GROUPS, "symmetric": False},
             packing=("pack-quantized",) * 2,
         ),
     ),

@@ -253,11 +253,12 @@ def _scale_problems(weight: Weight) -> list[str]:
 def _any_value_at_zero(weight: Weight) -> bool:
     """Is there a value that is not 0 under a scale, or global scale, that is?"""
     held = weight.read(torch.float32)
-    zero = held.scale.float() == 0
+    fmt = held.scheme.format
+    zero = fmt.step(held.scale) == 0 if fmt.has_zero_point else held.scale.float() == 0
     if held.global_scale is not None:
         zero |= held.global_scale == 0
-    fmt = held.scheme.format
-    marks = torch.where(zero, 1.0, 0.0).to(fmt.scale_dtype)
+    marks = torch.where(zero, 1.0, 0.0)
+    marks = fmt.word(marks, fmt.zero(held.scale)) if fmt.has_zero_point else marks.to(fmt.scale_dtype)
     ones = None if held.global_scale is None else torch.ones_like(held.global_scale)
     parts = kernels.Parts(held.qdata, marks, ones)
     return bool(kernels.serving(*parts).dequantize(parts, fmt, torch.float32).any())

@@ -93,7 +93,7 @@ def quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes
 
     if isinstance(stored, Decoded) and _may_move(stored, tensor, scheme):
         whole = stored.source.moves(fmt) == "matrix"
-        for start, stop in [(0, rows)] if whole else _chunks(stored, fmt.block[0]):
+        for start, stop in [(0, rows)] if whole else _chunks(stored, layout.rows):
             moved = stored.moved(scheme, start, stop)
             if moved is None:  # The first, or none: "unit" sources always are.
                 break
@@ -101,7 +101,7 @@ def quantize(tensor: TensorTask, format: str, writer: ShardWriter, out: IO[bytes
         else:
             return
     amax = max(_amax(partner) for partner in tensor.partners) if extra else 0.0
-    for start, stop in _chunks(stored, fmt.block[0]):
+    for start, stop in _chunks(stored, layout.rows):
         source = _buffers.take("source", (extra + stop - start, cols), stored.dtype)
         if extra and cols:
             source[0].zero_()

@@ -38,6 +38,7 @@ EXPECTED_SQNR = {
     "nvfp4": 20.4,
     "int8_per_channel": 40.8,
     "int4_per_group": 18.6,
+    "int4_asymmetric": 19.9,
     "fp8_per_channel:searched": 31.7,
     "fp8_per_block:searched": 31.6,
     "mxfp8:searched": 31.5,

@@ -11,6 +11,7 @@ from ..kernels import (
     FP8_PER_BLOCK,
     FP8_PER_CHANNEL,
     FP8_PER_TENSOR,
+    INT4_ASYMMETRIC,
     INT4_PER_GROUP,
     INT8_PER_CHANNEL,
     MXFP4,
@@ -71,12 +72,14 @@ class Scheme:
             The scheme.
 
         Raises:
-            ConfigError: The format has no search: fp8_per_tensor; or a recipe says what its scales are.
+            ConfigError: The format has no search: fp8_per_tensor and int4_asymmetric; or a recipe says what its scales are.
         """
         if self.recipe:
             raise ConfigError(f"{self.name}: a recipe says what its scales are, so there is none to search")
         search = SEARCHES.get(self.format.name)
         if search is None:
+            if self.format.has_zero_point:
+                raise ConfigError(f"{self.format.name} cannot be searched. Use it as it is, or int4_per_group:searched")
             raise ConfigError(
                 f"{self.format.name} cannot be searched: one scale for a whole matrix leaves next to nothing to gain. "
                 "Use fp8_per_channel or fp8_per_block"
@@ -132,9 +135,20 @@ mxfp4 = Scheme(MXFP4, "none")
 nvfp4 = Scheme(NVFP4, "none")
 int8_per_channel = Scheme(INT8_PER_CHANNEL, "none")
 int4_per_group = Scheme(INT4_PER_GROUP, "none")
+int4_asymmetric = Scheme(INT4_ASYMMETRIC, "none")
 
 SEARCHED = ":searched"
-_NAMED = (fp8_per_tensor, fp8_per_channel, fp8_per_block, mxfp8, mxfp4, nvfp4, int8_per_channel, int4_per_group)
+_NAMED = (
+    fp8_per_tensor,
+    fp8_per_channel,
+    fp8_per_block,
+    mxfp8,
+    mxfp4,
+    nvfp4,
+    int8_per_channel,
+    int4_per_group,
+    int4_asymmetric,
+)
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _NAMED} | {"fp8": fp8}
 
 SchemeLike = Scheme | str
@@ -153,9 +167,9 @@ def as_scheme(value: SchemeLike) -> Scheme:
         if plain in SCHEMES and suffix[1:] in RECIPES:
             return SCHEMES[plain].by_recipe(suffix[1:])
     raise ConfigError(
-        f'unknown scheme {value!r}: use one of {", ".join(sorted(SCHEMES))}, each but fp8_per_tensor with "{SEARCHED}" '
-        f"behind it if its scales are to be searched, or with a colon and a recipe ({', '.join(RECIPES)}), or a "
-        "qtensor.Scheme"
+        f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, each but fp8_per_tensor and int4_asymmetric "
+        f'with "{SEARCHED}" behind it if its scales are to be searched, or with a colon and a recipe '
+        f"({', '.join(RECIPES)}), or a qtensor.Scheme"
     )
 
 

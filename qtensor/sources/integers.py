@@ -54,6 +54,13 @@ class Integers(NamedTuple):
             return wide - zeros.index_select(1, self.groups)
         return (wide.unflatten(1, (zeros.shape[1], -1)) - zeros.unsqueeze(-1)).flatten(1)
 
+    def around_zero_points(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and zero points `[rows, groups]` as int16, both less the middle of what four bits hold; values less a
+        zero point that is one for all."""
+        if isinstance(self.zeros, int):
+            return self.centred(), self.values.new_zeros((self.values.shape[0], 1), dtype=torch.int16)
+        return self.values.to(torch.int16) - _MIDDLE, self.zeros.to(torch.int16) - _MIDDLE
+
     def times_scales(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers, rounded once to `dtype`: integers and scales of 16 bits have their product in fp32."""
         integers, scales = self.centred(), self.scales.float()
@@ -96,6 +103,8 @@ class IntegerSource(Source):
         """Into formats whose scales are each for columns of one group here, and that have its integers."""
         coarser = self.width is None or (fmt.granularity == "group" and self.width and not self.width % fmt.block[1])
         bits = self.bits or 8
+        if fmt.has_zero_point:  # Whether it has the scales, and GPTQ's zero points, these tell.
+            return "matrix" if coarser and bits <= 4 else None
         largest = 1 << (bits - 1 if self.symmetric else bits)
         limit = _LIMITS.get((fmt.element, fmt.granularity))
         if not coarser or limit is None:
@@ -112,7 +121,18 @@ class IntegerSource(Source):
             stop = min(start + _ROWS, rows)
             cut = {name: _rows(part, spans[name].span, start, stop) for name, part in parts.items()}
             found = self.integers(cut, (stop - start, cols))
-            integers, scales = found.centred(), found.scales.float().expand(stop - start, -1)
+            scales = found.scales.float().expand(stop - start, -1)
+            zeros = scales.new_zeros((stop - start, 1), dtype=torch.int16)
+            if fmt.has_zero_point:
+                integers, zeros = found.around_zero_points()
+                if zeros.numel() and (int(zeros.min()) < -limit or int(zeros.max()) >= limit):
+                    return None
+                words = fmt.word(scales, zeros)
+                if not torch.equal(fmt.step(words), scales):
+                    return None
+                scales = words
+            else:
+                integers = found.centred()
             if integers.numel() and (int(integers.min()) < -limit or int(integers.max()) > limit - (limit != 16)):
                 return None
             if fmt.granularity == "group":
@@ -120,15 +140,23 @@ class IntegerSource(Source):
                 scales = scales.index_select(1, index // (self.width or max(cols, 1)))
             moved.scale[start:stop] = scales
             if fmt.element == "int4":
-                pairs = torch.nn.functional.pad(integers, (0, cols % 2)).unflatten(1, (-1, 2)) & 0xF
+                pairs = torch.cat([integers, zeros[:, -1:]], 1) if cols % 2 else integers
+                pairs = pairs.unflatten(1, (-1, 2)) & 0xF
                 integers = pairs[..., 0] | pairs[..., 1] << 4
             moved.qdata[start:stop] = integers.float().to(fmt.dtype) if fmt.element == "e4m3" else integers
         return moved
+
+    def never_moves(self, parts: Mapping[str, torch.Tensor], fmt: WeightFormat) -> bool:
+        if not fmt.has_zero_point:
+            return False
+        scales = parts[self.scale].float()
+        return not torch.equal(fmt.step(fmt.word(scales, torch.zeros_like(scales))), scales)
 
 
 _LIMITS = {("int4", "group"): 8, ("int8", "channel"): 128, ("e4m3", "channel"): 16}
 """Of formats with a scale in fp32 for each row, or group of a row: the integers from minus this on that they have, up
 to one less; e4m3 has 16, too."""
+_MIDDLE = 8
 _ROWS = 128
 """Moved at a time, so that the integers, of two bytes each, stay few."""
 

@@ -118,7 +118,9 @@ def check_dequantize(
     generator = torch.Generator().manual_seed(seed)
     qdata = torch.randint(0, 256, fmt.qdata_shape(shape), generator=generator, dtype=torch.uint8).view(fmt.dtype)
     scale = torch.rand(fmt.scale_shape(shape), generator=generator) * 10.0 ** (seed % 9 - 4)
-    if fmt.scale_dtype != torch.float32:
+    if fmt.has_zero_point:
+        scale = fmt.word(scale, torch.randint(-8, 8, scale.shape, generator=generator))
+    elif fmt.scale_dtype != torch.float32:
         scale = torch.randint(0, 127, scale.shape, generator=generator, dtype=torch.uint8).view(fmt.scale_dtype)
     whole = fmt.global_scale_shape(shape)
     parts = Parts(qdata, scale, None if whole is None else torch.full(whole, 9.0))

@@ -25,10 +25,11 @@ from support.vllm.fake_gpu import Chip, pretend
 from support.vllm.reference_kernels import marlin_dequantize
 
 SEED = torch.Generator().manual_seed(11)
+SERVED = [name for name in FORMATS if name != "int4_asymmetric"]
 GRID: list[tuple[Chip, str]] = [
     (75, "mxfp8"), (75, "nvfp4"), (75, "int4_per_group"),
-    *((80, name) for name in FORMATS),
-    *((90, name) for name in FORMATS),
+    *((80, name) for name in SERVED),
+    *((90, name) for name in SERVED),
     (100, "nvfp4"), (120, "mxfp4"), ("gfx90a", "int4_per_group"), ("gfx942", "int4_per_group"), ("gfx950", "mxfp8"),
 ]  # fmt: skip
 
@@ -174,7 +175,7 @@ def test_new_values_go_where_the_old_ones_are(chip: Chip, name: str) -> None:
 def test_memory_that_was_packed_is_given_back() -> None:
     """A load holds its results to the end: they would stand beside the packed weights of all layers."""
     with pretend(80, values=True):
-        for name in FORMATS:
+        for name in SERVED:
             compute, layer = layer_of(name, 256, 256, torch.bfloat16)
             weight = quantize(weight_of(256, 256), name)
             compute.publish(layer, weight)

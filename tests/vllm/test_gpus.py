@@ -107,7 +107,7 @@ def chip_name(chip: Chip) -> str:
 
 
 def table() -> str:
-    lines = [f"| linear layers | {' | '.join(f'`{name}`' for name in FORMATS)} |", "| --- " * 9 + "|"]
+    lines = [f"| linear layers | {' | '.join(f'`{name}`' for name in FORMATS)} |", "| --- " * (1 + len(FORMATS)) + "|"]
     for chip in CHIPS:
         dtype = torch.float16 if chip == 75 else torch.bfloat16  # vLLM refuses bfloat16 there.
         with pretend(chip, values=True):
