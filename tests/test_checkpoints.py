@@ -48,6 +48,7 @@ from qtensor import (
 from qtensor.checkpoint import inspect_checkpoint, problems, quantize_checkpoint, writing
 from qtensor.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, quantization_config
 from qtensor.checkpoint.transformers import transformers_asks
+from qtensor.kernels import SEARCHES
 from qtensor.schemes.scheme import SCHEMES as NAMED
 from support.helpers import Experts, same_bytes
 
@@ -310,14 +311,15 @@ def test_global_scales_survive_being_stored_as_divisors():
         assert torch.equal(held.reciprocal().reciprocal(), held)
 
 
-# No mixtral in mxfp8 and nvfp4: transformers decodes experts as if they had neither groups of 32 nor a global scale.
+# Not int4_asymmetric: compressed-tensors 0.20 expects zero points that are not packed of a model on the meta device, as
+# transformers makes it, and so refuses its own files. No mixtral in mxfp8 and nvfp4: transformers decodes experts as if they had neither groups of 32 nor a global scale.
 @reads_quantized
 @pytest.mark.parametrize(
     ("name", "scheme", "format"),
     [
-        *(("llama", scheme, "compressed-tensors") for scheme in SCHEMES),
+        *(("llama", scheme, "compressed-tensors") for scheme in SCHEMES if scheme != int4_asymmetric),
         *(("llama", scheme, "fp8") for scheme in (fp8_per_tensor, fp8_per_block, mxfp4)),
-        *(("llama", scheme.searched(), "compressed-tensors") for scheme in SCHEMES if scheme != fp8_per_tensor),
+        *(("llama", NAMED[name].searched(), "compressed-tensors") for name in SEARCHES),
         *(
             ("llama", scheme.by_recipe("compressed-tensors"), "compressed-tensors")
             for scheme in (nvfp4, int4_per_group, int8_per_channel)
@@ -477,7 +479,7 @@ def test_weights_of_zeros_are_sound(scheme, tmp_path):
     [
         {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}},
         {"weights": {"actorder": "group"}},
-        {"weights": {"symmetric": False}},
+        {"weights": {"symmetric": False, "num_bits": 8}},
         {"input_activations": {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}},
     ],
 )

@@ -76,11 +76,13 @@ def _to_zeros(weight: QTensor, rows: int) -> torch.Tensor:
     """Zero points as compressed-tensors packs them: without sign, those of eight rows in a word, zeros after the last."""
     zeros = (weight.scheme.format.zero(weight.scale) + _HALF).to(torch.uint8).t()
     padded = torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % _ROWS_IN_WORD))
-    return (padded[:, ::2] | padded[:, 1::2] << 4).contiguous().view(torch.int32).t().contiguous()
+    pairs = (padded[:, ::2] | padded[:, 1::2] << 4).clone(memory_format=torch.contiguous_format)
+    return pairs.view(torch.int32).t().contiguous()
 
 
 def _from_zeros(words: torch.Tensor, fmt: WeightFormat, shape: tuple[int, int]) -> torch.Tensor:
-    held = words.reshape(ceil_div(shape[0], _ROWS_IN_WORD), -1).t().contiguous().view(torch.uint8)
+    by_group = words.reshape(ceil_div(shape[0], _ROWS_IN_WORD), -1).t().clone(memory_format=torch.contiguous_format)
+    held = by_group.view(torch.uint8)
     return torch.stack((held & 0xF, held >> 4), -1).flatten(1)[:, : shape[0]].t().int() - _HALF
 
 

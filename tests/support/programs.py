@@ -12,6 +12,7 @@ from qtensor import (
     fp8_per_block,
     fp8_per_channel,
     fp8_per_tensor,
+    int4_asymmetric,
     int4_per_group,
     int8_per_channel,
     mxfp4,
@@ -24,7 +25,7 @@ Box = tuple[tuple[int, int], ...]
 _ROW_WISE = (fp8_per_channel, mxfp8, mxfp4, int8_per_channel, int4_per_group)
 PLAIN = (*_ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4)
 RECIPES = tuple(scheme.by_recipe("compressed-tensors") for scheme in (int8_per_channel, mxfp8, fp8_per_block, nvfp4))
-ROW_WISE = (*_ROW_WISE, *(scheme.searched() for scheme in _ROW_WISE), *RECIPES[:2])
+ROW_WISE = (*_ROW_WISE, int4_asymmetric, *(scheme.searched() for scheme in _ROW_WISE), *RECIPES[:2])
 """Schemes whose unit is a row."""
 SCHEMES = (*ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4, fp8_per_block.searched(), nvfp4.searched(), *RECIPES[2:])
 

@@ -26,6 +26,7 @@ from vllm.utils.deep_gemm import per_block_cast_to_fp8
 from qtensor import fp8_per_channel, online_quant, quantize, save_checkpoint
 from qtensor.checkpoint import quantize_checkpoint
 from qtensor.checkpoint.fused import fused_group
+from qtensor.kernels import SEARCHES
 from support.vllm.checkpoints import checkpoint, tensors_of, variant
 from support.vllm.engines import Seen, engine, look
 
@@ -113,7 +114,10 @@ def test_files_follow_vllms_formulas(scheme, format, tmp_path):
         assert "lm_head" in understood.ignore
 
 
-@pytest.mark.parametrize("scheme", ["int4_per_group", "int4_per_group:searched", "int4_per_group:compressed-tensors"])
+INT4 = ("int4_per_group", "int4_per_group:searched", "int4_per_group:compressed-tensors", "int4_asymmetric")
+
+
+@pytest.mark.parametrize("scheme", INT4)
 def test_a_cpu_serves_int4(scheme, tmp_path):
     """As the bf16 model whose weights are what the codes and scales stand for."""
 
@@ -133,6 +137,7 @@ CLASSES = {
     "nvfp4": "CompressedTensorsW4A4Fp4",
     "int8_per_channel": "CompressedTensorsWNA16",
     "int4_per_group": "CompressedTensorsWNA16",
+    "int4_asymmetric": "CompressedTensorsWNA16",
 }
 _PACKAGE = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
 
@@ -140,7 +145,7 @@ _PACKAGE = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
 RECIPES = ("nvfp4:compressed-tensors", "int8_per_channel:compressed-tensors", "mxfp4:torchao")
 
 
-@pytest.mark.parametrize("scheme", [*CLASSES, *(f"{name}:searched" for name in CLASSES), *RECIPES])
+@pytest.mark.parametrize("scheme", [*CLASSES, *(f"{name}:searched" for name in CLASSES if name in SEARCHES), *RECIPES])
 def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeypatch):
     """Only what multiplies them is left out: it is chosen by the device, and a CPU has little."""
     quantize_checkpoint(checkpoint("llama"), tmp_path / "made", scheme)
