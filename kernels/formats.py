@@ -95,8 +95,8 @@ class WeightFormat:
     e4m3 scales over their range; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale.
     mxfp4 rounds up from 1.75 times a power of two. int8_per_channel rounds scale and quotient to the weight's dtype.
 
-    int4_asymmetric has a zero point z for each scale: an element is (q - z) * scale, where q and z are -8 to 7. With the
-    lowest and the largest element of a group, or 0 where there is none below or above it, the scale is (largest -
+    int4_asymmetric has a zero point z for each scale: an element is (q - z) * scale, where q and z are -8 to 7. With
+    the lowest and the largest element of a group, or 0 where there is none below or above it, the scale is (largest -
     lowest) / 15, rounded to the weight's dtype, of fp32 to 20 significant bits; z = -8 - lowest / scale, rounded, and
     q = x / scale, rounded, + z, both clamped to -8..7. They are stored in one int32, the scale word: the bits of the
     scale in fp32, of which the lowest four, always 0, are those of z. Where the scale is 0, so are q and z.

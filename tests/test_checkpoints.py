@@ -311,8 +311,9 @@ def test_global_scales_survive_being_stored_as_divisors():
         assert torch.equal(held.reciprocal().reciprocal(), held)
 
 
-# Not int4_asymmetric: compressed-tensors 0.20 expects zero points that are not packed of a model on the meta device, as
-# transformers makes it, and so refuses its own files. No mixtral in mxfp8 and nvfp4: transformers decodes experts as if they had neither groups of 32 nor a global scale.
+# No mixtral in mxfp8 and nvfp4: transformers decodes experts as if they had neither groups of 32 nor a global scale.
+# Not int4_asymmetric: compressed-tensors 0.20 expects zero points that are not packed in a model on the meta device, as
+# transformers makes it, and so refuses its own files.
 @reads_quantized
 @pytest.mark.parametrize(
     ("name", "scheme", "format"),

@@ -79,8 +79,8 @@ class Decoder(Instructions):
         return self.load(address, vector(I8, self.bytes))
 
     def decode(self, codes: Any, factors: Any = None, zeros: Any = None) -> list[Any]:
-        """The two vectors of a chunk, in units of `UNITS`, less a zero point, times a factor (the same in all lanes); NaN
-        codes of e4m3 give ±480. See `interleaved`."""
+        """The two vectors of a chunk, in units of `UNITS`, less a zero point, times a factor (the same in all lanes);
+        NaN codes of e4m3 give ±480. See `interleaved`."""
         b = self.b
         if zeros is not None and not self.looks_up:
             values = [b.fsub(value, zeros) for value in self.decode(codes)]

@@ -133,8 +133,8 @@ class Encoder(Instructions):
         return self.extreme([b.and_(both, splat(I32, 0xFFFF)), b.lshr(both, splat(I32, 16))])
 
     def extremes(self, address: Any, columns: int) -> list[Any]:
-        """Of so many elements, whole chunks, the largest, and what the lowest is below zero, as the source's own bits in
-        16 lanes; 0 where there are none on that side."""
+        """Of so many elements, whole chunks, the largest, and what the lowest is below zero, as the source's own bits
+        in 16 lanes; 0 where there are none on that side."""
         b = self.b
         words = [word for at in range(0, columns, CHUNK) for word in self.words(b.add(address, int64(at * self.size)))]
         kind = words[0].type
@@ -338,8 +338,8 @@ class Encoder(Instructions):
         return b.add(rounded, b.fptosi(zero, vector(I32)))
 
     def encode(self, source: Any, factors: list[Any], codes: Any, exactly: bool) -> None:
-        """A chunk; `factors` are a vector, and its inverse, where it is divided by, and a zero point, where there is one.
-        `exactly`: it is divided by."""
+        """A chunk; `factors` are a vector, and its inverse, where it is divided by, and a zero point, where there is
+        one. `exactly`: it is divided by."""
         b = self.b
         words = self.words(source)
         if not self.divides:

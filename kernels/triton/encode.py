@@ -231,8 +231,8 @@ def integer(x):
 
 @triton.jit
 def word_of_range(largest, below, dtype: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr):
-    """fp32 largest element, and how far the lowest is below 0, both at least 0 → scale and zero point (int32) of a scale
-    word, for a weight of `dtype`."""
+    """fp32 largest element, and how far the lowest is below 0, both at least 0 → scale and zero point (int32) of a
+    scale word, for a weight of `dtype`."""
     half = tl.where(tl.maximum(largest, below) > 8.507059173023462e37, 0.5, 1.0)  # 2^126
     step = tl.math.div_rn(largest * half + below * half, half * 15.0)
     bits = widen(narrow(step, dtype, CAST)).to(tl.int32, bitcast=True)

@@ -73,7 +73,7 @@ _SIGNS = {1: 0x80, 2: 0x88}
 
 
 def _to_zeros(weight: QTensor, rows: int) -> torch.Tensor:
-    """Zero points as compressed-tensors packs them: without sign, those of eight rows in a word, zeros after the last."""
+    """Zero points as compressed-tensors packs them: without sign, those of eight rows in a word, zeros at the end."""
     zeros = (weight.scheme.format.zero(weight.scale) + _HALF).to(torch.uint8).t()
     padded = torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % _ROWS_IN_WORD))
     pairs = (padded[:, ::2] | padded[:, 1::2] << 4).clone(memory_format=torch.contiguous_format)
@@ -175,7 +175,7 @@ class Layout:
                 )
         decoded = ((entry.decode, tensors[name]) for name, entry in self.entries.items())
         found = [decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None]
-        parts = Parts(found[0], _word(module, *found[1:], fmt)) if fmt.has_zero_point else Parts(*found)
+        parts = Parts(found[0], _word(module, found[1], found[2], fmt)) if fmt.has_zero_point else Parts(*found)
         return QTensor(parts.qdata, parts.scale, self.scheme, dtype, global_scale=parts.global_scale, cols=shape[1])
 
 
@@ -184,8 +184,8 @@ def _word(module: str, step: torch.Tensor, zero: torch.Tensor, fmt: WeightFormat
     word = fmt.word(step, zero)
     if not step.is_meta and not torch.equal(fmt.step(word), step):
         raise CheckpointError(
-            f"{module}: has scales of more than 20 significant bits (no bfloat16 or float16 has), which {fmt.name} does "
-            "not store. Quantize it anew: online_quant takes such files as a source"
+            f"{module}: has scales of more than 20 significant bits (no bfloat16 or float16 has), which {fmt.name} "
+            "does not store. Quantize it anew: online_quant takes such files as a source"
         )
     return word
 

@@ -72,7 +72,8 @@ class Scheme:
             The scheme.
 
         Raises:
-            ConfigError: The format has no search: fp8_per_tensor and int4_asymmetric; or a recipe says what its scales are.
+            ConfigError: The format has no search: fp8_per_tensor and int4_asymmetric; or a recipe says what its scales
+                are.
         """
         if self.recipe:
             raise ConfigError(f"{self.name}: a recipe says what its scales are, so there is none to search")
@@ -167,8 +168,8 @@ def as_scheme(value: SchemeLike) -> Scheme:
         if plain in SCHEMES and suffix[1:] in RECIPES:
             return SCHEMES[plain].by_recipe(suffix[1:])
     raise ConfigError(
-        f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, each but fp8_per_tensor and int4_asymmetric "
-        f'with "{SEARCHED}" behind it if its scales are to be searched, or with a colon and a recipe '
+        f"unknown scheme {value!r}: use one of {', '.join(sorted(SCHEMES))}, each but fp8_per_tensor and "
+        f'int4_asymmetric with "{SEARCHED}" behind it if its scales are to be searched, or with a colon and a recipe '
         f"({', '.join(RECIPES)}), or a qtensor.Scheme"
     )
 
