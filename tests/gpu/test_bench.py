@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 MODEL = ROOT / "bench/results/kernel_model.json"
 MODELLED = {("fp8_per_channel", "quantize", 90), ("int4_per_group", "dequantize", 90)}
 """What continuous integration compiles."""
-at_length = pytest.mark.skipif(not os.environ.get("QTENSOR_ENDURANCE"), reason="compiles 60 kernels: make endurance")
+at_length = pytest.mark.skipif(not os.environ.get("QTENSOR_ENDURANCE"), reason="compiles 62 kernels: make endurance")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
         sys.modules.pop(name, None)
 
 
-def test_it_compiles_fewer_than_60_kernels(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles_few_kernels(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And goes through every format. Nothing is compiled or launched here, so no values are what they should be."""
     compiled: list[str] = []
 
