@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..kernels import RECIPES, SEARCHES, Parts, WeightFormat
-from ..kernels.formats import ceil_div
+from ..kernels import RECIPES, SEARCHES, Parts
 from ..schemes.scheme import (
     Scheme,
     fp8_per_block,
@@ -32,74 +31,13 @@ from ..schemes.scheme import (
     nvfp4,
 )
 from ..tensor.qtensor import QTensor, empty
+from .entries import ELEMENTS, GAIN, ONE_SCALE, SCALE, SHAPE, STEP, WORDS, ZERO, Entry, word
 from .targets import Targets
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 PRODUCER = {"name": "qtensor"}
 """Says in config.json who wrote the folder, in the form that vLLM looks into; other readers pass over the key."""
 Spec = tuple[torch.dtype, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One of the tensors that a quantized matrix `[N, K]` becomes.
-
-    encode: the tensor for a band of the matrix's rows, given as a QTensor, and N.
-    decode: the part of a QTensor that it is, given the tensor, the format and `(N, K)`. None: it is no part of one.
-    shared: it belongs to the matrix, and is the same for each band of rows.
-    rows: of the matrix that share an item: a band begins at a multiple of it.
-    """
-
-    encode: Callable[[QTensor, int], torch.Tensor]
-    decode: Callable[[torch.Tensor, WeightFormat, tuple[int, int]], torch.Tensor] | None
-    shared: bool = False
-    rows: int = 1
-
-
-def _to_words(weight: QTensor, rows: int) -> torch.Tensor:
-    """Integers as compressed-tensors packs them: without sign (offset by half the range), the first in the lowest bits
-    of a 32-bit word, zeros at the end of a row."""
-    codes = weight.qdata.view(torch.uint8) ^ _SIGNS[weight.scheme.format.per_byte]
-    return torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4)).contiguous().view(torch.int32)
-
-
-def _from_words(words: torch.Tensor, fmt: WeightFormat, shape: tuple[int, int]) -> torch.Tensor:
-    codes = words.contiguous().view(torch.uint8)[:, : fmt.qdata_shape(shape)[-1]]
-    return (codes ^ _SIGNS[fmt.per_byte]).contiguous().view(fmt.dtype)
-
-
-_SIGNS = {1: 0x80, 2: 0x88}
-"""The sign bits of a byte, by the integers in it: to flip them is to add half the range."""
-
-
-def _to_zeros(weight: QTensor, rows: int) -> torch.Tensor:
-    """Zero points as compressed-tensors packs them: without sign, those of eight rows in a word, zeros at the end."""
-    zeros = (weight.scheme.format.zero(weight.scale) + _HALF).to(torch.uint8).t()
-    padded = torch.nn.functional.pad(zeros, (0, -zeros.shape[1] % _ROWS_IN_WORD))
-    pairs = (padded[:, ::2] | padded[:, 1::2] << 4).clone(memory_format=torch.contiguous_format)
-    return pairs.view(torch.int32).t().contiguous()
-
-
-def _from_zeros(words: torch.Tensor, fmt: WeightFormat, shape: tuple[int, int]) -> torch.Tensor:
-    by_group = words.reshape(ceil_div(shape[0], _ROWS_IN_WORD), -1).t().clone(memory_format=torch.contiguous_format)
-    held = by_group.view(torch.uint8)
-    return torch.stack((held & 0xF, held >> 4), -1).flatten(1)[:, : shape[0]].t().int() - _HALF
-
-
-_HALF, _ROWS_IN_WORD = 8, 8
-
-_ELEMENTS = Entry(lambda w, rows: w.qdata, lambda t, fmt, shape: t)
-_WORDS = Entry(_to_words, _from_words)
-_SHAPE = Entry(lambda w, rows: torch.tensor([rows, w.cols], dtype=torch.int64, device="cpu"), None, shared=True)
-_SCALE = Entry(lambda w, rows: w.scale, lambda t, fmt, shape: t.to(fmt.scale_dtype).reshape(fmt.scale_shape(shape)))
-_ONE_SCALE = replace(_SCALE, shared=True)
-# Of a scale word, the scale and the zero point.
-_STEP = Entry(
-    lambda w, rows: w.scheme.format.step(w.scale), lambda t, fmt, shape: t.float().reshape(fmt.scale_shape(shape))
-)
-_ZERO = Entry(_to_zeros, _from_zeros, rows=_ROWS_IN_WORD)
-# A divisor on disk. Of every fp32 g that is some 1 / G, 1 / (1 / g) is g again, so the way there and back is exact.
-_GAIN = Entry(lambda w, rows: w.parts()[2].reciprocal(), lambda t, fmt, shape: t.float().reciprocal(), shared=True)
 
 
 @dataclass(frozen=True)
@@ -139,7 +77,7 @@ class Layout:
     def shape(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
         """The shape `(N, K)` of the weight with those tensors; the values may be on the meta device."""
         for name, entry in self.entries.items():
-            if entry is _SHAPE:
+            if entry is SHAPE:
                 rows, cols = tensors[name].tolist()
                 return rows, cols
         rows, items = tensors[self.data].shape
@@ -157,7 +95,7 @@ class Layout:
                     f"{module}.{name} is {held.dtype} {list(held.shape)}; {self.scheme.name} stores {wanted}"
                     + (" matrices" if name == self.data else "")
                 )
-            if self.entries[name] is _SHAPE and (tuple(held.shape) != (2,) or min(held.tolist()) < 0):
+            if self.entries[name] is SHAPE and (tuple(held.shape) != (2,) or min(held.tolist()) < 0):
                 found = held.tolist() if held.numel() == 2 else f"{held.numel()} numbers"
                 raise CheckpointError(f"{module}.{name} is {found}, and should be the shape of a matrix")
         shape, fmt = self.shape(tensors), self.scheme.format
@@ -175,19 +113,8 @@ class Layout:
                 )
         decoded = ((entry.decode, tensors[name]) for name, entry in self.entries.items())
         found = [decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None]
-        parts = Parts(found[0], _word(module, found[1], found[2], fmt)) if fmt.has_zero_point else Parts(*found)
+        parts = Parts(found[0], word(module, found[1], found[2], fmt)) if fmt.has_zero_point else Parts(*found)
         return QTensor(parts.qdata, parts.scale, self.scheme, dtype, global_scale=parts.global_scale, cols=shape[1])
-
-
-def _word(module: str, step: torch.Tensor, zero: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
-    """Scale words. Raises CheckpointError for scales that they do not hold."""
-    word = fmt.word(step, zero)
-    if not step.is_meta and not torch.equal(fmt.step(word), step):
-        raise CheckpointError(
-            f"{module}: has scales of more than 20 significant bits (no bfloat16 or float16 has), which {fmt.name} "
-            "does not store. Quantize it anew: online_quant takes such files as a source"
-        )
-    return word
 
 
 _STATIC = {"symmetric": True, "dynamic": False}
@@ -198,10 +125,10 @@ _PER_GROUP = {**_PER_TOKEN, "strategy": "group", "group_size": 128}
 # vLLM tells mxfp8 by the scales' dtype.
 _OF_32 = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 
-_PLAIN = {"weight": _ELEMENTS, "weight_scale": _SCALE}
-_PACKED = {"weight_packed": _ELEMENTS, "weight_scale": _SCALE}
-_PACKED_INT = {"weight_packed": _WORDS, "weight_scale": _SCALE, "weight_shape": _SHAPE}
-_PACKED_ZERO = {"weight_packed": _WORDS, "weight_scale": _STEP, "weight_zero_point": _ZERO, "weight_shape": _SHAPE}
+_PLAIN = {"weight": ELEMENTS, "weight_scale": SCALE}
+_PACKED = {"weight_packed": ELEMENTS, "weight_scale": SCALE}
+_PACKED_INT = {"weight_packed": WORDS, "weight_scale": SCALE, "weight_shape": SHAPE}
+_PACKED_ZERO = {"weight_packed": WORDS, "weight_scale": STEP, "weight_zero_point": ZERO, "weight_shape": SHAPE}
 _INT4_GROUPS = {"num_bits": 4, "type": "int", **_STATIC, "strategy": "group", "group_size": 128}
 
 
@@ -213,7 +140,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     COMPRESSED_TENSORS: _rows(
         Layout(
             fp8_per_tensor,
-            {"weight": _ELEMENTS, "weight_scale": _ONE_SCALE},
+            {"weight": ELEMENTS, "weight_scale": ONE_SCALE},
             {**_FLOAT8, "strategy": "tensor"},
             _PER_TOKEN,
         ),
@@ -228,7 +155,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         ),
         Layout(
             nvfp4,
-            {**_PACKED, "weight_global_scale": _GAIN},
+            {**_PACKED, "weight_global_scale": GAIN},
             {**_FLOAT4, "strategy": "tensor_group", "group_size": 16},
             packing=("nvfp4-pack-quantized",) * 2,
         ),
@@ -254,7 +181,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     ),
     # transformers' fine-grained fp8, which DeepSeek-V3 introduced. Other scales mean different things to vLLM and to
     # transformers there, so they have no row.
-    FP8: _rows(Layout(fp8_per_block, {"weight": _ELEMENTS, "weight_scale_inv": _SCALE}, {})),
+    FP8: _rows(Layout(fp8_per_block, {"weight": ELEMENTS, "weight_scale_inv": SCALE}, {})),
 }
 
 
