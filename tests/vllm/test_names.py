@@ -22,7 +22,9 @@ ATTRIBUTES = [
     ("vllm.v1.worker.gpu_worker", "Worker", ("reload_weights", "finish_weight_update", "_weight_update_active")),
     ("vllm.v1.worker.gpu_worker", "Worker", ("weight_transfer_engine", "get_model", "model_runner")),
     ("vllm.v1.worker.worker_base", "WorkerBase", ("vllm_config",)),
+    ("vllm.v1.worker.gpu_worker", "Worker", ("start_weight_update", "start_draft_weight_update", "update_weights")),
     ("vllm.distributed.weight_transfer.base", "WeightTransferEngine", ("reset_weight_update_target",)),
+    ("vllm.distributed.weight_transfer.base", "WeightTransferEngine", ("supports_draft_weight_update",)),
     ("vllm.model_executor.model_loader.reload.types", "LayerReloadingInfo", ("restore_metadata",)),
     ("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig", ("packed_modules_mapping",)),
     ("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig", ("override_quantization_method",)),
@@ -36,6 +38,8 @@ ATTRIBUTES = [
     ("vllm.config.load", "LoadConfig", ("load_format",)),
     ("vllm.platforms.interface", "Platform", ("is_cpu", "is_rocm", "supports_fp8", "is_fp8_fnuz")),
 ]
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "rl_refit.py"
+TRANSFER = "vllm.distributed.weight_transfer"
 SIZES = ["input_size_per_partition", "output_partition_sizes", "input_size", "output_size"]
 
 
@@ -256,6 +260,65 @@ def test_linear_layers_create_weights_by_these_names(vllm: Sources) -> None:
     assert [a.arg for a in create.args.args[1:]] == ["layer", *SIZES, "params_dtype"]
 
 
+def _methods(tree: ast.AST) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@every_source
+def test_the_transport_of_the_example_is_what_the_base_of_weight_transfer_wants(vllm: Sources) -> None:
+    """Every abstract method, with its arguments; a base that wants one more makes no engine of it."""
+    found = vllm.find(f"{TRANSFER}.base", "WeightTransferEngine")
+    assert found is not None
+    wanted = {
+        name: [arg.arg for arg in method.args.args]
+        for name, method in _methods(found[1]).items()
+        if any(ast.unparse(decorator) == "abstractmethod" for decorator in method.decorator_list)
+    }
+    assert {"start_weight_update", "receive_weights", "finish_weight_update"} <= wanted.keys()
+    tree = ast.parse(EXAMPLE.read_text(encoding="utf-8"))
+    engine = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "SharedFileEngine")
+    made = _methods(engine)
+    assert {name: [arg.arg for arg in made[name].args.args] for name in wanted if name in made} == wanted
+    calls = {ast.unparse(n.func) for n in ast.walk(engine) if isinstance(n, ast.Call)}
+    assert {"reload.initialize_layerwise_reload", "reload.finalize_layerwise_reload"} <= calls
+
+
+@every_source
+@pytest.mark.parametrize("engine", ["nccl_engine", "ipc_engine"])
+def test_vllms_own_transfers_begin_and_end_by_what_the_plugin_stands_in_for(vllm: Sources, engine: str) -> None:
+    """They look the functions up in the package of reloads when an update begins and ends, and load by the model."""
+    tree = vllm.module(f"{TRANSFER}.{engine}")
+    assert tree is not None
+    methods = _methods(tree)
+    for method, function in (
+        ("start_weight_update", "initialize_layerwise_reload"),
+        ("finish_weight_update", "finalize_layerwise_reload"),
+    ):
+        imports = [n for n in ast.walk(methods[method]) if isinstance(n, ast.ImportFrom)]
+        assert [n.module for n in imports if function in [a.name for a in n.names]] == [
+            "vllm.model_executor.model_loader.reload"
+        ]
+        calls = [n for n in ast.walk(methods[method]) if isinstance(n, ast.Call) and ast.unparse(n.func) == function]
+        assert [ast.unparse(n.args[0]) for n in calls] == ["self.model"]
+    assert "self.model.load_weights" in ast.unparse(methods["receive_weights"])
+
+
+@every_source
+def test_a_worker_forgets_an_update_whose_chunk_failed_and_not_one_whose_end_failed(vllm: Sources) -> None:
+    """So the plugin ends it for the worker after a failed end (`entry._end_of_update`), and there alone."""
+    found = vllm.find("vllm.v1.worker.gpu_worker", "Worker")
+    assert found is not None
+    methods = _methods(found[1])
+    forget = "self._weight_update_active = False"
+    handlers = {
+        name: [ast.unparse(n) for n in ast.walk(methods[name]) if isinstance(n, ast.ExceptHandler)]
+        for name in ("update_weights", "finish_weight_update")
+    }
+    assert any(forget in text and "reset_weight_update_target" in text for text in handlers["update_weights"])
+    assert not any(forget in text for text in handlers["finish_weight_update"])
+    assert forget in ast.unparse(methods["finish_weight_update"])
+
+
 @every_source
 def test_what_is_absent_is_noticed(vllm: Sources) -> None:
     linear = "vllm.model_executor.layers.linear"
@@ -286,3 +349,12 @@ def test_the_weight_cache_takes_no_layers_that_do_not_say_so(vllm: Sources) -> N
     assert found is not None
     assert "supports_pre_processed_weights: bool = False" in ast.unparse(found[1])
     assert not any("supports_pre_processed_weights" in path.read_text() for path in PLUGIN.glob("*.py"))
+    process = vllm.find("vllm.model_executor.model_loader.utils", "process_weights_after_loading")
+    assert (
+        process is not None
+    )  # The engine's side of it asks the same, before a layer's weights are taken as processed.
+    refusing = [
+        n for n in ast.walk(process[1]) if isinstance(n, ast.If) and any(isinstance(s, ast.Raise) for s in n.body)
+    ]
+    tests = [ast.unparse(n.test) for n in refusing]
+    assert any("not quant_method.supports_pre_processed_weights" in test for test in tests), tests
