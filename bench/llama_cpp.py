@@ -22,6 +22,7 @@ from typing import Any
 
 import machine
 import vllm_load
+import vllm_models
 
 SCHEMES = [name for name in vllm_load.SPEED if name != "fp8_per_channel"]
 TOKENS = 24
@@ -37,7 +38,7 @@ def write_model(path: Path, kind: str) -> None:
     import gguf
     import numpy as np
 
-    config = vllm_load._config("llama")
+    config = vllm_models.config_of("llama")
     hidden, inner, heads, kv = (
         config.hidden_size,
         config.intermediate_size,
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / ".data" / "vllm")
     args = parser.parse_args()
-    vllm_load.make_checkpoint("llama", args.data / "llama")
+    vllm_models.make_checkpoint("llama", args.data / "llama")
     files = {kind: args.data / f"llama-{kind}.gguf" for kind in PEERS}
     for kind, file in files.items():
         if not file.exists():

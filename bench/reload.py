@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from vllm_load import Peak, engine, make_checkpoint, resident
+from vllm_load import Peak, engine, resident
+from vllm_models import make_checkpoint
 
 METHODS = {
     "qtensor in PyTorch, atomic": ("torch", {"atomic": True}),

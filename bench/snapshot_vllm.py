@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from vllm_load import around_load, engine, make_checkpoint, resident
+from vllm_load import around_load, engine, resident
+from vllm_models import make_checkpoint
 
 DATA = Path(__file__).parent / ".data"
 SNAPSHOT = "qtensor, snapshot"

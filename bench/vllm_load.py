@@ -4,9 +4,9 @@
     python bench/vllm_load.py --speed [--threads 1] [--rounds 5]
 
 Random checkpoints are made once (`vllm_models`): of about 1 GB in bf16, and with --models qwen3-30b-a3b three layers of
-that model's shapes, 4 GB. Without --speed, every measurement is
-a process of its own: time of the model's load, anonymous memory (resident less file mappings) sampled every 2 ms around
-it, and decode speed at batch 4. Medians over the runs, and ratios to vLLM's own.
+that model's shapes, 4 GB. Without --speed, every measurement is a process of its own: time of the model's load,
+anonymous memory (resident less file mappings) sampled every 2 ms around it, and decode speed at batch 4. Medians over the
+runs, and ratios to vLLM's own.
 
 With --speed the engines of all methods live in one process and take turns, a few steps each, so that a slow minute of
 the machine meets all of them: the median step of decoding at batch 1, 4 and 16, and a prefill of 4 x 256 tokens. At

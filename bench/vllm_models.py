@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _config(model: str) -> Any:
+def config_of(model: str) -> Any:
     import transformers
 
     common = {"vocab_size": 4096, "max_position_embeddings": 512, "torch_dtype": "bfloat16", "num_key_value_heads": 8}
@@ -48,7 +48,7 @@ def _config(model: str) -> Any:
 
 
 def make_checkpoint(model: str, folder: Path) -> None:
-    """One of `_config`, bf16 in safetensors, N(0, 0.02)."""
+    """One of `config_of`, bf16 in safetensors, N(0, 0.02)."""
     if (folder / "config.json").exists():
         return
     import torch
@@ -56,5 +56,5 @@ def make_checkpoint(model: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    made = transformers.AutoModelForCausalLM.from_config(_config(model), dtype=torch.bfloat16)
+    made = transformers.AutoModelForCausalLM.from_config(config_of(model), dtype=torch.bfloat16)
     made.save_pretrained(folder)
