@@ -3,10 +3,9 @@
     python bench/vllm_load.py [--runs 3]
     python bench/vllm_load.py --speed [--threads 1] [--rounds 5]
 
-Random checkpoints are made once (`vllm_models`): of about 1 GB in bf16, and with --models qwen3-30b-a3b three layers of
-that model's shapes, 4 GB. Without --speed, every measurement is a process of its own: time of the model's load,
-anonymous memory (resident less file mappings) sampled every 2 ms around it, and decode speed at batch 4. Medians over the
-runs, and ratios to vLLM's own.
+Random checkpoints are made once; `vllm_models` has what --models takes. Without --speed, every measurement is
+a process of its own: time of the model's load, anonymous memory (resident less file mappings) sampled
+every 2 ms around it, and decode speed at batch 4. Medians over the runs, and ratios to vLLM's own.
 
 With --speed the engines of all methods live in one process and take turns, a few steps each, so that a slow minute of
 the machine meets all of them: the median step of decoding at batch 1, 4 and 16, and a prefill of 4 x 256 tokens. At
@@ -32,7 +31,7 @@ import machine
 from vllm_models import make_checkpoint
 
 METHODS = ("none", "fp8_per_channel", "qtensor")
-# A scheme's name, or (after a colon) with the option activation.
+# A scheme's name, and after a colon the option lm_head, or the value of activation.
 SPEED = (
     "none",
     "fp8_per_channel",
@@ -140,10 +139,10 @@ class Speed:
     """One engine, and how long its steps take."""
 
     def __init__(self, folder: Path, method: str, clock: Callable[[], float]) -> None:
-        name, _, activation = method.partition(":")
+        name, _, option = method.partition(":")
         options: dict[str, Any] = {}
-        if activation:
-            given = json.dumps({"activation": activation})
+        if option:
+            given = json.dumps({"lm_head": True} if option == "lm_head" else {"activation": option})
             options["hf_overrides"] = {"quantization_config_dict_json": given}
         self.steps, self.clock = (1 if method == "fp8_per_channel" else 6), clock
         self.engine = engine(
