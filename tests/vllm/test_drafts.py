@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from vllm import LLM
 
 from qtensor import fp8, quantize
+from qtensor.integrations.vllm import save_snapshot
 from support.vllm.checkpoints import checkpoint
 from support.vllm.engines import engine, load_error, look, runtime_tensors
 from support.vllm.reloads import fresh, other, reload
@@ -171,8 +172,68 @@ def test_mtp_is_quantized_as_its_target_is_and_refitted(mimo: Path) -> None:
         assert look(llm).tokens == new.tokens
 
 
+def test_a_target_starts_from_a_snapshot_and_its_mtp_from_the_checkpoint(
+    mimo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = load_file(mimo / "model.safetensors")
+    with engine(mimo, "qtensor", **predicting()) as llm:
+        save_snapshot(llm, tmp_path / "snapshot")
+        before = look(llm)
+    others = {name: tensor * 1.25 for name, tensor in sent.items()}
+    save_file(others, mimo / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("QTENSOR_VLLM_SNAPSHOT", str(tmp_path / "snapshot"))
+    with engine(mimo, "qtensor", **predicting()) as llm:
+        after = look(llm)
+        assert is_quantized_block(llm, others)
+    assert (after.weights, after.tokens) == (before.weights, before.tokens)
+
+
 def test_what_is_missing_of_mtp_is_named(mimo: Path) -> None:
     sent = load_file(mimo / "model.safetensors")
     del sent[f"{LAYER}mlp.down_proj.weight"]
     save_file(sent, mimo / "model.safetensors", metadata={"format": "pt"})
     assert f"{LAYER}mlp.down_proj.weight" in str(load_error(mimo, **predicting()))
+
+
+@pytest.fixture
+def deepseek(tmp_path: Path) -> Path:
+    """DeepSeek-V3 with a layer of latent attention and experts that predicts: what follows the last layer."""
+    source = checkpoint("deepseek-v3")
+    tensors = load_file(source / "model.safetensors")
+    torch.manual_seed(5)
+    ahead = {
+        name.replace("model.layers.1.", "model.layers.2."): 1.5 * tensor
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.1.")
+    }
+    norm = tensors["model.norm.weight"]
+    ahead |= {f"model.layers.2.{name}.weight": norm.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    ahead["model.layers.2.eh_proj.weight"] = (0.05 * torch.randn(len(norm), 2 * len(norm))).bfloat16()
+    ahead["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    ahead["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors | ahead, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_mtp_with_latent_attention_and_experts_is_quantized_and_refitted(deepseek: Path) -> None:
+    def load(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
+        worker.model_runner.drafter.model.load_weights(iter(tensors.items()))
+
+    with engine(deepseek, "qtensor", enable_prefix_caching=False) as llm:
+        alone = look(llm)
+    sent = load_file(deepseek / "model.safetensors")
+    moved = {name: tensor * 1.25 if tensor.dim() == 2 else tensor for name, tensor in sent.items()}
+    with engine(deepseek, "qtensor", **predicting()) as llm:
+        seen = look(llm)
+        assert seen.weights == alone.weights
+        assert torch.equal(seen.logprobs, alone.logprobs)
+        assert sum("_proj" in name or "w13" in name or "w2" in name for name in drafts_tensors(llm)) >= 12
+        llm.collective_rpc(load, args=(moved,))
+        refitted = drafts_tensors(llm)
+    save_file(moved, deepseek / "model.safetensors", metadata={"format": "pt"})
+    with engine(deepseek, "qtensor", **predicting()) as llm:
+        new = drafts_tensors(llm)
+    assert refitted.keys() == new.keys()
+    assert [name for name in new if not torch.equal(refitted[name].float(), new[name].float())] == []
