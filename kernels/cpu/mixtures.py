@@ -103,13 +103,9 @@ class Bound:
             type(x) is not torch.Tensor
             or not _serves(x, ids, weights)
             or [part.data_ptr() for part in self._parts] != self._places
-            or not prepared._lock.acquire(blocking=False)
         ):
             return None
-        try:
-            return self._mixture.run(x, self._gains, ids, weights, self._activate)
-        finally:
-            prepared._lock.release()
+        return prepared.unless_busy(lambda: self._mixture.run(x, self._gains, ids, weights, self._activate))
 
 
 class _Mixture:
