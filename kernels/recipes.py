@@ -28,6 +28,10 @@ class Recipe:
     and 1 where that is infinite; its scales are e4m3(G * scale), 0.125 where that is 0, and the data x / (scale / G),
     the last two in fp32.
 
+    With zero points, the scale is (largest - lowest) / 15, the zero point -8 - lowest / scale, and the data x / scale +
+    zero point, each operation rounded to D; both are then clamped to -8..7 and rounded. Scales of more than 20
+    significant bits, which only fp32 has, are rounded to these after all, for more are not stored.
+
     Attributes:
         tool: Whose arithmetic it is.
         levels: What amax becomes, in units of the scale.
@@ -73,6 +77,16 @@ class Recipe:
             return torch.where(rounded == 0.0, 0.125, rounded).to(torch.float8_e4m3fn)
         return torch.where(scale == 0.0, torch.finfo(dtype).eps, scale) if self.empty == "epsilon" else scale
 
+    def scale_and_zero(
+        self, lowest: torch.Tensor, largest: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 lowest and largest elements of groups of `dtype`, any shape → scales and zero points, fp32."""
+        low, high = lowest.to(dtype).clamp_max(0.0), largest.to(dtype).clamp_min(0.0)
+        levels = torch.full((), self.levels, dtype=dtype, device=low.device)
+        scale = (high - low) / levels
+        zero = (-8.0 - low / scale).nan_to_num(0.0, 7.0, -8.0).clamp(-8.0, 7.0).round()
+        return torch.where(scale == 0.0, torch.finfo(dtype).eps, scale).float(), zero.float()
+
     def units(self, x: torch.Tensor, step: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """fp32 elements that come from `dtype`, and fp32 steps that broadcast → elements in units of their step."""
         # The code 0 of e8m0 is 2^-127.
@@ -97,6 +111,7 @@ RECIPES: dict[str, dict[str, Recipe | None]] = {
         "nvfp4": Recipe(_COMPRESSED, _E2M1_MAX, rounds=False, drops_sign=True),
         "int8_per_channel": Recipe(_COMPRESSED, 127.5, -128.0),
         "int4_per_group": Recipe(_COMPRESSED, 7.5, -8.0),
+        "int4_asymmetric": Recipe(_COMPRESSED, 15.0, -8.0),
     },
     _QUARK: {"fp8_per_channel": Recipe(_QUARK, _E4M3_MAX, empty="one"), "mxfp4": None},
     _TORCHAO: {

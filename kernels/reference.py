@@ -233,7 +233,10 @@ def _amax(x: torch.Tensor, fmt: WeightFormat, audit: Audit, origin: int) -> torc
 def _words(x: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
     """The scale words of an fp32 chunk that comes from `dtype`."""
     blocks = _blocks(torch.where(torch.isfinite(x), x, 0.0), fmt)
-    return fmt.words_from_range(blocks.amin((1, 3)), blocks.amax((1, 3)), dtype)
+    lowest, largest = blocks.amin((1, 3)), blocks.amax((1, 3))
+    if fmt.recipe is not None:
+        return fmt.word(*fmt.recipe.scale_and_zero(lowest, largest, dtype))
+    return fmt.words_from_range(lowest, largest, dtype)
 
 
 def _blocks(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
@@ -258,22 +261,30 @@ def _step(parts: Parts, fmt: WeightFormat) -> torch.Tensor:
     return step.view(1, 1, 1, 1) if step.dim() == 1 else step[:, None, :, None]
 
 
+def _zero(parts: Parts, fmt: WeightFormat) -> torch.Tensor:
+    """Zero points, broadcastable against `_blocks`."""
+    return fmt.zero(parts.scale)[:, None, :, None]
+
+
 def _quantized(
     x: torch.Tensor, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, gain: torch.Tensor | None
 ) -> torch.Tensor:
     """The elements to store of one fp32 chunk that came from `dtype`, by the scales in its `parts`; `gain`: that of the
     matrix."""
+    rows, cols = x.shape
+    if fmt.has_zero_point:
+        cols += cols % 2  # What is beside an odd last element is 0, too.
     if fmt.recipe is not None:
         step = _step(Parts(parts.qdata, parts.scale), fmt)  # In units of the gain's inverse.
         scaled = fmt.recipe.units(_blocks(x, fmt), step if gain is None else step / gain, dtype)
-        return encode(_unblock(scaled, *x.shape), fmt)
-    rows, cols = x.shape
+        if fmt.has_zero_point:
+            scaled = _round_through(scaled.masked_fill_(scaled.isnan(), 0.0) + _zero(parts, fmt), dtype)
+        return encode(_unblock(scaled, rows, cols), fmt)
     scaled = _in_units(_blocks(x, fmt), _step(parts, fmt), fmt)
     if fmt.element == "int8":
         scaled = _round_through(scaled, dtype)
     if fmt.has_zero_point:
-        scaled = scaled.masked_fill_(scaled.isnan(), 0.0).round_().add_(fmt.zero(parts.scale)[:, None, :, None])
-        cols += cols % 2  # What is beside an odd last element is 0, too.
+        scaled = scaled.masked_fill_(scaled.isnan(), 0.0).round_().add_(_zero(parts, fmt))
     return encode(_unblock(scaled, rows, cols), fmt)
 
 
@@ -363,7 +374,7 @@ def _restore(parts: Parts, fmt: WeightFormat, cols: int) -> torch.Tensor:
     values = decode(parts.qdata, fmt)[:, :cols]
     blocks = _blocks(values, fmt)
     if fmt.has_zero_point:
-        blocks.sub_(fmt.zero(parts.scale)[:, None, :, None])
+        blocks.sub_(_zero(parts, fmt))
     return _unblock(blocks.mul_(_step(parts, fmt)), *values.shape)
 
 
