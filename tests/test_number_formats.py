@@ -7,9 +7,21 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qtensor import QTensor, QTensorError, int4_per_group, int8_per_channel, mxfp4, mxfp8, nvfp4, quantize
-from qtensor.kernels import FORMATS, INT4_PER_GROUP, MXFP4, MXFP8, SOURCE_DTYPES
+from qtensor import (
+    QTensor,
+    QTensorError,
+    int4_asymmetric,
+    int4_per_group,
+    int8_per_channel,
+    mxfp4,
+    mxfp8,
+    nvfp4,
+    quantize,
+)
+from qtensor.kernels import FORMATS, INT4_ASYMMETRIC, INT4_PER_GROUP, MXFP4, MXFP8, SOURCE_DTYPES
 from qtensor.kernels.codes import decode, encode, traceable_decode
 from support.helpers import same_bytes
 
@@ -155,6 +167,42 @@ def test_bytes_follow_the_formulas(scheme, dtype: torch.dtype, cols: int) -> Non
         values, step = values, step[..., None]
     restored = (values * step).flatten(1)[:, :cols].to(dtype)
     assert torch.equal(q.dequantize(), restored)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(SOURCE_DTYPES),
+    seed=st.integers(0, 2**20),
+    shift=st.sampled_from([0.0, 0.5, 3.0, -3.0, 100.0]),
+    size=st.sampled_from([1e-3, 1.0, 300.0]),
+    cols=st.sampled_from([1, 5, 128, 131, 300]),
+)
+def test_zero_points(dtype: torch.dtype, seed: int, shift: float, size: float, cols: int) -> None:
+    """The formula, in fp64 where it is not rounded to fp32. A zero stays one, and no element is further off than half
+    a step; at the ends, by as much as the rounded scale falls short."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(7, cols, generator=generator) + shift * torch.randn(7, 1, generator=generator)
+    w = (w * size).masked_fill_(torch.rand(7, cols, generator=generator) < 0.1, 0.0).to(dtype)
+    w[2] = 0.0
+    q, fmt = quantize(w, int4_asymmetric), INT4_ASYMMETRIC
+    x = groups(w, 128)
+    lowest, largest = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+    scale = ((largest - lowest) / torch.tensor(15.0)).to(dtype).double()
+    fraction, exponent = torch.frexp(scale)
+    scale = torch.ldexp((fraction * 2**20 + 0.5).floor() / 2**20, exponent).float()  # Up from the middle.
+    zero = torch.where(scale > 0, (-8 - lowest / scale).round().clamp(-8, 7), 0.0)
+    assert torch.equal(fmt.step(q.scale), scale)
+    assert torch.equal(fmt.zero(q.scale).float(), zero)
+    units = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0)
+    codes = (units.round() + zero[..., None]).clamp(-8, 7)
+    assert torch.equal(decode(q.qdata, fmt)[:, :cols], codes.flatten(1)[:, :cols])
+    if cols % 2:  # Beside the last element is a zero: its code is the zero point.
+        assert torch.equal(q.qdata[:, -1] >> 4, (zero[:, -1].int() & 0xF).to(torch.uint8))
+    found = q.dequantize(torch.float32)
+    assert (found[w == 0] == 0).all()
+    off = (found.double() - w.double()).abs()
+    allowed = scale.double().repeat_interleave(128, 1)[:, :cols] * (0.5 + 15 * torch.finfo(dtype).eps + 1e-5)
+    assert (off <= allowed).all()
 
 
 @pytest.mark.parametrize("scheme", [mxfp4, nvfp4, int4_per_group], ids=str)
