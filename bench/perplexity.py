@@ -47,7 +47,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
 WINDOWS, AT_ONCE = 48, 8
 ALPHA, CHANNELS = 8.0, 6
 BUDGETS = (4.4, 4.6, 4.75, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5)
-CHOICES = ("int4_per_group:searched", "nvfp4:searched", "fp8_per_channel:searched", "int8_per_channel:searched")
+CHOICES = (
+    "int4_per_group:searched",
+    "int4_asymmetric",
+    "nvfp4:searched",
+    "fp8_per_channel:searched",
+    "int8_per_channel:searched",
+)
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
