@@ -33,14 +33,15 @@ class Search:
 
     With 4-bit elements, X = |x| * (1 / plain step) * 4 * `resolution`, rounded: of 15 bits. With a candidate, an
     element is R = (X * M + 2^14) >> 15, where M = 8192 * (plain step / its step), rounded; d is R's distance from the
-    nearest of all codes' values times `resolution`.
+    nearest of all codes' values times `resolution`. With int4, x takes the place of |x|, and -8 is one of the codes.
 
     A candidate that is no normal scale, or with which the largest r (R, in units of `resolution`) exceeds `limit`, is
     none. Where the plain scale is such, or its largest X is 2^15 or more, it stays.
 
     Attributes:
         candidates: The plain scale first. Of e8m0 scales: what is added to the exponent; of e4m3: to the code; of fp32:
-            factors, rounded as the scale itself is.
+            factors, rounded as the scale itself is. A negative factor, of int4: the scale has the sign with which the
+            element of the largest |X| is below zero (of two, the positive sign), so that it may be -8.
         resolution: A power of two, with which the d^2 of 128 elements (of 32, in e2m1) add up to less than 2^31.
         limit: The largest element, in units of the scale.
     """
@@ -132,7 +133,8 @@ class WeightFormat:
     @property
     def lowest(self) -> float:
         """The smallest element that is stored."""
-        if self.has_zero_point:
+        signed = self.search is not None and min(self.search.candidates) < 0 and self.element == "int4"
+        if self.has_zero_point or signed:
             return LOWEST
         return self.recipe.lowest or -self.max if self.recipe else -self.max
 
@@ -267,7 +269,8 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 CHANNEL_FLOOR = 1.0 / (E4M3_MAX * 512.0)  # of scales of fp8_per_channel
 BLOCK_FLOOR = 1e-4  # of the amax of a block of fp8_per_block
-LOWEST, LEVELS = -8.0, 15.0  # of int4_asymmetric: the smallest element, and steps from there to the largest
+LOWEST = -8.0  # The smallest integer of four bits, which int4_asymmetric takes, and a search with negative factors.
+LEVELS = 15.0  # of int4_asymmetric: steps from there to the largest
 ZERO_BITS = 0xF  # of a scale word
 
 FP8_PER_TENSOR = WeightFormat("fp8_per_tensor", torch.float8_e4m3fn, E4M3_MAX, "tensor")
@@ -300,7 +303,7 @@ SEARCHES = {
     "mxfp4": _POWERS,
     "nvfp4": Search((0, -1, 1, 4, 5), 1024.0, 12.0),
     "int8_per_channel": Search((1.0, 127 / 128, 126 / 128), 256.0, 142.0),
-    "int4_per_group": Search((1.0, 0.97, 0.94), 1024.0, 10.0),
+    "int4_per_group": Search((1.0, -0.875, -0.84875), 512.0, 10.0),
 }
 """By the format's name; fp8_per_tensor has none, because its one scale gains next to nothing (docs/schemes.md), and
 int4_asymmetric none yet."""

@@ -13,7 +13,7 @@ import torch
 
 from .audit import Audit
 from .codes import decode, encode
-from .formats import FP8_PER_BLOCK, FP8_PER_CHANNEL, NonFinite, Search, WeightFormat, ceil_div
+from .formats import FP8_PER_BLOCK, FP8_PER_CHANNEL, LOWEST, NonFinite, Search, WeightFormat, ceil_div
 from .parts import Parts, Pieces
 
 CHUNK_ELEMENTS = 1 << 18
@@ -303,11 +303,16 @@ def _search(
     blocks = _blocks(torch.where(torch.isfinite(x), x, 0.0), fmt)  # What was let through counts for nothing.
     plain = parts.scale.clone()
     plain_step = step_of(plain, fmt, parts.global_scale)
-    fixed = _to_fixed(blocks.abs_(), plain_step[:, None, :, None], search) if fmt.per_byte == 2 else None
-    most = None if fixed is None else fixed.amax((1, 3))
+    if fmt.element != "int4":
+        blocks.abs_()
+    fixed = _to_fixed(blocks, plain_step[:, None, :, None], search) if fmt.per_byte == 2 else None
+    most = None if fixed is None else fixed.abs().amax((1, 3))
+    turn = None if fixed is None else torch.where(fixed.amax((1, 3)) + fixed.amin((1, 3)) > 0, -1.0, 1.0)
     best, may = x.new_empty(0), x.new_empty(0)
     for i, candidate in enumerate(search.candidates):
         scale, usable = _candidate(plain, amax, candidate, fmt, dtype)
+        if turn is not None and plain.dtype == torch.float32 and candidate < 0:
+            scale = scale * turn
         step = step_of(scale, fmt, parts.global_scale)
         if fixed is None or most is None:
             # As e4m3 is multiplied wherever its error is measured, divided or not where it is stored.
@@ -318,8 +323,8 @@ def _search(
             codes = encode(rounded.to(torch.float32, copy=True), fmt)
             counted = (scaled - decode(codes, fmt)).mul_(search.resolution).round_()
         else:
-            ratio = (plain_step / step * 8192.0).round().nan_to_num(0.0, 0.0, 0.0).clamp_max(32767.0).int()
-            usable &= (most < 32768) & (_rescaled(most, ratio) <= int(search.limit * search.resolution))
+            ratio = (plain_step / step * 8192.0).round().nan_to_num(0.0, 0.0, 0.0).clamp(-32767.0, 32767.0).int()
+            usable &= (most < 32768) & (_rescaled(most, ratio.abs()) <= int(search.limit * search.resolution))
             counted = _distance(_rescaled(fixed, ratio[:, None, :, None]), fmt, int(search.resolution))
         error = counted.double().square_().sum((1, 3)) * step.double().square()
         if i == 0:
@@ -331,11 +336,11 @@ def _search(
         parts.scale.copy_(chosen.view(scale.dtype))
 
 
-def _to_fixed(magnitudes: torch.Tensor, step: torch.Tensor, search: Search) -> torch.Tensor:
-    """Magnitudes in units of the plain step, times 4 * `resolution`, int32; 2^15 is more than is searched."""
+def _to_fixed(x: torch.Tensor, step: torch.Tensor, search: Search) -> torch.Tensor:
+    """Elements in units of the plain step, times 4 * `resolution`, int32; 2^15 is more than is searched."""
     inverse = 1.0 / step
-    scaled = magnitudes * torch.where(torch.isfinite(inverse), inverse, 0.0)
-    return (scaled * (4.0 * search.resolution)).round_().clamp_max_(32768.0).int()
+    scaled = x * torch.where(torch.isfinite(inverse), inverse, 0.0)
+    return (scaled * (4.0 * search.resolution)).round_().clamp_(-32768.0, 32768.0).int()
 
 
 def _rescaled(fixed: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
@@ -345,7 +350,7 @@ def _rescaled(fixed: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
 def _distance(value: torch.Tensor, fmt: WeightFormat, unit: int) -> torch.Tensor:
     """From the value of the nearest code, in units of which `unit` are the number one."""
     if fmt.element == "int4":
-        return value - ((value + unit // 2) & -unit).clamp_max(7 * unit)
+        return value - ((value + unit // 2) & -unit).clamp(int(LOWEST) * unit, 7 * unit)
     # Codes are half of one apart below 2, one below 4, then two.
     span = torch.where(value < 2 * unit, unit // 2, torch.where(value < 4 * unit, unit, 2 * unit))
     return value - ((value + span // 2) & -span).clamp_max(6 * unit)
@@ -356,7 +361,7 @@ def _candidate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored scales that a candidate of a search stands for, and which of them there are."""
     if plain.dtype == torch.float32:
-        scale = fmt.scale_from_amax(amax) * candidate
+        scale = fmt.scale_from_amax(amax) * abs(candidate)
         scale = _round_through(scale, dtype) if fmt.element == "int8" else scale
         return scale, (scale >= torch.finfo(torch.float32).tiny) & torch.isfinite(scale)
     code = _bits(plain).int() + int(candidate)

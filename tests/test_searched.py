@@ -52,10 +52,10 @@ def measured(weight: torch.Tensor, got: QTensor) -> list[tuple[int, float]]:
     for place, step, plain in zip(units(weight, fmt), steps, plain_steps, strict=True):
         x, q, inverse = weight[place].float(), values[place], 1.0 / step
         if fmt.per_byte == 2:
-            numbers = sorted({abs(int(v * search.resolution)) for v in decode(torch.arange(256).byte(), fmt).tolist()})
-            numbers = numbers[:-1] if fmt.element == "int4" else numbers  # -8 is never stored.
+            numbers = sorted({int(v * search.resolution) for v in decode(torch.arange(256).byte(), fmt).flatten().tolist()})
+            x = x if fmt.element == "int4" else x.abs()
             unit = float(1.0 / plain) if plain else 0.0
-            fixed = ((x.abs() * unit) * (4 * search.resolution)).round().flatten().tolist()
+            fixed = ((x * unit) * (4 * search.resolution)).round().flatten().tolist()
             ratio = int((plain / step * 8192.0).round()) if step else 0
             scaled = [(int(v) * ratio + 2**14) >> 15 if math.isfinite(v) else 0 for v in fixed]
             counted = [min(abs(v - number) for number in numbers) for v in scaled]

@@ -88,6 +88,7 @@ class Encoder(Instructions):
         self.divides = scale in (IN_FP32, ZEROED)
         self.scale_size = 4 if self.divides else 1
         self.groups = min(LANES, 512 // group) if group else 1  # That are worked on together.
+        self.lowest = -7.0  # Of int4.
 
     # Sources.
 
@@ -245,7 +246,7 @@ class Encoder(Instructions):
         """Whether `divided` may take the inverses of all of them."""
         if platform.machine() in ("x86_64", "AMD64") and "+fma" not in chip_features():
             return ir.Constant(ir.IntType(1), 0)
-        bits = self.b.bitcast(factors, vector(I32))
+        bits = self.b.and_(self.b.bitcast(factors, vector(I32)), splat(I32, _MAGNITUDE))
         low, high = (self.b.bitcast(splat(FLOAT, limit), vector(I32)) for limit in _DIVISORS)
         inside = self.b.and_(self.b.icmp_unsigned(">=", bits, low), self.b.icmp_unsigned("<=", bits, high))
         return self.call(f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), inside)
@@ -321,10 +322,10 @@ class Encoder(Instructions):
         lines.append(splat(FLOAT, _ROUND + 7))
         return self.extreme([self.b.bitcast(line, vector(I32)) for line in lines], "umin")
 
-    def integers(self, value: Any, largest: float) -> Any:
+    def integers(self, value: Any, largest: float, lowest: float) -> Any:
         """Two's complement, in the lowest bits of each lane."""
         b = self.b
-        for limit, order in ((splat(FLOAT, largest), "<"), (splat(FLOAT, -largest), ">")):
+        for limit, order in ((splat(FLOAT, largest), "<"), (splat(FLOAT, lowest), ">")):
             value = b.select(b.fcmp_ordered(order, value, limit), value, limit)
         return b.bitcast(b.fadd(value, splat(FLOAT, _ROUND)), vector(I32))
 
@@ -352,7 +353,7 @@ class Encoder(Instructions):
             values = [self.divided(value, *factors[:2]) for value in values]
         if self.per_byte == 1:
             if self.element == INT8:
-                even, odd = (self.integers(self.through_quotient(value), 127.0) for value in values)
+                even, odd = (self.integers(self.through_quotient(value), 127.0, -127.0) for value in values)
                 even = b.and_(even, splat(I32, 0xFF))
             else:  # `divided` loses the sign of zeros.
                 even, odd = (self.e4m3(value, source) for value, source in zip(values, sources, strict=True))
@@ -361,7 +362,7 @@ class Encoder(Instructions):
         if self.scale == ZEROED:
             even, odd = (self.from_zero(value, factors[2]) for value in values)
         else:
-            even, odd = (self.integers(value, 7.0) for value in values)
+            even, odd = (self.integers(value, 7.0, self.lowest) for value in values)
         both = b.or_(b.and_(even, splat(I32, 0xF)), b.shl(odd, splat(I32, 4)))
         self.store(b.trunc(both, vector(I8)), codes)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from ..formats import E4M3_MAX, SEARCHES
+from ..formats import E4M3_MAX, LOWEST, SEARCHES
 from .encoders import _ROUND, E8M0, IN_FP32, NV, Encoder
 from .instructions import (
     CHUNK,
@@ -53,6 +53,7 @@ class Measurer(Encoder):
         super().__init__(context, builder, dtype, element, scale, group)
         search = SEARCHES[_BY_KIND[element, scale]]
         self.candidates, self.resolution, self.limit = search.candidates, search.resolution, search.limit
+        self.lowest = LOWEST
         features = chip_features() if platform.machine() in ("x86_64", "AMD64") else ()
         self.has_short_vectors, self.has_dots = "+avx512bw" in features, "+avx512vnni" in features
         self.has_byte_tables = "+avx512vbmi" in features
@@ -86,13 +87,15 @@ class Measurer(Encoder):
             value = self.call("llvm.x86.avx512.pmul.hr.sw.512", vector(I16, CHUNK), fixed, ratio)
         else:
             wide = vector(I32, CHUNK)
-            product = b.add(b.mul(b.zext(fixed, wide), b.zext(ratio, wide)), splat(I32, 1 << 14, CHUNK))
-            value = b.trunc(b.lshr(product, splat(I32, 15, CHUNK)), vector(I16, CHUNK))
-        if self.has_byte_tables and unit == 1024:
+            product = b.add(b.mul(b.sext(fixed, wide), b.sext(ratio, wide)), splat(I32, 1 << 14, CHUNK))
+            value = b.trunc(b.ashr(product, splat(I32, 15, CHUNK)), vector(I16, CHUNK))
+        if self.has_byte_tables and unit == (512 if self.element == INT4 else 1024):
             near = self.nearest_of_bytes(value)
         elif self.element == INT4:
             near = b.and_(b.add(value, splat(I16, unit // 2, CHUNK)), splat(I16, -unit, CHUNK))
-            near = self.call(f"llvm.smin.v{CHUNK}i16", vector(I16, CHUNK), near, splat(I16, 7 * unit, CHUNK))
+            for which, end in (("smin", 7), ("smax", int(LOWEST))):
+                limit = splat(I16, end * unit, CHUNK)
+                near = self.call(f"llvm.{which}.v{CHUNK}i16", vector(I16, CHUNK), near, limit)
         elif self.has_short_vectors:  # By how often a quarter of one is in it, since all borders are such quarters.
             quarters = self.call(
                 f"llvm.umin.v{CHUNK}i16",
@@ -114,11 +117,16 @@ class Measurer(Encoder):
         return self.add_squares(total, b.sub(value, near))
 
     def nearest_of_bytes(self, value: Any) -> Any:
-        """What the nearest code of 4-bit elements stands for, in 1024ths, by the quarters in a value, its upper byte:
-        all borders are such quarters, and no number has a lower byte. Values from 16 on get some number."""
+        """What the nearest code of 4-bit elements stands for, in units of `resolution`, by the upper byte of a value, its
+        quarters or, of int4, its halves: all borders are such, and no number has a lower byte. Values of 16 and more
+        get some number."""
         b, count = self.b, 2 * CHUNK
-        numbers = [_nearest_e2m1(at / 4) if self.element == E2M1 else min(7, (at + 2) // 4) for at in range(count)]
-        table = ir.Constant(vector(I8, count), [int(4 * number) for number in numbers])
+        if self.element == E2M1:
+            numbers = [int(4 * _nearest_e2m1(at / 4)) for at in range(count)]
+        else:  # Indices wrap: those of the upper half are below zero.
+            signed = (at - count * (at >= CHUNK) for at in range(count))
+            numbers = [2 * max(int(LOWEST), min(7, (at + 1) // 2)) for at in signed]
+        table = ir.Constant(vector(I8, count), numbers)
         indices = b.bitcast(value, vector(I8, count))
         found = self.call("llvm.x86.avx512.permvar.qi.512", vector(I8, count), table, indices)
         upper = ir.Constant(ir.VectorType(ir.IntType(1), count), [0, 1] * CHUNK)

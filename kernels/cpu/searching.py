@@ -57,7 +57,7 @@ class Searcher(Measurer):
                 plain = b.fdiv(amax, splat(FLOAT, {INT8: 127.0, INT4: 7.0, E4M3: E4M3_MAX}[self.element]))
                 if self.element == E4M3:
                     plain = scale  # has a floor
-                scale = b.fmul(plain, splat(FLOAT, number))
+                scale = b.fmul(plain, splat(FLOAT, abs(number)))
                 if self.element == INT8:
                     scale = self.through(scale)
                 factor = scale
@@ -169,14 +169,17 @@ class Searcher(Measurer):
             largest = b.lshr(b.add(b.mul(most, ratio), splat(I32, 1 << 14)), splat(I32, 15))
             fits = b.icmp_signed("<=", largest, splat(I32, int(self.limit * self.resolution)))
             found[i] = bits, divisor, step, b.and_(there, b.and_(in_range, fits))
-            ratios.append(b.or_(ratio, b.shl(ratio, splat(I32, 16))))
+            ratios.append(ratio)
         # Turned, so that each lane has the columns of one group, or of a quarter of one: sums need no lanes added up.
         fixed = []
         for column in range(0, self.groups * self.group, CHUNK):
-            unit = self.unit_of(units, column)
-            values = self.magnitudes(b.add(source, int64(column * self.size)))
+            unit, here = self.unit_of(units, column), b.add(source, int64(column * self.size))
+            values = self.pairs(self.words(here)) if self.element == INT4 else self.magnitudes(here)
             fixed.append(self.halves([self.counted(b.fmul(value, unit), times) for value in values]))
         fixed = self.turned([b.bitcast(vector_, vector(I32)) for vector_ in fixed])
+        if self.element == INT4:
+            self.turn(fixed, found, ratios)
+        ratios = [b.or_(b.and_(ratio, splat(I32, 0xFFFF)), b.shl(ratio, splat(I32, 16))) for ratio in ratios]
         lanes = self.lanes()
         sums = []
         for ratio in ratios:
@@ -188,6 +191,28 @@ class Searcher(Measurer):
                 total = b.add(total, self.shuffle(total, total, [at ^ step for at in range(LANES)]))
             sums.append(self.shuffle(total, total, [lanes.index(at % self.groups) for at in range(LANES)]))
         return sums
+
+    def turn(self, fixed: list[Any], found: list[tuple[Any, Any, Any, Any]], ratios: list[Any]) -> None:
+        """Give the candidates of negative factors the sign with which the largest of a group's elements is below zero,
+        and their ratios."""
+        b, kind = self.b, vector(I16, CHUNK)
+        ends = []
+        for which in ("smax", "smin"):
+            end = b.bitcast(fixed[0], kind)
+            for word in fixed[1:]:
+                end = self.call(f"llvm.{which}.v{CHUNK}i16", kind, end, b.bitcast(word, kind))
+            for step in (1, 2, 4):  # The halves of a lane, and the four lanes of a group.
+                other = self.shuffle(end, end, [at ^ step for at in range(CHUNK)])
+                end = self.call(f"llvm.{which}.v{CHUNK}i16", kind, end, other)
+            ends.append(end)
+        both = self.shuffle(b.add(*ends), ends[0], [2 * self.lanes().index(at % self.groups) for at in range(LANES)])
+        above = b.icmp_signed(">", both, splat(I16, 0))
+        sign = b.select(above, splat(I32, -0x80000000), splat(I32, 0))
+        for i, (bits, divisor, step, there) in enumerate(found):
+            if self.candidates[i] < 0:
+                bits = b.or_(bits, sign)
+                found[i] = bits, b.bitcast(bits, vector(FLOAT)), step, there
+                ratios[i] = b.select(above, b.neg(ratios[i]), ratios[i])
 
     def lanes(self) -> list[int]:
         """Of each lane of `turned`, which group it has."""

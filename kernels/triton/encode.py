@@ -154,10 +154,10 @@ def without_nan(x):
 
 
 @triton.jit
-def encode_int(x, LIMIT: tl.constexpr):
-    """fp32, no NaN → signed integer in the low bits of int32, others above it: clamp to ±LIMIT, round half to even."""
+def encode_int(x, LOWEST: tl.constexpr, LIMIT: tl.constexpr):
+    """fp32, no NaN → signed integer in the low bits of int32, others above it: clamp, round half to even."""
     # 1.5 * 2^23: one unit in the last place is 1, and the sum's low bits are the integer's.
-    return (tl.minimum(tl.maximum(x, -LIMIT), LIMIT) + 12582912.0).to(tl.int32, bitcast=True)
+    return (tl.minimum(tl.maximum(x, LOWEST), LIMIT) + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -193,15 +193,15 @@ def encode_e2m1_pairs(low, high):
 
 
 @triton.jit
-def encode_element(x, ELEMENT: tl.constexpr, CAST: tl.constexpr):
+def encode_element(x, ELEMENT: tl.constexpr, CAST: tl.constexpr, SEARCHED: tl.constexpr = False):
     """fp32, in units of the scale → code as uint8; a 4-bit one in the low bits of int32, where packing it is cheap. NaN
-    is for e4m3 alone."""
+    is for e4m3 alone, -8 for scales that are searched."""
     if ELEMENT == "e2m1":
         code = encode_e2m1(x)
     elif ELEMENT == "int4":
-        code = encode_int(x, 7.0) & 0xF
+        code = encode_int(x, -8.0 if SEARCHED else -7.0, 7.0) & 0xF
     elif ELEMENT == "int8":
-        code = encode_int(x, 127.0).to(tl.uint8)
+        code = encode_int(x, -127.0, 127.0).to(tl.uint8)
     else:
         code = encode(x, CAST)
     return code

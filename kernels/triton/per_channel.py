@@ -41,7 +41,7 @@ def scaled_codes(raw, dirty, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, F
             value = without_nan(value)
     if ELEMENT == "int8":
         scaled = divide_or_zero(value, scale, FUSED)
-        return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), 127.0).to(tl.uint8)
+        return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), -127.0, 127.0).to(tl.uint8)
     scaled = divide(value, scale, FUSED)
     return scaled, encode(scaled, CAST)
 

@@ -150,13 +150,16 @@ def quantize_kernel(
         tl.store(s, step, mask=row < rows)
     bounded = value
     if (ELEMENT != "e4m3") & dirty:
-        bounded = without_nan(bring_within(value, step, SCALE == "e8m0"))
+        bounded = without_nan(bring_within(value, tl.abs(step), SCALE == "e8m0"))
         if SCALE == "e4m3":  # An infinity has no sign where the scale is 0.
             bounded = tl.where((step == 0.0) & (tl.abs(value) == float("inf")), 0.0, bounded)
     if SCALE == "e8m0":
         scaled = bounded * power_of_two(254 - exponent)
     elif SCALE == "e4m3":
         scaled = bounded * reciprocal_or_zero(step)
+    elif ELEMENT == "int4" and len(CANDIDATES) > 0:
+        sign = tl.where(step < 0.0, -1.0, 1.0)
+        scaled = divide_or_zero(bounded * sign, step * sign, FUSED)
     else:
         scaled = divide_or_zero(bounded, step, FUSED)
     q += expert * q_e + row * q_n
@@ -171,7 +174,7 @@ def quantize_kernel(
         elif SCALE == "word":
             packed = pack(encode_from_zero(scaled, zero))
         else:
-            packed = pack(encode_element(scaled, ELEMENT, CAST))
+            packed = pack(encode_element(scaled, ELEMENT, CAST, len(CANDIDATES) > 0))
         tl.store(q + byte * q_k, packed, mask=(row < rows) & (byte < q_cols))
     if MEASURE:
         # The compiler has it already, where there are no pairs.
@@ -179,7 +182,7 @@ def quantize_kernel(
             code = encode_from_zero(scaled, zero)
             restored = (decode_element(code.to(tl.uint8), ELEMENT, CAST) - zero.to(tl.float32)) * step
         else:
-            code = encode_element(scaled, ELEMENT, CAST)
+            code = encode_element(scaled, ELEMENT, CAST, len(CANDIDATES) > 0)
             restored = decode_element(code.to(tl.uint8), ELEMENT, CAST) * step
         add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, restored)
 

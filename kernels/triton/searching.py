@@ -48,7 +48,7 @@ def options(fmt: WeightFormat) -> dict[str, bool]:
 
 @triton.jit
 def rounded(x):
-    """fp32 of a magnitude below 2^22 → the nearest integer, half to even, as int32."""
+    """fp32 of size 2^22 or less → the nearest integer, half to even, as int32."""
     return (x + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
 
 
@@ -82,7 +82,7 @@ def group_step(scale, whole, SCALE: tl.constexpr, CAST: tl.constexpr):
 def distance(value, ELEMENT: tl.constexpr, UNIT: tl.constexpr):
     """From the value of the nearest 4-bit code, where `UNIT` is the number one."""
     if ELEMENT == "int4":
-        return value - tl.minimum((value + UNIT // 2) & -UNIT, 7 * UNIT)
+        return value - tl.maximum(tl.minimum((value + UNIT // 2) & -UNIT, 7 * UNIT), -8 * UNIT)
     span = tl.where(value < 2 * UNIT, UNIT // 2, tl.where(value < 4 * UNIT, UNIT, 2 * UNIT))
     return value - tl.minimum((value + span // 2) & -span, 6 * UNIT)
 
@@ -99,14 +99,17 @@ def best_of_group(
     may = amax == amax
     if ELEMENT != "e4m3":
         inverse = reciprocal_or_zero(plain_step)
-        fixed = rounded(tl.abs(value) * inverse * (4.0 * RESOLUTION))
+        size = value if ELEMENT == "int4" else tl.abs(value)
+        fixed = rounded(size * inverse * (4.0 * RESOLUTION))
         most = amax * inverse * (4.0 * RESOLUTION)
         may = may & (most < 32767.5)
         most = rounded(tl.minimum(most, 32768.0))
+    if ELEMENT == "int4":
+        turn = tl.where(tl.max(fixed, 1, keep_dims=True) + tl.min(fixed, 1, keep_dims=True) > 0, -1, 1)
     best = plain
     for i in tl.static_range(len(CANDIDATES)):
         if SCALE == "fp32":
-            scale = plain * CANDIDATES[i]
+            scale = plain * (CANDIDATES[i] if CANDIDATES[i] > 0 else -CANDIDATES[i])
             there = is_normal(scale)
         else:
             scale = plain + CANDIDATES[i]
@@ -120,6 +123,9 @@ def best_of_group(
         else:
             ratio = rounded(tl.minimum(tl.math.div_rn(plain_step, step) * 8192.0, 32767.0))
             there = there & (((most * ratio + 16384) >> 15) <= int(LIMIT * RESOLUTION))
+            if SCALE == "fp32" and CANDIDATES[i] < 0:
+                ratio *= turn
+                scale *= turn.to(tl.float32)
             off = distance((fixed * ratio + 16384) >> 15, ELEMENT, UNIT)
         wide = step.to(tl.float64)
         error = tl.sum(off * off, axis=1, keep_dims=True).to(tl.float64) * (wide * wide)
@@ -161,7 +167,7 @@ def channel_off(
     """How far elements of rows are from the values of their codes: integers."""
     if ELEMENT == "int8":
         scaled = divide_or_zero(value, scale, FUSED)
-        code = encode_int(widen(narrow(scaled, dtype, CAST)), 127.0).to(tl.uint8)
+        code = encode_int(widen(narrow(scaled, dtype, CAST)), -127.0, 127.0).to(tl.uint8)
     else:
         scaled = value * reciprocal_or_zero(scale)
         code = encode(scaled, CAST)
