@@ -52,7 +52,9 @@ def measured(weight: torch.Tensor, got: QTensor) -> list[tuple[int, float]]:
     for place, step, plain in zip(units(weight, fmt), steps, plain_steps, strict=True):
         x, q, inverse = weight[place].float(), values[place], 1.0 / step
         if fmt.per_byte == 2:
-            numbers = sorted({int(v * search.resolution) for v in decode(torch.arange(256).byte(), fmt).flatten().tolist()})
+            numbers = sorted(
+                {int(v * search.resolution) for v in decode(torch.arange(256).byte(), fmt).flatten().tolist()}
+            )
             x = x if fmt.element == "int4" else x.abs()
             unit = float(1.0 / plain) if plain else 0.0
             fixed = ((x * unit) * (4 * search.resolution)).round().flatten().tolist()

@@ -117,9 +117,9 @@ class Measurer(Encoder):
         return self.add_squares(total, b.sub(value, near))
 
     def nearest_of_bytes(self, value: Any) -> Any:
-        """What the nearest code of 4-bit elements stands for, in units of `resolution`, by the upper byte of a value, its
-        quarters or, of int4, its halves: all borders are such, and no number has a lower byte. Values of 16 and more
-        get some number."""
+        """What the nearest code of 4-bit elements stands for, in units of `resolution`, by the upper byte of a value,
+        its quarters or, of int4, its halves: all borders are such, and no number has a lower byte. Values of 16 and
+        more get some number."""
         b, count = self.b, 2 * CHUNK
         if self.element == E2M1:
             numbers = [int(4 * _nearest_e2m1(at / 4)) for at in range(count)]

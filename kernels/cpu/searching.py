@@ -208,7 +208,7 @@ class Searcher(Measurer):
         both = self.shuffle(b.add(*ends), ends[0], [2 * self.lanes().index(at % self.groups) for at in range(LANES)])
         above = b.icmp_signed(">", both, splat(I16, 0))
         sign = b.select(above, splat(I32, -0x80000000), splat(I32, 0))
-        for i, (bits, divisor, step, there) in enumerate(found):
+        for i, (bits, _, step, there) in enumerate(found):
             if self.candidates[i] < 0:
                 bits = b.or_(bits, sign)
                 found[i] = bits, b.bitcast(bits, vector(FLOAT)), step, there
