@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import threading
@@ -21,8 +22,10 @@ from qtensor import (
     fp8_per_channel,
     fp8_per_tensor,
     online_quant,
+    online_reload,
     quantize,
 )
+from qtensor.sessions.reload import Reload
 from support.helpers import assert_no_hooks, assert_oracle, same_bytes
 
 
@@ -219,6 +222,34 @@ def test_finish_without_a_with_block() -> None:
     assert report is session.report()
     assert report.state == "finished"
     assert_no_hooks()
+
+
+def test_one_garbage_collection_takes_a_session_that_an_error_holds() -> None:
+    """The frames of a traceback hold what its caller had in hand: here the session that came after the error."""
+    model = nn.Linear(32, 32, bias=False)
+    with online_quant(fp8, model):
+        model.weight.data.copy_(torch.randn(32, 32))
+
+    def refit() -> None:
+        with pytest.raises(RuntimeError), online_reload(model):
+            model.load_state_dict({"weight": torch.full((32, 32), float("nan"))}, strict=False)
+        session = online_reload(model)
+        model.weight.data.copy_(torch.randn(32, 32))
+        session.finish()
+
+    def works() -> int:  # Not by weak references, which a collection clears first.
+        return sum(type(o) is Reload for o in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = works()
+        refit()
+        assert works() == before + 2, "the traceback holds them no longer: make this test anew"
+        gc.collect()
+        assert works() == before
+    finally:
+        gc.enable()
 
 
 def test_writes_after_the_end_reach_the_quantized_weight_or_are_refused() -> None:
