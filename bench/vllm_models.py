@@ -59,14 +59,14 @@ def config_of(model: str) -> Any:
     )
 
 
-def make_checkpoint(model: str, folder: Path) -> None:
+def make_checkpoint(model: str, folder: Path, seed: int = 0) -> None:
     """One of `config_of`, N(0, 0.02), if it is not there."""
     if (folder / "config.json").exists():
         return
     import torch
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     torch.set_default_dtype(torch.bfloat16)
     made = transformers.AutoModelForCausalLM.from_config(config_of(model), dtype=torch.bfloat16)
     made.save_pretrained(folder)

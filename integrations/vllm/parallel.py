@@ -81,6 +81,8 @@ class RankHost(LoadHost):
         return self.agreement.fail(describe(error) if error is not None else "its load was given up")
 
     def close(self, state: State) -> None:
-        """What ranks have between them ends, when all have succeeded."""
+        """What ranks have between them ends."""
         if self.agreement is not None and state == "finished":
             self.agreement.close()
+        elif self.agreement is not None:
+            self.agreement.leave()

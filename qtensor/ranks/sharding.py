@@ -31,7 +31,10 @@ from ..schemes.selection import matches
 from .vote import Vote, name_of, require_distributed
 
 BUCKET_BYTES = 64 << 20
-_open: set[Any] = set()  # connections of sessions under way or failed: their destructor would wait for lost ranks
+# Connections of sessions under way, and of failed ones in which a collective still waits for a rank that never came to
+# it: their destructor would wait, too.
+_open: set[Any] = set()
+_waits: dict[Any, list[Any]] = {}  # of those that failed: the collectives
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,14 @@ class Agreement:
         self._waiting_bytes = 0
         self._buckets = 0  # published (leader) or joined (others)
         self._flying: list[tuple[Any, torch.Tensor, list[ArmedWeight]]] = []
+        self._reducing = False
         self.collectives = self.bytes = 0
 
     def open(self) -> None:
         """Connect to the other ranks. Returns when all are there."""
         if self._gloo is not None:
             return
+        _close_what_waits_no_longer()
         if self._own is not None:
             self._own.open()
         else:
@@ -155,6 +160,9 @@ class Agreement:
                 f"rank {self._rank}: no connections to ranks {name_of(self._ranks)} within {self._timeout:g} s: {error}"
             ) from error
         _open.add(self._gloo)
+        if self._leads:
+            for i in range(len(self._ranks)):  # where gloo says how a rank is reached
+                self._uses(f"0/{i}")
 
     def submit(self, name: str, weight: ArmedWeight) -> None:
         """All of this rank's shard of a weight, known by one name on all ranks, is there. Called under the weight's
@@ -185,7 +193,7 @@ class Agreement:
         with self._lock:
             if self._leads:
                 self._publish()
-                self._keys.set(f"bucket/{self._buckets}", "end")
+                self._say("end")
             while not self._joined_all() or self._flying:
                 self._land()
                 self.vote.wait(deadline, lambda: f"rank {self._rank} waits for {self._pending()}")
@@ -203,21 +211,37 @@ class Agreement:
             self._own.settle()
 
     def close(self) -> None:
-        """All ranks have agreed: connections end, and keys go."""
-        if self._leads and self._gloo in _open:
-            for i in range(self._buckets + 1):
-                self._keys.delete_key(f"bucket/{i}")
+        """All ranks have agreed: connections end."""
         _open.discard(self._gloo)
+        self._gloo = None
 
     def fail(self, reason: str) -> bool:
         """Tell the other ranks that this one has given up. False if all have agreed already."""
         return self.vote.fail(reason)
 
+    def leave(self) -> None:
+        """The session has failed, and the other ranks know. May be repeated.
+
+        A rank that waits for nobody closes its connections now, and so those that wait for it wait no longer.
+        """
+        if self._gloo in _open and not self._reducing:
+            _waits[self._gloo] = [work for work, _, _ in self._flying]
+        self._gloo = None
+        _close_what_waits_no_longer()
+
     def _publish(self) -> None:
         names, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if names:
-            self._keys.set(f"bucket/{self._buckets}", json.dumps(names))
+            self._say(json.dumps(names))
             self._reduce([self._complete[name] for name in names])
+
+    def _say(self, bucket: str) -> None:
+        """Which weights make the next one."""
+        self._uses(f"bucket/{self._buckets}")
+        self._keys.set(f"bucket/{self._buckets}", bucket)
+
+    def _uses(self, key: str) -> None:
+        self.vote.uses(f"{name_of(self._ranks)}/{key}")
 
     def _join(self) -> bool:
         """Join published buckets as far as this rank's weights are there. True if there will be no more."""
@@ -245,9 +269,13 @@ class Agreement:
         return True
 
     def _reduce(self, weights: list[ArmedWeight]) -> None:
+        if (gloo := self._gloo) is None:
+            raise QTensorError(f"rank {self._rank}: this session has been given up")
         amax = torch.cat([weight.close_for_agreement() for weight in weights])
-        work = self._gloo.allreduce([amax], dist.ReduceOp.MAX)
+        self._reducing = True  # and stays so if an interrupt comes before it is known what is waited for
+        work = gloo.allreduce([amax], dist.ReduceOp.MAX)
         self._flying.append((work, amax, weights))
+        self._reducing = False
         self._buckets += 1
         self.collectives, self.bytes = self.collectives + 1, self.bytes + amax.nbytes
 
@@ -257,6 +285,7 @@ class Agreement:
             try:
                 work.wait()
             except RuntimeError as error:
+                self.vote.raise_if_failed()
                 raise QTensorError(f"another rank was lost while {weights[0].name} was agreed on: {error}") from error
             at = 0
             for weight in weights:
@@ -269,6 +298,13 @@ class Agreement:
     def _pending(self) -> str:
         names = [weights[0].name for _, _, weights in self._flying] or ["the next bucket of rank 0"]
         return ", ".join(names[:5])
+
+
+def _close_what_waits_no_longer() -> None:
+    for gloo, works in list(_waits.items()):
+        if all(work.is_completed() for work in works):
+            _open.discard(gloo)
+            _waits.pop(gloo, None)
 
 
 class Agreements:
@@ -323,6 +359,11 @@ class Agreements:
         """The session's vote is that all have succeeded."""
         for agreement in self._by_ranks.values():
             agreement.close()
+
+    def leave(self) -> None:
+        """The session has failed, and the other ranks know."""
+        for agreement in self._by_ranks.values():
+            agreement.leave()
 
     def fail(self, reason: str) -> bool:
         """False if all ranks have agreed that all is well."""

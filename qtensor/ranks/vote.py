@@ -22,6 +22,7 @@ from ..errors import QTensorError
 _POLL_SECONDS = 0.002
 _AGREED = "agreed"
 _open: WeakValueDictionary[tuple[str, int], Vote] = WeakValueDictionary()  # this process's, under way
+_used: dict[tuple[str, int], list[tuple[int, str]]] = {}  # epochs, and keys that this process set in them
 
 
 class Vote:
@@ -93,14 +94,25 @@ class Vote:
 
     def wait(self, deadline: float, what: Callable[[], str]) -> None:
         """Let a moment pass. Raises QTensorError if a rank has failed, or it is too late, saying what is missing."""
-        if self.store.check(["vote"]) and (said := self.store.get("vote").decode()) != _AGREED:
-            raise QTensorError(said)
+        self.raise_if_failed()
         if time.monotonic() > deadline:
             raise QTensorError(f"the ranks did not agree within {self.timeout:g} s: {what()}")
         time.sleep(_POLL_SECONDS)
 
+    def raise_if_failed(self) -> None:
+        """Raises QTensorError if a rank has failed, with what it said."""
+        if self.store.check(["vote"]) and (said := self.store.get("vote").decode()) != _AGREED:
+            raise QTensorError(said)
+
     def say(self, key: str, value: str) -> None:
         self._all_epochs.set(f"{key}/{self.rank}", json.dumps([self._epoch, value]))
+
+    def uses(self, key: str) -> None:
+        """This epoch has that key, which is of no use when all ranks have left."""
+        used = _used.setdefault(self._place, [])
+        if used and used[-1][0] > self._epoch:  # torch.distributed was initialised again: its store is another.
+            used.clear()
+        used.append((self._epoch, key))
 
     def union(self, key: str, names: Collection[str]) -> set[str]:
         """The names that any rank gives. Waits for all."""
@@ -115,6 +127,7 @@ class Vote:
         if self._said != _AGREED:
             raise QTensorError(self._said)
         self._leave()
+        self._forget_what_was_used()
         if self.leads:
             self._forget_older_epochs()
 
@@ -149,6 +162,14 @@ class Vote:
     def _leave(self) -> None:
         if _open.get(self._place) is self:
             del _open[self._place]
+
+    def _forget_what_was_used(self) -> None:
+        """All ranks are in this epoch, and need it still."""
+        used = _used.get(self._place, [])
+        while used and used[0][0] < self._epoch:
+            epoch, key = used[0]
+            self._all_epochs.delete_key(f"{epoch}/{key}")
+            used.pop(0)
 
     def _forget_older_epochs(self) -> None:
         """All ranks are in this epoch: how those before it ended is of no use."""

@@ -444,6 +444,8 @@ class Load(ModelTransaction):
         super().close(state)
         if state == "finished":
             self._agreements.close()
+        else:
+            self._agreements.leave()
         self._steps, self._unseen, self._arming = [], [], None
 
     def _summary(self, state: str) -> LoadReport:

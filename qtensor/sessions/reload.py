@@ -341,6 +341,8 @@ class Reload(ModelTransaction):
         super().close(state)
         if state == "finished":
             self._agreements.close()
+        else:
+            self._agreements.leave()
         self._arming = {}
 
     def tell(self) -> None:

@@ -87,8 +87,8 @@ class Session:
         return self._work.report()
 
     def __del__(self) -> None:
-        # Not from `__dict__`: a garbage collection would find a dictionary made here, which holds the session's work, and
-        # leave both to the next one.
+        # Not from `__dict__`: a garbage collection would find a dictionary made here, which holds the session's work,
+        # and leave both to the next one.
         work = getattr(self, "_work", None)
         if work is None or sys.is_finalizing() or not (work.unsettled or (work.undecided and work.begun)):
             return
