@@ -63,8 +63,8 @@ lint: $(VENV)/.dev
 	@cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p qtensor
 
 endurance: $(VENV)/.dev
-	@echo "Running 16 threads, 1000 loads, 500 reloads, 500 refits of every kind, 11,000 interrupts, 200 kills, four ranks,"
-	@echo "thousands of programs, and every Triton kernel on every simulated GPU"
+	@echo "Running 16 threads, 1000 loads, 500 reloads, 500 refits of every kind and 1000 on two ranks, 11,000 interrupts,"
+	@echo "200 kills, four ranks, thousands of programs, and every Triton kernel on every simulated GPU"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o faulthandler_timeout=3600 \
 		tests/test_endurance.py tests/test_differential.py tests/test_conversion.py tests/test_quantize_many.py \
 		tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py tests/test_rank_failures.py tests/test_interrupts.py \

