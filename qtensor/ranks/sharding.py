@@ -28,13 +28,10 @@ from ..lazy.quant_store import QuantStore
 from ..lazy.weight import ArmedWeight
 from ..modules import Owner, Split, full_name, is_dtensor, parameters, splits
 from ..schemes.selection import matches
+from . import connections
 from .vote import Vote, name_of, require_distributed
 
 BUCKET_BYTES = 64 << 20
-# Connections of sessions under way, and of failed ones in which a collective still waits for a rank that never came to
-# it: their destructor would wait, too.
-_open: set[Any] = set()
-_waits: dict[Any, list[Any]] = {}  # of those that failed: the collectives
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class Agreement:
         """Connect to the other ranks. Returns when all are there."""
         if self._gloo is not None:
             return
-        _close_what_waits_no_longer()
+        connections.close_those_left()
         if self._own is not None:
             self._own.open()
         else:
@@ -159,7 +156,7 @@ class Agreement:
             raise QTensorError(
                 f"rank {self._rank}: no connections to ranks {name_of(self._ranks)} within {self._timeout:g} s: {error}"
             ) from error
-        _open.add(self._gloo)
+        connections.keep(self._gloo)
         if self._leads:
             for i in range(len(self._ranks)):  # where gloo says how a rank is reached
                 self._uses(f"0/{i}")
@@ -212,7 +209,7 @@ class Agreement:
 
     def close(self) -> None:
         """All ranks have agreed: connections end."""
-        _open.discard(self._gloo)
+        connections.close(self._gloo)
         self._gloo = None
 
     def fail(self, reason: str) -> bool:
@@ -220,14 +217,9 @@ class Agreement:
         return self.vote.fail(reason)
 
     def leave(self) -> None:
-        """The session has failed, and the other ranks know. May be repeated.
-
-        A rank that waits for nobody closes its connections now, and so those that wait for it wait no longer.
-        """
-        if self._gloo in _open and not self._reducing:
-            _waits[self._gloo] = [work for work, _, _ in self._flying]
+        """The session has failed, and the other ranks know. May be repeated."""
+        connections.leave(self._gloo, None if self._reducing else [work for work, _, _ in self._flying])
         self._gloo = None
-        _close_what_waits_no_longer()
 
     def _publish(self) -> None:
         names, self._waiting, self._waiting_bytes = self._waiting, [], 0
@@ -298,13 +290,6 @@ class Agreement:
     def _pending(self) -> str:
         names = [weights[0].name for _, _, weights in self._flying] or ["the next bucket of rank 0"]
         return ", ".join(names[:5])
-
-
-def _close_what_waits_no_longer() -> None:
-    for gloo, works in list(_waits.items()):
-        if all(work.is_completed() for work in works):
-            _open.discard(gloo)
-            _waits.pop(gloo, None)
 
 
 class Agreements:
