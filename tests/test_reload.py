@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
@@ -34,8 +35,10 @@ from qtensor import (
     quantize,
     weight_checksums,
 )
+from qtensor.lazy import target
 from qtensor.lazy.quant_store import QuantStore
 from qtensor.lazy.target import InPlace
+from qtensor.tensor.rooms import room_for
 from support.growth import growth
 from support.helpers import assert_no_hooks, assert_oracle, copy_unit, holder, same_bytes
 from support.loading import Experts, TinyNet, weights_of
@@ -263,6 +266,33 @@ def test_without_atomic_an_expert_is_replaced_when_it_has_arrived() -> None:
     assert torch.equal(model.down_proj.dequantize()[1], old[1])
     assert torch.equal(model.down_proj.dequantize()[0], quantize(expected, fp8_per_channel).dequantize()[0])
     assert session.report().peak_second_copy_bytes == expert
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_without_atomic_a_second_copy_goes_when_its_weight_is_replaced(
+    stacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the end of the session, when those of all weights would stand beside each other."""
+    copies: list[weakref.ref[torch.Tensor]] = []
+
+    def room(*args: Any, **options: Any) -> torch.Tensor:
+        made = room_for(*args, **options)
+        copies.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(target, "room_for", room)
+    shape = (3, 8, 16) if stacked else (8, 16)
+    model = nn.Module()
+    model.weight = nn.Parameter(quantize(torch.randn(shape).bfloat16(), "fp8"), requires_grad=False)
+    new = torch.randn(shape).bfloat16()
+    with online_reload(model, atomic=False, progress=False):
+        for e, matrix in enumerate(new if stacked else [new]):
+            for start in (0, 4):
+                own = model.weight.data[e] if stacked else model.weight.data
+                own[start : start + 4].copy_(matrix[start : start + 4])
+        assert copies
+        assert not any(made() is not None for made in copies)
+    assert same_bytes(model.weight, quantize(new, "fp8"))
 
 
 def test_the_model_computes_with_the_old_weights_until_the_commit() -> None:

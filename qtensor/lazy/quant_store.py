@@ -451,6 +451,7 @@ class QuantStore:
 
     def rollback(self) -> None:
         self.target.rollback()
+        self._rows.forget()
         self._staging.discard()
         self._units.reset()
         self._accepted.clear()

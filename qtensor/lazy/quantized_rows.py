@@ -110,23 +110,27 @@ class QuantizedRows:
         """Make the new rows of matrix e live, and let its second copy go. May be repeated."""
         if self._units.are_new(e):
             self.target.publish(e, lambda parts: parts)
-            self._units.state[e] |= LIVE
-            self.target.end(e)
-            return
-        for start, stop, live in self._units.runs(e, 0, self._units.n, LIVE):
-            if not live:
-                self.target.publish(e, lambda parts, a=start, b=stop: parts.rows(a, b, self._format))  # type: ignore[misc]
+        else:
+            for start, stop, live in self._units.runs(e, 0, self._units.n, LIVE):
+                if not live:
+                    self.target.publish(e, lambda parts, a=start, b=stop: parts.rows(a, b, self._format))  # type: ignore[misc]
         self._units.state[e] |= LIVE
         self.target.end(e)
+        self.forget()
 
     def publish_all(self) -> None:
         """As `publish`, of all matrices that have a second copy."""
         if self._units.are_new() and self.target.publish_all():
             self._units.state |= LIVE
             self.target.end_all()
+            self.forget()
             return
         for e in self.target.begun:
             self.publish(e)
+
+    def forget(self) -> None:
+        """What rows were written to last is no target any more, and may go."""
+        self._memory = self._pieces = None
 
     def _dequantized(self, matrix: Parts, start: int, stop: int) -> torch.Tensor:
         height = self._format.block[0]
