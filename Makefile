@@ -154,7 +154,7 @@ $(VENV)/.compiled: $(VENV)/.dev $(wildcard kernels/cpu/*.py)
 	@$(BIN)/qtensor doctor --compile > $@
 
 $(MATRIX)/oldest/.ready: MATRIX_PYTHON = $(OLDEST_PYTHON)
-$(MATRIX)/oldest/.ready: VERSIONS = torch==2.11.0 transformers==5.0.0 numpy==1.26.4
+$(MATRIX)/oldest/.ready: VERSIONS = torch==2.11.0 transformers==5.0.0 numpy==1.26.4 numba==0.62.0
 $(MATRIX)/newest/.ready: MATRIX_PYTHON = $(NEWEST_PYTHON)
 $(MATRIX)/newest/.ready: VERSIONS = torch transformers numpy
 $(MATRIX)/%/.ready: BIN = $(MATRIX)/$*/bin
