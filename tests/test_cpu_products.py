@@ -45,7 +45,8 @@ def assert_within(
     2^-20 is for fp32 sums in another order, s the rounding of the result; r = s where weights are rounded to x's dtype
     first, for more than a few rows of x, unless they are multiplied as single floats. X is the largest |x| of eight
     columns where a few rows are multiplied as integers, else 0. Beside that, what is too small for x's dtype or for the
-    tile unit (which takes denormals for zero) may be lost, of a weight and of the result.
+    tile unit (which takes denormals for zero) may be lost, of a weight and of the result; and what is too large for x's
+    dtype may be infinite.
     """
     step = torch.finfo(x.dtype).eps
     want = x.double() @ weight.T
@@ -60,7 +61,8 @@ def assert_within(
     assert got.dtype == x.dtype
     assert got.shape == want.shape
     lost = max(torch.finfo(x.dtype).smallest_normal * step, 2.0**-126) * (1 + x.double().abs().sum(1, keepdim=True))
-    assert ((got.double() - want).abs() <= (2.0**-20 + rounded) * terms + step * want.abs() + lost).all()
+    near = (got.double() - want).abs() <= (2.0**-20 + rounded) * terms + step * want.abs() + lost
+    assert (near | (want.abs() > (1 - step) * torch.finfo(x.dtype).max)).all()
 
 
 def largest_of_eight(x: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
