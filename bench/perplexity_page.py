@@ -9,7 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 """label, family ("qtensor", "fit=", "bf16" or a peer's), bits, seconds, perplexity, kl, error."""
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "perplexity.svg"
-GAP = ("nvfp4", "int4_per_group")
+GAP = ("nvfp4", "int4_per_group", "int4_per_group_32")
 
 
 def gap_closed(rows: list[Row], name: str, key: str) -> float | None:

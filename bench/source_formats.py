@@ -71,14 +71,19 @@ def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def packed(
-    weight: torch.Tensor, bits: int, group: int | None, symmetric: bool = True, ordered: bool = False
+    weight: torch.Tensor,
+    bits: int,
+    group: int | None,
+    symmetric: bool = True,
+    ordered: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensors:
     """compressed-tensors' "pack-quantized"."""
     groups = None
     if ordered:
         made, groups = in_order(weight, bits, group or weight.shape[1], symmetric=symmetric)
     else:
-        made = integers(weight, bits, group, symmetric)
+        made = integers(weight, bits, group, symmetric, dtype)
     found = {"*_packed": words(made.codes, bits), "*_scale": made.scale, "*_shape": torch.tensor(weight.shape)}
     if not symmetric:
         found["*_zero_point"] = words(made.zero.t(), bits).t().contiguous()
@@ -323,6 +328,7 @@ ENCODERS: dict[str, Callable[[torch.Tensor], Tensors]] = {
     "int4, groups of 128, zero points": lambda w: packed(w, 4, 128, False),
     "int4, groups of 128, another order": lambda w: packed(w, 4, 128, True, True),
     "int4, groups of 32": lambda w: packed(w, 4, 32),
+    "int4, groups of 32, scales in bf16": lambda w: packed(w, 4, 32, dtype=torch.bfloat16),
     "int3, groups of 128": lambda w: packed(w, 3, 128),
     "ModelOpt int4, groups of 128": lambda w: modelopt_int4(w, 128),
     "GPTQ int8 per channel": lambda w: gptq(w, 8, None),

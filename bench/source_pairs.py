@@ -29,6 +29,7 @@ SCHEMES = (
     "nvfp4",
     "int8_per_channel",
     "int4_per_group",
+    "int4_per_group_32",
     "int4_asymmetric",
 )
 ONCE = "bf16"

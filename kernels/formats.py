@@ -39,9 +39,10 @@ class Search:
     none. Where the plain scale is such, or its largest X is 2^15 or more, it stays.
 
     Attributes:
-        candidates: The plain scale first. Of e8m0 scales: what is added to the exponent; of e4m3: to the code; of fp32:
-            factors, rounded as the scale itself is. A negative factor, of int4: the scale has the sign with which the
-            element of the largest |X| is below zero (of two, the positive sign), so that it may be -8.
+        candidates: The plain scale first. Of e8m0 scales: what is added to the exponent; of e4m3: to the code; of fp32
+            and bfloat16: factors of the plain formula, rounded as that is. A negative one, of int4: the scale has the
+            sign with which the element of the largest |X| is below zero (of two, the positive sign), so that it may be
+            -8.
         resolution: A power of two, with which the d^2 of 128 elements (of 32, in e2m1) add up to less than 2^31.
         limit: The largest element, in units of the scale.
     """
@@ -75,19 +76,20 @@ class WeightFormat:
 
     With F = `max` and amax the largest magnitude among the elements that share a scale, all in fp32:
 
-    ================ ============================================ ================= ============================
-    format           scale                                        data              shape of the scale
-    ================ ============================================ ================= ============================
-    fp8_per_tensor   amax / F                                     x * (1 / scale)   `[..., 1]`
-    fp8_per_channel  max(amax / F, 1 / (F * 512))                 x / scale         `[..., N, 1]`
-    fp8_per_block    max(amax, 1e-4) / F                          x * (1 / scale)   `[..., N/128, K/128]`, rounded up
-    mxfp8            the power of two at or above amax / F        x / scale         `[..., N, K/32]`, rounded up
-    mxfp4            2^-2 of amax rounded to a power of two       x / scale         `[..., N, K/32]`, rounded up
-    nvfp4            e4m3(G * (amax * (1 / F))), see below        x * (1 / step)    `[..., N, K/16]`, rounded up
-    int8_per_channel amax / F, in the weight's dtype              x / scale         `[..., N, 1]`
-    int4_per_group   amax / F                                     x / scale         `[..., N, K/128]`, rounded up
-    int4_asymmetric  (largest - lowest) / 15, see below           x / scale         `[..., N, K/128]`, rounded up
-    ================ ============================================ ================= ============================
+    ================= =========================================== ================= ============================
+    format            scale                                       data              shape of the scale
+    ================= =========================================== ================= ============================
+    fp8_per_tensor    amax / F                                    x * (1 / scale)   `[..., 1]`
+    fp8_per_channel   max(amax / F, 1 / (F * 512))                x / scale         `[..., N, 1]`
+    fp8_per_block     max(amax, 1e-4) / F                         x * (1 / scale)   `[..., N/128, K/128]`, rounded up
+    mxfp8             the power of two at or above amax / F       x / scale         `[..., N, K/32]`, rounded up
+    mxfp4             2^-2 of amax rounded to a power of two      x / scale         `[..., N, K/32]`, rounded up
+    nvfp4             e4m3(G * (amax * (1 / F))), see below       x * (1 / step)    `[..., N, K/16]`, rounded up
+    int8_per_channel  amax / F, in the weight's dtype             x / scale         `[..., N, 1]`
+    int4_per_group    amax / F                                    x / scale         `[..., N, K/128]`, rounded up
+    int4_per_group_32 amax / F, in bfloat16, see below            x / scale         `[..., N, K/32]`, rounded up
+    int4_asymmetric   (largest - lowest) / 15, see below          x / scale         `[..., N, K/128]`, rounded up
+    ================= =========================================== ================= ============================
 
     then clamp to ±F and round to nearest even. Where the factor of x is not finite, or the scale is 0, the data is 0.
     NaN that was let through stays NaN in e4m3 and becomes 0 in formats that have none.
@@ -95,6 +97,9 @@ class WeightFormat:
     nvfp4 has a second, fp32 scale per matrix: the gain G = (1 / max(amax of the matrix, 1e-8)) * (F * 448) spreads the
     e4m3 scales over their range; its inverse is stored as `global_scale` `[..., 1]`, and step = scale * global_scale.
     mxfp4 rounds up from 1.75 times a power of two. int8_per_channel rounds scale and quotient to the weight's dtype.
+
+    int4_per_group_32 rounds amax / F to the nearest bfloat16, half to even, whatever the weight's dtype; where that
+    makes 0 of what is not, the scale is 2^-133, the smallest there is. None becomes infinite.
 
     int4_asymmetric has a zero point z for each scale: an element is (q - z) * scale, where q and z are -8 to 7. With
     the lowest and the largest element of a group, or 0 where there is none below or above it, the scale is (largest -
@@ -107,8 +112,9 @@ class WeightFormat:
 
     Attributes:
         dtype: Of the tensor that stores the elements; two 4-bit elements share a byte, the first in the low nibble.
-        scale_dtype: uint8 stands for e8m0, powers of two by their biased exponent: the bytes of torch.float8_e8m0fnu, a
-            dtype that compilers for CPUs do not take. int32 stands for scale words.
+        scale_dtype: float32 and bfloat16 hold scales as they are. uint8 stands for e8m0, powers of two by their biased
+            exponent: the bytes of torch.float8_e8m0fnu, a dtype that compilers for CPUs do not take. int32 stands for
+            scale words.
         block: Rows and columns that share a scale, where neither is the matrix's own.
         search: How scales are chosen by their error. None: by the formula above, and "plain". The stored form is the
             same.
@@ -152,6 +158,11 @@ class WeightFormat:
     def has_e8m0_scale(self) -> bool:
         """Whether scales are powers of two, stored as their biased exponents."""
         return self.scale_dtype == torch.uint8
+
+    @property
+    def has_float_scale(self) -> bool:
+        """Whether scales are stored as they are, in fp32 or bfloat16."""
+        return self.scale_dtype in (torch.float32, torch.bfloat16)
 
     @property
     def has_zero_point(self) -> bool:
@@ -206,6 +217,13 @@ class WeightFormat:
             return (scale & ~ZERO_BITS).view(torch.float32)
         return e8m0_to_float(scale) if self.has_e8m0_scale else scale.to(torch.float32)
 
+    def stored(self, step: torch.Tensor) -> torch.Tensor:
+        """Scales in fp32, not negative → as they are stored, of formats that have them in fp32 or bfloat16."""
+        if self.scale_dtype != torch.bfloat16:
+            return step
+        rounded = step.to(torch.bfloat16)
+        return torch.where((step != 0.0) & (rounded == 0.0), SMALLEST_BF16, rounded)
+
     def zero(self, scale: torch.Tensor) -> torch.Tensor:
         """Stored scale words → zero points, int32."""
         return (scale << 28) >> 28
@@ -244,7 +262,7 @@ class WeightFormat:
             return amax.clamp_min(BLOCK_FLOOR) / limit
         scale = amax / limit
         floored = self.granularity == "channel" and self.element == "e4m3"
-        return scale.clamp_min(CHANNEL_FLOOR) if floored else scale
+        return scale.clamp_min(CHANNEL_FLOOR) if floored else self.stored(scale)
 
 
 def e8m0_to_float(scale: torch.Tensor) -> torch.Tensor:
@@ -269,6 +287,7 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 CHANNEL_FLOOR = 1.0 / (E4M3_MAX * 512.0)  # of scales of fp8_per_channel
 BLOCK_FLOOR = 1e-4  # of the amax of a block of fp8_per_block
+SMALLEST_BF16 = 2.0**-133
 LOWEST = -8.0  # The smallest integer of four bits, which int4_asymmetric takes, and a search with negative factors.
 LEVELS = 15.0  # of int4_asymmetric: steps from there to the largest
 ZERO_BITS = 0xF  # of a scale word
@@ -281,6 +300,7 @@ MXFP4 = WeightFormat("mxfp4", torch.uint8, E2M1_MAX, "group", (1, 32), "e2m1", t
 NVFP4 = WeightFormat("nvfp4", torch.uint8, E2M1_MAX, "group", (1, 16), "e2m1", torch.float8_e4m3fn)
 INT8_PER_CHANNEL = WeightFormat("int8_per_channel", torch.int8, 127.0, "channel", element="int8")
 INT4_PER_GROUP = WeightFormat("int4_per_group", torch.uint8, 7.0, "group", (1, 128), "int4")
+INT4_PER_GROUP_32 = WeightFormat("int4_per_group_32", torch.uint8, 7.0, "group", (1, 32), "int4", torch.bfloat16)
 INT4_ASYMMETRIC = WeightFormat("int4_asymmetric", torch.uint8, 7.0, "group", (1, 128), "int4", torch.int32)
 
 _ALL = (
@@ -292,6 +312,7 @@ _ALL = (
     NVFP4,
     INT8_PER_CHANNEL,
     INT4_PER_GROUP,
+    INT4_PER_GROUP_32,
     INT4_ASYMMETRIC,
 )
 FORMATS = {f.name: f for f in _ALL}
@@ -304,6 +325,7 @@ SEARCHES = {
     "nvfp4": Search((0, -1, 1, 4, 5), 1024.0, 12.0),
     "int8_per_channel": Search((1.0, 127 / 128, 126 / 128), 256.0, 142.0),
     "int4_per_group": Search((1.0, -0.875, -0.84875), 512.0, 10.0),
+    "int4_per_group_32": Search((1.0, -0.875, -0.84875, 0.95), 512.0, 10.0),
 }
 """By the format's name; fp8_per_tensor has none, because its one scale gains next to nothing (docs/schemes.md), and
 int4_asymmetric none yet."""

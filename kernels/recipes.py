@@ -22,7 +22,8 @@ class Recipe:
     """The arithmetic of another tool for one stored form, in terms of D, the weight's dtype.
 
     fp32 scales are amax / `levels`, rounded to D, or `empty` where that is 0; the data is x / scale, rounded to D,
-    then clamped to `lowest`..F and rounded to nearest even. A scale of 0 divides as 1 does.
+    then clamped to `lowest`..F and rounded to nearest even. A scale of 0 divides as 1 does. Scales that are stored in
+    bfloat16 are rounded to it after that, where D has more bits.
 
     e8m0 scales follow from amax by `power`. nvfp4's gain G is (1 / amax of the matrix) * (6 * 448), each rounded to D,
     and 1 where that is infinite; its scales are e4m3(G * scale), 0.125 where that is 0, and the data x / (scale / G),
@@ -111,6 +112,7 @@ RECIPES: dict[str, dict[str, Recipe | None]] = {
         "nvfp4": Recipe(_COMPRESSED, _E2M1_MAX, rounds=False, drops_sign=True),
         "int8_per_channel": Recipe(_COMPRESSED, 127.5, -128.0),
         "int4_per_group": Recipe(_COMPRESSED, 7.5, -8.0),
+        "int4_per_group_32": Recipe(_COMPRESSED, 7.5, -8.0),
         "int4_asymmetric": Recipe(_COMPRESSED, 15.0, -8.0),
     },
     _QUARK: {"fp8_per_channel": Recipe(_QUARK, _E4M3_MAX, empty="one"), "mxfp4": None},

@@ -7,6 +7,7 @@ memory it needs does not grow with the weight. It runs on any device torch runs 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -200,7 +201,7 @@ def scale_of(
 ) -> torch.Tensor:
     """The stored scales of a weight of `dtype` with those largest magnitudes; `gain`: that of the matrix."""
     if fmt.recipe is not None:
-        return fmt.recipe.scale(amax, dtype, gain)
+        return fmt.stored(fmt.recipe.scale(amax, dtype, gain))
     scale = fmt.scale_from_amax(amax, gain)
     return _round_through(scale, dtype) if fmt.element == "int8" else scale
 
@@ -311,8 +312,8 @@ def _search(
     best, may = x.new_empty(0), x.new_empty(0)
     for i, candidate in enumerate(search.candidates):
         scale, usable = _candidate(plain, amax, candidate, fmt, dtype)
-        if turn is not None and plain.dtype == torch.float32 and candidate < 0:
-            scale = scale * turn
+        if turn is not None and fmt.has_float_scale and candidate < 0:
+            scale = scale * turn.to(scale.dtype)
         step = step_of(scale, fmt, parts.global_scale)
         if fixed is None or most is None:
             # As e4m3 is multiplied wherever its error is measured, divided or not where it is stored.
@@ -360,8 +361,9 @@ def _candidate(
     plain: torch.Tensor, amax: torch.Tensor, candidate: float, fmt: WeightFormat, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored scales that a candidate of a search stands for, and which of them there are."""
-    if plain.dtype == torch.float32:
-        scale = fmt.scale_from_amax(amax) * abs(candidate)
+    if fmt.has_float_scale:
+        unrounded = replace(fmt, scale_dtype=torch.float32).scale_from_amax(amax)
+        scale = fmt.stored(unrounded * abs(candidate))
         scale = _round_through(scale, dtype) if fmt.element == "int8" else scale
         return scale, (scale >= torch.finfo(torch.float32).tiny) & torch.isfinite(scale)
     code = _bits(plain).int() + int(candidate)
@@ -371,7 +373,7 @@ def _candidate(
 
 def _bits(scale: torch.Tensor) -> torch.Tensor:
     """Scales as integers, since not every operation takes every kind of them."""
-    return scale.view(torch.int32 if scale.dtype == torch.float32 else torch.uint8)
+    return scale.view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[scale.itemsize])
 
 
 def _restore(parts: Parts, fmt: WeightFormat, cols: int) -> torch.Tensor:

@@ -36,6 +36,7 @@ from qtensor import (
     fp8_per_tensor,
     int4_asymmetric,
     int4_per_group,
+    int4_per_group_32,
     int8_per_channel,
     load_checkpoint,
     mxfp4,
@@ -60,6 +61,7 @@ PACKINGS = {
     nvfp4: "nvfp4-pack-quantized",
     int8_per_channel: "pack-quantized",
     int4_per_group: "pack-quantized",
+    int4_per_group_32: "pack-quantized",
     int4_asymmetric: "pack-quantized",
 }
 COMMON: dict[str, Any] = {
@@ -273,7 +275,7 @@ def test_packing_and_scales_are_those_of_compressed_tensors(scheme):
     theirs = BaseCompressor.get_value_from_registry(config.format)
     assert set(theirs.compression_param_names(group)) == tensors.keys()
     read = theirs.decompress(tensors, group)["weight"].float()
-    # They multiply in bfloat16 where scales are kept in 8 bits.
+    # They multiply in bfloat16 where scales are kept in 8 or 16 bits.
     exact = scheme.format.has_e8m0_scale or scheme.format.scale_dtype.itemsize == 4
     assert torch.allclose(read, weight.dequantize(torch.float32), rtol=1e-6 if exact else 2**-7, atol=0)
     packed, fmt = tensors[layout.data], scheme.format
@@ -420,7 +422,11 @@ def test_blocks_across_a_fused_border_are_refused_by_name(tmp_path):
     assert problems(save_checkpoint(online, tmp_path / "saved")) == []
 
 
-@pytest.mark.parametrize(("scheme", "cols"), [(mxfp8, 48), (mxfp4, 33), (nvfp4, 8), (int4_per_group, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "cols"),
+    [(mxfp8, 48), (mxfp4, 33), (nvfp4, 8), (int4_per_group, 64), (int4_per_group_32, 48)],
+    ids=str,
+)
 def test_short_groups_are_refused_by_name(scheme, cols, tmp_path):
     """compressed-tensors refuses columns that are no multiple of the group; qtensor in memory does not."""
     model = nn.Sequential(nn.Linear(cols, 32))
@@ -442,6 +448,7 @@ SPOILED: dict[str, tuple[Any, str, Any, str]] = {
     "no scale": (int8_per_channel, "weight_scale", lambda t: None, r"0\.weight_packed: .* has no scales"),
     "zero scale, zero points": (int4_asymmetric, "weight_scale", lambda t: t * 0, "not finite and positive"),
     "many bits": (int4_asymmetric, "weight_scale", lambda t: t * (1 + 2**-20), "more than 20 significant bits"),
+    "wide scales": (int4_per_group_32, "weight_scale", lambda t: t.float() * (1 + 2**-9), "bfloat16 does not hold"),
     "no zero points": (int4_asymmetric, "weight_zero_point", lambda t: None, r"has no 0\.weight_zero_point"),
     "few zero points": (int4_asymmetric, "weight_zero_point", lambda t: t[:2], r"0\.weight_zero_point is .*\[4, 1\]"),
     "other shape": (int4_per_group, "weight_shape", lambda t: t * 2, r"0: is said to be \[64, 256\]"),
@@ -478,7 +485,7 @@ def test_weights_of_zeros_are_sound(scheme, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}},
+        {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": True}},
         {"weights": {"actorder": "group"}},
         {"weights": {"symmetric": False, "num_bits": 8}},
         {"input_activations": {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}},

@@ -15,6 +15,7 @@ from qtensor import (
     QTensorError,
     int4_asymmetric,
     int4_per_group,
+    int4_per_group_32,
     int8_per_channel,
     mxfp4,
     mxfp8,
@@ -135,8 +136,10 @@ def values_and_scale(w: torch.Tensor, scheme: object) -> tuple[torch.Tensor, tor
         return (w / scale).float().round().clamp(-127, 127), scale.float()
     x = groups(w, scheme.format.block[1])
     amax = x.abs().amax(-1)
-    if scheme is int4_per_group:
+    if scheme in (int4_per_group, int4_per_group_32):
         scale = amax / torch.tensor(7.0)
+        if scheme is int4_per_group_32:
+            scale = scale.bfloat16().float()
         return (x / scale[..., None]).round().clamp(-7, 7), scale
     if scheme is mxfp8:
         scale = torch.exp2(torch.ceil(torch.log2(amax.double() / 448)).clamp(-127)).float()
@@ -152,7 +155,7 @@ def values_and_scale(w: torch.Tensor, scheme: object) -> tuple[torch.Tensor, tor
 
 
 @dtypes
-@pytest.mark.parametrize("scheme", [mxfp8, mxfp4, nvfp4, int8_per_channel, int4_per_group], ids=str)
+@pytest.mark.parametrize("scheme", [mxfp8, mxfp4, nvfp4, int8_per_channel, int4_per_group, int4_per_group_32], ids=str)
 @pytest.mark.parametrize("cols", [129, 256])
 def test_bytes_follow_the_formulas(scheme, dtype: torch.dtype, cols: int) -> None:
     w = (torch.randn(70, cols, generator=torch.Generator().manual_seed(3)) * 0.02).to(dtype)
@@ -205,7 +208,28 @@ def test_zero_points(dtype: torch.dtype, seed: int, shift: float, size: float, c
     assert (off <= allowed).all()
 
 
-@pytest.mark.parametrize("scheme", [mxfp4, nvfp4, int4_per_group], ids=str)
+@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("dtype", SOURCE_DTYPES, ids=str)
+def test_a_scale_in_bfloat16_is_never_rounded_to_zero_or_infinity(dtype: torch.dtype, searched: bool) -> None:
+    """Of groups of every size there is: the nearest one in fp64's arithmetic, 2^-133 at least; 0 for zeros."""
+    top = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps]).double()
+    sizes = torch.exp2(torch.arange(-149, 128).double()) * torch.tensor([[1.0], [1.49], [1.9999]]).double()
+    sizes = torch.cat([top, sizes.flatten(), torch.zeros(1).double()]).clamp(max=float(top[0])).to(dtype)
+    w = torch.zeros(len(sizes), 32, dtype=dtype)
+    w[:, 5], w[:, 9] = sizes, -sizes
+    q = quantize(w, int4_per_group_32.searched() if searched else int4_per_group_32)
+    quotient = (sizes.float() / 7.0).double()
+    unit = torch.exp2(torch.frexp(quotient)[1] - 8).clamp_min(2.0**-133)
+    wanted = torch.where(quotient == 0, 0.0, ((quotient / unit).round() * unit).clamp_min(2.0**-133))
+    got = q.scale[:, 0].double()
+    if not searched:
+        assert torch.equal(got, wanted)
+    assert got.isfinite().all()
+    assert torch.equal(got == 0, quotient == 0)
+    assert (q.dequantize(torch.float32)[quotient == 0] == 0).all()
+
+
+@pytest.mark.parametrize("scheme", [mxfp4, nvfp4, int4_per_group, int4_per_group_32], ids=str)
 @pytest.mark.parametrize("cols", [1, 5, 33])
 def test_odd_columns_share_their_last_byte_with_zero(scheme, cols: int) -> None:
     """A weight need not be a multiple of the group, nor even: what is beyond its columns is zero in no scale."""

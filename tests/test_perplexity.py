@@ -82,7 +82,8 @@ def test_bits_count_codes_and_scales(bench: ModuleType, llama: LlamaForCausalLM)
     assert len(layers) == 14
     weights = {name: linear.weight.detach().bfloat16() for name, linear in layers.items()}
     own = {q.label: q for q in bench.quantizers.ours()}
-    for label, bits in (("mxfp4", 4.25), ("int4_per_group:searched", 4.25), ("mxfp8", 8.25)):
+    bits_of = {"mxfp4": 4.25, "int4_per_group:searched": 4.25, "int4_per_group_32": 4.5, "mxfp8": 8.25}
+    for label, bits in bits_of.items():
         assert bench.quantized(layers, weights, lambda name, label=label: own[label])["bits"] == bits
     assert bench.quantized(layers, weights, lambda name: None) == {"bits": 16.0, "seconds": 0.0}
     some = next(iter(weights))
@@ -122,7 +123,7 @@ def test_searching_is_judged_by_kind_of_layer(
     bench: ModuleType, llama: LlamaForCausalLM, windows: torch.Tensor
 ) -> None:
     found = bench.by_kind(llama, windows)
-    assert set(found) == {"nvfp4", "int4_per_group"}
+    assert set(found) == {"nvfp4", "int4_per_group", "int4_per_group_32"}
     assert set(found["nvfp4"]) == set(bench.KINDS)
     for weights, answers in found["nvfp4"].values():
         assert 0.65 < weights < 0.85  # Of normally distributed weights three quarters stay.

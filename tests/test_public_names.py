@@ -22,8 +22,8 @@ NAMES = {
         DEFAULT_IGNORE CheckpointError ConfigError CopyCounter Coverage IncompleteLoadError LayerReport LazyWeight
         LoadReport LossyReadError NonFiniteWeightError ProgressEvent QTensor QTensorError Scheme Session Sharding
         WeightDtypeError WeightShapeError fp8 fp8_per_block fp8_per_channel fp8_per_tensor int4_per_group
-        int8_per_channel load_checkpoint mxfp4 mxfp8 nvfp4 online_quant online_reload quantize save_checkpoint
-        weight_checksums __version__
+        int4_per_group_32 int8_per_channel load_checkpoint mxfp4 mxfp8 nvfp4 online_quant online_reload quantize
+        save_checkpoint weight_checksums __version__
     """,
     "qtensor.checkpoint": """
         CheckpointReport ConversionReport ShardTask convert_shard inspect_checkpoint load_checkpoint problems

@@ -277,6 +277,7 @@ PROVED: dict[tuple[str, str], Case] = {
     **{(f"int{b}, groups of 128", "int4_per_group"): integers(words_of(b), b, 2, SOME) for b in (1, 2, 3, 4)},
     **{(f"GPTQ int{b}, groups of 128", "int4_per_group"): integers(gptq(b), b, 2, SOME) for b in (2, 3, 4)},
     **{(f"GPTQ int{b}, groups of 128", "int4_asymmetric"): integers(gptq(b), b, 2, SOME) for b in (2, 3, 4)},
+    ("int4, groups of 32, scales in bf16", "int4_per_group_32"): integers(words_of(4), 4, 8, BF16),
     ("GPTQ int4, groups of 128, zero points", "int4_asymmetric"): with_zero_points("gptq"),
     ("AWQ int4, groups of 128", "int4_asymmetric"): with_zero_points("awq"),
 }
@@ -338,6 +339,14 @@ def test_zero_points_are_the_same_with_every_scale_of_16_bits() -> None:
         made = moved(parts, "int4_asymmetric", (32, 128), None)
         assert (made is not None) == fits
         assert source.never_moves(parts, FORMATS["int4_asymmetric"]) == (not fits)
+
+
+def test_scales_that_bfloat16_does_not_hold_are_not_moved() -> None:
+    """All files with groups of 32 say the same but for the dtype of their scales."""
+    for bits, fits in ((7, True), (8, False)):
+        parts = words_of(4)(signed(4, 256).repeat(32, 1), torch.full((32, 8), 1.0 + 2.0**-bits))
+        assert (moved(parts, "int4_per_group_32", (32, 256), None) is not None) == fits
+        assert source_of(parts).never_moves(parts, FORMATS["int4_per_group_32"]) == (not fits)
 
 
 def test_a_divisor_is_exact_where_its_inverse_is() -> None:

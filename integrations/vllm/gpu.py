@@ -116,7 +116,7 @@ class GroupedLinear(GpuLinear):
 class IntegerLinear(GpuLinear):
     """int8 and int4 with activations as they are: unsigned, in int32, and scales in the dtype of the activations.
 
-    int8_per_channel's scales are in that dtype already; those of int4_per_group are rounded here.
+    int8_per_channel's scales are in that dtype already; those of int4 are rounded here, of groups of 32 in fp16 alone.
     """
 
     def __init__(self, scheme: Scheme, shape: tuple[int, int], all_columns: int, dtype: torch.dtype) -> None:

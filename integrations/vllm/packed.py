@@ -45,7 +45,7 @@ class Geometry:
             return torch.where(bits, _E8M0_TWO, _E8M0_ONE).to(torch.uint8)
         if self.fmt.has_global_scale:
             return torch.where(bits, _E4M3_TWO, _E4M3_ONE).to(torch.uint8).view(torch.float8_e4m3fn)
-        return torch.where(bits, 2.0, 1.0)
+        return torch.where(bits, 2.0, 1.0).to(self.fmt.scale_dtype)
 
 
 def read(layer: Any, geometry: Geometry, pack: Pack, empty: Callable[[Any], Any]) -> Parts | None:
@@ -143,7 +143,7 @@ def _values(held: torch.Tensor, one: torch.Tensor, layer: Any, fmt: WeightFormat
         # Marlin keeps them times 2^7, by five bits of exponent and three of mantissa.
         half = (held.to(torch.int16) << 7).view(torch.float16)
         return [(half / 128).to(torch.float8_e4m3fn), held.view(torch.float8_e4m3fn)]
-    return [held.to(torch.float32) / one.to(torch.float32)]
+    return [(held.to(torch.float32) / one.to(torch.float32)).to(fmt.scale_dtype)]
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

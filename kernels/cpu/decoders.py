@@ -43,8 +43,9 @@ from .instructions import (
     vector,
 )
 
-# Scales: one for each row; of groups in float32, of one byte, or words that hold a zero point, too.
-PER_ROW, FLOATS, BYTES, ZEROED = range(4)
+# Scales: one for each row; of groups in float32, of one byte, words that hold a zero point, too, or in bfloat16.
+PER_ROW, FLOATS, BYTES, ZEROED, SHORTS = range(5)
+SCALE_BYTES = {PER_ROW: 4, FLOATS: 4, BYTES: 1, ZEROED: 4, SHORTS: 2}
 
 STRIPE = 64  # Columns that are decoded together for the tile unit.
 DOUBLE = 2 * STRIPE
@@ -135,6 +136,9 @@ class Decoder(Instructions):
     def factor(self, row: Any, table: Any, index: Any) -> Any:
         if self.scale == FLOATS:
             return self.load(self.at(row, index, 4), FLOAT, 4)
+        if self.scale == SHORTS:
+            bits = self.b.zext(self.load(self.at(row, index, 2), I16, 2), I32)
+            return self.b.bitcast(self.b.shl(bits, ir.Constant(I32, 16)), FLOAT)
         if self.scale == ZEROED:
             word = self.load(self.at(row, index, 4), I32, 4)
             return self.b.bitcast(self.b.and_(word, ir.Constant(I32, ~ZERO_BITS)), FLOAT)

@@ -19,6 +19,7 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
@@ -48,8 +49,8 @@ from .instructions import (
     vector,
 )
 
-# How a group's scale is stored: a power of two, e4m3 beside a gain, as it is, or in a word with a zero point.
-E8M0, NV, IN_FP32, ZEROED = range(4)
+# How a group's scale is stored: a power of two, e4m3 beside a gain, as it is, with a zero point, or in bfloat16.
+E8M0, NV, IN_FP32, ZEROED, IN_BF16 = range(5)
 
 
 def scale_kind(fmt: WeightFormat) -> int:
@@ -57,7 +58,9 @@ def scale_kind(fmt: WeightFormat) -> int:
         return E8M0
     if fmt.has_zero_point:
         return ZEROED
-    return NV if fmt.has_global_scale else IN_FP32
+    if fmt.has_global_scale:
+        return NV
+    return IN_BF16 if fmt.scale_dtype == torch.bfloat16 else IN_FP32
 
 
 _MAGNITUDE = 0x7FFFFFFF
@@ -76,7 +79,7 @@ class Encoder(Instructions):
     """Writes vector instructions that quantize a source of one type to one element format.
 
     Args:
-        scale: E8M0, NV, IN_FP32 or ZEROED.
+        scale: E8M0, NV, IN_FP32, ZEROED or IN_BF16.
         group: Columns that share a scale; 0 for the whole row.
     """
 
@@ -85,8 +88,8 @@ class Encoder(Instructions):
         self.dtype, self.element, self.scale, self.group = dtype, element, scale, group
         self.size = 4 if dtype == FP32 else 2
         self.per_byte = 1 if element in (E4M3, INT8) else 2
-        self.divides = scale in (IN_FP32, ZEROED)
-        self.scale_size = 4 if self.divides else 1
+        self.divides = scale in (IN_FP32, ZEROED, IN_BF16)
+        self.scale_size = {IN_FP32: 4, ZEROED: 4, IN_BF16: 2}.get(scale, 1)
         self.groups = min(LANES, 512 // group) if group else 1  # That are worked on together.
         self.lowest = -7.0  # Of int4.
 
@@ -176,10 +179,29 @@ class Encoder(Instructions):
             return value
         if self.dtype == FP16:
             return b.fpext(b.fptrunc(value, vector(HALF)), vector(FLOAT))
+        return self.through_bfloat(value)
+
+    def through_bfloat(self, value: Any) -> Any:
+        b = self.b
         bits = b.bitcast(value, vector(I32))
         odd = b.and_(b.lshr(bits, splat(I32, 16)), splat(I32, 1))
         rounded = b.add(b.add(bits, splat(I32, 0x7FFF)), odd)
         return b.bitcast(b.and_(rounded, splat(I32, -0x10000)), vector(FLOAT))
+
+    def as_stored(self, scale: Any) -> Any:
+        """Scales, not negative, as what is stored stands for: see `WeightFormat.stored`."""
+        if self.scale != IN_BF16:
+            return scale
+        b = self.b
+        rounded = b.bitcast(self.through_bfloat(scale), vector(I32))
+        vanished = b.and_(b.icmp_signed("==", rounded, splat(I32, 0)), b.fcmp_ordered("!=", scale, splat(FLOAT, 0.0)))
+        return b.bitcast(b.select(vanished, splat(I32, 0x10000), rounded), vector(FLOAT))
+
+    def in_memory(self, scale: Any) -> Any:
+        """What `scales` gives for 16 groups, as it is stored."""
+        if self.scale != IN_BF16:
+            return scale
+        return self.b.trunc(self.b.lshr(self.b.bitcast(scale, vector(I32)), splat(I32, 16)), vector(I16))
 
     def through_quotient(self, value: Any) -> Any:
         """The same where what is below 2^-126 does not matter: rounded in the last places of a larger float."""
@@ -194,7 +216,7 @@ class Encoder(Instructions):
 
     def scales(self, amax: Any, gain: Any) -> tuple[Any, Any]:
         """What is stored for 16 groups, and what their elements are to be multiplied with, or divided by if the scale
-        is IN_FP32. `gain` is the address of the matrix's gain and of its inverse."""
+        is a float. `gain` is the address of the matrix's gain and of its inverse."""
         b = self.b
         if self.scale == E8M0:
             if self.element == E2M1:
@@ -220,6 +242,7 @@ class Encoder(Instructions):
             scale = self.through(scale)
         if self.element == E4M3:
             scale = self.at_least(scale, CHANNEL_FLOOR)
+        scale = self.as_stored(scale)
         # What is divided by infinity is 0, as data is where the scale is 0.
         zero = b.fcmp_ordered("==", scale, splat(FLOAT, 0.0))
         return scale, b.select(zero, splat(FLOAT, float("inf")), scale)
@@ -493,7 +516,7 @@ class Encoder(Instructions):
         b, columns = self.b, self.groups * self.group
         count = b.udiv(b.add(cols, int64(self.group - 1)), int64(self.group))
         stored = self.room(LANES * self.scale_size)
-        memory = [self.room(64) for _ in range({IN_FP32: 2, ZEROED: 3}.get(self.scale, 1))]
+        memory = [self.room(64) for _ in range({IN_FP32: 2, IN_BF16: 2, ZEROED: 3}.get(self.scale, 1))]
 
         def work(index: Any, here: Any, out: Any, is_last: Any) -> None:
             starts = [b.add(here, int64(g * self.group * self.size)) for g in range(self.groups)]
@@ -505,6 +528,7 @@ class Encoder(Instructions):
                 found = [self.largest(start, self.group) for start in starts]
                 amax = self.as_floats(self.across(found))
                 scale, factor = self.choose(here, amax, *self.scales(amax, gain), gain)
+            scale = self.in_memory(scale)
             first = b.mul(index, int64(self.groups))
             target = self.at(scales, first, self.scale_size)
             with b.if_else(is_last) as (partly, wholly):

@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from ..formats import E4M3_MAX, LOWEST, SEARCHES
-from .encoders import _ROUND, E8M0, IN_FP32, NV, Encoder
+from .encoders import _ROUND, E8M0, IN_BF16, IN_FP32, NV, Encoder
 from .instructions import (
     CHUNK,
     E2M1,
@@ -36,6 +36,7 @@ _BY_KIND = {
     (E2M1, E8M0): "mxfp4",
     (E4M3, E8M0): "mxfp8",
     (INT4, IN_FP32): "int4_per_group",
+    (INT4, IN_BF16): "int4_per_group_32",
     (INT8, IN_FP32): "int8_per_channel",
     (E4M3, IN_FP32): "fp8_per_channel",
 }

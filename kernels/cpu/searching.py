@@ -16,7 +16,7 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import E4M3_MAX, SEARCHES, WeightFormat
-from .encoders import BLOCK, E8M0, IN_FP32, NV
+from .encoders import BLOCK, E8M0, IN_BF16, IN_FP32, NV
 from .errors import Measurer
 from .instructions import (
     CHUNK,
@@ -52,7 +52,7 @@ class Searcher(Measurer):
 
     def candidate(self, number: float, amax: Any, scale: Any, factor: Any, gain: Any) -> tuple[Any, Any, Any, Any]:
         b = self.b
-        if self.scale == IN_FP32:
+        if self.scale in (IN_FP32, IN_BF16):
             if number != 1.0:
                 plain = b.fdiv(amax, splat(FLOAT, {INT8: 127.0, INT4: 7.0, E4M3: E4M3_MAX}[self.element]))
                 if self.element == E4M3:
@@ -60,7 +60,7 @@ class Searcher(Measurer):
                 scale = b.fmul(plain, splat(FLOAT, abs(number)))
                 if self.element == INT8:
                     scale = self.through(scale)
-                factor = scale
+                factor = scale = self.as_stored(scale)
             bits = b.bitcast(scale, vector(I32))
             there = b.and_(
                 b.icmp_unsigned(">=", bits, splat(I32, 0x00800000)),
@@ -99,7 +99,7 @@ class Searcher(Measurer):
             better = b.and_(b.and_(may, there), b.fcmp_ordered("<", error, least))
             least = b.select(better, error, least)
             bits, factor = b.select(better, code, bits), b.select(better, divisor, factor)
-        if self.scale == IN_FP32:
+        if self.scale in (IN_FP32, IN_BF16):
             return b.bitcast(bits, vector(FLOAT)), factor
         if self.scale == NV:
             factor = b.select(may, b.fdiv(splat(FLOAT, 1.0), factor), plain[1])
@@ -154,7 +154,7 @@ class Searcher(Measurer):
         """Of each candidate the sums of 16 groups, of 4-bit elements. Takes candidates out of `found` that clip too
         much."""
         b, times = self.b, 4.0 * self.resolution
-        inverse = self.inverse(factor) if self.scale == IN_FP32 else factor
+        inverse = self.inverse(factor) if self.scale in (IN_FP32, IN_BF16) else factor
         units = self.space(64)
         self.store(inverse, units)
         most = b.fmul(amax, inverse)
@@ -201,7 +201,8 @@ class Searcher(Measurer):
             end = b.bitcast(fixed[0], kind)
             for word in fixed[1:]:
                 end = self.call(f"llvm.{which}.v{CHUNK}i16", kind, end, b.bitcast(word, kind))
-            for step in (1, 2, 4):  # The halves of a lane, and the four lanes of a group.
+            # The halves of a lane, and where a group has four lanes, those.
+            for step in (1, 2, 4) if self.groups == 4 else (1,):
                 other = self.shuffle(end, end, [at ^ step for at in range(CHUNK)])
                 end = self.call(f"llvm.{which}.v{CHUNK}i16", kind, end, other)
             ends.append(end)

@@ -14,10 +14,10 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 
 from ..formats import WeightFormat
-from .decoders import BYTES, PER_ROW
+from .decoders import PER_ROW
 from .instructions import CHUNK, FLOAT, I16, I32, INT8, LANES, int64, splat, vector
 from .orders import Order, order_of
-from .stripes import CHUNKS, SINGLES, StripeDecoder, width_of
+from .stripes import CHUNKS, MADE_FLOATS, SINGLES, StripeDecoder, width_of
 
 TILE = 16  # Rows of x that are lanes.
 TILE_ROWS = 2 * TILE  # Of the weight, that are multiplied in one go.
@@ -64,7 +64,7 @@ class SingleDecoder(StripeDecoder):
 
             self.chunks(cols, codes, step, width)
 
-        if self.scale == BYTES:
+        if self.scale in MADE_FLOATS:
             self.in_parts(part, 1, [codes], [scales], [out], cols, 4 * width)
         else:
             part([codes], lambda r, stripe: self.float_scale(scales, stripe), [out], cols)

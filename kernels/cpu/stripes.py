@@ -24,7 +24,7 @@ from numba import types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
 from ..formats import WeightFormat
-from .decoders import AHEAD, BYTES, DOUBLE, E2M1_VALUES, FLOATS, PER_ROW, STRIPE
+from .decoders import AHEAD, BYTES, DOUBLE, E2M1_VALUES, FLOATS, PER_ROW, SCALE_BYTES, SHORTS, STRIPE
 from .instructions import (
     CHUNK,
     E2M1,
@@ -54,7 +54,8 @@ CHUNKS, SINGLES, PAIRS, WORDS = range(4)
 
 # Stored powers of two up to these are scales that `quick_row` can subtract; see `_bfloat_bits`.
 QUICK_SCALES = {E4M3: 245, E2M1: 252}
-_PART = 2048  # Columns whose scales are made floats at a time.
+_PART = 2048  # Columns whose scales are made floats at a time,
+MADE_FLOATS = BYTES, SHORTS  # which these are.
 ONE = {16: 56, 32: 127}  # The code of a scale of 1, by group: of e4m3 and e8m0. A table has the matrix's gain there.
 
 
@@ -243,7 +244,7 @@ class StripeDecoder(WordDecoder):
 
             self.chunks(cols, codes, step, width)
 
-        if self.scale == BYTES:
+        if self.scale in MADE_FLOATS:
             self.in_parts(part, rows, codes, scales, xs, cols, x_size)
         else:
             part(codes, lambda r, stripe: self.float_scale(scales[r], stripe), xs, cols)
@@ -276,10 +277,10 @@ class StripeDecoder(WordDecoder):
             there = b.sub(groups, first_group)
             here = b.select(b.icmp_signed("<", there, int64(count)), there, int64(count))
             for r in range(rows):
-                row = b.add(scales[r], first_group)
+                row = self.at(scales[r], first_group, SCALE_BYTES[self.scale])
                 with cgutils.for_range(b, b.udiv(b.add(here, int64(LANES - 1)), int64(LANES))) as inner:
                     at = b.mul(inner.index, int64(LANES))
-                    floats = self._scales(b.add(row, at), b.sub(here, at))
+                    floats = self._scales(self.at(row, at, SCALE_BYTES[self.scale]), b.sub(here, at))
                     place = b.add(kept_at, b.mul(b.add(at, int64(r * count)), int64(4)))
                     self.store(floats, place, 64)
 
@@ -295,21 +296,25 @@ class StripeDecoder(WordDecoder):
             part(at_codes, factors, at_xs, here_cols)
 
     def _scales(self, address: Any, count: Any) -> Any:
-        """Sixteen scales of one byte as floats, without the matrix's gain; where there are fewer, any numbers."""
+        """Sixteen scales of one byte, or two, as floats, without the matrix's gain; of fewer the rest are any."""
         b = self.b
-        raw = cgutils.alloca_once(b, vector(I8))
+        bits = 8 * SCALE_BYTES[self.scale]
+        kind = vector(ir.IntType(bits))
+        raw = cgutils.alloca_once(b, kind)
         with b.if_else(b.icmp_signed(">=", count, int64(LANES)), likely=True) as (whole, end):
             with whole:
-                b.store(self.load(address, vector(I8)), raw)
+                b.store(self.load(address, kind), raw)
             with end:
                 lanes = ir.Constant(vector(I64), list(range(LANES)))
                 many = b.insert_element(ir.Constant(vector(I64), ir.Undefined), count, ir.Constant(I32, 0))
                 mask = b.icmp_signed("<", lanes, self.shuffle(many, many, [0] * LANES))
-                pointer = b.inttoptr(address, vector(I8).as_pointer())
-                name = "llvm.masked.load.v16i8.p0"
-                some = self.call(name, vector(I8), pointer, ir.Constant(I32, 1), mask, splat(I8, 0))
+                pointer = b.inttoptr(address, kind.as_pointer())
+                name = f"llvm.masked.load.v16i{bits}.p0"
+                some = self.call(name, kind, pointer, ir.Constant(I32, 1), mask, splat(kind.element, 0))
                 b.store(some, raw)
         raw = b.load(raw)
+        if self.scale == SHORTS:
+            return b.bitcast(b.shl(b.zext(raw, vector(I32)), splat(I32, 16)), vector(FLOAT))
         if (
             self.group == CHUNK
         ):  # e8m0: its code is a float's exponent; that of 2^-127 is a denormal's, of NaN infinity's.

@@ -24,7 +24,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 
 from ..formats import SEARCHES, WeightFormat
 from .compiling import Once, compiled
-from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, STRIPE, UNITS, ZEROED, decode_row
+from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, SCALE_BYTES, SHORTS, STRIPE, UNITS, ZEROED, decode_row
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, float32s, int64s, take, uint8s
 from .searching import add_block_errors, search_row
@@ -109,7 +109,7 @@ def _kind(fmt: WeightFormat) -> tuple[int, int, int]:
         return element, PER_ROW, 0
     if fmt.has_zero_point:
         return element, ZEROED, fmt.block[1]
-    return element, BYTES if fmt.scale_dtype.itemsize == 1 else FLOATS, fmt.block[1]
+    return element, {1: BYTES, 2: SHORTS, 4: FLOATS}[fmt.scale_dtype.itemsize], fmt.block[1]
 
 
 def product_loop(fmt: WeightFormat, way: int) -> Loop:
@@ -199,7 +199,7 @@ def _tile_loop(element: int, scale: int, group: int, unit: int) -> Loop:
     chunk_size = 2048 if single else 1024  # Of 16 rows of x.
     gain = 4 * ONE[group] if single and scale == BYTES else 0  # Where the table has it.
     largest = QUICK_SCALES.get(element, 0)
-    width = 1 if scale == BYTES else 4
+    width = SCALE_BYTES[scale]
     per_byte = 1 if element in (E4M3, INT8) else 2
 
     def loop(pointer):

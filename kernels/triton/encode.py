@@ -261,6 +261,25 @@ def word_zero(word):
 
 
 @triton.jit
+def bf16_step(step):
+    """fp32, not negative → fp32 that bfloat16 holds: the nearest, half to even, and 0 only of 0."""
+    bits = step.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where((rounded == 0) & (bits != 0), 0x10000, rounded).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bf16_bits(step):
+    """fp32 that bfloat16 holds → its bits, int16."""
+    return (step.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+
+
+@triton.jit
+def of_bf16_bits(bits):
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def power_of_two(exponent):
     """Biased exponent (int32, 0 to 254) → fp32 power of two; 0 gives 2^-127."""
     return tl.where(exponent == 0, 0x400000, exponent << 23).to(tl.float32, bitcast=True)

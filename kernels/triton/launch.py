@@ -30,14 +30,16 @@ def codes(qdata: torch.Tensor) -> torch.Tensor:
 
 
 def scales(scale: torch.Tensor) -> torch.Tensor:
-    """As `codes` for scales that are one byte each."""
-    return scale if scale.itemsize > 1 else scale.view(torch.uint8)
+    """As `codes` for scales that are one byte each; those in bfloat16 as their bits."""
+    return scale if scale.itemsize > 2 else scale.view(torch.int16 if scale.itemsize == 2 else torch.uint8)
 
 
 def scale_kind(fmt: WeightFormat) -> str:
     """SCALE of the kernels for groups: how a scale is stored."""
     if fmt.has_zero_point:
         return "word"
+    if fmt.scale_dtype == torch.bfloat16:
+        return "bf16"
     return "e8m0" if fmt.has_e8m0_scale else "e4m3" if fmt.has_global_scale else "fp32"
 
 

@@ -1,10 +1,10 @@
-"""One scale per row and group of columns: mxfp8, mxfp4 (32 columns), nvfp4 (16), int4 (128). See ../formats.py.
+"""One scale per row and group of columns: mxfp8, mxfp4 (32 columns), nvfp4 (16), int4 (128, or 32). See ../formats.py.
 
 Two 4-bit codes leave in one byte, the first in the low nibble. nvfp4 needs the largest magnitude of each matrix first,
 which per_tensor's kernel finds; the others are one launch.
 
 Roofline: a group is read once and stays in registers, so per element 2 bytes read (bf16) + 1 or 1/2 written, and one
-scale (1 byte, 4 for int4) per group. nvfp4 reads twice.
+scale (1 byte; for int4 4, or 2 in bfloat16) per group. nvfp4 reads twice.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -21,6 +21,8 @@ from ..formats import WeightFormat
 from ..parts import Parts
 from . import launch, per_tensor, searching
 from .encode import (
+    bf16_bits,
+    bf16_step,
     bring_within,
     decode,
     decode_element,
@@ -29,6 +31,7 @@ from .encode import (
     encode_e2m1_pairs,
     encode_element,
     encode_from_zero,
+    of_bf16_bits,
     power_of_two,
     reciprocal_or_zero,
     restore,
@@ -147,7 +150,9 @@ def quantize_kernel(
         if len(CANDIDATES) > 0:
             finite = without_nonfinite(value, dirty)
             step = best_of_group(finite, amax, step, 1.0, ELEMENT, SCALE, CAST, CANDIDATES, RESOLUTION, LIMIT)
-        tl.store(s, step, mask=row < rows)
+        elif SCALE == "bf16":
+            step = bf16_step(step)
+        tl.store(s, bf16_bits(step) if SCALE == "bf16" else step, mask=row < rows)
     bounded = value
     if (ELEMENT != "e4m3") & dirty:
         bounded = without_nan(bring_within(value, tl.abs(step), SCALE == "e8m0"))
@@ -204,6 +209,8 @@ def dequantize_kernel(
         step = decode(scale, CAST) * tl.load(g + expert)
     elif SCALE == "word":
         step = word_step(scale)
+    elif SCALE == "bf16":
+        step = of_bf16_bits(scale)
     else:
         step = scale
     q += expert * q_e + row * q_n

@@ -19,7 +19,7 @@ import triton.language as tl
 from ..formats import WeightFormat
 from ..parts import Parts
 from . import launch
-from .encode import decode, decode_element, narrow, power_of_two, restore, word_step, word_zero
+from .encode import decode, decode_element, narrow, of_bf16_bits, power_of_two, restore, word_step, word_zero
 from .per_group import unpack
 
 MOST_ROWS = 32
@@ -70,6 +70,8 @@ def product_kernel(
                 step = decode(scale, CAST) * whole
             elif SCALE == "word":
                 step = word_step(scale)
+            elif SCALE == "bf16":
+                step = of_bf16_bits(scale)
             else:
                 step = scale
             value = tl.reshape(decode_element(code, ELEMENT, CAST), (BN, BK // SPAN, SPAN))

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..formats import SEARCHES, WeightFormat
 from .encode import (
+    bf16_step,
     decode,
     decode_element,
     divide_or_zero,
@@ -93,7 +94,11 @@ def best_of_group(
     ELEMENT: tl.constexpr, SCALE: tl.constexpr, CAST: tl.constexpr,
     CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Finite elements `[T, G]`, their amax and plain scale `[T, 1]` → the scale to store."""
+    """Finite elements `[T, G]`, their amax and plain scale `[T, 1]` (of bfloat16 before it is rounded) → the scale to
+    store."""
+    exact = plain
+    if SCALE == "bf16":
+        plain = bf16_step(plain)
     plain_step = group_step(plain, whole, SCALE, CAST)
     UNIT: tl.constexpr = int(RESOLUTION)
     may = amax == amax
@@ -108,8 +113,10 @@ def best_of_group(
         turn = tl.where(tl.max(fixed, 1, keep_dims=True) + tl.min(fixed, 1, keep_dims=True) > 0, -1, 1)
     best = plain
     for i in tl.static_range(len(CANDIDATES)):
-        if SCALE == "fp32":
-            scale = plain * (CANDIDATES[i] if CANDIDATES[i] > 0 else -CANDIDATES[i])
+        if SCALE == "fp32" or SCALE == "bf16":
+            scale = exact * (CANDIDATES[i] if CANDIDATES[i] > 0 else -CANDIDATES[i])
+            if SCALE == "bf16":
+                scale = bf16_step(scale)
             there = is_normal(scale)
         else:
             scale = plain + CANDIDATES[i]
@@ -123,7 +130,7 @@ def best_of_group(
         else:
             ratio = rounded(tl.minimum(tl.math.div_rn(plain_step, step) * 8192.0, 32767.0))
             there = there & (((most * ratio + 16384) >> 15) <= int(LIMIT * RESOLUTION))
-            if SCALE == "fp32" and CANDIDATES[i] < 0:
+            if (SCALE == "fp32" or SCALE == "bf16") and CANDIDATES[i] < 0:
                 ratio *= turn
                 scale *= turn.to(tl.float32)
             off = distance((fixed * ratio + 16384) >> 15, ELEMENT, UNIT)

@@ -75,6 +75,15 @@ ZERO = Entry(_to_zeros, _from_zeros, rows=_ROWS_IN_WORD)
 GAIN = Entry(lambda w, rows: w.parts()[2].reciprocal(), lambda t, fmt, shape: t.float().reciprocal(), shared=True)
 
 
+def require_held(module: str, given: torch.Tensor, held: torch.Tensor, fmt: WeightFormat) -> None:
+    """Raises CheckpointError for scales in a file that the format rounds."""
+    if held.dtype == torch.bfloat16 and not given.is_meta and not torch.equal(held.flatten(), given.flatten()):
+        raise CheckpointError(
+            f"{module}: has scales in {given.dtype} that bfloat16 does not hold, in which {fmt.name} stores them. "
+            "Quantize it anew: online_quant takes such files as a source"
+        )
+
+
 def word(module: str, step: torch.Tensor, zero: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """Scale words. Raises CheckpointError for scales that they do not hold."""
     found = fmt.word(step, zero)

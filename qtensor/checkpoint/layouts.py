@@ -25,19 +25,21 @@ from ..schemes.scheme import (
     fp8_per_tensor,
     int4_asymmetric,
     int4_per_group,
+    int4_per_group_32,
     int8_per_channel,
     mxfp4,
     mxfp8,
     nvfp4,
 )
 from ..tensor.qtensor import QTensor, empty
-from .entries import ELEMENTS, GAIN, ONE_SCALE, SCALE, SHAPE, STEP, WORDS, ZERO, Entry, word
+from .entries import ELEMENTS, GAIN, ONE_SCALE, SCALE, SHAPE, STEP, WORDS, ZERO, Entry, require_held, word
 from .targets import Targets
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 PRODUCER = {"name": "qtensor"}
 """Says in config.json who wrote the folder, in the form that vLLM looks into; other readers pass over the key."""
 Spec = tuple[torch.dtype, tuple[int, ...]]
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Layout:
             if name not in tensors:
                 raise CheckpointError(f"{module}: is quantized, and the checkpoint has no {module}.{name}")
             held = tensors[name]
-            wide = (torch.float32, torch.bfloat16, torch.float16) if wanted == torch.float32 else (wanted,)
+            wide = _FLOATS if wanted in (torch.float32, torch.bfloat16) else (wanted,)
             if held.dtype not in wide or (name == self.data and held.dim() != 2):
                 raise CheckpointError(
                     f"{module}.{name} is {held.dtype} {list(held.shape)}; {self.scheme.name} stores {wanted}"
@@ -113,6 +115,7 @@ class Layout:
                 )
         decoded = ((entry.decode, tensors[name]) for name, entry in self.entries.items())
         found = [decode(tensor, fmt, shape) for decode, tensor in decoded if decode is not None]
+        require_held(module, tensors[self.scale], found[1], fmt)
         parts = Parts(found[0], word(module, found[1], found[2], fmt)) if fmt.has_zero_point else Parts(*found)
         return QTensor(parts.qdata, parts.scale, self.scheme, dtype, global_scale=parts.global_scale, cols=shape[1])
 
@@ -170,6 +173,12 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
             int4_per_group,
             _PACKED_INT,
             _INT4_GROUPS,
+            packing=("pack-quantized",) * 2,
+        ),
+        Layout(
+            int4_per_group_32,
+            _PACKED_INT,
+            {**_INT4_GROUPS, "group_size": 32},
             packing=("pack-quantized",) * 2,
         ),
         Layout(

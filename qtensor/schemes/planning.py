@@ -38,6 +38,7 @@ EXPECTED_SQNR = {
     "nvfp4": 20.4,
     "int8_per_channel": 40.8,
     "int4_per_group": 18.6,
+    "int4_per_group_32": 20.3,
     "int4_asymmetric": 19.9,
     "fp8_per_channel:searched": 31.7,
     "fp8_per_block:searched": 31.6,
@@ -46,6 +47,7 @@ EXPECTED_SQNR = {
     "nvfp4:searched": 21.7,
     "int8_per_channel:searched": 40.9,
     "int4_per_group:searched": 19.9,
+    "int4_per_group_32:searched": 21.6,
 }
 """In dB, of normally distributed weights (`tests/test_planning.py` measures them)."""
 SENSITIVITY = {

@@ -13,6 +13,7 @@ from ..kernels import (
     FP8_PER_TENSOR,
     INT4_ASYMMETRIC,
     INT4_PER_GROUP,
+    INT4_PER_GROUP_32,
     INT8_PER_CHANNEL,
     MXFP4,
     MXFP8,
@@ -136,6 +137,7 @@ mxfp4 = Scheme(MXFP4, "none")
 nvfp4 = Scheme(NVFP4, "none")
 int8_per_channel = Scheme(INT8_PER_CHANNEL, "none")
 int4_per_group = Scheme(INT4_PER_GROUP, "none")
+int4_per_group_32 = Scheme(INT4_PER_GROUP_32, "none")
 int4_asymmetric = Scheme(INT4_ASYMMETRIC, "none")
 
 SEARCHED = ":searched"
@@ -148,6 +150,7 @@ _NAMED = (
     nvfp4,
     int8_per_channel,
     int4_per_group,
+    int4_per_group_32,
     int4_asymmetric,
 )
 SCHEMES: dict[str, Scheme] = {s.name: s for s in _NAMED} | {"fp8": fp8}

@@ -109,8 +109,8 @@ class IntegerSource(Source):
         limit = _LIMITS.get((fmt.element, fmt.granularity))
         if not coarser or limit is None:
             return None
-        if largest <= limit:
-            return "unit"
+        if largest <= limit:  # Whether bfloat16 has the scales, these tell.
+            return "matrix" if fmt.scale_dtype == torch.bfloat16 else "unit"
         return "matrix" if self.symmetric is None and largest <= 2 * limit and fmt.element != "e4m3" else None
 
     def move(self, parts: Mapping[str, torch.Tensor], shape: Matrix, fmt: WeightFormat) -> Parts | None:
@@ -135,6 +135,8 @@ class IntegerSource(Source):
                 integers = found.centred()
             if integers.numel() and (int(integers.min()) < -limit or int(integers.max()) > limit - (limit != 16)):
                 return None
+            if not torch.equal(scales.to(fmt.scale_dtype).to(scales.dtype), scales):
+                return None
             if fmt.granularity == "group":
                 index = torch.arange(moved.scale.shape[1], dtype=torch.int64, device=scales.device) * fmt.block[1]
                 scales = scales.index_select(1, index // (self.width or max(cols, 1)))
@@ -147,15 +149,14 @@ class IntegerSource(Source):
         return moved
 
     def never_moves(self, parts: Mapping[str, torch.Tensor], fmt: WeightFormat) -> bool:
-        if not fmt.has_zero_point:
-            return False
         scales = parts[self.scale].float()
-        return not torch.equal(fmt.step(fmt.word(scales, torch.zeros_like(scales))), scales)
+        held = fmt.word(scales, torch.zeros_like(scales)) if fmt.has_zero_point else scales.to(fmt.scale_dtype)
+        return not torch.equal(fmt.step(held), scales)
 
 
 _LIMITS = {("int4", "group"): 8, ("int8", "channel"): 128, ("e4m3", "channel"): 16}
-"""Of formats with a scale in fp32 for each row, or group of a row: the integers from minus this on that they have, up
-to one less; e4m3 has 16, too."""
+"""Of formats with a float for a scale of each row, or group of a row: the integers from minus this on that they have,
+up to one less; e4m3 has 16, too."""
 _MIDDLE = 8
 _ROWS = 128
 """Moved at a time, so that the integers, of two bytes each, stay few."""

@@ -57,7 +57,7 @@ def test_it_compiles_few_kernels(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(gpu, "get_current_target", lambda: SimpleNamespace(backend="cuda", arch=89, warp_size=32))
         failures = bench("kernel_speed").check(torch.device("cpu"), TRITON)
     assert {name for name in FORMATS if any(name in failure for failure in failures)} == set(FORMATS)
-    assert 30 < len(compiled) < 65
+    assert 30 < len(compiled) < 70
 
 
 @at_length

@@ -120,6 +120,8 @@ def check_dequantize(
     scale = torch.rand(fmt.scale_shape(shape), generator=generator) * 10.0 ** (seed % 9 - 4)
     if fmt.has_zero_point:
         scale = fmt.word(scale, torch.randint(-8, 8, scale.shape, generator=generator))
+    elif fmt.scale_dtype == torch.bfloat16:
+        scale = scale.bfloat16()
     elif fmt.scale_dtype != torch.float32:
         scale = torch.randint(0, 127, scale.shape, generator=generator, dtype=torch.uint8).view(fmt.scale_dtype)
     whole = fmt.global_scale_shape(shape)

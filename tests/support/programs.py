@@ -14,6 +14,7 @@ from qtensor import (
     fp8_per_tensor,
     int4_asymmetric,
     int4_per_group,
+    int4_per_group_32,
     int8_per_channel,
     mxfp4,
     mxfp8,
@@ -22,7 +23,7 @@ from qtensor import (
 from qtensor.schemes.scheme import Scheme
 
 Box = tuple[tuple[int, int], ...]
-_ROW_WISE = (fp8_per_channel, mxfp8, mxfp4, int8_per_channel, int4_per_group)
+_ROW_WISE = (fp8_per_channel, mxfp8, mxfp4, int8_per_channel, int4_per_group, int4_per_group_32)
 PLAIN = (*_ROW_WISE, fp8_per_block, fp8_per_tensor, nvfp4)
 RECIPES = tuple(scheme.by_recipe("compressed-tensors") for scheme in (int8_per_channel, mxfp8, fp8_per_block, nvfp4))
 ROW_WISE = (*_ROW_WISE, int4_asymmetric, *(scheme.searched() for scheme in _ROW_WISE), *RECIPES[:2])

@@ -112,7 +112,7 @@ def test_int8_activations_by_int8_weights() -> None:
 
 @given(
     chip=st.sampled_from([80, 90]),
-    name=st.sampled_from(["mxfp8", "mxfp4", "nvfp4", "int8_per_channel", "int4_per_group"]),
+    name=st.sampled_from(["mxfp8", "mxfp4", "nvfp4", "int8_per_channel", "int4_per_group", "int4_per_group_32"]),
     rows=st.integers(1, 200),
     groups=st.integers(1, 3),
 )

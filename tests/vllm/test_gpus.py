@@ -175,6 +175,7 @@ def test_a_refusal_of_experts(chip: Chip, name: str, problem: str) -> None:
         ("nvfp4", 40, torch.bfloat16, "no multiple of 16"),
         ("int8_per_channel", 42, torch.bfloat16, "no multiple of 4"),
         ("int4_per_group", 192, torch.bfloat16, "no multiple of 128"),
+        ("int4_per_group_32", 48, torch.bfloat16, "no multiple of 32"),
         ("mxfp4", 64, torch.float32, "dtype='bfloat16'"),
     ],
 )

@@ -114,7 +114,13 @@ def test_files_follow_vllms_formulas(scheme, format, tmp_path):
         assert "lm_head" in understood.ignore
 
 
-INT4 = ("int4_per_group", "int4_per_group:searched", "int4_per_group:compressed-tensors", "int4_asymmetric")
+INT4 = (
+    "int4_per_group",
+    "int4_per_group:searched",
+    "int4_per_group:compressed-tensors",
+    "int4_per_group_32:searched",
+    "int4_asymmetric",
+)
 
 
 @pytest.mark.parametrize("scheme", INT4)
@@ -137,6 +143,7 @@ CLASSES = {
     "nvfp4": "CompressedTensorsW4A4Fp4",
     "int8_per_channel": "CompressedTensorsWNA16",
     "int4_per_group": "CompressedTensorsWNA16",
+    "int4_per_group_32": "CompressedTensorsWNA16",
     "int4_asymmetric": "CompressedTensorsWNA16",
 }
 _PACKAGE = "vllm.model_executor.layers.quantization.compressed_tensors.schemes"
@@ -174,7 +181,8 @@ def test_vllms_parameters_are_the_tensors_in_the_files(scheme, tmp_path, monkeyp
         input_size=cols,
         output_partition_sizes=[rows],
         input_size_per_partition=cols,
-        params_dtype=torch.float32,  # vLLM keeps the scales of integers in the model's own dtype.
+        # vLLM keeps the scales of integers in the model's own dtype.
+        params_dtype=torch.bfloat16 if scheme.startswith("int4_per_group_32") else torch.float32,
         weight_loader=SimpleNamespace(),
     )
     prefix = "model.layers.0.mlp.down_proj."
