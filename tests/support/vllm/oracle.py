@@ -16,7 +16,8 @@ _PARTS = {
 
 
 _CUT_BY_COLUMN = ("o_proj", "down_proj")
-_BYTES = {1: torch.uint8, 4: torch.int32}  # Integers of the size of an element: fp8 has few operations on a CPU.
+# Integers of the size of an element: fp8 has few operations on a CPU.
+_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def fused(tensors: dict[str, torch.Tensor], name: str, rank: int = 0, ranks: int = 1) -> torch.Tensor:
