@@ -9,9 +9,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -198,13 +195,6 @@ def keep_plain_reload_record(
     recorded[name] = sanitize_layer_refs(plain, layer)
 
 
-def add_worker_method(name: str, function: Any) -> None:
-    """Make `collective_rpc(name)` answer on every kind of worker."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    setattr(WorkerBase, name, function)
-
-
 def shield_llvmlite() -> None:
     """Let a second engine start in a process that has loaded numba.
 
@@ -312,48 +302,6 @@ def attention_layers(model: nn.Module) -> list[Any]:
 def has_let_go_of_its_source(attention: Any) -> bool:
     """Does this attention layer keep copies of a weight that is gone? Latent attention on a CPU with AMX does."""
     return bool(getattr(attention, "is_amx_bmm_enabled", False))
-
-
-def wrap_layerwise_reload(initialize: Callable[[nn.Module], bool], finalize: Callable[[nn.Module], bool]) -> None:
-    """Ask `initialize(model)` and `finalize(model)` before vLLM's functions of these names run, wherever vLLM calls
-    them; where the answer is True, vLLM's do not run."""
-    layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
-    for name, ours in (("initialize_layerwise_reload", initialize), ("finalize_layerwise_reload", finalize)):
-        original = getattr(layerwise, name)
-        if hasattr(original, "_qtensor"):
-            continue
-        wrapped = _asking_first(original, ours)
-        # Modules that have imported the name hold vLLM's function; the package passes ours on to later ones.
-        for key, module in list(sys.modules.items()):
-            if key.startswith("vllm.") and vars(module).get(name) is original:
-                setattr(module, name, wrapped)
-
-
-def _asking_first(original: Any, ours: Callable[[nn.Module], bool]) -> Any:
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        model = args[0] if args else kwargs["model"]
-        return None if ours(model) else original(*args, **kwargs)
-
-    wrapped._qtensor = True  # type: ignore[attr-defined]
-    return wrapped
-
-
-def wrap_worker(method: str, around: Callable[[Any, Any], AbstractContextManager[None]]) -> None:
-    """Run a method of every worker within `around(worker, first argument)`. A version without it is left alone."""
-    from vllm.v1.worker.gpu_worker import Worker
-
-    inner = getattr(Worker, method, None)
-    if inner is None or hasattr(inner, "_qtensor"):
-        return
-
-    @functools.wraps(inner)
-    def wrapped(worker: Any, *args: Any, **kwargs: Any) -> Any:
-        with around(worker, kwargs.get("weights_iterator", args[0] if args else None)):
-            return inner(worker, *args, **kwargs)
-
-    wrapped._qtensor = True  # type: ignore[attr-defined]
-    setattr(Worker, method, wrapped)
 
 
 def tell_all_ranks(problem: str | None) -> list[str]:

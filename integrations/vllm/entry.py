@@ -20,7 +20,7 @@ from qtensor.callers import outermost_under_construction
 from qtensor.errors import QTensorError
 from qtensor.tensor.checksums import weight_checksums, weight_root
 
-from . import compat, garbage, snapshots
+from . import compat, garbage, hooks, snapshots
 from .incoming import Weights
 from .layers import part_names
 from .load import Load
@@ -71,6 +71,8 @@ def _listen(served: ServedModel) -> None:
     def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> Any:
         if served.incoming.active or (served.open is None and served.report is None):
             return inner(weights, *args, **kwargs)  # The model calls itself, or its load has failed.
+        if served.open is not None and served.open.unsettled:
+            served.open.abort()  # What stopped it before its end has gone, perhaps.
         if served.open is not None:
             return served.open.load_weights(inner, weights, args, kwargs)
         reload = Reload(served, whole_checkpoint=False, one_call=True)
@@ -99,14 +101,16 @@ def _listen_for_the_end(root: nn.Module) -> None:
 
 def _take_over() -> None:
     """Stand in for vLLM's reload, from now on, for models this plugin loads. Safe to call any number of times."""
-    compat.wrap_layerwise_reload(begin, finish)
-    compat.wrap_worker("reload_weights", _one_reload)
-    compat.wrap_worker("finish_weight_update", _end_of_update)
-    compat.add_worker_method("qtensor_report", worker_report)
-    compat.add_worker_method("qtensor_checksums", worker_checksums)
-    compat.add_worker_method("qtensor_root", worker_root)
-    compat.add_worker_method("qtensor_save_snapshot", worker_save_snapshot)
-    compat.add_worker_method("qtensor_abort_update", worker_abort_update)
+    hooks.wrap_layerwise_reload(begin, finish)
+    hooks.before_sparse_patches(_refuse_single_elements)
+    hooks.wrap_worker("init_weight_transfer_engine", _not_by_recorded_copies)
+    hooks.wrap_worker("reload_weights", _one_reload)
+    hooks.wrap_worker("finish_weight_update", _end_of_update)
+    hooks.add_worker_method("qtensor_report", worker_report)
+    hooks.add_worker_method("qtensor_checksums", worker_checksums)
+    hooks.add_worker_method("qtensor_root", worker_root)
+    hooks.add_worker_method("qtensor_save_snapshot", worker_save_snapshot)
+    hooks.add_worker_method("qtensor_abort_update", worker_abort_update)
 
 
 def begin(model: nn.Module) -> bool:
@@ -129,6 +133,28 @@ def finish(model: nn.Module) -> bool:
         raise QTensorError("no reload of this model is open: it was never begun, or an error has ended it; begin anew")
     served.open.finish()
     return True
+
+
+def _refuse_single_elements(model: nn.Module) -> bool:
+    if find_served(model) is not None:
+        raise QTensorError(
+            "qtensor: a sparse update changes single elements of a weight, and what shares a scale with them is known "
+            "here only quantized. Nothing was changed. Send each tensor that has changed whole: by another backend of "
+            "weight_transfer_config (nccl, ipc), or by reload_weights with an iterator of these tensors"
+        )
+    return False
+
+
+@contextlib.contextmanager
+def _not_by_recorded_copies(worker: Any, _: Any) -> Iterator[None]:
+    """The engine sharded_rdt records once where vLLM's loaders copy to, and later writes there by itself."""
+    engine = type(worker.weight_transfer_engine)
+    if engine.__name__.startswith("ShardedRDT") and find_served(worker.model_runner.get_model()) is not None:
+        raise QTensorError(
+            "qtensor: the weight transfer backend sharded_rdt writes past the model's loaders, into memory of its own "
+            "making, and cannot fill quantized weights. Use another one: nccl, ipc or m2n"
+        )
+    yield
 
 
 @contextlib.contextmanager

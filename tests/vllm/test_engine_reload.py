@@ -25,6 +25,8 @@ from qtensor import (
     weight_checksums,
 )
 from qtensor.integrations.vllm import checksums, compat
+from qtensor.integrations.vllm.reload import Reload
+from qtensor.integrations.vllm.served import find_served
 from support.growth import growth
 from support.refits import kernel_calls
 from support.vllm.checkpoints import checkpoint, tensors_of, variant
@@ -304,6 +306,49 @@ class TestPlugin:
         served.collective_rpc("start_weight_update")  # vLLM does not wait for the end of the first one.
         served.collective_rpc("finish_weight_update")
         assert lasting(state(served)) == lasting(before)
+
+    def test_a_failure_that_could_not_be_undone_at_once_is_undone_before_the_next_load(
+        self, served: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = state(served)
+
+        def stopped(*args: Any) -> None:
+            raise MemoryError("no room to go back")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Reload, "roll_back", stopped)
+            with pytest.raises(WeightShapeError) as caught:
+                reload(served, FAULTS["short q_proj"][0]())
+            assert "left between old and new" in caught.value.__notes__[0]
+        (kept,) = served.apply_model(lambda model: find_served(model).open)  # type: ignore[union-attr]
+        assert kept is not None
+        served.apply_model(lambda model: model.load_weights(iter(tensors_of(other("llama")).items())))
+        assert look(served).weights == fresh("llama").weights
+        reload(served, checkpoint("llama"))
+        assert lasting(state(served)) == lasting(before)
+
+    def test_sparse_updates_are_refused_before_anything_changes(self, served: LLM) -> None:
+        patches = pytest.importorskip("vllm.model_executor.model_loader.checkpoint_weight_patch")
+        before = state(served)
+        for name in (Q, "model.norm.weight"):
+            shape, where = tensors_of(checkpoint("llama"))[name].shape, torch.tensor([0, 7], dtype=torch.int32)
+            values = torch.tensor([0.5, -0.5], dtype=torch.bfloat16)
+            patch = patches.CheckpointWeightPatch(name, tuple(shape), torch.bfloat16, values, where)
+            with pytest.raises(QTensorError, match="Send each tensor that has changed whole"):
+                served.apply_model(lambda model, patch=patch: patches.load_checkpoint_weight_patches(model, [patch]))
+            assert state(served) == before
+
+    def test_an_engine_that_writes_past_the_loaders_is_refused(
+        self, served: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engines = pytest.importorskip("vllm.distributed.weight_transfer.sharded_rdt_engine")
+        made = object.__new__(engines.ShardedRDTWeightTransferEngine)
+        worker = served.llm_engine.model_executor.driver_worker.worker
+        monkeypatch.setattr(worker, "weight_transfer_engine", made)
+        before = state(served)
+        with pytest.raises(QTensorError, match="Use another one: nccl, ipc or m2n"):
+            served.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        assert state(served) == before
 
     def test_checksums_are_those_of_the_quantized_fused_weights(self, served: LLM) -> None:
         given = tensors_of(checkpoint("llama"))
