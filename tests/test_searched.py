@@ -158,6 +158,25 @@ def test_loops_for_cpus_choose_what_the_reference_chooses(scheme: Scheme, dtype:
 SIZES = {(33, 1): 1.0, (7, 5): 1e-3, (19, 130): 30.0, (3, 20000): 0.02, (2, 40, 96): 1.0, (700, 512): 0.02}
 
 
+@pytest.mark.parametrize("name", ["int8_per_channel", "int8_per_channel:searched", "fp8_per_channel:searched"])
+def test_loops_take_the_reference_s_side_of_every_border(name: str) -> None:
+    """Rows of two elements in bfloat16: each significand as the larger one, with every smaller number that a code or an
+    error can depend on. The loops round in fewer steps than the reference, which this alone could show."""
+    pytest.importorskip("numba", reason="the numba kernels need the optional extra 'cpu'")
+    numba, fmt = choose(torch.device("cpu"), "numba"), as_scheme(name).format
+    largest = torch.arange(128, 256) / 128.0
+    smaller = (torch.arange(128, 256) / 128.0)[:, None] * 2.0 ** torch.arange(-19, 1)
+    rows = torch.cartesian_prod(largest, smaller.flatten())
+    rows[::3, 1] *= -1
+    source = rows[rows[:, 1].abs() <= rows[:, 0]].bfloat16()
+    ours, wanted = (Parts.of(tuple(source.shape), fmt) for _ in range(2))
+    numba.quantize_into(source, ours, fmt)
+    TORCH.quantize_into(source, wanted, fmt)
+    for part, other in zip(ours, wanted, strict=True):
+        differ = (part.view(torch.uint8) != other.view(torch.uint8)).view(len(source), -1).any(1)
+        assert not differ.any(), source[differ][:5]
+
+
 @schemes
 def test_no_order_of_columns_changes_a_choice(scheme: Scheme) -> None:
     """Sums of integers have none."""

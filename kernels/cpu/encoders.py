@@ -204,13 +204,13 @@ class Encoder(Instructions):
         return self.b.trunc(self.b.lshr(self.b.bitcast(scale, vector(I32)), splat(I32, 16)), vector(I16))
 
     def through_quotient(self, value: Any) -> Any:
-        """The same where what is below 2^-126 does not matter: rounded in the last places of a larger float."""
+        """The same of a quotient of two such numbers, which is never halfway between two others, nor close to a power
+        of two without being it; where what is below 2^-126 does not matter."""
         if self.dtype != BF16:
             return self.through(value)
-        b = self.b
-        binade = b.and_(b.bitcast(value, vector(I32)), splat(I32, 0x7F800000))
-        larger = b.bitcast(b.add(binade, splat(I32, (16 << 23) + 0x400000)), vector(FLOAT))  # 1.5 times 2^16 of it
-        return b.fsub(b.fadd(value, larger), larger)
+        # 2^16 times a value, less the value, is rounded to the places that the result has.
+        moved = self.b.fmul(value, splat(FLOAT, 2.0**16 - 1))
+        return self.fma(value, splat(FLOAT, 2.0**16), self.b.fneg(moved))
 
     # Scales.
 
@@ -352,6 +352,16 @@ class Encoder(Instructions):
             value = b.select(b.fcmp_ordered(order, value, limit), value, limit)
         return b.bitcast(b.fadd(value, splat(FLOAT, _ROUND)), vector(I32))
 
+    def bytes(self, values: list[Any]) -> Any:
+        """A chunk of less than 2^15 in size as rounded int8, at most 127 in size: clamped while there are two in a
+        lane."""
+        b, kind = self.b, vector(I16, CHUNK)
+        even, odd = (b.bitcast(b.fadd(value, splat(FLOAT, _ROUND)), vector(I32)) for value in values)
+        both = b.bitcast(b.or_(b.and_(even, splat(I32, 0xFFFF)), b.shl(odd, splat(I32, 16))), kind)
+        for which, end in (("smin", 127), ("smax", -127)):
+            both = self.call(f"llvm.{which}.v{CHUNK}i16", kind, both, splat(I16, end, CHUNK))
+        return b.trunc(both, vector(I8, CHUNK))
+
     def from_zero(self, value: Any, zero: Any) -> Any:
         """The same, a zero point added to the rounded value."""
         b = self.b
@@ -376,10 +386,10 @@ class Encoder(Instructions):
             values = [self.divided(value, *factors[:2]) for value in values]
         if self.per_byte == 1:
             if self.element == INT8:
-                even, odd = (self.integers(self.through_quotient(value), 127.0, -127.0) for value in values)
-                even = b.and_(even, splat(I32, 0xFF))
-            else:  # `divided` loses the sign of zeros.
-                even, odd = (self.e4m3(value, source) for value, source in zip(values, sources, strict=True))
+                self.store(self.bytes([self.through_quotient(value) for value in values]), codes)
+                return
+            # `divided` loses the sign of zeros.
+            even, odd = (self.e4m3(value, source) for value, source in zip(values, sources, strict=True))
             self.store(b.trunc(b.or_(even, b.shl(odd, splat(I32, 8))), vector(I16)), codes)
             return
         if self.scale == ZEROED:
@@ -419,10 +429,16 @@ class Encoder(Instructions):
         return self.b.ptrtoint(memory, I64)
 
     def pieces(
-        self, source: Any, codes: Any, cols: Any, columns: int, work: Callable[[Any, Any, Any, Any], None]
+        self,
+        source: Any,
+        codes: Any,
+        cols: Any,
+        columns: int,
+        work: Callable[[Any, Any, Any, Any], None],
+        ahead: Any = None,
     ) -> None:
         """work(index, address of the source, of codes, whether these are copies) for each `columns` of a row, the last
-        with zeros behind it; `codes` may be None."""
+        with zeros behind it; `codes` may be None. What is `ahead` bytes on is fetched meanwhile."""
         b, nbytes = self.b, columns // self.per_byte
         whole, left = b.udiv(cols, int64(columns)), b.urem(cols, int64(columns))
         some = b.icmp_signed(">", left, int64(0))
@@ -433,7 +449,7 @@ class Encoder(Instructions):
             is_last = b.icmp_signed("==", loop.index, whole)
             here = b.select(is_last, source_copy, self.at(source, loop.index, columns * self.size))
             for at in range(0, columns * self.size, 64):
-                self.prefetch(b.add(here, int64(at + _AHEAD)))
+                self.prefetch(b.add(here, b.add(ahead or int64(_AHEAD), int64(at))))
             out = None if codes is None else b.select(is_last, codes_copy, self.at(codes, loop.index, nbytes))
             work(loop.index, here, out, is_last)
         if codes is not None:

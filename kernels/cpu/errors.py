@@ -16,6 +16,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from ..formats import E4M3_MAX, LOWEST, SEARCHES
 from .encoders import _ROUND, E8M0, IN_BF16, IN_FP32, NV, Encoder
 from .instructions import (
+    BF16,
     CHUNK,
     E2M1,
     E4M3,
@@ -59,8 +60,10 @@ class Measurer(Encoder):
         self.has_short_vectors, self.has_dots = "+avx512bw" in features, "+avx512vnni" in features
         self.has_byte_tables = "+avx512vbmi" in features
         self.has_fma = not features or "+fma" in features
-        # Elements of e4m3 are counted from the start on; with the largest inverse of a power of two that is no number.
-        self.is_counted = element == E4M3 and scale == IN_FP32 and self.has_fma and self.has_short_vectors
+        # Elements are counted from the start on, but for powers of two, the largest of whose inverses would be infinite
+        # so, and for integers of sources whose quotients may be halfway between two numbers of theirs.
+        counts = scale == IN_FP32 and (element == E4M3 or (element == INT8 and dtype == BF16))
+        self.is_counted = counts and self.has_fma and self.has_short_vectors
 
     def squares(self, total: Any, magnitudes: list[Any], factors: list[Any], exactly: bool) -> Any:
         """Added to a total. Of e4m3, by an inverse, or what `counting` makes of it; of int8, by `factors` as in
@@ -72,11 +75,12 @@ class Measurer(Encoder):
             scaled = [b.fdiv(value, factors[0]) for value in magnitudes]
         else:
             scaled = [self.divided(value, *factors) for value in magnitudes]
-        if self.is_counted:
-            errors = [b.fsub(value, self.nearest_e4m3(value, self.resolution)) for value in scaled]
-            return self.add_squares(total, self.rounded(errors))
+        if self.is_counted and self.element == E4M3:
+            return self.add_squares(total, self.rounded([self.missed_e4m3(value) for value in scaled]))
+        if self.is_counted and not exactly:
+            return self.add_squares(total, self.missed_integers(scaled))
         if self.element == E4M3 and self.has_fma:
-            errors = [b.fsub(value, self.nearest_e4m3(value)) for value in scaled]
+            errors = [self.missed_e4m3(value) for value in scaled]
         else:
             errors = [b.fsub(value, self.nearest(value)) for value in scaled]
         return self.add_squares(total, self.halves([self.counted(error, self.resolution) for error in errors]))
@@ -133,28 +137,45 @@ class Measurer(Encoder):
         upper = ir.Constant(ir.VectorType(ir.IntType(1), count), [0, 1] * CHUNK)
         return b.bitcast(b.select(upper, found, splat(I8, 0, count)), vector(I16, CHUNK))
 
-    def counting(self, inverse: Any) -> Any:
-        """What makes multiples of the resolution of elements, where that is what `squares` takes."""
-        return self.b.fmul(inverse, splat(FLOAT, self.resolution)) if self.is_counted else inverse
+    def counting(self, factor: Any, sign: int = 1) -> Any:
+        """The inverse of a step, in what makes multiples of the resolution, where that is what `squares` takes; with -1
+        the step."""
+        return self.b.fmul(factor, splat(FLOAT, self.resolution**sign)) if self.is_counted else factor
 
-    def rounded(self, values: list[Any]) -> Any:
-        """Two vectors, rounded to integers of 16 bits, in one; in some order."""
+    def rounded(self, values: list[Any], largest: str = "packssdw") -> Any:
+        """Two vectors, rounded to integers of 16 bits, in one; in some order. "packusdw": without a sign."""
         name, mask = "llvm.x86.avx512.mask.cvtps2dq.512", ir.Constant(I16, -1)
         both = [self.call(name, vector(I32), v, splat(I32, 0), mask, ir.Constant(I32, 4)) for v in values]
-        return self.call("llvm.x86.avx512.packssdw.512", vector(I16, CHUNK), *both)
+        return self.call(f"llvm.x86.avx512.{largest}.512", vector(I16, CHUNK), *both)
 
-    def nearest_e4m3(self, value: Any, unit: float = 1.0) -> Any:
-        """As `nearest`, but of two that are as near perhaps the other; in multiples of `unit`.
+    def missed_e4m3(self, value: Any) -> Any:
+        """What the nearest number of four significant bits misses, with either sign; in units of the value.
 
         2^20 times a value, less the value, is rounded to the places that its code has; the sum of both would have
-        others just below a power of two. Values below 2^-6 have the places of that.
+        others just below a power of two. Where two are as near, their squares are the same. Codes below 2^-6 have fewer
+        bits, but nothing below 2^-3 misses a code by half of the resolution.
         """
-        b = self.b
+        near = value
         if self.scale == E8M0:  # Other candidates clip nothing.
-            value = b.select(b.fcmp_ordered("<", value, splat(FLOAT, E4M3_MAX)), value, splat(FLOAT, E4M3_MAX))
-        larger = self.at_least(value, unit * (2.0**-6 + 2.0**-26))
-        moved = self.fma(larger, splat(FLOAT, 2.0**20), b.fneg(value))
-        return self.fma(larger, splat(FLOAT, 2.0**20), b.fneg(moved))
+            is_below = self.b.fcmp_ordered("<", value, splat(FLOAT, E4M3_MAX))
+            near = self.b.select(is_below, value, splat(FLOAT, E4M3_MAX))
+        moved = self.b.fmul(near, splat(FLOAT, 2.0**20 - 1))
+        if near is value:
+            return self.fma(value, splat(FLOAT, 1 - 2.0**20), moved)
+        return self.b.fsub(value, self.fma(near, splat(FLOAT, 2.0**20), self.b.fneg(moved)))
+
+    def missed_integers(self, scaled: list[Any]) -> Any:
+        """Of multiples of the resolution, two vectors, in what the codes miss; in some order. The code is of the value
+        rounded to bfloat16."""
+        b, unit = self.b, self.resolution
+        near = []
+        for value in scaled:
+            # As `through_quotient` does it with 2^16, and in units of one.
+            moved = b.fmul(value, splat(FLOAT, (2.0**16 - 1) / unit))
+            near.append(self.fma(value, splat(FLOAT, 2.0**16 / unit), b.fneg(moved)))
+        codes = self.call(f"llvm.smin.v{CHUNK}i16", vector(I16, CHUNK), self.rounded(near), splat(I16, 127, CHUNK))
+        codes = b.shl(codes, splat(I16, int(unit).bit_length() - 1, CHUNK))
+        return b.sub(self.rounded(scaled, "packusdw"), codes)
 
     def nearest(self, value: Any) -> Any:
         """What the code of a magnitude stands for, in e4m3 or int8."""

@@ -259,19 +259,22 @@ class Searcher(Measurer):
         places = [cgutils.alloca_once(b, kind) for _ in found]
         for place in places:
             b.store(ir.Constant(kind, None), place)
-        inverses = [self.counting(self.inverse(divisor)) for _, divisor, _, _ in found]
+        divisors = [divisor for _, divisor, _, _ in found]
+        inverses = [self.counting(self.inverse(divisor)) for divisor in divisors]
 
         def measure(exactly: bool) -> None:
+            by = divisors if exactly else [self.counting(divisor, -1) for divisor in divisors]
+
             def work(_index: Any, here: Any, _codes: Any, _is_last: Any) -> None:
                 totals = [splat(I32, 0)] * len(found)
                 for column in range(0, _PIECE, CHUNK):
                     values = self.magnitudes(b.add(here, int64(column * self.size)))
-                    for i, (candidate, inverse) in enumerate(zip(found, inverses, strict=True)):
-                        totals[i] = self.squares(totals[i], values, [candidate[1], inverse], exactly)
+                    for i, factors in enumerate(zip(by, inverses, strict=True)):
+                        totals[i] = self.squares(totals[i], values, list(factors), exactly)
                 for place, total in zip(places, totals, strict=True):
                     b.store(b.add(b.load(place), b.zext(total, kind)), place)
 
-            self.pieces(source, None, cols, _PIECE, work)
+            self.pieces(source, None, cols, _PIECE, work, b.mul(cols, int64(self.size)))
 
         self.if_usual(factor, measure)
         sums = []
