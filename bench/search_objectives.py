@@ -237,7 +237,8 @@ def table(runs: dict[str, dict[str, list[dict[str, float]]]]) -> str:
             mean, error = found[scheme][model].get(label, (None, None))
             sign = "" if label == SQUARES else "+"
             cells.append("" if mean is None else f"{100 * mean:{sign}.1f} ± {100 * error:.1f}")
-        lines.append(f"| {label.replace('data', 'squares times squared inputs (data)')} | {' | '.join(cells)} |")
+        said = label.replace("data", "squares times squared inputs (data)").replace("|", "\\|")
+        lines.append(f"| {said} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
