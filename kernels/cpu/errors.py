@@ -142,11 +142,11 @@ class Measurer(Encoder):
         the step."""
         return self.b.fmul(factor, splat(FLOAT, self.resolution**sign)) if self.is_counted else factor
 
-    def rounded(self, values: list[Any], largest: str = "packssdw") -> Any:
+    def rounded(self, values: list[Any], pack: str = "packssdw") -> Any:
         """Two vectors, rounded to integers of 16 bits, in one; in some order. "packusdw": without a sign."""
         name, mask = "llvm.x86.avx512.mask.cvtps2dq.512", ir.Constant(I16, -1)
         both = [self.call(name, vector(I32), v, splat(I32, 0), mask, ir.Constant(I32, 4)) for v in values]
-        return self.call(f"llvm.x86.avx512.{largest}.512", vector(I16, CHUNK), *both)
+        return self.call(f"llvm.x86.avx512.{pack}.512", vector(I16, CHUNK), *both)
 
     def missed_e4m3(self, value: Any) -> Any:
         """What the nearest number of four significant bits misses, with either sign; in units of the value.
