@@ -1,6 +1,6 @@
 """CPU kernels beside what people do without them: quantize and dequantize, one run, one table. Products: products.py.
 
-    python bench/kernels_cpu.py [--quick] [--formats] [--own-time] [--shapes 4096x4096 ...]
+    python bench/kernels_cpu.py [--quick] [--formats | --recipes] [--own-time] [--shapes 4096x4096 ...]
                                 [--out bench/results/kernels_cpu.json]
 
 GB/s counts bytes of the high-precision side: read when quantizing, written when dequantizing. "of memcpy" sets the time
@@ -8,7 +8,8 @@ beside that of a torch copy which reads and writes as many bytes as the kernel m
 All figures are the best of many repetitions, the copy and all candidates taken in turns, so that a busy moment of the
 machine hits them alike. Even so they mean something on an idle machine only: the load average is recorded with them.
 On one that others use, `--own-time` measures what one thread takes of a core. `--formats` has all formats beside
-the reference in plain torch, and leaves out what others do.
+the reference in plain torch, and leaves out what others do; `--recipes` quantizes by other tools' recipes, beside the
+same formats' own formulas and the recipes in plain torch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from qtensor.kernels import (
     FP8_PER_BLOCK,
     FP8_PER_CHANNEL,
     FP8_PER_TENSOR,
+    RECIPES,
     Audit,
     Backend,
     Parts,
@@ -168,6 +171,25 @@ def format_rows(shape: tuple[int, int], budget: float, formats: list[WeightForma
     return table
 
 
+def recipe_rows(shape: tuple[int, int], budget: float) -> list[dict[str, Any]]:
+    """Other tools' recipes, beside the format's own formula, and the reference."""
+    table = []
+    weight = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+    for tool, formats in RECIPES.items():
+        for name, own in formats.items():
+            if own is None:
+                continue
+            plain, fmt = FORMATS[name], replace(FORMATS[name], recipe=own)
+            parts = Parts.of(shape, fmt)
+            calls: dict[str, Call] = {
+                "qtensor numba": partial(numba().quantize_into, weight, parts, fmt),
+                "qtensor numba, own formula": partial(numba().quantize_into, weight, parts, plain),
+                "qtensor torch reference": partial(TORCH.quantize_into, weight, parts, fmt),
+            }
+            table += rows_of(f"quantize {name}:{tool}", shape, calls, budget)
+    return table
+
+
 def rows_of(task: str, shape: tuple[int, int], calls: dict[str, Call], budget: float) -> list[dict[str, Any]]:
     """Measure `calls`, the first of them ours, together with a copy of as many bytes."""
     elements = shape[0] * shape[1]
@@ -244,7 +266,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=8.0, help="seconds per group of candidates")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="weights to quantize")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--formats", action="store_true", help="all formats, beside the reference only")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--formats", action="store_true", help="all formats, beside the reference only")
+    only.add_argument("--recipes", action="store_true", help="other tools' recipes only")
     parser.add_argument("--own-time", action="store_true", help="one thread, and the time it has a core")
     args = parser.parse_args()
     if args.own_time:
@@ -255,13 +279,16 @@ def main() -> None:
     torch.manual_seed(0)
     budget = 0.5 if args.quick else args.budget
     load_before = os.getloadavg()[0]
-    first_call = {} if args.formats else warm_up()
+    first_call = {} if args.formats or args.recipes else warm_up()
     table: list[dict[str, Any]] = []
     shapes = args.shapes or (QUICK_SHAPES if args.quick else SHAPES)
-    if not args.formats:
+    if args.recipes:
+        table += recipe_rows(shapes[0], budget)
+    elif not args.formats:
         for shape in shapes:
             table += quantize_rows(shape, budget) + dequantize_rows(shape, budget)
-    table += format_rows(shapes[0], budget, [fmt for fmt in FORMATS.values() if args.formats or fmt not in FUSED])
+    if not args.recipes:
+        table += format_rows(shapes[0], budget, [fmt for fmt in FORMATS.values() if args.formats or fmt not in FUSED])
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),

@@ -122,3 +122,5 @@ RECIPES: dict[str, dict[str, Recipe | None]] = {
     },
 }
 """Tool → name of a format → what differs from the format's own formula; None where nothing does."""
+OWN = tuple(dict.fromkeys(own for formats in RECIPES.values() for own in formats.values() if own is not None))
+"""All recipes there are. Compiled kernels know these, by their number or by their fields."""

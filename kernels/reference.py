@@ -172,7 +172,7 @@ def _quantize_matrix(
         if parts.global_scale is None:
             parts.scale.copy_(scale_of(amax, fmt, source.dtype))
         else:
-            gain = fmt.gain_from_amax(amax) if fmt.recipe is None else fmt.recipe.gain(amax, source.dtype)
+            gain = gain_of(amax, fmt, source.dtype)
             parts.global_scale.copy_(1.0 / gain)
     elif source.numel() == 0 and fmt.has_zero_point:
         parts.scale.zero_()
@@ -204,6 +204,11 @@ def scale_of(
         return fmt.stored(fmt.recipe.scale(amax, dtype, gain))
     scale = fmt.scale_from_amax(amax, gain)
     return _round_through(scale, dtype) if fmt.element == "int8" else scale
+
+
+def gain_of(amax: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype) -> torch.Tensor:
+    """The gains of whole matrices of `dtype` with those largest magnitudes."""
+    return fmt.gain_from_amax(amax) if fmt.recipe is None else fmt.recipe.gain(amax, dtype)
 
 
 def step_of(scale: torch.Tensor, fmt: WeightFormat, global_scale: torch.Tensor | None) -> torch.Tensor:

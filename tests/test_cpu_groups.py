@@ -1,7 +1,9 @@
-"""The loops that quantize finite sources, of all formats, and those that dequantize, against the reference: the same
-bytes."""
+"""The loops that quantize finite sources, of all formats and recipes, and those that dequantize, against the reference:
+the same bytes."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +12,17 @@ from hypothesis import strategies as st
 from test_cpu_kernels import assert_same_bytes, assert_same_values, dtypes, matrices
 from test_cpu_kernels import relaxed as more
 
-from qtensor.kernels import FORMATS, Audit, Backend, NonFinite, Parts, WeightFormat
+from qtensor.kernels import FORMATS, RECIPES, Audit, Backend, NonFinite, Parts, WeightFormat
 from qtensor.kernels.cpu import numba_backend
 from qtensor.kernels.cpu.numba_backend import NUMBA
 from qtensor.kernels.reference import TORCH
 
 relaxed = settings(more, max_examples=max(20, settings().max_examples // 3))  # The reference is slow in these formats.
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+BY_RECIPE = [
+    replace(FORMATS[name], recipe=own) for tool in RECIPES.values() for name, own in tool.items() if own is not None
+]
+recipes = pytest.mark.parametrize("fmt", BY_RECIPE, ids=lambda f: f"{f.name}:{f.recipe.tool}")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +57,26 @@ def test_quantize_equals_the_reference(fmt: WeightFormat, source: torch.Tensor) 
     assert_quantizes_alike(source, fmt)
 
 
+@recipes
+@relaxed
+@given(source=matrices(), spread=st.sampled_from([0, 40, 140]), sign=st.sampled_from([0, 0, 1, -1]))
+def test_recipes_equal_the_reference(fmt: WeightFormat, source: torch.Tensor, spread: int, sign: int) -> None:
+    """Elements of many sizes beside each other, down to quotients that vanish in the weight's dtype, of both signs or
+    of one; a fifth of them zeros."""
+    generator = torch.Generator().manual_seed(source.numel())
+    wide = (source.abs() * sign if sign else source).float()
+    wide = wide * torch.exp2(-spread * torch.rand(source.shape, generator=generator))
+    wide[torch.rand(source.shape, generator=generator) < 0.2] *= 0.0
+    assert_quantizes_alike(wide.to(source.dtype), fmt)
+    keep = Audit(refuse_nonfinite=False)
+    assert_same(quantized(NUMBA, source, fmt, keep), quantized(TORCH, source, fmt, keep))
+
+
+def test_a_recipe_of_nobody_is_left_to_the_reference() -> None:
+    fmt = replace(FORMATS["int8_per_channel"], recipe=replace(BY_RECIPE[0].recipe, levels=100.0))  # type: ignore[type-var]
+    assert_quantizes_alike(torch.randn(40, 300), fmt)
+
+
 @formats
 @relaxed
 @given(source=matrices(nonfinite=True))
@@ -73,7 +99,7 @@ def test_nonfinite_values_are_refused_before_anything_is_stored(fmt: WeightForma
     assert_same(parts, before)
 
 
-@formats
+@pytest.mark.parametrize("fmt", [*FORMATS.values(), *BY_RECIPE[::3]], ids=lambda f: f.name)
 @relaxed
 @given(source=matrices(), padding=st.integers(1, 3))
 def test_destinations_inside_a_larger_weight(fmt: WeightFormat, source: torch.Tensor, padding: int) -> None:
@@ -85,7 +111,7 @@ def test_destinations_inside_a_larger_weight(fmt: WeightFormat, source: torch.Te
     assert_same(got, want)
 
 
-@formats
+@pytest.mark.parametrize("fmt", [*FORMATS.values(), *BY_RECIPE], ids=lambda f: f.name)
 @dtypes
 def test_a_large_weight_shared_among_threads(fmt: WeightFormat, dtype: torch.dtype) -> None:
     source = (torch.randn(1000, 1111, generator=torch.Generator().manual_seed(0)) * 0.03).to(dtype)
@@ -110,7 +136,7 @@ def test_encode_is_exact_for_every_value(dtype: torch.dtype) -> None:
         values = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     for amax in (448.0, 6.0, 1e-38):
         found = values[values.abs() <= amax]
-        for fmt in FORMATS.values():
+        for fmt in (*FORMATS.values(), *BY_RECIPE):
             group = fmt.block[1] if fmt.block[1] > 1 else found.numel() + 1
             rows = found[: found.numel() // (group - 1) * (group - 1)].view(-1, group - 1)
             largest = torch.full((rows.shape[0], 1), amax, dtype=dtype)

@@ -89,7 +89,9 @@ class Encoder(Instructions):
         self.size = 4 if dtype == FP32 else 2
         self.per_byte = 1 if element in (E4M3, INT8) else 2
         self.divides = scale in (IN_FP32, ZEROED, IN_BF16)
+        self.kept = {IN_FP32: 2, IN_BF16: 2, ZEROED: 3}.get(scale, 1)  # Vectors that `encode` takes for groups.
         self.scale_size = {IN_FP32: 4, ZEROED: 4, IN_BF16: 2}.get(scale, 1)
+        self.has_short_scales = element == INT8  # Of no more bits than the source's type has.
         self.groups = min(LANES, 512 // group) if group else 1  # That are worked on together.
         self.lowest = -7.0  # Of int4.
 
@@ -220,21 +222,14 @@ class Encoder(Instructions):
         b = self.b
         if self.scale == E8M0:
             if self.element == E2M1:
-                up = b.add(b.bitcast(amax, vector(I32)), splat(I32, 0x200000))
-                exponent = b.sub(b.lshr(up, splat(I32, 23)), splat(I32, 2))
-                exponent = b.select(b.icmp_signed("<", exponent, splat(I32, 0)), splat(I32, 0), exponent)
+                exponent = self.nearest_power(amax, 2)
             else:
-                bits = b.bitcast(b.fdiv(amax, splat(FLOAT, E4M3_MAX)), vector(I32))
-                exponent = b.lshr(b.add(bits, splat(I32, 0x7FFFFF)), splat(I32, 23))
-                exponent = b.select(b.icmp_signed("<=", bits, splat(I32, 0x400000)), splat(I32, 0), exponent)
-            # Dividing by a power of two is multiplying with its inverse, exactly; neither is a denormal here.
-            inverse = b.shl(b.sub(splat(I32, 254), exponent), splat(I32, 23))
-            return b.trunc(exponent, vector(I8)), b.bitcast(inverse, vector(FLOAT))
+                exponent = self.power_above(b.fdiv(amax, splat(FLOAT, E4M3_MAX)))
+            return b.trunc(exponent, vector(I8)), self.inverse_power(exponent)
         if self.scale == NV:
             matrix, inverse = (self.broadcast(self.load(b.add(gain, int64(at)), FLOAT, 4)) for at in (0, 4))
             codes = self.e4m3(b.fmul(matrix, b.fmul(amax, splat(FLOAT, 1.0 / E2M1_MAX))))
-            small = self.from_half(b.trunc(b.shl(codes, splat(I32, 7)), vector(I16)))  # See `decoders.UNITS`.
-            inverse = b.fdiv(splat(FLOAT, 1.0), b.fmul(b.fmul(small, splat(FLOAT, 256.0)), inverse))
+            inverse = b.fdiv(splat(FLOAT, 1.0), b.fmul(self.from_e4m3(codes), inverse))
             finite = b.icmp_signed("<", b.bitcast(inverse, vector(I32)), splat(I32, 0x7F800000))
             return b.trunc(codes, vector(I8)), b.select(finite, inverse, splat(FLOAT, 0.0))
         scale = b.fdiv(amax, splat(FLOAT, {INT8: 127.0, INT4: 7.0, E4M3: E4M3_MAX}[self.element]))
@@ -246,6 +241,31 @@ class Encoder(Instructions):
         # What is divided by infinity is 0, as data is where the scale is 0.
         zero = b.fcmp_ordered("==", scale, splat(FLOAT, 0.0))
         return scale, b.select(zero, splat(FLOAT, float("inf")), scale)
+
+    def nearest_power(self, amax: Any, less: int) -> Any:
+        """The biased exponent of amax rounded to a power of two, up from 1.75 times one, less a number."""
+        b = self.b
+        up = b.add(b.bitcast(amax, vector(I32)), splat(I32, 0x200000))
+        exponent = b.sub(b.lshr(up, splat(I32, 23)), splat(I32, less))
+        return b.select(b.icmp_signed("<", exponent, splat(I32, 0)), splat(I32, 0), exponent)
+
+    def power_above(self, value: Any) -> Any:
+        """The biased exponent of the smallest power of two that is not below a value."""
+        b = self.b
+        bits = b.bitcast(value, vector(I32))
+        exponent = b.lshr(b.add(bits, splat(I32, 0x7FFFFF)), splat(I32, 23))
+        return b.select(b.icmp_signed("<=", bits, splat(I32, 0x400000)), splat(I32, 0), exponent)
+
+    def inverse_power(self, exponent: Any) -> Any:
+        """Dividing by a power of two is multiplying with its inverse, exactly; neither is a denormal here."""
+        bits = self.b.shl(self.b.sub(splat(I32, 254), exponent), splat(I32, 23))
+        return self.b.bitcast(bits, vector(FLOAT))
+
+    def from_e4m3(self, codes: Any) -> Any:
+        """The values of codes that are not negative, one in each lane of 32 bits. See `decoders.UNITS`."""
+        b = self.b
+        small = self.from_half(b.trunc(b.shl(codes, splat(I32, 7)), vector(I16)))
+        return b.fmul(small, splat(FLOAT, 256.0))
 
     def words_of_range(self, largest: Any, below: Any) -> tuple[Any, Any, Any]:
         """Of 16 groups, the scale words, what elements are divided by, and zero points, as floats."""
@@ -294,12 +314,12 @@ class Encoder(Instructions):
         adding the remainder times the inverse (Markstein, 1990); the first step makes such a one. For sizes of
         `_DIVISORS`, at which no remainder is lost.
 
-        Of two numbers of 11 bits or less, as those of int8 are of 16-bit sources, the inverse's own error takes the
+        Of two numbers of 11 bits or less (`has_short_scales`, of 16-bit sources) the inverse's own error takes the
         place of both steps: such a quotient is 2^-35 of its size or more from the middle between two floats, and the
         sum before it is rounded less than 2^-45 from the quotient.
         """
         b = self.b
-        if self.element == INT8 and self.dtype != FP32:  # What follows from the divisor alone leaves the loop.
+        if self.has_short_scales and self.dtype != FP32:  # What follows from the divisor alone leaves the loop.
             rest = b.fmul(self.fma(b.fneg(inverse), divisor, splat(FLOAT, 1.0)), inverse)
             return self.fma(value, inverse, b.fmul(value, rest))
         quotient = b.fmul(value, inverse)
@@ -390,14 +410,18 @@ class Encoder(Instructions):
                 return
             # `divided` loses the sign of zeros.
             even, odd = (self.e4m3(value, source) for value, source in zip(values, sources, strict=True))
-            self.store(b.trunc(b.or_(even, b.shl(odd, splat(I32, 8))), vector(I16)), codes)
-            return
-        if self.scale == ZEROED:
+        elif self.scale == ZEROED:
             even, odd = (self.from_zero(value, factors[2]) for value in values)
         else:
             even, odd = (self.integers(value, 7.0, self.lowest) for value in values)
-        both = b.or_(b.and_(even, splat(I32, 0xF)), b.shl(odd, splat(I32, 4)))
-        self.store(b.trunc(both, vector(I8)), codes)
+        self.store_codes(even, odd, codes)
+
+    def store_codes(self, even: Any, odd: Any, codes: Any) -> None:
+        """Of even columns and of odd ones, in the lowest bits of each lane; above them integers have others."""
+        b, bits = self.b, 8 // self.per_byte
+        if self.element in (INT8, INT4):
+            even = b.and_(even, splat(I32, (1 << bits) - 1))
+        self.store(b.trunc(b.or_(even, b.shl(odd, splat(I32, bits))), vector(I16 if bits == 8 else I8)), codes)
 
     def multiplied(self, words: list[Any], factor: Any) -> Any:
         """The codes of a chunk times a factor, in e4m3 or e2m1."""
@@ -511,28 +535,35 @@ class Encoder(Instructions):
         with cgutils.for_range(b, count) as loop:
             largest = self.load(self.at(found, loop.index, 64), vector(I32), 4)
             most = self.call(f"llvm.vector.reduce.umax.v{LANES}i32", I32, largest)
-            amax = self.at_least(self.as_floats(self.broadcast(most)), BLOCK_FLOOR)
-            scale = b.fdiv(amax, splat(FLOAT, E4M3_MAX))
-            for values, address in ((scale, scales), (self.inverse(scale), factors)):
+            chosen = self.block_scale(self.as_floats(self.broadcast(most)))
+            for values, address in zip(chosen, (scales, factors), strict=True):
                 one = b.extract_element(values, ir.Constant(I32, 0))
                 self.store(one, self.at(address, loop.index, 4), 4)
+
+    def block_scale(self, amax: Any) -> tuple[Any, Any]:
+        """Of a block's amax: its scale, and what `scaled_row` takes."""
+        scale = self.b.fdiv(self.at_least(amax, BLOCK_FLOOR), splat(FLOAT, E4M3_MAX))
+        return scale, self.inverse(scale)
 
     def scaled_row(self, source: Any, codes: Any, cols: Any, factors: Any, step: Any) -> None:
         """The codes of a row times factors, one for each 128 columns, `step` bytes from one to the next."""
 
         def work(index: Any, here: Any, out: Any, _is_last: Any) -> None:
             factor = self.broadcast(self.load(self.b.add(factors, self.b.mul(index, step)), FLOAT, 4))
-            for column in range(0, BLOCK, CHUNK):
-                words = self.words(self.b.add(here, int64(column * self.size)))
-                self.store(self.multiplied(words, factor), self.b.add(out, int64(column)))
+            self.scaled_block(here, out, factor)
 
         self.pieces(source, codes, cols, BLOCK, work)
+
+    def scaled_block(self, source: Any, codes: Any, factor: Any) -> None:
+        for column in range(0, BLOCK, CHUNK):
+            words = self.words(self.b.add(source, int64(column * self.size)))
+            self.store(self.multiplied(words, factor), self.b.add(codes, int64(column)))
 
     def row_of_groups(self, source: Any, codes: Any, scales: Any, cols: Any, gain: Any) -> None:
         b, columns = self.b, self.groups * self.group
         count = b.udiv(b.add(cols, int64(self.group - 1)), int64(self.group))
         stored = self.room(LANES * self.scale_size)
-        memory = [self.room(64) for _ in range({IN_FP32: 2, IN_BF16: 2, ZEROED: 3}.get(self.scale, 1))]
+        memory = [self.room(64) for _ in range(self.kept)]
 
         def work(index: Any, here: Any, out: Any, is_last: Any) -> None:
             starts = [b.add(here, int64(g * self.group * self.size)) for g in range(self.groups)]
@@ -553,7 +584,7 @@ class Encoder(Instructions):
                     self.copy(stored, target, b.mul(b.sub(count, first), int64(self.scale_size)))
                 with wholly:
                     self.store(self.shuffle(scale, scale, list(range(self.groups))), target, self.scale_size)
-            kept = [factor, b.fdiv(splat(FLOAT, 1.0), factor), zero][: len(memory)]
+            kept = [factor, b.fdiv(splat(FLOAT, 1.0), factor), zero][: self.kept]
             for values, address in zip(kept, memory, strict=True):
                 self.store(values, address)
             if not self.divides:
@@ -573,8 +604,8 @@ class Encoder(Instructions):
             first = b.mul(loop.index, int64(at_once))
             if at_once == 2:  # Even and odd columns alike: 8 of the first group, 8 of the second.
                 lanes = [0] * 8 + [1] * 8
-                two = self.load(self.at(memory[0], first, 4), vector(FLOAT, 2), 4)
-                factors = [self.shuffle(two, two, lanes)]
+                twos = [self.load(self.at(place, first, 4), vector(FLOAT, 2), 4) for place in memory]
+                factors = [self.shuffle(two, two, lanes) for two in twos]
             else:
                 factors = [self.broadcast(self.load(self.at(place, first, 4), FLOAT, 4)) for place in memory]
             for column in range(0, at_once * self.group, CHUNK):

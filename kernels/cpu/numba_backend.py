@@ -15,6 +15,7 @@ from qtensor.errors import WeightDtypeError, WeightShapeError
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, NonFinite, WeightFormat
 from ..parts import Parts, Pieces
+from ..recipes import OWN
 from ..reference import Torch, room
 from . import fused, jit, mixtures, prepared, products, quantizing, stripes, vectors
 from .rows import ELEMENTS, PIECE, adjacent, flat_rows, share, slabs
@@ -148,8 +149,10 @@ def _is_fused(fmt: WeightFormat) -> bool:
 
 
 def _takes_reference(fmt: WeightFormat) -> bool:
-    """For a search that the loops do not know, and for other tools' recipes."""
-    return fmt.recipe is not None or (fmt.search is not None and not is_searched_here(fmt))
+    """For a search or a recipe that the loops do not know."""
+    if fmt.recipe is not None:
+        return fmt.recipe not in OWN
+    return fmt.search is not None and not is_searched_here(fmt)
 
 
 def _check(source: torch.Tensor, qdata: torch.Tensor, fmt: WeightFormat) -> None:

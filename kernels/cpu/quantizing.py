@@ -8,6 +8,7 @@ import torch
 
 from ..formats import WeightFormat, ceil_div
 from ..parts import Parts
+from ..reference import gain_of, scale_of
 from . import vectors
 from .rows import adjacent, share, slabs, with_places
 
@@ -20,12 +21,13 @@ def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, amax: torch.
     scales = stored.view(-1, scale.shape[-1])  # A stack that is quantized as one matrix has them by expert.
     gains = None
     if parts.global_scale is not None:
-        gain = fmt.gain_from_amax(amax)
+        gain = gain_of(amax, fmt, source.dtype)
         parts.global_scale.copy_(1.0 / gain)
         gains = torch.stack([gain, 1.0 / gain])
     elif fmt.granularity == "tensor":
-        stored.copy_(fmt.scale_from_amax(amax))
-        gains = (1.0 / stored).nan_to_num_(posinf=0.0)
+        stored.copy_(scale_of(amax, fmt, source.dtype))
+        divides = fmt.recipe is not None
+        gains = stored.where(stored != 0.0, 1.0) if divides else (1.0 / stored).nan_to_num_(posinf=0.0)
     loop, unit = vectors.quantize_loop(fmt, source.dtype), fmt.block[0]
     for first, slab in slabs(source, unit):
 

@@ -23,10 +23,12 @@ import torch
 from numba import carray, types  # type: ignore[attr-defined]
 
 from ..formats import SEARCHES, WeightFormat
+from ..recipes import OWN
 from .compiling import Once, compiled
 from .decoders import AHEAD, BYTES, FLOATS, PER_ROW, SCALE_BYTES, SHORTS, STRIPE, UNITS, ZEROED, decode_row
 from .encoders import BLOCK, block_scales, keep_block_amax, quantize_row, row_amax, scale_kind, scaled_row
 from .instructions import CHUNK, DTYPES, E4M3, ELEMENTS, INT8, float32s, int64s, take, uint8s
+from .recipes import recipe_block_scales, recipe_row, recipe_scaled_row
 from .searching import add_block_errors, search_row
 from .singles import BLOCK_STRIDE, SINGLE_COLS, TILE, TILE_ROWS, single_order, single_width
 from .stripes import ONE, QUICK_SCALES, dots, is_quick
@@ -85,10 +87,10 @@ def _largest(address, count):
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the files beside this one, and of what searches try: numba's cache sees a change only of the one that
-    defines a function."""
+    """A digest of the files beside this one, and of what searches try and recipes are: numba's cache sees a change only
+    of the one that defines a function."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here.parent / "formats.py"]
+    files = [*sorted(here.glob("*.py")), here.parent / "formats.py", here.parent / "recipes.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -143,13 +145,15 @@ def decode_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
 
 def quantize_loop(fmt: WeightFormat, dtype: torch.dtype) -> Loop:
     """The stored elements of finite rows of `dtype`, and scales that are not the whole matrix's; whole blocks."""
+    recipe = -1 if fmt.recipe is None else OWN.index(fmt.recipe)
     if fmt.granularity == "tensor":
-        return _scaled_loop(DTYPES[dtype], purpose=fmt.name)
+        return _scaled_loop(DTYPES[dtype], recipe, purpose=fmt.name)
     if fmt.granularity == "block":
-        return _block_loop(DTYPES[dtype], fmt.search is not None, purpose=fmt.name)
-    group = fmt.block[1] if fmt.granularity == "group" else 0
-    loop = _quantize_loop if fmt.search is None else _search_loop
-    return loop(DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), group, purpose=fmt.name)
+        return _block_loop(DTYPES[dtype], fmt.search is not None, recipe, purpose=fmt.name)
+    kind = DTYPES[dtype], ELEMENTS[fmt.element], scale_kind(fmt), fmt.block[1] if fmt.granularity == "group" else 0
+    if recipe >= 0:
+        return _recipe_loop(recipe, *kind, purpose=fmt.name)
+    return (_quantize_loop if fmt.search is None else _search_loop)(*kind, purpose=fmt.name)
 
 
 def amax_loop(dtype: torch.dtype, purpose: str) -> Loop:
@@ -332,17 +336,33 @@ def _search_loop(dtype: int, element: int, scale: int, group: int) -> Loop:
 
 
 @Once
-def _scaled_loop(dtype: int) -> Loop:
+def _recipe_loop(recipe: int, dtype: int, element: int, scale: int, group: int) -> Loop:
     def loop(pointer):
         p = carray(pointer, 1)[0]
         for n in range(p.rows):
-            scaled_row(dtype, p.source + n * p.source_stride, p.codes + n * p.codes_stride, p.cols, p.gain, 0)
+            source, codes = p.source + n * p.source_stride, p.codes + n * p.codes_stride
+            scales = p.scale + n * p.scale_stride
+            recipe_row(recipe, dtype, element, scale, group, source, codes, scales, p.cols, p.gain)
 
     return _compiled(loop, QUANTIZE)
 
 
 @Once
-def _block_loop(dtype: int, searched: bool) -> Loop:
+def _scaled_loop(dtype: int, recipe: int) -> Loop:
+    def loop(pointer):
+        p = carray(pointer, 1)[0]
+        for n in range(p.rows):
+            source, codes = p.source + n * p.source_stride, p.codes + n * p.codes_stride
+            if recipe < 0:
+                scaled_row(dtype, source, codes, p.cols, p.gain, 0)
+            else:
+                recipe_scaled_row(recipe, dtype, source, codes, p.cols, p.gain, 0)
+
+    return _compiled(loop, QUANTIZE)
+
+
+@Once
+def _block_loop(dtype: int, searched: bool, recipe: int) -> Loop:
     candidates = np.array(SEARCHES["fp8_per_block"].candidates if searched else (), np.float32)
     count = len(candidates)
 
@@ -357,7 +377,10 @@ def _block_loop(dtype: int, searched: bool) -> Loop:
             for n in range(top, bottom):
                 keep_block_amax(dtype, p.source + n * p.source_stride, p.cols, found.ctypes.data)
             address = p.scale + top // BLOCK * p.scale_stride
-            block_scales(dtype, found.ctypes.data, across, address, factors.ctypes.data)
+            if recipe < 0:
+                block_scales(dtype, found.ctypes.data, across, address, factors.ctypes.data)
+            else:
+                recipe_block_scales(recipe, dtype, found.ctypes.data, across, address, factors.ctypes.data)
             if searched:
                 scales = carray(float32s(address), across)
                 for i in range(count * across):
@@ -374,8 +397,11 @@ def _block_loop(dtype: int, searched: bool) -> Loop:
                         if error < least:
                             scales[j], factors[j], least = scale, inverses[i * across + j], error
             for n in range(top, bottom):
-                codes = p.codes + n * p.codes_stride
-                scaled_row(dtype, p.source + n * p.source_stride, codes, p.cols, factors.ctypes.data, 4)
+                source, codes = p.source + n * p.source_stride, p.codes + n * p.codes_stride
+                if recipe < 0:
+                    scaled_row(dtype, source, codes, p.cols, factors.ctypes.data, 4)
+                else:
+                    recipe_scaled_row(recipe, dtype, source, codes, p.cols, factors.ctypes.data, 4)
 
     return _compiled(loop, QUANTIZE)
 

@@ -6,6 +6,7 @@ activation                           dynamic activations, per token or per token
 dequant                              back to bf16, fp16 or fp32
 product                              of a few rows with a weight, decoded on the way
 searching                            scales chosen by their error, in the kernels per channel and group
+recipes                              other tools' arithmetic, in all kernels that quantize
 encode, findings, launch             what they share: number formats, fused checks, launch geometry
 
 All equal kernels/reference.py byte for byte. None of them waits for the device, except that a call without an audit
@@ -21,6 +22,7 @@ from qtensor.errors import WeightDtypeError
 from ..audit import Audit
 from ..formats import SOURCE_DTYPES, WeightFormat
 from ..parts import Parts
+from ..recipes import OWN
 from ..reference import Torch, room
 from . import activation, dequant, per_block, per_channel, per_group, per_tensor, product, searching
 
@@ -54,7 +56,7 @@ class Triton(Torch):
         elif fmt.granularity == "block":
             per_block.quantize(source, parts, fmt, findings, origin)
         else:
-            per_tensor.quantize(source, parts, findings, origin)
+            per_tensor.quantize(source, parts, fmt, findings, origin)
         if audit is None:
             findings.verify()
 
@@ -76,7 +78,7 @@ class Triton(Torch):
         if fmt.granularity == "group":
             per_group.quantize(source, parts, fmt, audit, origin, amax)
         else:
-            per_tensor.scale_and_cast(source, amax, parts, audit)
+            per_tensor.scale_and_cast(source, amax, parts, fmt, audit)
 
     def dequantize(
         self, parts: Parts, fmt: WeightFormat, dtype: torch.dtype, out: torch.Tensor | None = None
@@ -124,8 +126,10 @@ def _multiplies(x: torch.Tensor, parts: Parts, fmt: WeightFormat) -> bool:
 
 
 def _takes_reference(fmt: WeightFormat) -> bool:
-    """For a search that the kernels do not know, and for other tools' recipes."""
-    return fmt.recipe is not None or (fmt.search is not None and not searching.is_searched_here(fmt))
+    """For a search or a recipe that the kernels do not know."""
+    if fmt.recipe is not None:
+        return fmt.recipe not in OWN
+    return fmt.search is not None and not searching.is_searched_here(fmt)
 
 
 def _check(dtype: torch.dtype, fmt: WeightFormat) -> None:

@@ -193,13 +193,13 @@ def encode_e2m1_pairs(low, high):
 
 
 @triton.jit
-def encode_element(x, ELEMENT: tl.constexpr, CAST: tl.constexpr, SEARCHED: tl.constexpr = False):
+def encode_element(x, ELEMENT: tl.constexpr, CAST: tl.constexpr, LOWEST: tl.constexpr = -7.0):
     """fp32, in units of the scale → code as uint8; a 4-bit one in the low bits of int32, where packing it is cheap. NaN
-    is for e4m3 alone, -8 for scales that are searched."""
+    is for e4m3 alone. LOWEST: of int4."""
     if ELEMENT == "e2m1":
         code = encode_e2m1(x)
     elif ELEMENT == "int4":
-        code = encode_int(x, -8.0 if SEARCHED else -7.0, 7.0) & 0xF
+        code = encode_int(x, LOWEST, 7.0) & 0xF
     elif ELEMENT == "int8":
         code = encode_int(x, -127.0, 127.0).to(tl.uint8)
     else:

@@ -14,9 +14,10 @@ import triton.language as tl
 from ..audit import Audit
 from ..formats import WeightFormat
 from ..parts import Parts
-from . import launch, searching
-from .encode import encode, reciprocal_or_zero, widen
-from .findings import add_sums, finite_amax
+from . import launch, recipes, searching
+from .encode import bring_within, decode, encode, reciprocal_or_zero, widen
+from .findings import add_sums, add_sums_of, finite_amax
+from .recipes import divisor_of, recipe_scale, recipe_units
 from .searching import channel_off, squared_step, total, without_nonfinite
 
 
@@ -24,9 +25,9 @@ from .searching import channel_off, squared_step, total, without_nonfinite
 def per_block(
     x, q, s, found, sums, rows, cols, origin,
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n, s_k,
-    DOWN: tl.constexpr, ACROSS: tl.constexpr, CAST: tl.constexpr,
+    DOWN: tl.constexpr, ACROSS: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
     CHECK: tl.constexpr, MEASURE: tl.constexpr,
-    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr, RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): the i-th block, in row-major order, of matrix e."""
     expert = tl.program_id(1).to(tl.int64)
@@ -42,7 +43,10 @@ def per_block(
     start = (strip * ACROSS).to(tl.int32)
     stop = tl.minimum(start + ACROSS, cols)
     amax, dirty = finite_amax(raw, x, x_k, start, stop, first, tl.where(row < rows, cols, 0), found, CHECK)
-    scale = tl.math.div_rn(tl.maximum(tl.max(amax), 1e-4), 448.0)
+    if len(RECIPE) > 0:
+        scale = recipe_scale(tl.max(amax), raw.dtype, CAST, RECIPE)
+    else:
+        scale = tl.math.div_rn(tl.maximum(tl.max(amax), 1e-4), 448.0)
     if len(CANDIDATES) > 0:
         value = without_nonfinite(widen(raw), dirty)
         plain = scale
@@ -55,11 +59,18 @@ def per_block(
             else:
                 least, scale = tl.where(error < least, error, least), tl.where(error < least, other, scale)
     tl.store(s + expert * s_e + band * s_n + strip * s_k, scale)
-    scaled = widen(raw) * reciprocal_or_zero(scale)
+    if len(RECIPE) > 0:
+        divisor = divisor_of(scale, RECIPE)
+        scaled = recipe_units(bring_within(widen(raw), divisor), divisor, raw.dtype, CAST, FUSED, RECIPE)
+    else:
+        scaled = widen(raw) * reciprocal_or_zero(scale)
     code = encode(scaled, CAST)
     tl.store(q + expert * q_e + row * q_n + col * q_k, code, mask=inside)
     if MEASURE:
-        add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
+        if len(RECIPE) > 0:
+            add_sums_of(sums, tl.program_id(0) + tl.program_id(1), widen(raw), decode(code, CAST) * scale)
+        else:
+            add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
 
 
 def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, origin: int) -> None:
@@ -72,7 +83,7 @@ def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit
     with launch.on(qdata.device):
         per_block[(triton.cdiv(rows, down) * triton.cdiv(cols, across), experts)](
             source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides,
-            DOWN=down, ACROSS=across, CAST=launch.target(qdata.device)["CAST"],
+            DOWN=down, ACROSS=across, **launch.target(qdata.device),
             CHECK=audit.refuse_nonfinite, MEASURE=audit.measure_sqnr, num_warps=launch.warps(256),
-            **searching.constants(fmt), **searching.options(fmt),
+            **searching.constants(fmt), **searching.options(fmt), **recipes.constants(fmt),
         )  # fmt: skip

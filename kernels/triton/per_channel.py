@@ -16,29 +16,40 @@ import triton.language as tl
 from ..audit import Audit
 from ..formats import WeightFormat
 from ..parts import Parts
-from . import launch, searching
+from . import launch, recipes, searching
 from .encode import bring_within, decode_element, divide, divide_or_zero, encode, encode_int, narrow, widen, without_nan
 from .findings import add_sums, add_sums_of, finite_amax
+from .recipes import divisor_of, recipe_scale, recipe_units
 from .searching import channel_candidate, channel_off, channel_there, squared_step, total, without_nonfinite
 
 ONE_PASS_COLS = 16384
 
 
 @triton.jit
-def channel_scale(amax, dtype: tl.constexpr, ELEMENT: tl.constexpr, CAST: tl.constexpr):
+def channel_scale(amax, dtype: tl.constexpr, ELEMENT: tl.constexpr, CAST: tl.constexpr, RECIPE: tl.constexpr):
+    if len(RECIPE) > 0:
+        return recipe_scale(amax, dtype, CAST, RECIPE)
     if ELEMENT == "int8":
         return widen(narrow(tl.math.div_rn(amax, 127.0), dtype, CAST))
     return tl.maximum(tl.math.div_rn(amax, 448.0), 1.0 / (448.0 * 512.0))
 
 
 @triton.jit
-def scaled_codes(raw, dirty, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr):
+def scaled_codes(
+    raw, dirty, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr, RECIPE: tl.constexpr
+):
     """Source elements → (in units of their scale, as fp32; their codes, as uint8)."""
     value = widen(raw)
+    divisor = divisor_of(scale, RECIPE)
     if dirty:
-        value = bring_within(value, scale)
+        value = bring_within(value, divisor)
         if ELEMENT == "int8":
             value = without_nan(value)
+    if len(RECIPE) > 0:
+        scaled = recipe_units(value, divisor, raw.dtype, CAST, FUSED, RECIPE)
+        if ELEMENT == "int8":
+            return scaled, encode_int(scaled, RECIPE[1], 127.0).to(tl.uint8)
+        return scaled, encode(scaled, CAST)
     if ELEMENT == "int8":
         scaled = divide_or_zero(value, scale, FUSED)
         return scaled, encode_int(widen(narrow(scaled, raw.dtype, CAST)), -127.0, 127.0).to(tl.uint8)
@@ -47,9 +58,9 @@ def scaled_codes(raw, dirty, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, F
 
 
 @triton.jit
-def add_all_sums(sums, raw, scaled, code, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr):
+def add_all_sums(sums, raw, scaled, code, scale, ELEMENT: tl.constexpr, CAST: tl.constexpr, RECIPE: tl.constexpr):
     slot = tl.program_id(0) + tl.program_id(1)
-    if ELEMENT == "int8":
+    if ELEMENT == "int8" or len(RECIPE) > 0:
         add_sums_of(sums, slot, widen(raw), decode_element(code, ELEMENT, CAST) * scale)
     else:
         add_sums(sums, slot, scaled, code, scale, CAST)
@@ -61,7 +72,7 @@ def one_pass(
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
     ELEMENT: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
-    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr, RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): ROWS rows of matrix e, each whole in BLOCK + TAIL >= cols columns: see `launch.split`."""
     expert = tl.program_id(1).to(tl.int64)
@@ -80,7 +91,7 @@ def one_pass(
         rest_amax, rest_dirty = finite_amax(rest_raw, x, x_k, BLOCK, cols, first, row_stop, found, CHECK)
         amax = tl.maximum(amax, rest_amax)
         dirty = dirty | rest_dirty
-    scale = channel_scale(amax, raw.dtype, ELEMENT, CAST)
+    scale = channel_scale(amax, raw.dtype, ELEMENT, CAST, RECIPE)
     if len(CANDIDATES) > 0:
         value = without_nonfinite(widen(raw), dirty)
         plain = scale
@@ -99,15 +110,15 @@ def one_pass(
                 least, scale = tl.where(better, error, least), tl.where(better, other, scale)
     tl.store(s + expert * s_e + row * s_n, scale, mask=row < rows)
     q += expert * q_e + row * q_n
-    scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED)
+    scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED, RECIPE)
     tl.store(q + col * q_k, code, mask=inside)
     if MEASURE:
-        add_all_sums(sums, raw, scaled, code, scale, ELEMENT, CAST)
+        add_all_sums(sums, raw, scaled, code, scale, ELEMENT, CAST, RECIPE)
     if TAIL:
-        scaled, code = scaled_codes(rest_raw, dirty, scale, ELEMENT, CAST, FUSED)
+        scaled, code = scaled_codes(rest_raw, dirty, scale, ELEMENT, CAST, FUSED, RECIPE)
         tl.store(q + rest * q_k, code, mask=rest_inside)
         if MEASURE:
-            add_all_sums(sums, rest_raw, scaled, code, scale, ELEMENT, CAST)
+            add_all_sums(sums, rest_raw, scaled, code, scale, ELEMENT, CAST, RECIPE)
 
 
 @triton.jit(do_not_specialize=["rows", "origin"])
@@ -116,7 +127,7 @@ def two_reads(
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n,
     BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr,
     ELEMENT: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
-    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr, RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): row i of matrix e, BLOCK columns at a time, once for its amax, once for each scale that is tried,
     and once to store it."""
@@ -134,7 +145,7 @@ def two_reads(
         largest, dirt = finite_amax(raw, x, x_k, start, stop, first, tl.where(row < rows, cols, 0), found, CHECK)
         amax = tl.maximum(amax, largest)
         dirty = dirty | dirt
-    scale = channel_scale(amax, x.dtype.element_ty, ELEMENT, CAST)
+    scale = channel_scale(amax, x.dtype.element_ty, ELEMENT, CAST, RECIPE)
     if len(CANDIDATES) > 0:
         plain = scale
         for i in tl.static_range(len(CANDIDATES)):
@@ -156,10 +167,10 @@ def two_reads(
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         raw = tl.load(x + col * x_k, mask=col < cols, other=0.0)
-        scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED)
+        scaled, code = scaled_codes(raw, dirty, scale, ELEMENT, CAST, FUSED, RECIPE)
         tl.store(q + col * q_k, code, mask=col < cols)
         if MEASURE:
-            add_all_sums(sums, raw, scaled, code, scale, ELEMENT, CAST)
+            add_all_sums(sums, raw, scaled, code, scale, ELEMENT, CAST, RECIPE)
 
 
 def quantize(
@@ -178,7 +189,7 @@ def quantize(
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale)[:2])
     args = (source, launch.codes(qdata), scale, found, sums, rows, cols, origin, *strides)
     flags = {"ELEMENT": fmt.element, "CHECK": audit.refuse_nonfinite, "MEASURE": audit.measure_sqnr, **target}
-    flags |= searching.constants(fmt) | searching.options(fmt)
+    flags |= searching.constants(fmt) | searching.options(fmt) | recipes.constants(fmt)
     with launch.on(qdata.device):
         if cols > one_pass_cols:
             two_reads[(rows, experts)](*args, BLOCK=8192, num_warps=launch.warps(256), **flags)

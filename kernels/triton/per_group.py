@@ -19,7 +19,8 @@ import triton.language as tl
 from ..audit import Audit
 from ..formats import WeightFormat
 from ..parts import Parts
-from . import launch, per_tensor, searching
+from ..reference import gain_of
+from . import launch, per_tensor, recipes, searching
 from .encode import (
     bf16_bits,
     bf16_step,
@@ -31,6 +32,7 @@ from .encode import (
     encode_e2m1_pairs,
     encode_element,
     encode_from_zero,
+    encode_int,
     of_bf16_bits,
     power_of_two,
     reciprocal_or_zero,
@@ -42,6 +44,16 @@ from .encode import (
     word_zero,
 )
 from .findings import add_sums_of, finite_amax
+from .recipes import (
+    divisor_of_power,
+    recipe_code,
+    recipe_exponent,
+    recipe_scale,
+    recipe_units,
+    recipe_units_from_zero,
+    recipe_units_of_power,
+    recipe_word,
+)
 from .searching import best_of_group, without_nonfinite
 
 TILE = 4096  # Elements of a program.
@@ -95,7 +107,7 @@ def quantize_kernel(
     x_e, x_n, x_k, q_e, q_n, q_k, s_e, s_n, s_k,
     TILE_GROUPS: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr,
     CAST: tl.constexpr, FUSED: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
-    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr,
+    CANDIDATES: tl.constexpr, RESOLUTION: tl.constexpr, LIMIT: tl.constexpr, RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): TILE_GROUPS groups, in row-major order, of matrix e. `gain`: fp32, one per matrix, for nvfp4."""
     expert = tl.program_id(1).to(tl.int64)
@@ -109,7 +121,7 @@ def quantize_kernel(
     s += expert * s_e + row * s_n + strip * s_k
     value = widen(raw)
     if SCALE == "e8m0":
-        exponent = mx_exponent(amax, ELEMENT)
+        exponent = mx_exponent(amax, ELEMENT) if len(RECIPE) == 0 else recipe_exponent(amax, raw.dtype, RECIPE)
         if len(CANDIDATES) > 0:
             exponent = best_of_group(
                 without_nonfinite(value, dirty),
@@ -127,7 +139,10 @@ def quantize_kernel(
         tl.store(s, exponent.to(tl.uint8), mask=row < rows)
     elif SCALE == "e4m3":
         matrix_gain = tl.load(gain + expert)
-        scale = encode(tl.minimum(matrix_gain * (amax * 0.16666666666666666), 448.0), CAST)
+        if len(RECIPE) > 0:
+            scale = recipe_code(amax, matrix_gain, raw.dtype, CAST, RECIPE)
+        else:
+            scale = encode(tl.minimum(matrix_gain * (amax * 0.16666666666666666), 448.0), CAST)
         whole = tl.math.div_rn(1.0, matrix_gain)
         if len(CANDIDATES) > 0:
             finite = without_nonfinite(value, dirty)
@@ -143,22 +158,40 @@ def quantize_kernel(
         largest = tl.maximum(tl.max(finite.to(tl.int32, bitcast=True), 1, keep_dims=True), 0)
         below = tl.maximum(tl.max((finite * -1.0).to(tl.int32, bitcast=True), 1, keep_dims=True), 0)
         largest, below = largest.to(tl.float32, bitcast=True), below.to(tl.float32, bitcast=True)
-        step, zero = word_of_range(largest, below, x.dtype.element_ty, CAST, FUSED)
+        if len(RECIPE) > 0:
+            step, zero = recipe_word(largest, below, raw.dtype, CAST, RECIPE)
+        else:
+            step, zero = word_of_range(largest, below, x.dtype.element_ty, CAST, FUSED)
         tl.store(s, step.to(tl.int32, bitcast=True) | (zero & 0xF), mask=row < rows)
     else:
-        step = tl.math.div_rn(amax, 7.0)
+        step = tl.math.div_rn(amax, 7.0) if len(RECIPE) == 0 else recipe_scale(amax, raw.dtype, CAST, RECIPE)
         if len(CANDIDATES) > 0:
             finite = without_nonfinite(value, dirty)
             step = best_of_group(finite, amax, step, 1.0, ELEMENT, SCALE, CAST, CANDIDATES, RESOLUTION, LIMIT)
         elif SCALE == "bf16":
             step = bf16_step(step)
         tl.store(s, bf16_bits(step) if SCALE == "bf16" else step, mask=row < rows)
+    if len(RECIPE) > 0:
+        if SCALE == "e8m0":
+            divisor = divisor_of_power(exponent, RECIPE)
+        elif SCALE == "e4m3":
+            divisor = tl.math.div_rn(decode(scale, CAST), matrix_gain)
+        else:
+            divisor = tl.where(step == 0.0, 1.0, step)
     bounded = value
     if (ELEMENT != "e4m3") & dirty:
-        bounded = without_nan(bring_within(value, tl.abs(step), SCALE == "e8m0"))
-        if SCALE == "e4m3":  # An infinity has no sign where the scale is 0.
+        size = tl.abs(step) if len(RECIPE) == 0 else divisor
+        bounded = without_nan(bring_within(value, size, SCALE == "e8m0"))
+        if SCALE == "e4m3" and len(RECIPE) == 0:  # An infinity has no sign where the scale is 0.
             bounded = tl.where((step == 0.0) & (tl.abs(value) == float("inf")), 0.0, bounded)
-    if SCALE == "e8m0":
+    if len(RECIPE) > 0:
+        if SCALE == "e8m0":
+            scaled = recipe_units_of_power(bounded, divisor, raw.dtype, RECIPE)
+        elif SCALE == "word":
+            scaled = recipe_units_from_zero(bounded, step, zero, raw.dtype, CAST, FUSED)
+        else:
+            scaled = recipe_units(bounded, divisor, raw.dtype, CAST, FUSED, RECIPE)
+    elif SCALE == "e8m0":
         scaled = bounded * power_of_two(254 - exponent)
     elif SCALE == "e4m3":
         scaled = bounded * reciprocal_or_zero(step)
@@ -167,6 +200,8 @@ def quantize_kernel(
         scaled = divide_or_zero(bounded * sign, step * sign, FUSED)
     else:
         scaled = divide_or_zero(bounded, step, FUSED)
+    # Of int4.
+    LOWEST: tl.constexpr = RECIPE[1] if len(RECIPE) > 0 else -8.0 if len(CANDIDATES) > 0 else -7.0
     q += expert * q_e + row * q_n
     if ELEMENT == "e4m3":
         code = encode_element(scaled, ELEMENT, CAST)
@@ -176,18 +211,18 @@ def quantize_kernel(
         if ELEMENT == "e2m1" and CAST == "e2m1x2":
             low, high = pairs(scaled)
             packed = encode_e2m1_pairs(low, high)
-        elif SCALE == "word":
+        elif SCALE == "word" and len(RECIPE) == 0:
             packed = pack(encode_from_zero(scaled, zero))
         else:
-            packed = pack(encode_element(scaled, ELEMENT, CAST, len(CANDIDATES) > 0))
+            packed = pack(encode_element(scaled, ELEMENT, CAST, LOWEST))
         tl.store(q + byte * q_k, packed, mask=(row < rows) & (byte < q_cols))
     if MEASURE:
         # The compiler has it already, where there are no pairs.
         if SCALE == "word":
-            code = encode_from_zero(scaled, zero)
+            code = encode_from_zero(scaled, zero) if len(RECIPE) == 0 else encode_int(scaled, LOWEST, 7.0) & 0xF
             restored = (decode_element(code.to(tl.uint8), ELEMENT, CAST) - zero.to(tl.float32)) * step
         else:
-            code = encode_element(scaled, ELEMENT, CAST, len(CANDIDATES) > 0)
+            code = encode_element(scaled, ELEMENT, CAST, LOWEST)
             restored = decode_element(code.to(tl.uint8), ELEMENT, CAST) * step
         add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, restored)
 
@@ -258,7 +293,7 @@ def quantize(
         if amax is None:
             amax = torch.zeros_like(gain)
             per_tensor.accumulate_amax(source, amax, audit, origin)
-        gain = fmt.gain_from_amax(amax)
+        gain = gain_of(amax, fmt, source.dtype)
         parts.global_scale.copy_((1.0 / gain).view(parts.global_scale.shape))
     found, sums = launch.findings(audit, qdata)
     strides = (*launch.strides(source), *launch.strides(qdata), *launch.strides(scale))
@@ -266,7 +301,8 @@ def quantize(
         quantize_kernel[_grid(fmt, experts, rows, cols)](
             source, launch.codes(qdata), launch.scales(scale), gain, found, sums, rows, cols, qdata.shape[-1],
             origin, *strides,
-            **constants(fmt), **searching.constants(fmt), INDEX=_index(fmt, rows, cols), **launch.target(qdata.device),
+            **constants(fmt), **searching.constants(fmt), **recipes.constants(fmt),
+            INDEX=_index(fmt, rows, cols), **launch.target(qdata.device),
             CHECK=audit.refuse_nonfinite, MEASURE=audit.measure_sqnr, num_warps=launch.warps(128),
         )  # fmt: skip
 

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 
 from ..audit import Audit
+from ..formats import WeightFormat
 from ..parts import Parts
-from . import launch
-from .encode import encode, reciprocal_or_zero, widen
-from .findings import add_sums, finite_amax
+from . import launch, recipes
+from .encode import bring_within, decode, encode, reciprocal_or_zero, widen
+from .findings import add_sums, add_sums_of, finite_amax
+from .recipes import divisor_of, recipe_scale, recipe_units
 
 
 @triton.jit(do_not_specialize=["rows", "origin"])
@@ -49,12 +51,16 @@ def amax_kernel(
 def cast_kernel(
     x, q, s, amax, sums, rows, cols,
     x_e, x_n, x_k, q_e, q_n, q_k, s_e,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr, MEASURE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr, MEASURE: tl.constexpr,
+    RECIPE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, e): ROWS rows of matrix e, BLOCK columns at a time; the first program stores the scale."""
     expert = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    scale = tl.math.div_rn(tl.load(amax + expert), 448.0)
+    if len(RECIPE) > 0:
+        scale = recipe_scale(tl.load(amax + expert), x.dtype.element_ty, CAST, RECIPE)
+    else:
+        scale = tl.math.div_rn(tl.load(amax + expert), 448.0)
     if tl.program_id(0) == 0:
         tl.store(s + expert * s_e, scale)
     inverse = reciprocal_or_zero(scale)
@@ -62,10 +68,16 @@ def cast_kernel(
         col = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         inside = (row < rows) & (col < cols)
         value = widen(tl.load(x + expert * x_e + row * x_n + col * x_k, mask=inside, other=0.0))
-        scaled = value * inverse
+        if len(RECIPE) > 0:
+            divisor = divisor_of(scale, RECIPE)
+            scaled = recipe_units(bring_within(value, divisor), divisor, x.dtype.element_ty, CAST, FUSED, RECIPE)
+        else:
+            scaled = value * inverse
         code = encode(scaled, CAST)
         tl.store(q + expert * q_e + row * q_n + col * q_k, code, mask=inside)
-        if MEASURE:
+        if MEASURE and len(RECIPE) > 0:
+            add_sums_of(sums, tl.program_id(0) + tl.program_id(1), value, decode(code, CAST) * scale)
+        elif MEASURE:
             add_sums(sums, tl.program_id(0) + tl.program_id(1), scaled, code, scale, CAST)
 
 
@@ -81,7 +93,7 @@ def accumulate_amax(source: torch.Tensor, amax: torch.Tensor, audit: Audit, orig
         )  # fmt: skip
 
 
-def scale_and_cast(source: torch.Tensor, amax: torch.Tensor, parts: Parts, audit: Audit) -> None:
+def scale_and_cast(source: torch.Tensor, amax: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit) -> None:
     """`source` `[..., N, K]` and its `amax` (fp32 `[E]`) → values `[..., N, K]` and scales `[..., 1]`."""
     qdata, scale = parts.qdata, parts.scale
     experts, rows, cols = launch.geometry(source)
@@ -92,13 +104,13 @@ def scale_and_cast(source: torch.Tensor, amax: torch.Tensor, parts: Parts, audit
         cast_kernel[(triton.cdiv(rows, tile_rows), experts)](
             source, launch.codes(qdata), scale, amax, sums, rows, cols,
             *launch.strides(source), *launch.strides(qdata), scale_stride,
-            ROWS=tile_rows, BLOCK=block, CAST=launch.target(qdata.device)["CAST"],
+            ROWS=tile_rows, BLOCK=block, **launch.target(qdata.device), **recipes.constants(fmt),
             MEASURE=audit.measure_sqnr, num_warps=launch.warps(threads),
         )  # fmt: skip
 
 
-def quantize(source: torch.Tensor, parts: Parts, audit: Audit, origin: int) -> None:
+def quantize(source: torch.Tensor, parts: Parts, fmt: WeightFormat, audit: Audit, origin: int) -> None:
     """source `[..., N, K]` → values `[..., N, K]`, scales `[..., 1]`."""
     amax = torch.zeros(launch.geometry(source)[0], dtype=torch.float32, device=source.device)
     accumulate_amax(source, amax, audit, origin)
-    scale_and_cast(source, amax, parts, audit)
+    scale_and_cast(source, amax, parts, fmt, audit)
