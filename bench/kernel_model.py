@@ -1,6 +1,6 @@
 """What GPUs could reach with each kernel, on paper: from the machine code, without a GPU.
 
-    python bench/kernel_model.py [--chips 80 89 90 100] [--out bench/results/kernel_model.json]
+    python bench/kernel_model.py [--chips 80 89 90 100] [--searched | --recipes] [--out bench/results/kernel_model.json]
 
 Kernels are compiled for a 4096 × 4096 weight in bf16, and their machine code is read: instructions for each element (a
 second look for NaN left out), registers, and the bytes that a thread has asked for before it computes. From these and a
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from gpu_cache import Launch, compiling_for
 
-from qtensor.kernels import FORMATS, SEARCHES, Audit, Parts, WeightFormat
+from qtensor.kernels import FORMATS, RECIPES, SEARCHES, Audit, Parts, WeightFormat
 from qtensor.schemes.scheme import as_scheme
 
 SIZE = 4096
@@ -205,13 +205,19 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--chips", type=int, nargs="+", default=list(CHIPS))
-    parser.add_argument("--searched", action="store_true", help="only what quantizes with searched scales")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--searched", action="store_true", help="only what quantizes with searched scales")
+    only.add_argument("--recipes", action="store_true", help="only what quantizes by other tools' recipes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    names, operations = list(FORMATS), ["quantize", "dequantize"]
+    if args.searched or args.recipes:
+        by_recipe = [f"{name}:{tool}" for tool, formats in RECIPES.items() for name, own in formats.items() if own]
+        names, operations = by_recipe if args.recipes else [f"{name}:searched" for name in SEARCHES], ["quantize"]
     rows = [
         found
-        for operation in (("quantize",) if args.searched else ("quantize", "dequantize"))
-        for name in ([f"{name}:searched" for name in SEARCHES] if args.searched else FORMATS)
+        for operation in operations
+        for name in names
         for chip in args.chips
         for found in rows_of(name, chip, operation)
     ]

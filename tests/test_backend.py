@@ -27,7 +27,7 @@ from qtensor.kernels import (
 )
 from qtensor.kernels.compiled import TRACED
 from qtensor.kernels.reference import TORCH
-from qtensor.schemes.scheme import SCHEMES
+from qtensor.schemes.scheme import SCHEMES, as_scheme
 from qtensor.tensor.ops_products import has_fp8_matmul
 from support.kernel_contract import OPERATIONS, assert_gives_the_references_results, assert_has_the_operations
 
@@ -76,9 +76,9 @@ def test_numba_gives_the_references_results_with_searched_scales(name: str) -> N
     assert_gives_the_references_results(the("numba"), SCHEMES[name].searched().format)
 
 
-@pytest.mark.parametrize("name", RECIPES["compressed-tensors"])
+@pytest.mark.parametrize("name", [f"{name}:{tool}" for tool, own in RECIPES.items() for name in own if own[name]])
 def test_numba_gives_the_references_results_by_recipe(name: str) -> None:
-    assert_gives_the_references_results(the("numba"), SCHEMES[name].by_recipe("compressed-tensors").format)
+    assert_gives_the_references_results(the("numba"), as_scheme(name).format)
 
 
 def test_argument_beats_variable_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def quantize_kernel(
         below = tl.maximum(tl.max((finite * -1.0).to(tl.int32, bitcast=True), 1, keep_dims=True), 0)
         largest, below = largest.to(tl.float32, bitcast=True), below.to(tl.float32, bitcast=True)
         if len(RECIPE) > 0:
-            step, zero = recipe_word(largest, below, raw.dtype, CAST, RECIPE)
+            step, zero = recipe_word(largest, below, raw.dtype, CAST, FUSED, RECIPE)
         else:
             step, zero = word_of_range(largest, below, x.dtype.element_ty, CAST, FUSED)
         tl.store(s, step.to(tl.int32, bitcast=True) | (zero & 0xF), mask=row < rows)

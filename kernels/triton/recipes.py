@@ -84,13 +84,22 @@ def recipe_code(amax, gain, dtype: tl.constexpr, CAST: tl.constexpr, RECIPE: tl.
 
 
 @triton.jit
-def recipe_word(largest, below, dtype: tl.constexpr, CAST: tl.constexpr, RECIPE: tl.constexpr):
+def finite_or_zero(step):
+    """What nothing is many steps of: a range may be infinite."""
+    return tl.where(step < float("inf"), step, 0.0)
+
+
+@triton.jit
+def recipe_word(
+    largest, below, dtype: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr, RECIPE: tl.constexpr
+):  # fmt: skip
     """As `encode.word_of_range`."""
     scale = through(tl.math.div_rn(through(largest + below, dtype, CAST), RECIPE[0]), dtype, CAST)
-    quotient = through(tl.math.div_rn(below, tl.where(scale == 0.0, 1.0, scale)), dtype, CAST)
+    step = or_epsilon(scale, dtype)
+    quotient = through(divide_or_zero(below, finite_or_zero(step), FUSED), dtype, CAST)
     # Where nothing is left of a scale, anything below 0 is infinitely many steps below it.
     zero = tl.where(scale == 0.0, tl.where(below > 0.0, 7.0, 0.0), through(quotient - 8.0, dtype, CAST))
-    bits = or_epsilon(scale, dtype).to(tl.int32, bitcast=True) & -16
+    bits = step.to(tl.int32, bitcast=True) & -16
     return bits.to(tl.float32, bitcast=True), integer(tl.minimum(tl.maximum(zero, -8.0), 7.0))
 
 
@@ -123,7 +132,7 @@ def recipe_units_of_power(x, divisor, dtype: tl.constexpr, RECIPE: tl.constexpr)
 @triton.jit
 def recipe_units_from_zero(x, step, zero, dtype: tl.constexpr, CAST: tl.constexpr, FUSED: tl.constexpr):
     """Elements by the step and the zero point of a scale word."""
-    scaled = divide_or_zero(x, tl.where(step < float("inf"), step, 0.0), FUSED)
+    scaled = divide_or_zero(x, finite_or_zero(step), FUSED)
     # fp32 has scales of which nothing is left in a scale word: quotients are infinite, or 0.
     ends = tl.where(x > 0.0, 64.0, tl.where(x < 0.0, -64.0, 0.0))
     scaled = tl.where(step == 0.0, ends, through(scaled, dtype, CAST))
