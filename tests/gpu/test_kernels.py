@@ -34,7 +34,6 @@ from qtensor.kernels import (
     FP8_PER_BLOCK,
     FP8_PER_CHANNEL,
     FP8_PER_TENSOR,
-    RECIPES,
     SEARCHES,
     SOURCE_DTYPES,
     Audit,
@@ -42,10 +41,9 @@ from qtensor.kernels import (
     Parts,
     WeightFormat,
 )
-from qtensor.kernels.recipes import OWN
 from qtensor.kernels.reference import TORCH
 from qtensor.kernels.triton import TRITON, activation, launch, per_channel, per_group, per_tensor
-from qtensor.schemes.scheme import SCHEMES, as_scheme
+from qtensor.schemes.scheme import SCHEMES
 from support.gpu.driver import CHIPS, Gpu, simulated_gpu
 from support.gpu.ptx import Program
 from support.kernel_cases import (
@@ -176,52 +174,6 @@ def test_searched_rows_too_long_for_one_pass(gpu: Gpu) -> None:
         TORCH.quantize_into(source, expected, fmt, Audit(False))
         per_channel.quantize(source, actual, fmt, Audit(False), 0, one_pass_cols=4096)
         assert_equal_parts(actual, expected)
-
-
-USUALLY_BY_RECIPE = {
-    ("int8_per_channel:compressed-tensors", "odd"),
-    ("int4_asymmetric:compressed-tensors", "aligned"),
-    ("mxfp4:compressed-tensors", "odd"),
-    ("nvfp4:compressed-tensors", "aligned"),
-    ("mxfp8:torchao", "stack"),
-    ("fp8_per_block:compressed-tensors", "aligned"),
-    ("fp8_per_tensor:compressed-tensors", "odd"),
-    ("fp8_per_channel:quark", "K-1408"),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "dtype", "arch"),
-    [
-        pytest.param(name, kind, dtype, arch, id=f"{name}-{kind}-sm_{arch}", marks=() if usual else at_length)
-        for tool, formats in RECIPES.items()
-        for name in [f"{name}:{tool}" for name, own in formats.items() if own in OWN]
-        for kind, dtype, arch in (
-            ("aligned", torch.bfloat16, 90), ("odd", torch.float16, 80), ("K-1408", torch.float32, 89),
-            ("stack", torch.bfloat16, 100),
-        )
-        for usual in [(name, kind) in USUALLY_BY_RECIPE]
-    ],
-)  # fmt: skip
-def test_recipes_equal_the_reference(name: str, kind: str, dtype: torch.dtype, arch: int, gpu: Gpu) -> None:
-    """Whether or not products and sums are fused. One column is of another size than the others, down to quotients that
-    vanish in the weight's dtype."""
-    fmt, (shape, layout) = as_scheme(name).format, CLASSES[kind]
-    for gpu.contract, values in product((False, True), VALUES) if ENDURANCE else SOME:
-        source = make_values(values, shape, dtype, seed=7)
-        source[..., 2] = (source[..., 2].float() * 2.0**-60).to(dtype)
-        gpu.launches.clear()
-        check_quantize(TRITON, lay_out(source, layout), fmt)
-        assert gpu.launches
-    for poison in (math.nan, -math.inf):
-        source[..., -1, -1] = poison
-        source[..., 1, 3] = -poison
-        check_nonfinite(TRITON, lay_out(source, layout), fmt)
-    if kind == "aligned":
-        for program in {program.text: program for program, _, _ in gpu.launches}.values():
-            assert_good_machine_code(program, fmt)
-        for program, _, executed in gpu.launches:
-            assert executed["div"] < 0.5 * math.prod(shape), f"{program.name} divides element by element"
 
 
 def assert_good_machine_code(program: Program, fmt: WeightFormat) -> None:
