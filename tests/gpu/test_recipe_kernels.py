@@ -35,6 +35,7 @@ USUALLY_BY_RECIPE = {
     ("mxfp4:compressed-tensors", "odd"),
     ("nvfp4:compressed-tensors", "aligned"),
     ("mxfp8:torchao", "stack"),
+    ("int4_per_group_32:compressed-tensors", "stack"),
     ("fp8_per_block:compressed-tensors", "aligned"),
     ("fp8_per_tensor:compressed-tensors", "odd"),
     ("fp8_per_channel:quark", "K-1408"),
