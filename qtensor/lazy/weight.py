@@ -194,6 +194,8 @@ class ArmedWeight:
         if source.is_meta and self.is_still_meta():
             self.initial.forget()  # Whoever makes a model on the meta device copies nothing.
             return
+        if 0 in view.size and source.shape == view.size:
+            return  # Every second column of a last piece that has one: nothing, and so never too late.
         self.host.touch(self)
         with self.lock:
             if source.shape == view.size and 0 not in view.stride and not source.is_meta:
@@ -205,6 +207,8 @@ class ArmedWeight:
 
     def write_masked(self, values: torch.Tensor, touched: torch.Tensor) -> None:
         """Write those elements of `values` (of the weight's shape) where `touched` is true, all at once."""
+        if values.shape == self.shape and not touched.any():
+            return
         self.host.touch(self)
         with self.lock:
             values = self._fit(whole(self.shape), values)
@@ -329,10 +333,13 @@ class ArmedWeight:
     def _refuse(self) -> None:
         """Nothing can be written now: raise QTensorError that says why."""
         if self.shared in ("closed", None):
-            raise QTensorError(
+            late = QTensorError(
                 f"{self.name}: written again after all of it had arrived and its scales were agreed on with other "
                 "ranks. Deliver every shard once, or load it in a new session."
             )
+            if not self.host.closed:  # The session must not succeed without these values.
+                self._errors.add(late, None)
+            raise late
         if self.host.closed:
             raise QTensorError(f"{self.name}: {self.host.closed}; nothing can be written to this handle any more.")
         if self._sealed:

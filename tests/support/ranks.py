@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -48,3 +50,10 @@ def spawn(world: int, *checks: Callable[[int, int], None]) -> None:
 def start(work: Callable[..., None], world: int, *args: Any) -> None:
     """Run work(rank, *args) in a process for each rank, forks that have their imports."""
     torch.multiprocessing.start_processes(work, args=args, nprocs=world, start_method=elsewhere.get_start_method())
+
+
+def split(size: int, world: int, step: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Uneven pieces of range(size), one per rank, cut at multiples of `step`."""
+    cuts = sorted(rng.sample(range(1, -(-size // step)), world - 1))
+    borders = [0, *(c * step for c in cuts), size]
+    return list(pairwise(borders))
