@@ -67,7 +67,7 @@ endurance: $(VENV)/.dev
 	@echo "200 kills, four ranks, thousands of programs, and every Triton kernel on every simulated GPU"
 	@QTENSOR_ENDURANCE=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o faulthandler_timeout=3600 \
 		tests/test_endurance.py tests/test_differential.py tests/test_conversion.py tests/test_quantize_many.py \
-		tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py tests/test_rank_failures.py tests/test_interrupts.py \
+		tests/test_fsdp.py tests/test_sharding.py tests/test_dtensor.py tests/test_rank_failures.py tests/test_rank_refits.py tests/test_interrupts.py \
 		tests/test_reload_machine.py tests/test_refit.py tests/test_casts.py tests/test_views.py tests/test_transforms.py \
 		tests/gpu
 

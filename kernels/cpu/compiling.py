@@ -125,6 +125,11 @@ class Once(Generic[T]):
         """See `Task.begin`."""
         self._task(key).begin()
 
+    def if_ready(self, *key: Any) -> T | None:
+        """What was built; None where it was not, and nobody waits."""
+        task = self._task(key)
+        return task._value if task.done else None
+
     def _task(self, key: tuple[Any, ...]) -> Task[T]:
         return self._tasks.setdefault(key, Task(partial(self._build, *key)))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ import torch
 from .. import kernels
 from ..errors import CheckpointError, ConfigError
 from ..report.progress import Progress, ProgressLike, from_bytes
+from ..tensor.digests import Content, sha256_of, usual_workers
 from ..tensor.qtensor import QTensor
 from .layouts import LAYOUTS, Layout, reader
 from .reading import DTYPE_NAMES, MANIFEST, Checkpoint, Stored, bytes_of, read_manifest
 
-_PIECE = 16 << 20
 _FEW_BYTES = 1024
-_MOST_WORKERS = 8
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -122,15 +120,11 @@ def verify_checkpoint(folder: str | Path, workers: int = 2, *, progress: Progres
     listed = content["tensors"] if content is not None else {}
     summed = {stored: listed[name].get("sha256") for name, stored in checkpoint.tensors.items() if name in listed}
     summed |= _named_by_the_hub(checkpoint.files)
-    with (
-        Progress(progress, "verifying", sum(s.nbytes for s in summed), "byte") as shown,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        for result in pool.map(_scale_problems, weights.values()):
-            found += result
-        for result in pool.map(lambda stored: _checksum_problems(stored, summed[stored], shown.advance), summed):
-            found += result
-    return found
+    with Progress(progress, "verifying", sum(s.nbytes for s in summed), "byte") as shown:
+        with ThreadPoolExecutor(workers) as pool:
+            for result in pool.map(_scale_problems, weights.values()):
+                found += result
+        return found + _checksum_problems(summed, workers, shown.advance)
 
 
 def problems(folder: str | Path, workers: int = 2, on_bytes: Callable[[int], None] | None = None) -> list[str]:
@@ -177,10 +171,8 @@ def require_written(folder: Path, tensors: Iterable[Stored]) -> None:
                 f"{unknown[0]}: there is no checksum to verify it by: no {MANIFEST}, as `save_checkpoint` and `qtensor "
                 "quantize` leave, and it is not in the Hub's cache. Load it without verify"
             )
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_WORKERS)) as pool:
-        for found in pool.map(lambda stored: _checksum_problems(stored, expected[stored], _nobody), expected):
-            if found:
-                raise CheckpointError(f"{folder}: {found[0]}")
+    if found := _checksum_problems(expected, None, _nobody):
+        raise CheckpointError(f"{folder}: {found[0]}")
 
 
 def _named_by_the_hub(paths: Iterable[Path]) -> dict[Stored, str | None]:
@@ -199,16 +191,12 @@ def _nobody(nbytes: int) -> None:
     """Nobody hears of progress."""
 
 
-def sha256(stored: Stored, on_bytes: Callable[[int], None] = lambda n: None) -> str:
-    """Of a tensor's bytes, read in bounded pieces."""
-    digest = hashlib.sha256()
+def _read(stored: Stored, most: int) -> Iterator[memoryview]:
+    """A tensor's bytes."""
     raw = Stored(stored.name, stored.path, torch.uint8, (stored.nbytes,), stored.offset, stored.nbytes)
-    buffer = torch.empty(min(_PIECE, stored.nbytes), dtype=torch.uint8, device="cpu")
-    for start in range(0, stored.nbytes, _PIECE):
-        piece = buffer[: min(_PIECE, stored.nbytes - start)]
-        digest.update(bytes_of(raw.read(start, piece)))
-        on_bytes(piece.numel())
-    return digest.hexdigest()
+    buffer = torch.empty(min(most, stored.nbytes), dtype=torch.uint8, device="cpu")
+    for start in range(0, stored.nbytes, most):
+        yield bytes_of(raw.read(start, buffer[: min(most, stored.nbytes - start)]))
 
 
 def _against_manifest(checkpoint: Checkpoint, content: dict[str, Any]) -> Iterator[str]:
@@ -264,11 +252,26 @@ def _any_value_at_zero(weight: Weight) -> bool:
     return bool(kernels.serving(*parts).dequantize(parts, fmt, torch.float32).any())
 
 
-def _checksum_problems(stored: Stored, expected: str | None, on_bytes: Callable[[int], None]) -> list[str]:
-    try:
-        held = sha256(stored, on_bytes)
-    except CheckpointError as error:
-        return [str(error)]
-    return (
-        [] if held == expected else [f"{stored.name}: its bytes in {stored.path.name} are not those that were written"]
-    )
+def _checksum_problems(
+    expected: Mapping[Stored, str | None], workers: int | None, on_bytes: Callable[[int], None]
+) -> list[str]:
+    """Of tensors and the SHA-256 that they should have. workers: threads; None for the usual number."""
+    unreadable: dict[Stored, str] = {}
+
+    def pieces(stored: Stored, most: int) -> Iterator[memoryview]:
+        try:
+            for piece in _read(stored, most):
+                yield piece
+                on_bytes(len(piece))
+        except CheckpointError as error:
+            unreadable[stored] = str(error)
+
+    contents = [Content(stored.nbytes, partial(pieces, stored)) for stored in expected]
+    digests = sha256_of(contents, workers or usual_workers(contents))
+    found = []
+    for (stored, sum_), digest in zip(expected.items(), digests, strict=True):
+        if stored in unreadable:
+            found.append(unreadable[stored])
+        elif digest.hex() != sum_:
+            found.append(f"{stored.name}: its bytes in {stored.path.name} are not those that were written")
+    return found

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError, QTensorError
+from .digests import Content, sha256_of, usual_workers
 from .qtensor import QTensor
-
-_WORTH_A_THREAD = 1 << 20  # bytes
-_MOST_THREADS = 8
 
 
 def weight_checksums(model: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -24,12 +21,10 @@ def weight_checksums(model: nn.Module | Mapping[str, torch.Tensor]) -> dict[str,
     `weight_checksums({"fc.weight": quantize(weight, scheme)})` equals the engine's if, and only if, the bytes do.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else dict(model)
-    large = sum(tensor.nbytes >= _WORTH_A_THREAD for tensor in tensors.values() if tensor.device.type == "cpu")
-    workers = min(large, os.cpu_count() or 1, _MOST_THREADS)
-    if workers < 2:
-        return {name: _sha256(tensor) for name, tensor in tensors.items()}
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(tensors, pool.map(_sha256, tensors.values()), strict=True))
+    contents = [Content(_bytes_on_cpu(tensor), partial(_pieces, tensor)) for tensor in tensors.values()]
+    return {
+        name: digest.hex() for name, digest in zip(tensors, sha256_of(contents, usual_workers(contents)), strict=True)
+    }
 
 
 def weight_root(weights: nn.Module | Mapping[str, torch.Tensor] | Mapping[str, str]) -> str:
@@ -95,8 +90,13 @@ def changed_weights(model: nn.Module, checksums: Mapping[str, str]) -> list[str]
     return [name for name, checksum in checksums.items() if live[name] != checksum]
 
 
-def _sha256(tensor: torch.Tensor) -> str:
-    digest = hashlib.sha256()
+def _bytes_on_cpu(tensor: torch.Tensor) -> int:
+    """How much there is to be hashed where it lies. What has to be copied for it first counts for nothing: then one
+    thread copies one at a time."""
+    parts = tensor.parts() if isinstance(tensor, QTensor) else (tensor,)
+    return sum(part.nbytes for part in parts) if all(p.device.type == "cpu" and p.is_contiguous() for p in parts) else 0
+
+
+def _pieces(tensor: torch.Tensor, _: int = 0) -> Iterator[memoryview]:
     for part in tensor.parts() if isinstance(tensor, QTensor) else (tensor,):
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        yield part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
