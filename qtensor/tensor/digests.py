@@ -1,9 +1,9 @@
 """SHA-256 of many things: by hashlib in a few threads, and sixteen at once where the chip has vectors for it.
 
 hashlib's speed is that of a chain of instructions that wait for one another (1.4 GB/s on a core with SHA instructions).
-The loop of `kernels.cpu.hashing` takes sixteen in the time of seven or eight, and has to be there for it: numba, half a
-second to import, and the loop, which is compiled once per machine and then read. Nobody waits for that: it is asked for
-where numba is imported already, or so much is to be hashed that the import pays, and used from when it is ready.
+The loop of `kernels.cpu.hashing` takes sixteen in the time of seven or eight. It takes numba, a fifth of a second to
+import, and is compiled once per machine and then read. Nobody waits for that: it is asked for where numba is imported
+already, or so much is to be hashed that the import pays, and used from when it is ready.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WORTH_A_THREAD = 1 << 20  # bytes
 _RUNS = 16
 _SLOWER = 8  # How many times as long a run takes that is one of sixteen. Measured by bench/hashing.py: 7.6.
 _WORTH_A_LANE, _WORTH_ASKING = 64 << 10, 16 << 20  # bytes of the longest run, and of all
-_WORTH_AN_IMPORT = 2 << 30  # bytes for each thread
+_WORTH_AN_IMPORT = 1 << 30  # bytes for each thread
 _PIECE, _SMALL_PIECE = 16 << 20, 1 << 20
 
 Digests = Callable[[Sequence[Iterable[memoryview]]], list[bytes]]
@@ -121,9 +121,9 @@ class _Queue:
         threads."""
         if not self._asks or not self._left or _sixteen.if_ready() is None:
             return 0
-        count = min(len(self._left), _RUNS)
         longest = self._contents[self._left[0]].nbytes
-        alone = sum(self._contents[self._left[i]].nbytes for i in range(count))
-        if longest < _WORTH_A_LANE or _SLOWER * longest >= min(alone, self._bytes / self._workers):
+        if longest < _WORTH_A_LANE:
             return 0
-        return count
+        count = min(len(self._left), _RUNS)
+        alone = sum(self._contents[self._left[i]].nbytes for i in range(count))
+        return count if _SLOWER * longest < min(alone, self._bytes / self._workers) else 0
