@@ -95,19 +95,26 @@ class _Queue:
             self._left.clear()
 
     def work(self) -> None:
-        """Hash until nothing is left, for a thread."""
-        while taken := self._take():
-            if len(taken) == 1:
-                digest = hashlib.sha256()
-                for piece in self._contents[taken[0]].pieces(_PIECE):
-                    digest.update(piece)
-                self.found[taken[0]] = digest.digest()
-                continue
-            together = _sixteen.if_ready()
-            assert together is not None
-            digests = together([self._contents[i].pieces(_SMALL_PIECE) for i in taken])
-            for i, of_it in zip(taken, digests, strict=True):
-                self.found[i] = of_it
+        """Hash until nothing is left, for a thread. What goes wrong in one is the end of all."""
+        try:
+            while taken := self._take():
+                self._hash(taken)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _hash(self, taken: list[int]) -> None:
+        if len(taken) == 1:
+            digest = hashlib.sha256()
+            for piece in self._contents[taken[0]].pieces(_PIECE):
+                digest.update(piece)
+            self.found[taken[0]] = digest.digest()
+            return
+        together = _sixteen.if_ready()
+        assert together is not None
+        digests = together([self._contents[i].pieces(_SMALL_PIECE) for i in taken])
+        for i, of_it in zip(taken, digests, strict=True):
+            self.found[i] = of_it
 
     def _take(self) -> list[int]:
         with self._lock:
